@@ -1,0 +1,30 @@
+"""Five agents on handwritten digits (8 x 8, embedded: no download); seconds on a CPU.
+
+    python -m experiments.train --config=configs/quickstart.py --workdir=runs/digits
+
+The argument picks an algorithm: `--config=configs/quickstart.py:wa`. `make demo` runs
+the whole comparison, `configs/sweeps/quickstart.py`.
+"""
+
+from dimat_jax.config import default_config
+
+
+def get_config(algorithm: str = "dimat"):
+    """Differently initialised MLPs, 30 epochs alone, then 8 rounds."""
+    config = default_config()
+    config.algorithm = algorithm or "dimat"
+    config.rounds = 8
+    config.local_epochs = 2
+    config.batch_size = 32
+    config.data.name = "digits"
+    config.model = {"name": "mlp", "width": 1, "dtype": "float32"}
+    config.optimizer.learning_rate = 1e-3
+    config.pretrain.epochs = 30
+    config.pretrain.batch_size = 32
+    config.merge.match_samples = 0
+    config.merge.bn_data = "none"
+    config.merge.batch_size = 500
+    # Small dense layers: one batched program beats five devices.
+    config.placement.cpu_devices = 1
+    config.placement.batching = "vmap"
+    return config.lock()

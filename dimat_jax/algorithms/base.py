@@ -1,0 +1,162 @@
+"""What an algorithm is, and what it is given.
+
+An algorithm lives at the level of stacked agents. It is written with two things: what
+an agent does alone, lifted by `Placement.per_agent`, and `mixing.mix(W, tree)`, by
+which agents talk.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from dimat_jax.data.pipeline import Batch, Samples
+from dimat_jax.network import Messages, Network
+from dimat_jax.permutation import Perms, PermutationSpec, permute_leaf
+from dimat_jax.tree import PyTree, map_with_path
+
+__all__ = [
+    "Algorithm",
+    "Gradient",
+    "MergeData",
+    "Metrics",
+    "State",
+    "Task",
+    "Variables",
+    "gradient",
+    "keep_idle",
+    "permute_opt_state",
+    "permute_params",
+]
+
+Variables = dict[str, PyTree]
+"""{"params": what is trained, other collections: e.g. "batch_stats"}."""
+
+State = Any
+"""An algorithm's own NamedTuple. Every leaf is stacked: `[agents, ...]`."""
+
+Metrics = dict[str, Any]
+
+
+class Task(NamedTuple):
+    """What is to be learned, for one agent.
+
+    Attributes:
+        loss: `loss(variables, batch, key) -> (loss, (model_state, metrics))`, where
+            model_state holds the collections other than "params", updated.
+        spec: the permutation symmetry of the variables.
+        activations: `activations(variables, inputs) -> {tap: array}`; never called
+            where the spec has no groups.
+        batch_statistics: `(variables, inputs, mask) -> batch_stats` of that batch
+            alone; None for a model without BatchNorm.
+    """
+
+    loss: Callable[[Variables, Batch, Key[Array, ""]], tuple[Array, tuple]]
+    spec: PermutationSpec
+    activations: Callable[[Variables, Array], dict[str, Array]] = lambda v, x: {}
+    batch_statistics: Callable[[Variables, Array, Array], PyTree] | None = None
+
+
+class MergeData(NamedTuple):
+    """The examples that merging looks at; None where nothing is to be looked at.
+
+    Attributes:
+        match: for activations.
+        recalibrate: for BatchNorm statistics.
+    """
+
+    match: Samples | None = None
+    recalibrate: Samples | None = None
+
+
+class Algorithm(NamedTuple):
+    """The shape of every algorithm. All of it is on stacked agents.
+
+    Attributes:
+        init: `init(variables) -> state`.
+        step: `step(state, batch, network, key) -> (state, metrics)`: one local step,
+            with gossip if it gossips per step. Pure, to be jitted. Metrics are stacked.
+        communicate: `communicate(state, data, network, key) -> (state, metrics)`, once
+            a round. Runs on the host (it jits its parts); metrics are host numbers.
+        variables: `variables(state)`: what is evaluated, matched and merged.
+        with_variables: `with_variables(state, variables) -> state`: after a merge;
+            restarts what the merge invalidates and keeps the rest.
+        aligned: `aligned(state, perms) -> state` for ONE agent: permutes every field
+            that lives in the agent's frame, momenta included.
+        messages: `messages(state) -> Messages`: what one agent sends one neighbour.
+            Shapes alone matter: `state` may be of `jax.ShapeDtypeStruct`s.
+    """
+
+    init: Callable[[Variables], State]
+    step: Callable[[State, Batch, Network, Key[Array, ""]], tuple[State, Metrics]]
+    communicate: Callable[
+        [State, MergeData, Network, Key[Array, ""]], tuple[State, Metrics]
+    ]
+    variables: Callable[[State], Variables]
+    with_variables: Callable[[State, Variables], State]
+    aligned: Callable[[State, Perms], State]
+    messages: Callable[[State], Messages]
+
+
+class Gradient(NamedTuple):
+    """One agent's gradient, and what else its batch brought.
+
+    Attributes:
+        grads: as `variables["params"]`.
+        model_state: the other collections, updated.
+        metrics: scalars, with the number of "examples" they are means of.
+    """
+
+    grads: PyTree
+    model_state: PyTree
+    metrics: Metrics
+
+
+def gradient(
+    task: Task, variables: Variables, batch: Batch, key: Key[Array, ""]
+) -> Gradient:
+    """One agent's gradient with respect to its params. The key is consumed."""
+
+    def loss(params):
+        return task.loss({**variables, "params": params}, batch, key)
+
+    (_, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
+        variables["params"]
+    )
+    return Gradient(grads, model_state, {**metrics, "examples": batch.mask.sum()})
+
+
+def keep_idle(batch: Batch, new: PyTree, old: PyTree) -> PyTree:
+    """One agent's new state, or its old one if its batch holds no example at all."""
+    busy = batch.mask.any()
+    return jax.tree.map(lambda n, o: jnp.where(busy, n, o), new, old)
+
+
+def permute_params(spec: PermutationSpec, perms: Perms, params: PyTree) -> PyTree:
+    """Permutes a tree of one agent that is shaped like its params, e.g. a tracker."""
+    return map_with_path(
+        lambda path, leaf: permute_leaf(spec.axes[f"params/{path}"], perms, leaf),
+        params,
+    )
+
+
+def permute_opt_state(
+    tx: optax.GradientTransformation,
+    spec: PermutationSpec,
+    perms: Perms,
+    opt_state: optax.OptState,
+    params: PyTree,
+) -> optax.OptState:
+    """Permutes whatever in one agent's optimizer state is shaped like its params.
+
+    Momenta live in the frame of the params that they move; counters live in none.
+    """
+    return optax.tree.map_params(
+        tx,
+        lambda leaf, path: permute_leaf(spec.axes[f"params/{path}"], perms, leaf),
+        opt_state,
+        map_with_path(lambda path, _: path, params),
+    )

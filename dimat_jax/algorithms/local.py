@@ -1,0 +1,78 @@
+"""Training alone: every agent descends on its own data and never communicates.
+
+The control that every decentralized algorithm has to beat, the local phase of those
+that merge, and, with a single agent that holds all data, the centralized ceiling.
+"""
+
+from typing import NamedTuple
+
+import jax
+import optax
+
+from dimat_jax import permutation
+from dimat_jax.algorithms.base import (
+    Algorithm,
+    Task,
+    Variables,
+    gradient,
+    keep_idle,
+    permute_opt_state,
+)
+from dimat_jax.network import Messages
+from dimat_jax.placement import Placement
+
+__all__ = ["LocalState", "local"]
+
+
+class LocalState(NamedTuple):
+    """Stacked: every leaf is `[agents, ...]`."""
+
+    variables: Variables
+    opt_state: optax.OptState
+
+
+def local(
+    task: Task, tx: optax.GradientTransformation, placement: Placement
+) -> Algorithm:
+    """Plain optax training, one copy for each agent.
+
+    Args:
+        task: what to learn.
+        tx: the local optimizer.
+        placement: where the agents live.
+    """
+
+    def descend(state: LocalState, batch, key):
+        params = state.variables["params"]
+        grads, model_state, metrics = gradient(task, state.variables, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        variables = {**state.variables, **model_state, "params": params}
+        return keep_idle(batch, LocalState(variables, opt_state), state), metrics
+
+    def align(state: LocalState, perms) -> LocalState:
+        variables, opt_state = state
+        return LocalState(
+            permutation.apply(task.spec, perms, variables),
+            permute_opt_state(
+                tx, task.spec, perms, opt_state, params=variables["params"]
+            ),
+        )
+
+    def init(variables):
+        opt_state = jax.jit(placement.per_agent(tx.init))(variables["params"])
+        return LocalState(variables, opt_state)
+
+    def step(state, batch, network, key):
+        del network
+        return placement.per_agent(descend)(state, batch, placement.keys(key))
+
+    return Algorithm(
+        init=init,
+        step=step,
+        communicate=lambda state, data, network, key: (state, {}),
+        variables=lambda state: state.variables,
+        with_variables=lambda state, variables: state._replace(variables=variables),
+        aligned=placement.per_agent(align),
+        messages=lambda state: Messages(),
+    )

@@ -1,0 +1,181 @@
+"""Merging: align the neighbours' networks, average, recalibrate, train on.
+
+    x_i  <-  sum_j W_ij P_ij x_j
+
+P_ij permutes agent j's hidden units onto agent i's (DIMAT, arXiv 2404.08079, equation
+4 and Algorithms 1 to 3). Without the permutations it is weight averaging (WA).
+"""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from dimat_jax.algorithms.base import Algorithm, MergeData, State, Task, Variables
+from dimat_jax.algorithms.frames import MEETINGS, EdgePerms, same_frame
+from dimat_jax.data.pipeline import Samples
+from dimat_jax.matching.edges import EdgeMatcher
+from dimat_jax.network import Network
+from dimat_jax.optimizers import reset
+from dimat_jax.placement import Placement
+from dimat_jax.stopwatch import Stopwatch
+from dimat_jax.tree import PyTree, take
+
+__all__ = ["OptStatePolicy", "Recalibrator", "merging"]
+
+OptStatePolicy = Literal["reset", "keep", "merge"]
+
+
+def merging(
+    inner: Algorithm,
+    task: Task,
+    placement: Placement,
+    *,
+    match: bool,
+    frame: str = "own",
+    stay: float = 0.0,
+    opt_state: OptStatePolicy = "reset",
+) -> Algorithm:
+    """Adds a merge, once a round, to an algorithm that has no rounds of its own.
+
+    Args:
+        inner: how agents train between merges, e.g. `local`.
+        task: what they learn.
+        placement: where they live.
+        match: whether networks are aligned before they are averaged: DIMAT if so, WA
+            if not.
+        frame: "own": every agent aligns each neighbour to itself, and stays in its own
+            frame. "reference": along a spanning tree every agent moves into the frame
+            of a root, one for each connected component, and stays there.
+        stay: a unit moves only if its correlation gains more than this.
+        opt_state: what becomes of the optimizer at a merge: "reset" it (learning-rate
+            schedules go on), "keep" it, or "merge" it like the weights.
+
+    Raises:
+        ValueError: an unknown frame or policy, or `stay` < 0.
+    """
+    if frame not in MEETINGS:
+        raise ValueError(f"frame is one of {sorted(MEETINGS)}, got {frame!r}")
+    if opt_state not in get_args(OptStatePolicy):
+        raise ValueError(
+            f"opt_state is one of {get_args(OptStatePolicy)}, got {opt_state!r}"
+        )
+    if not stay >= 0:
+        raise ValueError(f"stay must be at least 0, got {stay}")
+
+    def exchanged(state: State) -> PyTree:
+        """The part of a state that is sent, aligned and averaged."""
+        return state if opt_state == "merge" else inner.variables(state)
+
+    @jax.jit
+    def absorb(state: State, merged: PyTree) -> State:
+        """The state that goes on training from what was merged."""
+        if opt_state == "merge":
+            return merged
+        if opt_state == "keep":
+            return inner.with_variables(state, merged)
+        return reset(inner.init(merged), state)
+
+    # Without hidden units there is nothing to align (a linear model, a convex problem).
+    if match and task.spec.groups:
+        meet = MEETINGS[frame](inner, exchanged)
+        matcher = EdgeMatcher(task.spec, task.activations, placement)
+    else:
+        meet = same_frame(inner, exchanged)
+        matcher = None
+    recalibrate = None
+    if task.batch_statistics is not None:
+        recalibrate = Recalibrator(task.batch_statistics, placement)
+
+    def communicate(state, data: MergeData, network: Network, key):
+        stopwatch = Stopwatch()
+
+        def match_edges(state, edge_waves):
+            if matcher is None or data.match is None:
+                raise ValueError("matching needs examples to look at: MergeData.match")
+            return matcher.match(
+                inner.variables(state),
+                edge_waves,
+                data.match,
+                stay=stay,
+                stopwatch=stopwatch,
+            )
+
+        state, metrics = inner.communicate(state, data, network, key)
+        with stopwatch("mix") as block:
+            state, merged, perms = meet(state, network, match_edges)
+            state = block(absorb(state, merged))
+        if recalibrate is not None and data.recalibrate is not None:
+            with stopwatch("recalibration") as block:
+                variables = recalibrate(inner.variables(state), data.recalibrate)
+                state = block(inner.with_variables(state, variables))
+        return state, {
+            **metrics,
+            "moved_units": _moved_units(perms),
+            "merge_seconds": stopwatch.seconds,
+        }
+
+    def messages(state):
+        one_agent = jax.eval_shape(lambda s: take(exchanged(s), 0), state)
+        return inner.messages(state)._replace(round=one_agent)
+
+    return inner._replace(communicate=communicate, messages=messages)
+
+
+class Recalibrator:
+    """Measures BatchNorm statistics anew: batch means and variances, averaged.
+
+    Averaged weights do not have the averages of the statistics (Jordan et al. 2022);
+    without this step merged networks with BatchNorm are worth little.
+    """
+
+    def __init__(
+        self,
+        batch_statistics: Callable[[Variables, Array, Array], PyTree],
+        placement: Placement,
+    ):
+        def add(total, count, variables, inputs, mask):
+            statistics = batch_statistics(variables, inputs, mask)
+            n = mask.sum().astype(jnp.float32)
+            # A batch without examples has no statistics (NaN), and adds none.
+            total = jax.tree.map(
+                lambda t, s: t + jnp.where(n > 0, n * s, 0), total, statistics
+            )
+            return total, count + n
+
+        self._add = {
+            shared: jax.jit(
+                placement.per_agent(
+                    add, in_axes=(0, 0, 0, *[None if shared else 0] * 2)
+                ),
+                donate_argnums=(0, 1),
+            )
+            for shared in (True, False)
+        }
+        self._mean = jax.jit(
+            placement.per_agent(lambda t, n: jax.tree.map(lambda x: x / n, t))
+        )
+        self._slots = placement.slots
+
+    def __call__(self, variables: Variables, samples: Samples) -> Variables:
+        """Stacked variables with the statistics of `samples`, own or shared."""
+        total = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+        count = jnp.zeros(self._slots)
+        for inputs, _, mask in samples:
+            total, count = self._add[samples.shared](
+                total, count, variables, inputs, mask
+            )
+        return {**variables, "batch_stats": self._mean(total, count)}
+
+
+def _moved_units(perms: EdgePerms) -> float:
+    """The share of units, over edges and groups, that matching moved."""
+    moved = [
+        np.asarray(perm) != np.arange(len(perm))
+        for edge_perms in perms.values()
+        for perm in edge_perms.values()
+    ]
+    return float(np.concatenate(moved).mean()) if moved else 0.0

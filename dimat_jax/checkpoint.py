@@ -1,0 +1,71 @@
+"""Checkpoints, by Orbax: whole or not at all, the newest few kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from dimat_jax.tree import PyTree
+
+__all__ = ["Checkpoints"]
+
+
+class Checkpoints:
+    """A directory of checkpoints, each a tree of host arrays and a JSON record.
+
+    Arrays are saved as the agents' own, without the slots that fill up devices, so that
+    a run may resume on another number of devices.
+
+    Args:
+        directory: made if missing.
+        keep: how many to keep.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(
+            Path(directory).resolve(), options=options
+        )
+
+    def save(self, number: int, tree: PyTree, record: dict[str, Any]) -> None:
+        """Saves in the background; returns once `tree` may be changed."""
+        self._manager.save(
+            number,
+            args=ocp.args.Composite(
+                tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+            ),
+        )
+
+    def restore(
+        self, like: Callable[[dict[str, Any]], PyTree]
+    ) -> tuple[PyTree, dict[str, Any]] | None:
+        """The newest checkpoint: its tree of NumPy arrays, and its record.
+
+        Args:
+            like: the structure, shapes and dtypes of the tree, given the record; its
+                leaves are `jax.ShapeDtypeStruct`s.
+
+        Returns:
+            None if there is no checkpoint.
+        """
+        number = self._manager.latest_step()
+        if number is None:
+            return None
+        record = self._manager.restore(
+            number, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )["record"]
+        tree = self._manager.restore(
+            number,
+            args=ocp.args.Composite(tree=ocp.args.StandardRestore(like(record))),
+        )["tree"]
+        return tree, record
+
+    def wait(self) -> None:
+        """Returns once everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the directory."""
+        self.wait()
+        self._manager.close()

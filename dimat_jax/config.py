@@ -1,0 +1,193 @@
+"""Configurations: every field with its default, and the check that finds mistakes.
+
+A config file starts from `default_config()`, changes what it is about, and returns the
+result; the config is locked, so a misspelt field is an error.
+"""
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from ml_collections import ConfigDict
+
+from dimat_jax.algorithms import ALGORITHMS, OptStatePolicy
+from dimat_jax.algorithms.frames import MEETINGS
+from dimat_jax.data.partition import PARTITIONS
+from dimat_jax.data.sources import SOURCES
+from dimat_jax.errors import UserError, nearest
+from dimat_jax.mixing import MIXINGS
+from dimat_jax.models import MODELS
+from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
+from dimat_jax.placement import Batching
+from dimat_jax.topology import TOPOLOGIES
+
+__all__ = ["Config", "ConfigError", "check", "default_config"]
+
+Config = Any
+"""An `ml_collections.ConfigDict`, whose fields type checkers cannot know."""
+
+DTYPES = ("float32", "bfloat16")
+INITS = ("different", "same")
+MATCH_DATA = ("own", "proxy", "global")
+BN_DATA = ("own", "proxy", "global", "none")
+
+
+class ConfigError(UserError):
+    """A config that cannot be run: which field, what it holds, what is allowed."""
+
+
+def default_config() -> Config:
+    """All fields. Sizes that count examples take 0 for "all of them"."""
+    return ConfigDict(
+        {
+            "seed": 0,  # of everything: data, inits, orders, augmentation
+            "agents": 5,
+            "init": "different",  # different | same: the agents' initial weights
+            "algorithm": "dimat",
+            "topology": "ring",
+            "mixing": "uniform",
+            "batch_size": 100,  # of each agent's local steps
+            "rounds": 100,  # a round: communicate, evaluate, train
+            "local_epochs": 2,  # local training in a round: epochs ...
+            "local_steps": 0,  # ... or, if not 0, steps
+            "data": {
+                "name": "cifar100",
+                "dir": "",  # "": where tfds looks by itself
+                "cache_dir": "",  # of decoded images; "": the user's cache
+                "train_size": 0,
+                "test_size": 0,
+                "partition": "iid",
+            },
+            "augmentation": {
+                "flip": False,  # left to right, every other image
+                "pad": 0,  # pixels to pad before a random crop to the old size
+            },
+            "model": {
+                "name": "resnet20",
+                "width": 1,
+                "dtype": "float32",  # of the computation; weights are float32
+            },
+            "optimizer": _optimizer(),  # in the rounds
+            "pretrain": {  # alone, before the rounds
+                "epochs": 100,
+                "batch_size": 100,
+                "optimizer": _optimizer(),
+                "checkpoint_every": 10,  # epochs
+                "cache_dir": "",  # where runs share pre-trained agents; "": nowhere
+            },
+            "merge": {  # for the algorithms that merge
+                "frame": "own",  # own | reference
+                "stay": 0.0,  # a unit moves only for a gain above this
+                "opt_state": "reset",  # reset | keep | merge
+                "match_data": "proxy",  # own | proxy | global
+                "match_samples": 1000,  # of each agent (own), or shared by all
+                "bn_data": "proxy",  # own | proxy | global | none
+                "bn_samples": 1000,
+                "batch_size": 100,
+            },
+            "eval": {
+                "every": 1,  # rounds
+                "samples": 0,  # test images, the same ones every time
+                "batch_size": 500,
+            },
+            "checkpoint": {
+                "every": 1,  # rounds
+                "keep": 2,
+            },
+            "placement": {
+                "cpu_devices": 0,  # to split a CPU into; 0: one for each agent
+                "batching": "auto",  # auto | vmap | unroll: agents on one device
+            },
+        }
+    )
+
+
+def _optimizer() -> dict[str, Any]:
+    return {
+        "name": "adam",
+        "learning_rate": 1e-3,
+        "momentum": 0.9,  # of momentum and nesterov
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "decay": 0.981,  # a factor for each epoch, of exponential
+    }
+
+
+def check(config: Config) -> None:
+    """Finds what would go wrong later.
+
+    Raises:
+        ConfigError: names the field, its value and what is allowed.
+    """
+    _one_of(config, "init", INITS)
+    _one_of(config, "algorithm", ALGORITHMS)
+    _one_of(config, "topology", TOPOLOGIES)
+    _one_of(config, "mixing", MIXINGS)
+    _one_of(config, "data.name", SOURCES)
+    _one_of(config, "data.partition", PARTITIONS)
+    _one_of(config, "model.name", MODELS)
+    _one_of(config, "model.dtype", DTYPES)
+    for optimizer in ("optimizer", "pretrain.optimizer"):
+        _one_of(config, f"{optimizer}.name", OPTIMIZERS)
+        _one_of(config, f"{optimizer}.schedule", SCHEDULES)
+        _at_least(config, f"{optimizer}.learning_rate", 0)
+        _at_least(config, f"{optimizer}.weight_decay", 0)
+        _at_least(config, f"{optimizer}.decay", 0)
+    _one_of(config, "merge.frame", MEETINGS)
+    _one_of(config, "merge.opt_state", get_args(OptStatePolicy))
+    _one_of(config, "merge.match_data", MATCH_DATA)
+    _one_of(config, "merge.bn_data", BN_DATA)
+    _one_of(config, "placement.batching", get_args(Batching))
+    for field in (
+        "agents",
+        "batch_size",
+        "model.width",
+        "pretrain.batch_size",
+        "pretrain.checkpoint_every",
+        "merge.batch_size",
+        "eval.every",
+        "eval.batch_size",
+        "checkpoint.every",
+        "checkpoint.keep",
+    ):
+        _at_least(config, field, 1)
+    for field in (
+        "seed",
+        "rounds",
+        "local_epochs",
+        "local_steps",
+        "data.train_size",
+        "data.test_size",
+        "augmentation.pad",
+        "pretrain.epochs",
+        "merge.stay",
+        "merge.match_samples",
+        "merge.bn_samples",
+        "eval.samples",
+        "placement.cpu_devices",
+    ):
+        _at_least(config, field, 0)
+    if (config.local_epochs > 0) == (config.local_steps > 0):
+        raise ConfigError(
+            "a round trains for local_epochs or for local_steps: one of them must be "
+            f"0 and the other not, got {config.local_epochs} and {config.local_steps}"
+        )
+
+
+def _get(config: Config, field: str) -> Any:
+    value: Any = config
+    for part in field.split("."):
+        value = value[part]
+    return value
+
+
+def _one_of(config: Config, field: str, allowed: Iterable[str]) -> None:
+    value = _get(config, field)
+    if value not in allowed:
+        raise ConfigError(f"config.{field} is {value!r}; {nearest(value, allowed)}")
+
+
+def _at_least(config: Config, field: str, least: float) -> None:
+    value = _get(config, field)
+    # `not >=` also catches NaN.
+    if not value >= least:
+        raise ConfigError(f"config.{field} is {value}; it must be at least {least}")

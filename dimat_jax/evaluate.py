@@ -1,0 +1,83 @@
+"""How good the agents are, and how far apart."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from dimat_jax.data.pipeline import Samples
+from dimat_jax.placement import Placement
+from dimat_jax.tree import PyTree
+
+__all__ = ["Evaluation", "Evaluator"]
+
+
+class Evaluation(NamedTuple):
+    """On the host, for each agent.
+
+    Attributes:
+        accuracy: the share of correct predictions, 0 to 1.
+        loss: mean cross-entropy, in nats.
+        consensus_distance: of the network as a whole, sqrt(1/N sum_i |x_i - mean|^2)
+            over all params (Kong et al. 2021); 0 at consensus.
+    """
+
+    accuracy: Float[np.ndarray, " agents"]
+    loss: Float[np.ndarray, " agents"]
+    consensus_distance: float
+
+
+class Evaluator:
+    """Evaluates every agent on the same samples.
+
+    Args:
+        forward: for one agent, `forward(variables, inputs) -> logits` in eval mode.
+        samples: shared by all agents.
+        placement: where the agents live.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[PyTree, Array], Float[Array, "batch classes"]],
+        samples: Samples,
+        placement: Placement,
+    ):
+        self._samples = samples
+        self._placement = placement
+
+        def count(totals, variables, batch):
+            logits = forward(variables, batch.inputs)
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits, batch.labels
+            )
+            correct = logits.argmax(axis=-1) == batch.labels
+            seen = jnp.stack(
+                [correct.astype(jnp.float32), losses, jnp.ones_like(losses)]
+            )
+            return totals + jnp.where(batch.mask, seen, 0).sum(axis=1)
+
+        self._count = jax.jit(
+            placement.per_agent(count, in_axes=(0, 0, None)), donate_argnums=0
+        )
+        self._distance = jax.jit(self._consensus_distance)
+
+    def __call__(self, variables: PyTree) -> Evaluation:
+        """Evaluates stacked variables."""
+        totals = jnp.zeros((self._placement.slots, 3))
+        for batch in self._samples:
+            totals = self._count(totals, variables, batch)
+        correct, loss, n = self._placement.gather(totals).T.astype(np.float64)
+        distance = self._distance(variables["params"])
+        return Evaluation(correct / n, loss / n, float(distance))
+
+    def _consensus_distance(self, params: PyTree) -> Float[Array, ""]:
+        def squares(leaf):
+            agents = leaf[: self._placement.n_agents].astype(jnp.float32)
+            return ((agents - agents.mean(axis=0)) ** 2).sum()
+
+        total = sum(squares(leaf) for leaf in jax.tree.leaves(params))
+        return jnp.sqrt(total / self._placement.n_agents)

@@ -1,0 +1,260 @@
+"""From a config to the parts that a run is made of."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key
+
+from dimat_jax import models, permutation
+from dimat_jax.algorithms import (
+    ALGORITHMS,
+    Algorithm,
+    MergeData,
+    MergeOptions,
+    Options,
+    Task,
+)
+from dimat_jax.algorithms.base import Variables
+from dimat_jax.algorithms.local import local
+from dimat_jax.config import Config, ConfigError, check
+from dimat_jax.data import sources
+from dimat_jax.data.partition import partition
+from dimat_jax.data.pipeline import Reader, Sampler, Samples, draw_own, place_pool
+from dimat_jax.evaluate import Evaluator
+from dimat_jax.mixing import MIXINGS
+from dimat_jax.models import classifier
+from dimat_jax.network import static
+from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
+from dimat_jax.placement import place
+from dimat_jax.topology import TOPOLOGIES
+from dimat_jax.tree import stack
+
+__all__ = ["Experiment"]
+
+
+class Experiment:
+    """Everything that a config asks for, built and checked; nothing is written.
+
+    Args:
+        config: as `config.default_config` describes.
+
+    Raises:
+        UserError: a config that cannot be run.
+    """
+
+    def __init__(self, config: Config):
+        check(config)
+        self.config = config
+        # The ceiling: one model, which sees all data.
+        n_agents = 1 if config.algorithm == "centralized" else config.agents
+        self.dataset = sources.load(
+            config.data.name,
+            directory=config.data.dir or None,
+            cache_dir=config.data.cache_dir or None,
+            train_size=config.data.train_size or None,
+            test_size=config.data.test_size or None,
+            seed=config.seed,
+        )
+        labels = self.dataset.train.labels
+        self.shards = partition(
+            config.data.partition, labels, n_agents, seed=config.seed
+        )
+        self.adjacency = TOPOLOGIES[config.topology](n_agents)
+        self.mixing_matrix = MIXINGS[config.mixing](self.adjacency)
+        self._check_sizes()
+
+        self.placement = place(n_agents, batching=config.placement.batching)
+        self.network = self.placement.replicate(
+            static(self.mixing_matrix, self.adjacency, self.placement.slots)
+        )
+        self.model = models.MODELS[config.model.name](
+            n_classes=self.dataset.n_classes, **_model_arguments(config)
+        )
+        self.task = Task(
+            loss=classifier.loss(self.model),
+            spec=models.permutation_spec(self.model),
+            activations=classifier.activations(self.model),
+            batch_statistics=classifier.batch_statistics(self.model),
+        )
+        self.sampler = Sampler(self.shards, config.batch_size, self.seeds("order"))
+        self.pretrain_sampler = Sampler(
+            self.shards, config.pretrain.batch_size, self.seeds("pretrain_order")
+        )
+        self.pretrain_steps = (
+            config.pretrain.epochs * self.pretrain_sampler.steps_per_epoch
+        )
+        self.local_steps = (
+            config.local_steps or config.local_epochs * self.sampler.steps_per_epoch
+        )
+        self.pretrain_algorithm = local(
+            self.task,
+            _optimizer(
+                config.pretrain.optimizer,
+                self.pretrain_sampler.steps_per_epoch,
+                self.pretrain_steps,
+            ),
+            self.placement,
+        )
+        self.algorithm: Algorithm = ALGORITHMS[config.algorithm](
+            self.task,
+            _optimizer(
+                config.optimizer,
+                self.sampler.steps_per_epoch,
+                config.rounds * self.local_steps,
+            ),
+            self.placement,
+            Options(
+                merge=MergeOptions(
+                    frame=config.merge.frame,
+                    stay=config.merge.stay,
+                    opt_state=config.merge.opt_state,
+                )
+            ),
+        )
+
+    @cached_property
+    def train_pool(self):
+        """The training images, on the devices."""
+        dataset = self.dataset
+        return place_pool(dataset.train, dataset.mean, dataset.std, self.placement)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Evaluates on the test images, the same ones every time."""
+        dataset, options = self.dataset, self.config.eval
+        pool = place_pool(dataset.test, dataset.mean, dataset.std, self.placement)
+        subset = self._subset("eval", len(dataset.test.labels), options.samples)
+        samples = Reader(pool, self.placement).shared(subset, options.batch_size)
+        return Evaluator(classifier.forward(self.model), samples, self.placement)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader(self.train_pool, self.placement)
+
+    def merge_data(self, round_number: int) -> MergeData:
+        """What merging looks at in a round."""
+        merge = self.config.merge
+        return MergeData(
+            match=self._samples(merge.match_data, merge.match_samples, round_number),
+            recalibrate=self._samples(merge.bn_data, merge.bn_samples, round_number),
+        )
+
+    def _samples(self, policy: str, size: int, round_number: int) -> Samples | None:
+        batch_size = self.config.merge.batch_size
+        everything = len(self.dataset.train.labels)
+        match policy:
+            case "none":
+                return None
+            case "own":
+                seed = [*self.seeds("own"), round_number]
+                return self._reader.own(draw_own(self.shards, size, seed), batch_size)
+            case "proxy":
+                subset = self._subset("proxy", everything, size)
+                return self._reader.shared(subset, batch_size)
+            case _:
+                return self._reader.shared(np.arange(everything), batch_size)
+
+    def _subset(self, purpose: str, available: int, size: int) -> np.ndarray:
+        """`size` (0: all) of the indices below `available`, fixed by the seed."""
+        rng = np.random.default_rng(self.seeds(purpose))
+        return np.sort(rng.permutation(available)[: size or None])
+
+    def initial_variables(self) -> Variables:
+        """The agents' variables before any training, stacked."""
+        example = self._example_inputs(1)
+        # Compiled for one agent, not unrolled over all: it runs just once for each.
+        init = jax.jit(lambda key: classifier.init(self.model, key, example))
+        keys = self.placement.keys(self.key("init"))
+        same = self.config.init == "same"
+        agents = [init(keys[0 if same else i]) for i in range(len(self.shards))]
+        return self.placement.put(stack(agents))
+
+    def abstract_variables(self) -> Variables:
+        """Shapes and dtypes of the agents' variables, `[agents, ...]`."""
+        example = self._example_inputs(1)
+        one = jax.eval_shape(
+            lambda key: classifier.init(self.model, key, example), jax.random.key(0)
+        )
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((len(self.shards), *x.shape), x.dtype), one
+        )
+
+    def verify_spec(self, variables: Variables) -> None:
+        """Checks the permutation spec on agent 0's variables, in train and eval mode.
+
+        Raises:
+            PermutationSpecError: the declared symmetry does not hold.
+        """
+        one_agent = jax.tree.map(lambda x: x[0], self.placement.gather(variables))
+        permutation.verify(
+            self.task.spec,
+            classifier.both_modes(self.model),
+            one_agent,
+            self._example_inputs(8),
+            self.key("verify"),
+        )
+
+    def _example_inputs(self, n: int) -> np.ndarray:
+        images = self.dataset.train.images[:n].astype(np.float32)
+        return (images - self.dataset.mean) / self.dataset.std
+
+    def key(self, purpose: str) -> Key[Array, ""]:
+        """The root of everything random, on the devices, that has this purpose."""
+        return jax.random.fold_in(
+            jax.random.key(self.config.seed), _PURPOSES.index(purpose)
+        )
+
+    def seeds(self, purpose: str) -> Sequence[int]:
+        """As `key`, on the host: entropy for `numpy.random.default_rng`."""
+        return [self.config.seed, _PURPOSES.index(purpose)]
+
+    def _check_sizes(self) -> None:
+        merge, n_train = self.config.merge, len(self.dataset.train.labels)
+        n_test = len(self.dataset.test.labels)
+        for field, size, available in (
+            ("merge.match_samples", merge.match_samples, n_train),
+            ("merge.bn_samples", merge.bn_samples, n_train),
+            ("eval.samples", self.config.eval.samples, n_test),
+        ):
+            if size > available:
+                raise ConfigError(
+                    f"config.{field} is {size}, but there are only {available} images"
+                )
+
+
+# Appending is fine; a change of order changes every run.
+_PURPOSES = (
+    "init",
+    "pretrain",
+    "rounds",
+    "communicate",
+    "verify",
+    "order",
+    "pretrain_order",
+    "proxy",
+    "own",
+    "eval",
+)
+
+
+def _model_arguments(config: Config) -> dict:
+    arguments = {name: value for name, value in config.model.items() if name != "name"}
+    return {**arguments, "dtype": jnp.dtype(arguments["dtype"])}
+
+
+def _optimizer(
+    config: Config, steps_per_epoch: int, total_steps: int
+) -> optax.GradientTransformation:
+    schedule = SCHEDULES[config.schedule](
+        config.learning_rate,
+        decay=config.decay,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+    )
+    return OPTIMIZERS[config.name](
+        schedule, momentum=config.momentum, weight_decay=config.weight_decay
+    )

@@ -1,0 +1,77 @@
+"""What a run writes down: JSON lines, and TensorBoard events."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+__all__ = ["MetricsWriter", "read_rows", "write_json"]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
+    os.replace(temporary, path)
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of DIR/metrics.jsonl; a last line cut off by a crash is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class MetricsWriter:
+    """Appends rows to DIR/metrics.jsonl, and their numbers to TensorBoard events.
+
+    Args:
+        workdir: DIR, which exists.
+        keep_rows: how many rows of an interrupted run to keep; what it wrote after its
+            last checkpoint will be written again.
+    """
+
+    def __init__(self, workdir: Path, keep_rows: int = 0):
+        self._path = workdir / "metrics.jsonl"
+        kept = read_rows(workdir)[:keep_rows]
+        self.rows = len(kept)
+        text = "".join(_line(row) for row in kept)
+        temporary = self._path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text(text)
+        os.replace(temporary, self._path)
+        # Tells TensorBoard to forget the events that will be written again.
+        next_step = kept[-1]["step"] + 1 if kept else 0
+        self._events = SummaryWriter(str(workdir), purge_step=next_step)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row of numbers, strings, and lists and dicts of them."""
+        with self._path.open("a") as file:
+            file.write(_line(row))
+        self.rows += 1
+        prefix = row["phase"]
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name not in ("round", "step"):
+                self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._events.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: NumPy numbers and arrays, and paths."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"cannot write {type(value).__name__} as JSON")

@@ -1,0 +1,45 @@
+"""Permutation symmetries of networks: declare, check and apply them.
+
+The convention, everywhere: `perm[u]` is the permutee's unit that lands on the
+reference's unit `u`, so aligning is `jnp.take(w, perm, axis)`. Permutations are int32.
+
+Nothing here knows of agents, data sets or models: variables are any pytree of arrays.
+"""
+
+from dimat_jax.permutation.actions import (
+    Perms,
+    apply,
+    compose,
+    identity,
+    invert,
+    permute_leaf,
+    random,
+)
+from dimat_jax.permutation.spec import (
+    Axis,
+    Concat,
+    PermutationSpec,
+    PermutationSpecError,
+    Product,
+    group_sizes,
+    validate,
+)
+from dimat_jax.permutation.verify import verify
+
+__all__ = [
+    "Axis",
+    "Concat",
+    "PermutationSpec",
+    "PermutationSpecError",
+    "Perms",
+    "Product",
+    "apply",
+    "compose",
+    "group_sizes",
+    "identity",
+    "invert",
+    "permute_leaf",
+    "random",
+    "validate",
+    "verify",
+]

@@ -1,0 +1,143 @@
+"""Permutations as a group that acts on variables.
+
+All functions are pure and work under `jax.jit` and `jax.vmap`; a permutation's length
+is static, its values may be traced.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32, Key
+
+from dimat_jax.permutation.spec import (
+    Axis,
+    Concat,
+    PermutationSpec,
+    PermutationSpecError,
+    Product,
+    axis_groups,
+    group_sizes,
+)
+from dimat_jax.tree import PyTree, map_with_path
+
+__all__ = [
+    "Perms",
+    "apply",
+    "compose",
+    "identity",
+    "invert",
+    "permute_leaf",
+    "random",
+]
+
+Perms = dict[str, Int32[Array, " units"]]
+"""For each group, `perm[u]`: the permutee's unit that lands on the reference's `u`."""
+
+
+def apply(spec: PermutationSpec, perms: Mapping[str, Any], variables: PyTree) -> PyTree:
+    """Permutes the units of a network: `jnp.take(w, perm, axis)` on every axis.
+
+    Args:
+        spec: covers every leaf of `variables`.
+        perms: a permutation for every group of the spec.
+        variables: any pytree of arrays.
+
+    Returns:
+        Variables of the same structure, shapes and dtypes.
+
+    Raises:
+        PermutationSpecError: a leaf that the spec does not cover, or a group without a
+            permutation.
+    """
+    for group in spec.groups:
+        if group not in perms:
+            raise PermutationSpecError(f"no permutation for group {group!r}")
+
+    def permute(path, leaf):
+        if path not in spec.axes:
+            raise PermutationSpecError(f"the spec does not cover the leaf {path!r}")
+        return permute_leaf(spec.axes[path], perms, leaf)
+
+    return map_with_path(permute, variables)
+
+
+def permute_leaf(axes: tuple[Axis, ...], perms: Mapping[str, Any], leaf: Any) -> Any:
+    """Permutes one array, whose dimensions `axes` describes."""
+    for dimension, axis in enumerate(axes):
+        if any(axis_groups(axis)):
+            indices = _axis_indices(axis, perms, leaf.shape[dimension])
+            leaf = jnp.take(leaf, indices, axis=dimension)
+    return leaf
+
+
+def _axis_indices(axis: Axis, perms: Mapping[str, Any], size: int) -> Array:
+    """Where each index of an axis of length `size` is taken from: int32[size]."""
+    match axis:
+        case str():
+            return jnp.asarray(perms[axis])
+        case Product(factors):
+            known = 1
+            for factor in factors:
+                if factor is not None:
+                    known *= len(perms[factor]) if isinstance(factor, str) else factor
+            indices = jnp.zeros(1, jnp.int32)
+            for factor in factors:
+                match factor:
+                    case str():
+                        inner = jnp.asarray(perms[factor])
+                    case None:
+                        inner = jnp.arange(size // known, dtype=jnp.int32)
+                    case _:
+                        inner = jnp.arange(factor, dtype=jnp.int32)
+                indices = (indices[:, None] * len(inner) + inner).reshape(-1)
+            return indices
+        case Concat(parts):
+            pieces, offset = [], 0
+            for part, part_size in parts:
+                pieces.append(offset + _axis_indices(part, perms, part_size))
+                offset += part_size
+            return jnp.concatenate(pieces)
+        case _:
+            return jnp.arange(size, dtype=jnp.int32)
+
+
+def identity(spec: PermutationSpec, variables: PyTree) -> Perms:
+    """The permutations that leave everything where it is."""
+    sizes = group_sizes(spec, variables)
+    return {group: jnp.arange(size, dtype=jnp.int32) for group, size in sizes.items()}
+
+
+def random(spec: PermutationSpec, variables: PyTree, key: Key[Array, ""]) -> Perms:
+    """Uniformly random permutations, independent over groups. The key is consumed."""
+    sizes = group_sizes(spec, variables)
+    keys = jax.random.split(key, len(sizes)) if sizes else ()
+    return {
+        group: jax.random.permutation(group_key, size).astype(jnp.int32)
+        for group_key, (group, size) in zip(keys, sizes.items(), strict=True)
+    }
+
+
+def invert(perms: Mapping[str, Any]) -> Perms:
+    """The permutations that undo `perms`."""
+    return {group: jnp.argsort(perm).astype(jnp.int32) for group, perm in perms.items()}
+
+
+def compose(first: Mapping[str, Any], then: Mapping[str, Any]) -> Perms:
+    """One permutation for two in a row: `compose(first, then)[u] = first[then[u]]`.
+
+    `apply(spec, compose(first, then), x)` is
+    `apply(spec, then, apply(spec, first, x))`.
+
+    Raises:
+        PermutationSpecError: the two do not have the same groups.
+    """
+    if first.keys() != then.keys():
+        raise PermutationSpecError(
+            f"cannot compose permutations of groups {sorted(first)} and {sorted(then)}"
+        )
+    return {
+        group: jnp.take(jnp.asarray(perm), jnp.asarray(then[group]))
+        for group, perm in first.items()
+    }

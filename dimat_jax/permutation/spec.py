@@ -1,0 +1,246 @@
+"""Which axes of which leaves are permuted together."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+from dimat_jax.errors import UserError, nearest
+from dimat_jax.tree import PyTree, flatten
+
+__all__ = [
+    "Axes",
+    "Axis",
+    "Concat",
+    "PermutationSpec",
+    "PermutationSpecError",
+    "Product",
+    "axis_groups",
+    "group_sizes",
+    "validate",
+]
+
+
+class PermutationSpecError(UserError):
+    """A spec that does not fit its model; the message names the leaf and the group."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """An axis that flattens several factors, the last one fastest (row-major).
+
+    `Product(None, "channels")` is the input axis of a dense layer behind a flattened
+    `H x W x C` feature map: C is permuted, and H x W, whatever its size, is not.
+
+    Attributes:
+        factors: each a group's name, a fixed size, or None (a size to be inferred).
+    """
+
+    factors: tuple[None | int | str, ...]
+
+    def __init__(self, *factors: None | int | str):
+        if sum(factor is None for factor in factors) > 1:
+            raise PermutationSpecError(
+                f"Product{factors} leaves more than one factor to be inferred"
+            )
+        object.__setattr__(self, "factors", factors)
+
+    def __repr__(self) -> str:
+        return f"Product({', '.join(map(repr, self.factors))})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Concat:
+    """An axis that concatenates parts, each `(axis, size)` with an axis of its own."""
+
+    parts: tuple[tuple["Axis", int], ...]
+
+    def __init__(self, *parts: tuple["Axis", int]):
+        object.__setattr__(self, "parts", parts)
+
+    def __repr__(self) -> str:
+        return f"Concat({', '.join(map(repr, self.parts))})"
+
+
+Axis = None | str | Product | Concat
+"""None: never permuted. A string: permuted by the group of that name."""
+
+Axes = tuple[Axis, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PermutationSpec:
+    """Declares a network's permutation symmetry. One dict is the truth.
+
+    Attributes:
+        axes: for every leaf, by its path (see `dimat_jax.tree`), one `Axis` for each
+            dimension, e.g. `{"params/Conv_0/kernel": (None, None, "in", "out")}`.
+        taps: where units can be watched: for a tap's name, the axes of the array that
+            `activations(variables, inputs)` returns under it, or just a group's name
+            if that is its last axis.
+
+    The groups are those that the axes name; all axes of one group are permuted alike.
+    """
+
+    axes: Mapping[str, Axes]
+    taps: Mapping[str, str | Axes] = dataclasses.field(default_factory=dict)
+
+    @property
+    def groups(self) -> dict[str, list[tuple[str, int]]]:
+        """For each group the `(leaf, dimension)`s that it permutes."""
+        members: dict[str, list[tuple[str, int]]] = {}
+        for leaf, axes in self.axes.items():
+            for dimension, axis in enumerate(axes):
+                for group in axis_groups(axis):
+                    members.setdefault(group, []).append((leaf, dimension))
+        return members
+
+    def taps_of(self, group: str) -> dict[str, int]:
+        """The taps that show a group's units, each with the dimension they lie on.
+
+        Dimensions count from the end, where a tap names just its group.
+        """
+        found = {}
+        for tap, axes in self.taps.items():
+            if axes == group:
+                found[tap] = -1
+            elif not isinstance(axes, str) and group in axes:
+                found[tap] = axes.index(group)
+        return found
+
+
+def axis_groups(axis: Axis) -> Iterator[str]:
+    """The names of the groups that permute an axis."""
+    match axis:
+        case str():
+            yield axis
+        case Product(factors):
+            yield from (factor for factor in factors if isinstance(factor, str))
+        case Concat(parts):
+            for part, _ in parts:
+                yield from axis_groups(part)
+
+
+def validate(spec: PermutationSpec, variables: PyTree) -> None:
+    """Checks the structure: every leaf covered, ranks and sizes agree.
+
+    Whether the network's function really has the declared symmetry is `verify`'s
+    question.
+
+    Raises:
+        PermutationSpecError: names the leaf (and the group) that does not fit.
+    """
+    group_sizes(spec, variables)
+    groups = spec.groups
+    for tap, axes in spec.taps.items():
+        for axis in (axes,) if isinstance(axes, str) else axes:
+            for group in axis_groups(axis):
+                if group not in groups:
+                    raise PermutationSpecError(
+                        f"tap {tap!r} shows group {group!r}, which no leaf has; "
+                        f"{nearest(group, groups)}"
+                    )
+
+
+def group_sizes(spec: PermutationSpec, variables: PyTree) -> dict[str, int]:
+    """The number of units of each group, in the order of `spec.groups`.
+
+    Raises:
+        PermutationSpecError: as `validate`.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(variables).items()}
+    for path in shapes:
+        if path not in spec.axes:
+            raise PermutationSpecError(
+                f"the spec does not cover the leaf {path!r} of shape {shapes[path]}; "
+                f"{nearest(path, spec.axes)}"
+            )
+    for path, axes in spec.axes.items():
+        if path not in shapes:
+            raise PermutationSpecError(
+                f"the spec names the leaf {path!r}, which the variables do not have; "
+                f"{nearest(path, shapes)}"
+            )
+        if len(axes) != len(shapes[path]):
+            raise PermutationSpecError(
+                f"the spec gives {path!r} {len(axes)} axes, {axes}, but its shape is "
+                f"{shapes[path]}"
+            )
+    return _Sizes(spec, shapes).resolve()
+
+
+class _Sizes:
+    """Infers the groups' sizes, and finds the leaf that disagrees."""
+
+    def __init__(self, spec: PermutationSpec, shapes: Mapping[str, tuple[int, ...]]):
+        self._spec = spec
+        self._shapes = shapes
+        self._sizes: dict[str, int] = {}
+        self._source: dict[str, str] = {}
+
+    def resolve(self) -> dict[str, int]:
+        # A Product may hold a group whose size only another leaf tells, so plain axes
+        # come first and products are visited until nothing new is learnt.
+        self._visit(lambda axis: not isinstance(axis, Product))
+        while True:
+            known = len(self._sizes)
+            self._visit(lambda axis: isinstance(axis, Product))
+            if len(self._sizes) == known:
+                break
+        for group, members in self._spec.groups.items():
+            if group not in self._sizes:
+                leaf, dimension = members[0]
+                raise PermutationSpecError(
+                    f"the size of group {group!r} cannot be told: its only axes are "
+                    f"products with other unknown factors ({leaf!r} axis {dimension})"
+                )
+        return {group: self._sizes[group] for group in self._spec.groups}
+
+    def _visit(self, wanted) -> None:
+        for leaf, axes in self._spec.axes.items():
+            for dimension, axis in enumerate(axes):
+                size = self._shapes[leaf][dimension]
+                for part, part_size in self._parts(axis, size, leaf, dimension):
+                    if wanted(part):
+                        self._learn(part, part_size, f"{leaf!r} axis {dimension}")
+
+    def _parts(self, axis: Axis, size: int, leaf: str, dimension: int):
+        """The axis itself, or what a (nested) concatenation consists of."""
+        if not isinstance(axis, Concat):
+            yield axis, size
+            return
+        total = sum(part_size for _, part_size in axis.parts)
+        if total != size:
+            raise PermutationSpecError(
+                f"{leaf!r} axis {dimension} has size {size}, but the parts of {axis} "
+                f"add up to {total}"
+            )
+        for part, part_size in axis.parts:
+            yield from self._parts(part, part_size, leaf, dimension)
+
+    def _learn(self, axis: Axis, size: int, where: str) -> None:
+        match axis:
+            case str():
+                known = self._sizes.setdefault(axis, size)
+                source = self._source.setdefault(axis, where)
+                if known != size:
+                    raise PermutationSpecError(
+                        f"group {axis!r} has {known} units at {source}, but {size} at "
+                        f"{where}"
+                    )
+            case Product(factors):
+                self._learn_product(axis, factors, size, where)
+
+    def _learn_product(self, axis, factors, size: int, where: str) -> None:
+        sizes = [
+            self._sizes.get(factor) if isinstance(factor, str) else factor
+            for factor in factors
+        ]
+        product = math.prod(s for s in sizes if s is not None)
+        unknown = [f for f, s in zip(factors, sizes, strict=True) if s is None]
+        if size % product or (not unknown and product != size):
+            raise PermutationSpecError(
+                f"{where} has size {size}, which {axis} with factors {sizes} does not "
+                "make"
+            )
+        if len(unknown) == 1 and unknown[0] is not None:
+            self._learn(unknown[0], size // product, where)

@@ -1,0 +1,208 @@
+"""Where agents live: one code path for a CPU, N host devices, GPUs, TPUs.
+
+Everything stacked has a leading axis of `placement.slots` entries, sharded over the
+one-dimensional device mesh "agents". What an agent does alone is written for one agent
+and lifted to the stack by `per_agent`; what agents do together is plain `jax.numpy` on
+the stack (see `mixing.mix`), and XLA inserts the communication.
+
+Where the number of agents is no multiple of the number of devices, the last slots hold
+copies that never train (their batches are masked out), are connected to nobody, and are
+cut off by `gather`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key
+
+from dimat_jax.tree import PyTree
+
+__all__ = ["Batching", "Placement", "place", "request_cpu_devices"]
+
+Batching = Literal["auto", "vmap", "unroll"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How `n_agents` agents are laid out over the devices of `mesh`.
+
+    Attributes:
+        n_agents: the number of agents.
+        mesh: a mesh with the single axis "agents".
+        batching: how agents that share a device run: "vmap" as one batched program,
+            "unroll" one after the other in one program. A batched convolution becomes
+            a grouped one, which XLA:CPU runs about six times slower than the same
+            convolutions unrolled; unrolling costs compile time for each agent.
+    """
+
+    n_agents: int
+    mesh: Mesh
+    batching: Literal["vmap", "unroll"]
+
+    @property
+    def slots(self) -> int:
+        """Length of every stacked axis: `n_agents`, rounded up to fill the devices."""
+        return -(-self.n_agents // self.mesh.size) * self.mesh.size
+
+    def per_agent(
+        self, fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0
+    ) -> Callable[..., Any]:
+        """Lifts a function of one agent to stacked agents.
+
+        Args:
+            fn: a pure function of pytrees of arrays.
+            in_axes: for each positional argument, 0 where agents are stacked on its
+                leading axis and None where all agents share it (as in `jax.vmap`).
+
+        Returns:
+            A function of stacked arguments whose results are stacked. Call it from
+            within `jax.jit`.
+        """
+
+        def stacked_fn(*args):
+            axes = (in_axes,) * len(args) if isinstance(in_axes, int) else in_axes
+            axes = tuple(axes or (None,) * len(args))
+            specs = tuple(
+                PartitionSpec() if axis is None else PartitionSpec("agents")
+                for axis in axes
+            )
+            return jax.shard_map(
+                lambda *shards: self._over_shard(fn, axes, shards),
+                mesh=self.mesh,
+                in_specs=specs,
+                out_specs=PartitionSpec("agents"),
+                check_vma=False,
+            )(*args)
+
+        return stacked_fn
+
+    def _over_shard(self, fn, axes, shards):
+        """Runs `fn` on every agent of one device's shard."""
+        n_local = self.slots // self.mesh.size
+        if n_local > 1 and self.batching == "vmap":
+            return jax.vmap(fn, in_axes=axes)(*shards)
+        # One agent a device needs no batching at all: batching rules would turn its
+        # convolutions into grouped ones of one group, and cost time on some backends.
+        results = [
+            fn(
+                *(
+                    shard if axis is None else jax.tree.map(lambda x: x[i], shard)  # noqa: B023
+                    for axis, shard in zip(axes, shards, strict=True)
+                )
+            )
+            for i in range(n_local)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+    def put(self, stacked: PyTree) -> PyTree:
+        """Places host arrays `[n_agents, ...]` on the devices as `[slots, ...]`."""
+        sharding = NamedSharding(self.mesh, PartitionSpec("agents"))
+        # Copies of real agents fill the last slots: whatever runs on them stays finite.
+        rows = np.arange(self.slots) % self.n_agents
+
+        def put_leaf(leaf):
+            leaf = np.asarray(leaf)
+            if leaf.shape[:1] != (self.n_agents,):
+                raise ValueError(
+                    f"expected a leading axis of {self.n_agents} agents, got an array "
+                    f"of shape {leaf.shape}"
+                )
+            padded = leaf[rows] if self.slots != self.n_agents else leaf
+            return jax.make_array_from_callback(
+                padded.shape, sharding, lambda index: padded[index]
+            )
+
+        return jax.tree.map(put_leaf, stacked)
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Places host arrays, whole, on every device."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+
+        def put_leaf(leaf):
+            leaf = np.asarray(leaf)
+            return jax.make_array_from_callback(
+                leaf.shape, sharding, lambda index: leaf[index]
+            )
+
+        return jax.tree.map(put_leaf, tree)
+
+    def fetch(self, stacked: PyTree) -> PyTree:
+        """Brings stacked arrays to the host: NumPy arrays `[slots, ...]`."""
+        if jax.process_count() > 1:
+            stacked = multihost_utils.process_allgather(stacked, tiled=True)
+        # Copies: on a CPU, asarray would be a view of a buffer that a later step may
+        # be given to overwrite.
+        return jax.tree.map(np.array, stacked)
+
+    def gather(self, stacked: PyTree) -> PyTree:
+        """As `fetch`, the agents alone: NumPy arrays `[n_agents, ...]`."""
+        return jax.tree.map(lambda x: x[: self.n_agents], self.fetch(stacked))
+
+    def keys(self, key: Key[Array, ""]) -> Key[Array, " slots"]:
+        """One key for each slot; a slot's key does not depend on the device count."""
+        return jax.vmap(lambda slot: jax.random.fold_in(key, slot))(
+            jnp.arange(self.slots)
+        )
+
+
+def place(
+    n_agents: int,
+    devices: Sequence[Any] | None = None,
+    batching: Batching = "auto",
+) -> Placement:
+    """Lays out agents over devices (default: all; never more devices than agents).
+
+    `batching="auto"` unrolls agents on CPUs and vmaps them elsewhere.
+
+    Raises:
+        ValueError: fewer than one agent, an unknown batching, or host devices whose
+            collectives would deadlock (see `request_cpu_devices`).
+    """
+    if n_agents < 1:
+        raise ValueError(f"expected at least 1 agent, got {n_agents}")
+    devices = list(jax.devices() if devices is None else devices)[:n_agents]
+    on_cpu = devices[0].platform == "cpu"
+    if batching == "auto":
+        batching = "unroll" if on_cpu else "vmap"
+    if batching not in ("vmap", "unroll"):
+        raise ValueError(f"batching is auto, vmap or unroll, got {batching!r}")
+    if on_cpu and len(devices) > _thread_pool_size():
+        raise ValueError(
+            f"{len(devices)} host devices share a pool of {_thread_pool_size()} "
+            "threads, in which collectives deadlock; call request_cpu_devices before "
+            "JAX starts, or set PJRT_NPROC=16 in the environment"
+        )
+    mesh = jax.make_mesh(
+        (len(devices),), ("agents",), axis_types=(AxisType.Auto,), devices=devices
+    )
+    return Placement(n_agents, mesh, batching)
+
+
+def request_cpu_devices(n_devices: int) -> None:
+    """Splits the CPU into `n_devices` devices. Call it before JAX first computes.
+
+    An in-process collective holds a thread of XLA's pool for each device, and the pool
+    is no larger than the number of cores unless PJRT_NPROC says so: with more devices
+    than threads the rendezvous is never complete and XLA aborts the process.
+
+    Raises:
+        RuntimeError: JAX has started already.
+        ValueError: `n_devices` < 1.
+    """
+    if n_devices < 1:
+        raise ValueError(f"expected at least 1 CPU device, got {n_devices}")
+    if _thread_pool_size() < 2 * n_devices:
+        os.environ["PJRT_NPROC"] = str(2 * n_devices)
+    jax.config.update("jax_num_cpu_devices", n_devices)
+
+
+def _thread_pool_size() -> int:
+    """Threads that XLA:CPU's client has, or will have, for running devices."""
+    return int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)

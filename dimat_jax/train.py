@@ -1,0 +1,384 @@
+"""Runs a config.
+
+    pre-train every agent alone
+    every round:
+        communicate (merge with the neighbours), evaluate
+        train locally, evaluate
+        checkpoint
+
+A run that was killed goes on from its last checkpoint when it is started again, with
+the same results: what is drawn at random depends on the seed and on counters alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import dimat_jax
+from dimat_jax.algorithms.base import State, Variables
+from dimat_jax.checkpoint import Checkpoints
+from dimat_jax.config import Config, ConfigError
+from dimat_jax.experiment import Experiment
+from dimat_jax.metrics import MetricsWriter, read_rows, write_json
+from dimat_jax.network import Ledger
+from dimat_jax.trainer import NonFiniteError, Trainer
+from dimat_jax.tree import PyTree
+
+__all__ = ["run"]
+
+# Where things are, how fast they go and what is kept: a run may resume with others.
+_CIRCUMSTANCES = (
+    "data.dir",
+    "data.cache_dir",
+    "pretrain.cache_dir",
+    "pretrain.checkpoint_every",
+    "placement",
+    "checkpoint",
+)
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come. Everything else follows from the config.
+
+    Attributes:
+        epoch: pre-training epochs done.
+        round: rounds done.
+        step: local steps done, pre-training included.
+        rows: rows of metrics.jsonl written.
+        seconds: wall time, over all the times that the run was started.
+        ledger: what was sent.
+    """
+
+    epoch: int = 0
+    round: int = 0
+    step: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def of(record: dict[str, Any]) -> "Progress":
+        """The inverse of `record`."""
+        return Progress(**{**record, "ledger": Ledger(**record["ledger"])})
+
+
+def run(
+    config: Config, workdir: str | os.PathLike[str], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Runs a config, or what is left of it, and writes all results into `workdir`.
+
+    Args:
+        config: as `config.default_config` describes.
+        workdir: made if missing; may hold the same config's interrupted run.
+        say: is told a line for every evaluation.
+
+    Returns:
+        the content of `workdir`/summary.json.
+
+    Raises:
+        UserError: a config that cannot be run, or a workdir that holds another run.
+        NonFiniteError: a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    _check_workdir(config, workdir)
+    summary = workdir / "summary.json"
+    if summary.exists():
+        say(f"{workdir} holds this run, finished")
+        return json.loads(summary.read_text())
+    experiment = Experiment(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", _as_dict(config))
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    started = _Run(experiment, workdir, checkpoints, say)
+    try:
+        return started.finish()
+    finally:
+        started.close()
+
+
+class _Run:
+    """One run, from wherever it stands to its end."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        checkpoints: Checkpoints,
+        say: Callable[[str], None],
+    ):
+        self.experiment = experiment
+        self.config = experiment.config
+        self.algorithm = experiment.algorithm
+        self.workdir = workdir
+        self.checkpoints = checkpoints
+        self.restored, self.progress = self._restore()
+        self.writer = MetricsWriter(workdir, keep_rows=self.progress.rows)
+        self._started = time.perf_counter() - self.progress.seconds
+        self.bar = tqdm(
+            total=experiment.pretrain_steps
+            + self.config.rounds * experiment.local_steps,
+            initial=self.progress.step,
+            unit="step",
+            disable=None,  # a bar on terminals only
+        )
+        self.say = say if self.bar.disable else self.bar.write
+        if self.restored is not None:
+            self.say(f"going on after local step {self.progress.step}")
+
+    def finish(self) -> dict[str, Any]:
+        """Does all that is left to do."""
+        experiment, config, progress = self.experiment, self.config, self.progress
+        algorithm, adjacency = self.algorithm, experiment.adjacency
+        pretrained = progress.epoch == config.pretrain.epochs
+        state = self.restored
+        if state is None or not pretrained:
+            state = self._pretrain(state)
+        messages = algorithm.messages(state)
+        if messages.round is not None and progress.round < config.rounds:
+            experiment.verify_spec(algorithm.variables(state))
+        trainer = Trainer(
+            experiment, algorithm, experiment.sampler, experiment.key("rounds")
+        )
+        steps = experiment.local_steps
+
+        for number in range(progress.round + 1, config.rounds + 1):
+            evaluating = number % config.eval.every == 0 or number == config.rounds
+            key = jax.random.fold_in(experiment.key("communicate"), number)
+            state, metrics = algorithm.communicate(
+                state, experiment.merge_data(number), experiment.network, key
+            )
+            progress.ledger.record(messages.round, adjacency)
+            if evaluating:
+                self._evaluate("merged", number, state, metrics)
+
+            state, metrics = trainer.train(
+                state, (number - 1) * steps, steps, self.bar.update
+            )
+            progress.ledger.record(messages.step, adjacency, times=steps)
+            progress.step += steps
+            progress.round = number
+            if evaluating:
+                self._evaluate("trained", number, state, metrics)
+            if number % config.checkpoint.every == 0 or number == config.rounds:
+                self._save(config.pretrain.epochs + number, state)
+        return self._summarize()
+
+    def close(self) -> None:
+        """Leaves everything written and closed."""
+        self.bar.close()
+        self.writer.close()
+        self.checkpoints.close()
+
+    def _pretrain(self, state: State | None) -> State:
+        """Trains every agent alone, or fetches agents that another run trained so."""
+        experiment, progress = self.experiment, self.progress
+        options = self.config.pretrain
+        shared = _shared_agents(self.config)
+        metrics: dict[str, Any] = {}
+        found = shared and state is None and _read_agents(shared, experiment)
+        if found:
+            self.say(f"pre-trained agents come from {shared}")
+            variables = experiment.placement.put(found)
+            self.bar.update(experiment.pretrain_steps)
+        else:
+            variables, metrics = self._pretrain_anew(state)
+            if shared:
+                _write_agents(shared, experiment.placement.gather(variables))
+        progress.epoch, progress.step = options.epochs, experiment.pretrain_steps
+        state = self.algorithm.init(variables)
+        self._evaluate("pretrained", 0, state, metrics)
+        self._save(options.epochs, state)
+        return state
+
+    def _pretrain_anew(self, state: State | None) -> tuple[Variables, dict[str, Any]]:
+        experiment, progress = self.experiment, self.progress
+        algorithm, options = experiment.pretrain_algorithm, self.config.pretrain
+        metrics: dict[str, Any] = {}
+        if state is None:
+            state = algorithm.init(experiment.initial_variables())
+        trainer = Trainer(
+            experiment,
+            algorithm,
+            experiment.pretrain_sampler,
+            experiment.key("pretrain"),
+        )
+        steps = experiment.pretrain_sampler.steps_per_epoch
+        for epoch in range(progress.epoch, options.epochs):
+            if epoch > progress.epoch and epoch % options.checkpoint_every == 0:
+                progress.epoch, progress.step = epoch, epoch * steps
+                self._save(epoch, state)
+            state, metrics = trainer.train(state, epoch * steps, steps, self.bar.update)
+        return algorithm.variables(state), metrics
+
+    def _evaluate(
+        self, phase: str, number: int, state: State, metrics: dict[str, Any]
+    ) -> None:
+        """Writes a row of metrics.jsonl, and says how the agents do."""
+        accuracy, loss, distance = self.experiment.evaluator(
+            self.algorithm.variables(state)
+        )
+        if not np.isfinite(loss).all():
+            agents = np.flatnonzero(~np.isfinite(loss)).tolist()
+            raise NonFiniteError(
+                f"the test loss of agent(s) {agents} is not finite in round {number} "
+                f"(phase {phase!r})"
+            )
+        self.writer.write(
+            {
+                "round": number,
+                "step": self.progress.step,
+                "phase": phase,
+                "test_accuracy": accuracy,
+                "test_accuracy_mean": accuracy.mean(),
+                "test_accuracy_std": accuracy.std(),
+                "test_loss": loss,
+                "test_loss_mean": loss.mean(),
+                "consensus_distance": distance,
+                "bytes_sent_total": self.progress.ledger.bytes_sent,
+                "comm_rounds_total": self.progress.ledger.comm_rounds,
+                "seconds_total": self._seconds(),
+                **metrics,
+            }
+        )
+        self.say(
+            f"round {number:3d} {phase:>10}: test accuracy {accuracy.mean():.4f} "
+            f"± {accuracy.std():.4f}, loss {loss.mean():.4f}, consensus distance "
+            f"{distance:.3g}"
+        )
+
+    def _summarize(self) -> dict[str, Any]:
+        """Writes summary.json: the last rows, and what computed them."""
+        rows = read_rows(self.workdir)
+        summary = {
+            **rows[-1],
+            # Also what the merge alone made of the agents, before they trained on.
+            **{f"last_{row['phase']}": row for row in rows},
+            "seconds_total": self._seconds(),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "versions": {"dimat_jax": dimat_jax.__version__, "jax": jax.__version__},
+        }
+        self.checkpoints.wait()
+        write_json(self.workdir / "summary.json", summary)
+        return json.loads((self.workdir / "summary.json").read_text())
+
+    def _restore(self) -> tuple[State | None, Progress]:
+        """The state and the progress of the newest checkpoint, if there is one."""
+        experiment = self.experiment
+
+        def like(record):
+            pretraining = record["epoch"] < self.config.pretrain.epochs
+            algorithm = experiment.pretrain_algorithm if pretraining else self.algorithm
+            slots, n_agents = experiment.placement.slots, experiment.placement.n_agents
+            variables = _resized(experiment.abstract_variables(), slots)
+            return _resized(jax.eval_shape(algorithm.init, variables), n_agents)
+
+        restored = self.checkpoints.restore(like)
+        if restored is None:
+            return None, Progress()
+        state, record = restored
+        return experiment.placement.put(state), Progress.of(record)
+
+    def _save(self, number: int, state: State) -> None:
+        self.progress.rows = self.writer.rows
+        self.progress.seconds = self._seconds()
+        self.checkpoints.save(
+            number, self.experiment.placement.gather(state), self.progress.record()
+        )
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+
+def _resized(abstract: PyTree, size: int) -> PyTree:
+    """`jax.ShapeDtypeStruct`s with another length of the leading axis."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), abstract
+    )
+
+
+def _as_dict(config: Config) -> dict[str, Any]:
+    return json.loads(config.to_json())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict's fields by dotted path."""
+    fields = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            fields |= _flat(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = value
+    return fields
+
+
+def _check_workdir(config: Config, workdir: Path) -> None:
+    """Refuses a workdir that holds the run of another config."""
+    path = workdir / "config.json"
+    if not path.exists():
+        if (workdir / "metrics.jsonl").exists() or workdir.is_file():
+            raise ConfigError(
+                f"{workdir} is no fresh folder, and holds no run's config.json either"
+            )
+        return
+    there, here = _flat(json.loads(path.read_text())), _flat(_as_dict(config))
+    differing = [
+        f"{field} ({there.get(field)!r} there, {here.get(field)!r} here)"
+        for field in sorted(there.keys() | here.keys())
+        if there.get(field) != here.get(field) and not field.startswith(_CIRCUMSTANCES)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{workdir} holds the run of another config; they differ in "
+            f"{', '.join(differing)}. Choose another workdir"
+        )
+
+
+def _shared_agents(config: Config) -> Path | None:
+    """Where runs that pre-train the same agents share them."""
+    if not config.pretrain.cache_dir:
+        return None
+    fields = {
+        field: value
+        for field, value in _flat(_as_dict(config)).items()
+        if field.startswith(("data.", "augmentation.", "model.", "pretrain."))
+        and not field.startswith(_CIRCUMSTANCES)
+    }
+    fields |= {
+        "seed": config.seed,
+        "init": config.init,
+        "agents": 1 if config.algorithm == "centralized" else config.agents,
+        "version": dimat_jax.__version__,
+    }
+    fingerprint = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    return Path(config.pretrain.cache_dir) / fingerprint.hexdigest()[:16]
+
+
+def _read_agents(directory: Path, experiment: Experiment) -> Variables | None:
+    checkpoints = Checkpoints(directory, keep=1)
+    try:
+        restored = checkpoints.restore(lambda record: experiment.abstract_variables())
+        return restored and restored[0]
+    finally:
+        checkpoints.close()
+
+
+def _write_agents(directory: Path, variables: Variables) -> None:
+    checkpoints = Checkpoints(directory, keep=1)
+    try:
+        checkpoints.save(0, variables, record={})
+    finally:
+        checkpoints.close()

@@ -1,0 +1,75 @@
+"""Pytrees: leaves addressed by path, and agents stacked on a leading axis.
+
+A leaf's path joins the keys that lead to it with "/", whatever the containers are:
+`variables["params"]["Conv_0"]["kernel"]` and `module.layers[0].weight` are
+"params/Conv_0/kernel" and "layers/0/weight".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = [
+    "PyTree",
+    "flatten",
+    "is_inexact",
+    "map_with_path",
+    "nbytes",
+    "stack",
+    "take",
+    "unstack",
+]
+
+PyTree = Any
+
+
+def _path_string(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a pytree by path, in the tree's own order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_path_string(path): leaf for path, leaf in leaves}
+
+
+def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Maps `fn(path, leaf, *other_leaves)` over a pytree's leaves."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: fn(_path_string(path), *leaves), tree, *rest
+    )
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Stacks the leaves of structurally equal trees on a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(tree: PyTree) -> list[PyTree]:
+    """The inverse of `stack`: one tree for each index of the leading axis."""
+    (size,) = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
+    return [take(tree, i) for i in range(size)]
+
+
+def take(tree: PyTree, indices: Any) -> PyTree:
+    """Indexes the leading axis of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[indices], tree)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf holds real (or complex) numbers, and so can be averaged."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of a tree of arrays or `jax.ShapeDtypeStruct`s, as a Python int.
+
+    A Python int because int32, JAX's default, overflows at 2 GiB.
+    """
+    return sum(
+        int(np.prod(leaf.shape, dtype=object)) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

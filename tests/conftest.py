@@ -1,0 +1,26 @@
+"""Fixtures that several test folders share."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data: `$DIMAT_TEST_DATA`, or shared/data beside the project."""
+    beside = Path(__file__).parents[1].parent / "shared" / "data"
+    path = Path(os.environ.get("DIMAT_TEST_DATA") or beside)
+    if not path.is_dir():
+        pytest.skip(f"no data at {path}; DIMAT_TEST_DATA can name another folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cache of decoded data for the whole test session (CIFAR takes seconds)."""
+    path = tmp_path_factory.mktemp("data_cache")
+    yield str(path)
+    shutil.rmtree(path)

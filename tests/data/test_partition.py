@@ -1,0 +1,136 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dimat_jax.data.partition import (
+    PARTITIONS,
+    PartitionError,
+    class_counts,
+    partition,
+)
+
+# Classes are skewed and need not be contiguous, and agents may outnumber them.
+labels_of = st.lists(
+    st.sampled_from([0, 0, 0, 1, 2, 5, 6, 200]), min_size=1, max_size=80
+).map(lambda labels: np.array(labels, np.int32))
+seeds = st.integers(0, 2**32)
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+@given(labels=labels_of, n_agents=st.integers(1, 12), seed=seeds)
+def test_every_sample_is_in_exactly_one_sorted_shard(name, labels, n_agents, seed):
+    shards = PARTITIONS[name](labels, n_agents, seed=seed)
+    assert len(shards) == n_agents
+    for shard in shards:
+        assert shard.dtype == np.int64
+        assert np.all(np.diff(shard) > 0)
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(shards)), np.arange(len(labels))
+    )
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+@given(labels=labels_of, n_agents=st.integers(1, 12), seed=seeds)
+def test_the_seed_alone_decides(name, labels, n_agents, seed):
+    np.random.seed(0)
+    first = PARTITIONS[name](labels, n_agents, seed=seed)
+    drawn = np.random.random()
+    np.random.seed(0)
+    assert drawn == np.random.random()  # the global state was left alone
+    np.random.seed(1)
+    second = PARTITIONS[name](labels, n_agents, seed=seed)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+@given(labels=labels_of, n_agents=st.integers(1, 12), seed=seeds)
+def test_no_agent_is_left_empty_without_an_error(name, labels, n_agents, seed):
+    if all(map(len, PARTITIONS[name](labels, n_agents, seed=seed))):
+        assert len(partition(name, labels, n_agents, seed=seed)) == n_agents
+    else:
+        with pytest.raises(PartitionError):
+            partition(name, labels, n_agents, seed=seed)
+
+
+@pytest.mark.parametrize(("name", "n_agents"), [("iid", 5), ("by_class", 20)])
+def test_another_seed_gives_other_shards_of_the_same_sizes(name, n_agents):
+    labels = np.repeat(np.arange(10), 30)
+    first, second = (partition(name, labels, n_agents, seed=s) for s in (0, 1))
+    assert [len(s) for s in first] == [len(s) for s in second]
+    assert any(np.any(a != b) for a, b in zip(first, second, strict=True))
+
+
+@given(labels=labels_of, n_agents=st.integers(1, 12), seed=seeds)
+def test_iid_is_even_in_every_class_and_in_all(labels, n_agents, seed):
+    shards = PARTITIONS["iid"](labels, n_agents, seed=seed)
+    counts = class_counts(labels, shards)
+    assert np.ptp(counts, axis=0).max() <= 1
+    assert np.ptp(counts.sum(axis=1)) <= 1
+
+
+def test_iid_is_a_fifth_of_every_class_where_that_is_possible():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(100), 500))
+    counts = class_counts(labels, partition("iid", labels, 5, seed=0))
+    np.testing.assert_array_equal(counts, np.full((5, 100), 100))
+
+
+@given(labels=labels_of, data=st.data(), seed=seeds)
+def test_by_class_gives_class_c_to_agent_c_mod_n(labels, data, seed):
+    n_agents = data.draw(st.integers(1, len(np.unique(labels))))
+    shards = PARTITIONS["by_class"](labels, n_agents, seed=seed)
+    for agent, shard in enumerate(shards):
+        assert np.all(labels[shard] % n_agents == agent)
+
+
+@given(labels=labels_of, more=st.integers(1, 20), seed=seeds)
+def test_by_class_shares_a_class_evenly_when_agents_outnumber_classes(
+    labels, more, seed
+):
+    classes = np.unique(labels)
+    shards = PARTITIONS["by_class"](labels, len(classes) + more, seed=seed)
+    sizes = np.array([len(shard) for shard in shards])
+    for agent, shard in enumerate(shards):
+        assert np.all(labels[shard] == classes[agent % len(classes)])
+    for rank in range(len(classes)):
+        assert np.ptp(sizes[rank :: len(classes)]) <= 1
+
+
+def test_by_class_shares_at_random_and_not_in_stored_order():
+    labels = np.zeros(100, np.int32)
+    first, _ = partition("by_class", labels, 2, seed=0)
+    assert not np.array_equal(first, np.arange(50))
+    assert not np.array_equal(first, np.arange(0, 100, 2))
+
+
+def test_by_class_takes_labels_of_a_narrow_type():
+    labels = np.arange(256, dtype=np.uint8)
+    shards = partition("by_class", labels, 256, seed=0)
+    np.testing.assert_array_equal(np.concatenate(shards), labels)
+
+
+def test_class_counts_has_a_column_for_every_label_up_to_the_largest():
+    labels = np.array([0, 3, 3, 1])
+    counts = class_counts(labels, [np.array([0, 1]), np.array([2, 3])])
+    np.testing.assert_array_equal(counts, [[1, 0, 0, 1], [0, 1, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "n_agents", "message"),
+    [
+        ("byclass", [0, 1], 2, r"'byclass'; allowed: by_class, iid; .* 'by_class'\?"),
+        ("other", [0, 1], 2, r"'other'; allowed: by_class, iid$"),
+        ("iid", [0, 1], 0, "expected 1 to 2 agents .* got 0"),
+        ("iid", [0, 1], 3, "expected 1 to 2 agents .* got 3"),
+        ("iid", [[0, 1]], 1, r"expected labels int\[samples\], got int64\[1, 2\]"),
+        ("iid", [0.5, 1.0], 1, r"expected labels int\[samples\], got float64\[2\]"),
+        # Both classes are even: agent 1 of 2 has none.
+        ("by_class", [0, 2, 2], 2, r"by_class leaves agents \[1\] of 2 without"),
+        # Agents 1 and 3 share class 1, which has a single sample.
+        ("by_class", [0, 0, 0, 1], 4, r"by_class leaves agents \[3\] of 4 .*2 classes"),
+    ],
+)
+def test_what_cannot_be_split_says_why(name, labels, n_agents, message):
+    with pytest.raises(PartitionError, match=message):
+        partition(name, np.array(labels), n_agents, seed=0)
