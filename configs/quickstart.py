@@ -10,10 +10,10 @@ from dimat_jax.config import default_config
 
 
 def get_config(algorithm: str = "dimat"):
-    """Differently initialised MLPs, 30 epochs alone, then 8 rounds."""
+    """Differently initialised MLPs, 30 epochs alone, then 10 rounds."""
     config = default_config()
     config.algorithm = algorithm or "dimat"
-    config.rounds = 8
+    config.rounds = 10
     config.local_epochs = 2
     config.batch_size = 32
     config.data.name = "digits"
@@ -21,10 +21,12 @@ def get_config(algorithm: str = "dimat"):
     config.optimizer.learning_rate = 1e-3
     config.pretrain.epochs = 30
     config.pretrain.batch_size = 32
+    config.merge.frame = "reference"
+    config.merge.stay = 0.1
+    config.merge.opt_state = "merge"
     config.merge.match_samples = 0
     config.merge.bn_data = "none"
     config.merge.batch_size = 500
-    # Small dense layers: one batched program beats five devices.
-    config.placement.cpu_devices = 1
+    # Dense layers batch well, and one agent's program compiles faster than five.
     config.placement.batching = "vmap"
     return config.lock()

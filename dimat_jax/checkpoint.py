@@ -6,9 +6,14 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from dimat_jax.tree import PyTree
+from dimat_jax.errors import UserError
+from dimat_jax.tree import PyTree, map_with_path
 
-__all__ = ["Checkpoints"]
+__all__ = ["CheckpointError", "Checkpoints"]
+
+
+class CheckpointError(UserError):
+    """A checkpoint that holds something else than what is to be restored."""
 
 
 class Checkpoints:
@@ -48,6 +53,10 @@ class Checkpoints:
 
         Returns:
             None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: a leaf's shape is not the expected one.
+            ValueError: the structure is not the expected one.
         """
         number = self._manager.latest_step()
         if number is None:
@@ -55,10 +64,20 @@ class Checkpoints:
         record = self._manager.restore(
             number, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )["record"]
+        expected = like(record)
         tree = self._manager.restore(
-            number,
-            args=ocp.args.Composite(tree=ocp.args.StandardRestore(like(record))),
+            number, args=ocp.args.Composite(tree=ocp.args.StandardRestore(expected))
         )["tree"]
+
+        def check(path, leaf, expected_leaf):
+            # Orbax reads whatever shape it finds.
+            if leaf.shape != expected_leaf.shape:
+                raise CheckpointError(
+                    f"checkpoint {number} in {self._manager.directory}: {path} is of "
+                    f"shape {leaf.shape}, expected {expected_leaf.shape}"
+                )
+
+        map_with_path(check, tree, expected)
         return tree, record
 
     def wait(self) -> None:

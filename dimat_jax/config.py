@@ -94,7 +94,7 @@ def default_config() -> Config:
                 "keep": 2,
             },
             "placement": {
-                "cpu_devices": 0,  # to split a CPU into; 0: one for each agent
+                "cpu_devices": 1,  # to split a CPU into
                 "batching": "auto",  # auto | vmap | unroll: agents on one device
             },
         }
@@ -148,6 +148,7 @@ def check(config: Config) -> None:
         "eval.batch_size",
         "checkpoint.every",
         "checkpoint.keep",
+        "placement.cpu_devices",
     ):
         _at_least(config, field, 1)
     for field in (
@@ -163,7 +164,6 @@ def check(config: Config) -> None:
         "merge.match_samples",
         "merge.bn_samples",
         "eval.samples",
-        "placement.cpu_devices",
     ):
         _at_least(config, field, 0)
     if (config.local_epochs > 0) == (config.local_steps > 0):

@@ -67,7 +67,10 @@ class Experiment:
         self.mixing_matrix = MIXINGS[config.mixing](self.adjacency)
         self._check_sizes()
 
-        self.placement = place(n_agents, batching=config.placement.batching)
+        devices = jax.devices()
+        if devices[0].platform == "cpu":
+            devices = devices[: config.placement.cpu_devices]
+        self.placement = place(n_agents, devices, config.placement.batching)
         self.network = self.placement.replicate(
             static(self.mixing_matrix, self.adjacency, self.placement.slots)
         )
@@ -213,13 +216,16 @@ class Experiment:
         return [self.config.seed, _PURPOSES.index(purpose)]
 
     def _check_sizes(self) -> None:
-        merge, n_train = self.config.merge, len(self.dataset.train.labels)
+        merge = self.config.merge
+        n_train = len(self.dataset.train.labels)
         n_test = len(self.dataset.test.labels)
-        for field, size, available in (
-            ("merge.match_samples", merge.match_samples, n_train),
-            ("merge.bn_samples", merge.bn_samples, n_train),
-            ("eval.samples", self.config.eval.samples, n_test),
-        ):
+        sizes = {"eval.samples": (self.config.eval.samples, n_test)}
+        # Agents may own fewer than are asked for; a proxy has to be what it says.
+        if merge.match_data == "proxy":
+            sizes["merge.match_samples"] = (merge.match_samples, n_train)
+        if merge.bn_data == "proxy":
+            sizes["merge.bn_samples"] = (merge.bn_samples, n_train)
+        for field, (size, available) in sizes.items():
             if size > available:
                 raise ConfigError(
                     f"config.{field} is {size}, but there are only {available} images"

@@ -46,7 +46,8 @@ class MetricsWriter:
         os.replace(temporary, self._path)
         # Tells TensorBoard to forget the events that will be written again.
         next_step = kept[-1]["step"] + 1 if kept else 0
-        self._events = SummaryWriter(str(workdir), purge_step=next_step)
+        # Flushed by time, since `flush` does not wait for what is still in its queue.
+        self._events = SummaryWriter(str(workdir), purge_step=next_step, flush_secs=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row of numbers, strings, and lists and dicts of them."""
@@ -55,9 +56,9 @@ class MetricsWriter:
         self.rows += 1
         prefix = row["phase"]
         for name, value in row.items():
-            if isinstance(value, (int, float)) and name not in ("round", "step"):
+            is_number = isinstance(value, (int, float, np.number))
+            if is_number and name not in ("round", "step"):
                 self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
-        self._events.flush()
 
     def close(self) -> None:
         """Closes the event file."""

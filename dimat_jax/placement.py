@@ -87,7 +87,7 @@ class Placement:
         """Runs `fn` on every agent of one device's shard."""
         n_local = self.slots // self.mesh.size
         if n_local > 1 and self.batching == "vmap":
-            return jax.vmap(fn, in_axes=axes)(*shards)
+            return jax.vmap(fn, in_axes=axes, axis_size=n_local)(*shards)
         # One agent a device needs no batching at all: batching rules would turn its
         # convolutions into grouped ones of one group, and cost time on some backends.
         results = [
@@ -173,11 +173,12 @@ def place(
         batching = "unroll" if on_cpu else "vmap"
     if batching not in ("vmap", "unroll"):
         raise ValueError(f"batching is auto, vmap or unroll, got {batching!r}")
-    if on_cpu and len(devices) > _thread_pool_size():
+    n_local = sum(device.process_index == jax.process_index() for device in devices)
+    if on_cpu and n_local > 1 and _thread_pool_size() < _threads_for(n_local):
         raise ValueError(
-            f"{len(devices)} host devices share a pool of {_thread_pool_size()} "
-            "threads, in which collectives deadlock; call request_cpu_devices before "
-            "JAX starts, or set PJRT_NPROC=16 in the environment"
+            f"{n_local} host devices share a pool of {_thread_pool_size()} threads, in "
+            "which collectives deadlock; call request_cpu_devices before JAX starts, "
+            f"or set PJRT_NPROC={_threads_for(n_local)} in the environment"
         )
     mesh = jax.make_mesh(
         (len(devices),), ("agents",), axis_types=(AxisType.Auto,), devices=devices
@@ -188,9 +189,10 @@ def place(
 def request_cpu_devices(n_devices: int) -> None:
     """Splits the CPU into `n_devices` devices. Call it before JAX first computes.
 
-    An in-process collective holds a thread of XLA's pool for each device, and the pool
-    is no larger than the number of cores unless PJRT_NPROC says so: with more devices
-    than threads the rendezvous is never complete and XLA aborts the process.
+    An in-process collective holds a thread of XLA's pool for each device, and programs
+    that wait for it hold others. The pool is no larger than the number of cores unless
+    PJRT_NPROC says so: with too few threads the rendezvous is never complete and XLA
+    aborts the process.
 
     Raises:
         RuntimeError: JAX has started already.
@@ -198,11 +200,26 @@ def request_cpu_devices(n_devices: int) -> None:
     """
     if n_devices < 1:
         raise ValueError(f"expected at least 1 CPU device, got {n_devices}")
-    if _thread_pool_size() < 2 * n_devices:
-        os.environ["PJRT_NPROC"] = str(2 * n_devices)
     jax.config.update("jax_num_cpu_devices", n_devices)
+    if _thread_pool_size() < _threads_for(n_devices):
+        os.environ["PJRT_NPROC"] = str(_threads_for(n_devices))
+
+
+def _threads_for(n_devices: int) -> int:
+    """Threads with which collectives do not deadlock.
+
+    Measured (jax 0.10.2), dispatching forwards and all-gathers without waiting for
+    them: 2 devices hang with 3 threads and 5 devices with 9, while 2 with 4, 5 with 10
+    and 8 with 16 do not.
+    """
+    return 2 * n_devices
 
 
 def _thread_pool_size() -> int:
     """Threads that XLA:CPU's client has, or will have, for running devices."""
-    return int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
+    if requested := os.environ.get("PJRT_NPROC"):
+        return int(requested)
+    # XLA counts the cores that the process may use, where the system tells it.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

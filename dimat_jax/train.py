@@ -101,7 +101,8 @@ def run(
         return json.loads(summary.read_text())
     experiment = Experiment(config)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", _as_dict(config))
+    if not (workdir / "config.json").exists():
+        write_json(workdir / "config.json", _as_dict(config))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     started = _Run(experiment, workdir, checkpoints, say)
     try:

@@ -8,17 +8,26 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from absl import app, flags
+import jax
+from absl import app, flags, logging
 
+from dimat_jax.data.cache import user_cache
 from dimat_jax.errors import UserError
 
-__all__ = ["run"]
+__all__ = ["expect_no", "run"]
 
 
-def run(main: Callable[[], Any]) -> NoReturn:
-    """Parses absl's flags, runs `main` and exits."""
+def run(main: Callable[[list[str]], Any]) -> NoReturn:
+    """Parses absl's flags, runs `main` with the other arguments, and exits."""
+    # Orbax tells every step of every save; --verbosity=0 brings it back.
+    logging.set_verbosity(logging.WARNING)
+    # The runs of a sweep, and a run that resumes, compile the same programs.
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = str(user_cache() / "xla")
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(lambda argv: main(argv[1:]), flags_parser=_parse)
     except UserError as error:
         _end(2, f"error: {error}")
     except ArithmeticError as error:
@@ -41,9 +50,13 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"the config has no such field: {hint}") from error
     except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(str(error)) from error
-    if len(rest) > 1:
-        raise UserError(f"arguments that are no flags: {' '.join(rest[1:])}")
     return rest
+
+
+def expect_no(arguments: list[str]) -> None:
+    """Refuses what is left of a command line that should hold flags alone."""
+    if arguments:
+        raise UserError(f"expected only flags (--name=value), got {arguments}")
 
 
 def _end(code: int, message: str) -> NoReturn:

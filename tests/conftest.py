@@ -2,10 +2,22 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
+
+from dimat_jax.placement import request_cpu_devices
+
+# Before JAX starts: tests lay agents out over 1, 2 and 5 devices.
+request_cpu_devices(5)
+
+# Many tests run the same small programs; each is compiled once in a session.
+_COMPILED = tempfile.TemporaryDirectory(prefix="dimat_jax-xla-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")

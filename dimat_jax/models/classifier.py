@@ -74,7 +74,7 @@ def activations(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]
 
     def watch(variables, inputs):
         _, seen = model.apply(variables, inputs, train=False, mutable=["intermediates"])
-        return flatten(seen["intermediates"])
+        return flatten(seen.get("intermediates", {}))
 
     return watch
 

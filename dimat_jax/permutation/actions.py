@@ -48,8 +48,8 @@ def apply(spec: PermutationSpec, perms: Mapping[str, Any], variables: PyTree) ->
         Variables of the same structure, shapes and dtypes.
 
     Raises:
-        PermutationSpecError: a leaf that the spec does not cover, or a group without a
-            permutation.
+        PermutationSpecError: a leaf that the spec does not cover, a group without a
+            permutation, or one of a length that does not fit.
     """
     for group in spec.groups:
         if group not in perms:
@@ -58,16 +58,32 @@ def apply(spec: PermutationSpec, perms: Mapping[str, Any], variables: PyTree) ->
     def permute(path, leaf):
         if path not in spec.axes:
             raise PermutationSpecError(f"the spec does not cover the leaf {path!r}")
-        return permute_leaf(spec.axes[path], perms, leaf)
+        try:
+            return permute_leaf(spec.axes[path], perms, leaf)
+        except PermutationSpecError as error:
+            raise PermutationSpecError(f"{path!r}: {error}") from None
 
     return map_with_path(permute, variables)
 
 
 def permute_leaf(axes: tuple[Axis, ...], perms: Mapping[str, Any], leaf: Any) -> Any:
-    """Permutes one array, whose dimensions `axes` describes."""
-    for dimension, axis in enumerate(axes):
+    """Permutes one array, whose dimensions `axes` describes.
+
+    Raises:
+        PermutationSpecError: the array or a permutation is of another shape.
+    """
+    shape = jnp.shape(leaf)
+    if len(axes) != len(shape):
+        raise PermutationSpecError(f"shape {shape} does not have the axes {axes}")
+    for dimension, (axis, size) in enumerate(zip(axes, shape, strict=True)):
         if any(axis_groups(axis)):
-            indices = _axis_indices(axis, perms, leaf.shape[dimension])
+            indices = _axis_indices(axis, perms, size)
+            # Else take would silently drop, repeat or invent units.
+            if len(indices) != size:
+                raise PermutationSpecError(
+                    f"axis {dimension} has size {size}, but {axis!r} permutes "
+                    f"{len(indices)} units"
+                )
             leaf = jnp.take(leaf, indices, axis=dimension)
     return leaf
 

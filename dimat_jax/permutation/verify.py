@@ -53,7 +53,7 @@ def verify(
     noise_key, perm_key = jax.random.split(key)
     check = _Check(forward, _without_constants(variables, noise_key), inputs)
     perms = _moving(random(spec, variables, perm_key))
-    if not (moved := check.movement(spec, perms)) > tolerance:
+    if (moved := check.movement(spec, perms)) <= tolerance:
         return
 
     still = identity(spec, variables)
@@ -90,8 +90,13 @@ class _Check:
         return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(outputs)]
 
     def movement(self, spec: PermutationSpec, perms: Perms) -> float:
-        """The largest change of an output, relative to the largest absolute output."""
+        """The largest change of an output, relative to the largest absolute output.
+
+        Infinite where outputs that were finite no longer are.
+        """
         moved = self._run(apply(spec, perms, self._variables))
+        if not all(np.isfinite(output).all() for output in moved):
+            return np.inf
         return max(
             float(np.abs(after - before).max() / max(np.abs(before).max(), 1e-30))
             for before, after in zip(self._outputs, moved, strict=True)
@@ -101,16 +106,22 @@ class _Check:
         self, spec: PermutationSpec, group: str, size: int
     ) -> Iterator[tuple[PermutationSpec, str]]:
         """Specs that differ in whether one axis belongs to a group, and what to say."""
+        # Additions come first: taking a group its last axis "mends" it, too.
         leaves = flatten(self._variables)
         for leaf, axes in spec.axes.items():
             for dimension, axis in enumerate(axes):
-                where = f"{leaf!r} axis {dimension}"
-                if axis == group:
-                    edited = _with_axis(spec, leaf, dimension, None)
-                    yield edited, f"{where} should not be in it"
-                elif leaves[leaf].shape[dimension] == size:
-                    edited = _with_axis(spec, leaf, dimension, group)
-                    yield edited, f"{where} should be in it, and is declared {axis!r}"
+                if axis != group and leaves[leaf].shape[dimension] == size:
+                    yield (
+                        _with_axis(spec, leaf, dimension, group),
+                        f"{leaf!r} axis {dimension} should be in it, and is declared "
+                        f"{axis!r}",
+                    )
+        for leaf, dimension in spec.groups[group]:
+            if spec.axes[leaf][dimension] == group:
+                yield (
+                    _with_axis(spec, leaf, dimension, None),
+                    f"{leaf!r} axis {dimension} should not be in it",
+                )
 
 
 def _with_axis(

@@ -1,0 +1,46 @@
+# Needs Python 3.11 or later and nothing else; everything goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint types format bench clean
+
+demo: $(VENV)/installed  ## the quickstart: trains, merges, prints tables, plots
+	$(BIN)/python -m experiments.sweep \
+		--sweep=configs/sweeps/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/installed-dev  ## the tests, without those that take minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed-dev  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/python -m experiments.bench merge --out=runs/bench-merge.json
+
+clean:
+	rm -rf $(VENV) runs/quickstart
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, found " \
+		+ sys.version if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ $(VENV)/installed

@@ -1,0 +1,32 @@
+"""DIMAT, weight averaging and no communication, from the same agents, on digits.
+
+DIMAT comes twice: as in the paper, where every agent stays in its own frame, and in a
+common frame of reference, where a unit moves only if its correlation gains over 0.1.
+
+    python -m experiments.sweep --sweep=configs/sweeps/quickstart.py --workdir=DIR
+
+IID and by class, ring and fully connected: 16 runs, under 2 minutes on 2 CPU cores.
+"""
+
+from itertools import product
+
+from configs import quickstart
+
+
+def get_runs():
+    """The runs, by name."""
+    runs = {}
+    for partition, topology, algorithm in product(
+        ("iid", "by_class"),
+        ("ring", "fully_connected"),
+        ("dimat-reference", "dimat-own", "wa", "local"),
+    ):
+        name, _, frame = algorithm.partition("-")
+        config = quickstart.get_config(name)
+        config.topology = topology
+        config.data.partition = partition
+        if frame == "own":
+            config.merge.frame = "own"
+            config.merge.stay = 0.0
+        runs[f"{partition}-{topology}-{algorithm}"] = config
+    return runs

@@ -1,0 +1,106 @@
+"""Tiny ImageNet (200 classes, 64 x 64), as its authors publish it."""
+
+import collections
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dimat_jax.data.cache import cached
+from dimat_jax.data.dataset import (
+    DataError,
+    Dataset,
+    Split,
+    decode_image,
+    make_split,
+)
+
+__all__ = ["read"]
+
+_NAME = "tiny-imagenet-200"  # of the zip and of the folder in it
+
+
+def read(directory: str | None, cache_dir: str | None) -> Dataset:
+    """Reads the zip or the unpacked folder; the validation images are for testing.
+
+    Args:
+        directory: the authors' zip, the unpacked folder, or a folder that holds either.
+        cache_dir: as of `cached`.
+
+    Raises:
+        DataError: `directory` is None, or the data are not there or malformed.
+    """
+    if directory is None:
+        raise DataError(
+            "tiny_imagenet: `directory` is missing; expected the path of "
+            f"{_NAME}.zip (http://cs231n.stanford.edu/{_NAME}.zip) or of its contents"
+        )
+    path = Path(directory).expanduser()
+    places = (path, path / f"{_NAME}.zip", path / _NAME)
+    root = next((p for p in places if p.is_file() or (p / "wnids.txt").is_file()), None)
+    if root is None:
+        raise DataError(
+            f"tiny_imagenet: expected {path} to be or hold {_NAME}.zip, or to hold "
+            f"wnids.txt or {_NAME}/wnids.txt"
+        )
+    files = [root] if root.is_file() else sorted(filter(Path.is_file, root.rglob("*")))
+    return cached(
+        "tiny_imagenet", root.parent, files, cache_dir, lambda: _decode(root, files)
+    )
+
+
+def _decode(root: Path, files: Sequence[Path]) -> tuple[Split, Split, int]:
+    if root.is_dir():
+        paths = {file.relative_to(root).as_posix(): file for file in files}
+        return _splits(root, paths, lambda name: paths[name].read_bytes())
+    try:
+        with zipfile.ZipFile(root) as archive:
+            names = {
+                name.removeprefix(f"{_NAME}/"): name for name in archive.namelist()
+            }
+            return _splits(root, names, lambda name: archive.read(names[name]))
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{root} is no intact zip: {error}") from error
+
+
+def _splits(
+    root: Path, names: Collection[str], read_member: Callable[[str], bytes]
+) -> tuple[Split, Split, int]:
+    """Both splits and the number of classes, from the files' names and contents."""
+
+    def lines(name: str) -> list[str]:
+        text = read_member(name).decode().strip() if name in names else ""
+        if not text:
+            raise DataError(f"{root}: {name} is missing or empty")
+        return text.splitlines()
+
+    def split(labels: dict[str, int]) -> Split:
+        images = np.empty((len(labels), 64, 64, 3), np.uint8)
+        for image, name in zip(images, labels, strict=True):
+            image[:] = decode_image(read_member(name), image.shape, f"{root}: {name}")
+        return make_split(images, np.array(list(labels.values())))
+
+    folders = collections.defaultdict(list)
+    for name in sorted(names):
+        if name.endswith(".JPEG"):
+            folders[os.path.dirname(name)].append(name)
+    classes = {wnid.strip(): label for label, wnid in enumerate(lines("wnids.txt"))}
+    train, test = {}, {}
+    for wnid, label in classes.items():
+        if f"train/{wnid}/images" not in folders:
+            raise DataError(f"{root}: train/{wnid}/images/*.JPEG is missing")
+        train |= dict.fromkeys(folders[f"train/{wnid}/images"], label)
+    for line in lines("val/val_annotations.txt"):
+        file, wnid, *_ = [*line.split(), "", ""]
+        if wnid not in classes:
+            raise DataError(
+                f"{root}: val/val_annotations.txt: expected '<file> <wnid> ...' with a "
+                f"wnid of wnids.txt, got {line!r}"
+            )
+        if f"val/images/{file}" not in names:
+            raise DataError(f"{root}: val/images/{file} is missing")
+        test[f"val/images/{file}"] = classes[wnid]
+    return split(train), split(test), len(classes)

@@ -1,0 +1,179 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dimat_jax.data.pipeline import Reader, place_pool
+from dimat_jax.data.sources import Split
+from dimat_jax.evaluate import Evaluation, Evaluator
+from dimat_jax.placement import Placement, place
+
+N_AGENTS, N_SAMPLES, N_CLASSES = 3, 11, 4
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (N_SAMPLES, 2, 2, 1), dtype=np.uint8)
+LABELS = RNG.integers(N_CLASSES, size=N_SAMPLES).astype(np.int32)
+MEAN, STD = 120.0, 50.0
+
+
+def forward(variables: Any, inputs):
+    params = variables["params"]
+    return inputs.reshape(len(inputs), -1) @ params["w"] + params["b"]
+
+
+def agents(seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    params = {
+        "w": rng.normal(size=(N_AGENTS, 4, N_CLASSES)).astype(np.float32),
+        "b": rng.normal(size=(N_AGENTS, N_CLASSES)).astype(np.float32),
+    }
+    # Other collections have no part in the distance.
+    statistics = {"mean": rng.normal(size=(N_AGENTS, 3)).astype(np.float32)}
+    return {"params": params, "batch_stats": statistics}
+
+
+def in_numpy(variables: Any, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy and loss of every agent, in float64."""
+    x = (IMAGES[samples].reshape(len(samples), -1) - MEAN) / STD
+    w, b = (variables["params"][name].astype(np.float64) for name in "wb")
+    logits = np.einsum("sd,adc->asc", x, w) + b[:, None]
+    labels = LABELS[samples]
+    accuracy = (logits.argmax(axis=-1) == labels).mean(axis=1)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return accuracy, -log_probabilities[:, np.arange(len(labels)), labels].mean(axis=1)
+
+
+@pytest.fixture
+def placement() -> Placement:
+    return place(N_AGENTS, jax.devices()[:1])
+
+
+def evaluate(
+    placement: Placement,
+    variables: Any,
+    batch_size: int = 4,
+    samples: np.ndarray | None = None,
+    forward: Any = forward,
+) -> Evaluation:
+    split = Split(IMAGES, LABELS)
+    pool = place_pool(split, np.array([MEAN]), np.array([STD]), placement)
+    samples = np.arange(N_SAMPLES) if samples is None else samples
+    reader = Reader(pool, placement)
+    evaluator = Evaluator(forward, reader.shared(samples, batch_size), placement)
+    return evaluator(placement.put(variables))
+
+
+@pytest.mark.parametrize("batching", ["vmap", "unroll"])
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
+def test_accuracy_and_loss_are_means_over_all_samples(batching, batch_size):
+    # Of these batch sizes, 4 and 100 leave a last batch to be filled up.
+    placement = place(N_AGENTS, jax.devices()[:1], batching)
+    variables = agents()
+    result = evaluate(placement, variables, batch_size)
+    accuracy, loss = in_numpy(variables, np.arange(N_SAMPLES))
+    np.testing.assert_allclose(result.accuracy, accuracy, rtol=1e-12)
+    np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
+    assert len(set(accuracy)) > 1  # or agents could be mixed up unseen
+
+
+def test_only_the_given_samples_count(placement):
+    variables, samples = agents(), np.array([10, 3, 5, 7, 0])
+    result = evaluate(placement, variables, samples=samples)
+    accuracy, loss = in_numpy(variables, samples)
+    np.testing.assert_allclose(result.accuracy, accuracy, rtol=1e-12)
+    np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
+
+
+def test_results_are_of_the_host(placement):
+    result = evaluate(placement, agents())
+    assert isinstance(result.accuracy, np.ndarray)
+    assert result.accuracy.shape == result.loss.shape == (N_AGENTS,)
+    assert type(result.consensus_distance) is float
+
+
+def test_evaluating_again_starts_from_nothing(placement):
+    split = Split(IMAGES, LABELS)
+    pool = place_pool(split, np.array([MEAN]), np.array([STD]), placement)
+    samples = Reader(pool, placement).shared(np.arange(N_SAMPLES), 4)
+    traces = []
+
+    def counted(variables, inputs):
+        traces.append(inputs.shape)
+        return forward(variables, inputs)
+
+    evaluator = Evaluator(counted, samples, placement)
+    first = evaluator(placement.put(agents(0)))
+    n_traces = len(traces)
+    evaluator(placement.put(agents(1)))
+    again = evaluator(placement.put(agents(0)))
+    np.testing.assert_array_equal(again.accuracy, first.accuracy)
+    np.testing.assert_array_equal(again.loss, first.loss)
+    assert len(traces) == n_traces  # and compiles nothing
+
+
+def test_a_filled_up_entry_that_is_not_finite_counts_nowhere(placement):
+    def forward_of_black(variables, inputs):
+        # A batch of 20 holds 11 samples, sample 0 first, and then copies of that.
+        first = (IMAGES[0].reshape(-1) - MEAN) / STD
+        flat = inputs.reshape(len(inputs), -1)
+        is_first = jnp.isclose(flat, jnp.asarray(first, flat.dtype)).all(axis=1)
+        seen_before = jnp.cumsum(is_first) > 1
+        return jnp.where(seen_before[:, None], jnp.nan, forward(variables, inputs))
+
+    variables = agents()
+    result = evaluate(placement, variables, 20, forward=forward_of_black)
+    accuracy, loss = in_numpy(variables, np.arange(N_SAMPLES))
+    np.testing.assert_allclose(result.accuracy, accuracy, rtol=1e-12)
+    np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
+
+
+def test_losses_that_are_not_finite_are_not_hidden(placement):
+    variables = agents()
+    variables["params"]["w"][1] = np.nan
+    result = evaluate(placement, variables)
+    np.testing.assert_array_equal(np.isfinite(result.loss), [True, False, True])
+
+
+# The consensus distance
+
+
+def test_the_distance_is_the_root_mean_square_over_agents(placement):
+    variables = agents()
+    params = variables["params"]
+    flat = np.concatenate(
+        [leaf.reshape(N_AGENTS, -1) for leaf in params.values()], axis=1
+    ).astype(np.float64)
+    from_mean = np.linalg.norm(flat - flat.mean(axis=0), axis=1)
+    expected = np.sqrt((from_mean**2).mean())
+    distance = evaluate(placement, variables).consensus_distance
+    assert distance == pytest.approx(expected, rel=1e-6)
+
+
+def test_two_camps_are_half_their_difference_away_from_the_mean():
+    placement = place(2, jax.devices()[:1])
+    params = {"w": np.zeros((2, 4, N_CLASSES)), "b": np.array([[3.0] * 4, [-3.0] * 4])}
+    distance = evaluate(placement, {"params": params}).consensus_distance
+    assert distance == pytest.approx(3 * np.sqrt(4))
+
+
+def test_at_consensus_the_distance_is_zero(placement):
+    variables = agents()
+    same = jax.tree.map(lambda x: np.stack([x[0]] * N_AGENTS), variables)
+    # Whatever running statistics do.
+    same["batch_stats"] = variables["batch_stats"]
+    assert evaluate(placement, same).consensus_distance == pytest.approx(0, abs=1e-6)
+
+
+def test_the_distance_grows_with_the_disagreement_and_ignores_the_common_part(
+    placement,
+):
+    variables = agents()
+    moved, doubled = (jax.tree.map(np.copy, variables) for _ in range(2))
+    moved["params"]["b"] += 5
+    doubled["params"] = jax.tree.map(lambda x: 2 * x, doubled["params"])
+    distance, shifted, twice = (
+        evaluate(placement, v).consensus_distance for v in (variables, moved, doubled)
+    )
+    assert shifted == pytest.approx(distance, rel=1e-5)
+    assert twice == pytest.approx(2 * distance, rel=1e-6)

@@ -1,0 +1,278 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dimat_jax.mixing import (
+    MIXINGS,
+    MixingError,
+    is_doubly_stochastic,
+    metropolis_hastings,
+    mix,
+    spectral_gap,
+    uniform,
+)
+from dimat_jax.topology import TOPOLOGIES, from_graph, is_connected
+
+seeds = st.integers(0, 2**31)
+
+all_mixings = pytest.mark.parametrize("mixing", MIXINGS.values(), ids=MIXINGS)
+
+
+@st.composite
+def connected_graphs(draw: Any) -> nx.Graph:
+    """Trees, small worlds, stars with rings, and whatever chance connects."""
+    n, seed = draw(st.integers(2, 12)), draw(seeds)
+    kind = draw(st.sampled_from(["tree", "small world", "wheel", "random"]))
+    if kind == "tree":
+        return nx.random_labeled_tree(n, seed=seed)
+    if kind == "small world" and n > 4:
+        return nx.connected_watts_strogatz_graph(n, 4, 0.5, seed=seed)
+    if kind == "wheel":
+        return nx.wheel_graph(n)
+    graph = nx.gnp_random_graph(n, draw(st.floats(0, 1)), seed=seed)
+    return nx.compose(graph, nx.random_labeled_tree(n, seed=seed))
+
+
+def assert_fits(matrix: np.ndarray, adjacency: np.ndarray) -> None:
+    """Doubly stochastic, positive on the graph, and zero off it."""
+    assert matrix.dtype == np.float64
+    np.testing.assert_allclose(matrix.sum(axis=0), 1, rtol=1e-12)
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=1e-12)
+    off_diagonal = ~np.eye(len(matrix), dtype=bool)
+    np.testing.assert_array_equal(matrix[off_diagonal] > 0, adjacency[off_diagonal])
+    assert (matrix >= 0).all()
+    np.testing.assert_allclose(matrix, matrix.T)
+    assert is_doubly_stochastic(matrix)
+
+
+# Mixing matrices
+
+
+@all_mixings
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("n_agents", range(1, 9))
+def test_every_mixing_fits_every_topology(mixing, topology, n_agents):
+    adjacency = TOPOLOGIES[topology](n_agents)
+    assert_fits(mixing(adjacency), adjacency)
+
+
+@all_mixings
+@settings(deadline=None, max_examples=50)
+@given(graph=connected_graphs())
+def test_every_mixing_fits_every_connected_graph(mixing, graph):
+    adjacency = from_graph(graph)
+    assert is_connected(adjacency)
+    matrix = mixing(adjacency)
+    assert_fits(matrix, adjacency)
+    # Everyone keeps some of their own, so gossip converges on any connected graph.
+    assert matrix.diagonal().min() > 0
+    assert 0 < spectral_gap(matrix) <= 1
+
+
+@all_mixings
+@pytest.mark.parametrize("n_agents", range(1, 9))
+def test_weights_are_equal_on_regular_graphs(mixing, n_agents):
+    for topology in ("fully_connected", "ring", "disconnected"):
+        adjacency = TOPOLOGIES[topology](n_agents)
+        (degree,) = set(adjacency.sum(axis=1))
+        expected = (adjacency | np.eye(n_agents, dtype=bool)) / (degree + 1)
+        np.testing.assert_allclose(mixing(adjacency), expected, rtol=1e-12)
+
+
+def test_the_papers_weights_are_one_nth_and_one_third():
+    fully_connected = uniform(TOPOLOGIES["fully_connected"](5))
+    np.testing.assert_allclose(fully_connected, np.full((5, 5), 1 / 5))
+    ring = uniform(TOPOLOGIES["ring"](5))
+    np.testing.assert_allclose(ring[0], [1 / 3, 1 / 3, 0, 0, 1 / 3])
+
+
+def test_uniform_weights_on_a_star_are_those_of_its_centre():
+    matrix = uniform(from_graph(nx.star_graph(3)))
+    np.testing.assert_allclose(matrix[0], [1 / 4] * 4)
+    np.testing.assert_allclose(matrix[1], [1 / 4, 3 / 4, 0, 0])
+
+
+def test_metropolis_hastings_weighs_an_edge_by_its_larger_degree():
+    # A path 0 - 1 - 2 - 3: degrees 1, 2, 2, 1.
+    third = 1 / 3
+    expected = [
+        [2 * third, third, 0, 0],
+        [third, third, third, 0],
+        [0, third, third, third],
+        [0, 0, third, 2 * third],
+    ]
+    matrix = metropolis_hastings(from_graph(nx.path_graph(4)))
+    np.testing.assert_allclose(matrix, expected)
+    # Where degrees differ, an edge between small ones weighs more than uniformly.
+    lollipop = from_graph(nx.lollipop_graph(4, 3))
+    assert (metropolis_hastings(lollipop)[-1, -2], uniform(lollipop)[-1, -2]) == (
+        pytest.approx(1 / 3),
+        pytest.approx(1 / 5),
+    )
+
+
+@all_mixings
+def test_a_directed_graph_is_refused_with_the_edge(mixing):
+    adjacency = TOPOLOGIES["ring"](4)
+    adjacency[1, 2] = False
+    with pytest.raises(MixingError, match="undirected graph, but agent 2 receives fro"):
+        mixing(adjacency)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        [[0.5, 0.5], [0.4, 0.6]],  # rows only
+        [[0.5, 0.4], [0.5, 0.6]],  # columns only
+        [[1.5, -0.5], [-0.5, 1.5]],  # sums alone are not enough
+    ],
+)
+def test_what_is_not_doubly_stochastic_is_told(matrix):
+    assert not is_doubly_stochastic(np.array(matrix))
+
+
+# The spectral gap
+
+
+@pytest.mark.parametrize("n_agents", [2, 3, 5, 8])
+def test_the_gap_is_one_if_fully_connected_and_zero_if_disconnected(n_agents):
+    fully_connected = uniform(TOPOLOGIES["fully_connected"](n_agents))
+    assert spectral_gap(fully_connected) == pytest.approx(1, abs=1e-9)
+    assert spectral_gap(uniform(TOPOLOGIES["disconnected"](n_agents))) == 0
+
+
+def test_the_gap_of_two_separate_rings_is_zero():
+    graph = nx.disjoint_union(nx.cycle_graph(3), nx.cycle_graph(4))
+    assert spectral_gap(uniform(from_graph(graph))) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("n_agents", [4, 5, 8, 20])
+def test_the_gap_of_a_ring_has_its_closed_form(n_agents):
+    expected = 1 - abs(1 / 3 + 2 / 3 * np.cos(2 * np.pi / n_agents))
+    ring = uniform(TOPOLOGIES["ring"](n_agents))
+    assert spectral_gap(ring) == pytest.approx(expected, abs=1e-9)
+    assert spectral_gap(ring.astype(np.float32)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_gap_counts_eigenvalues_by_modulus():
+    # Two agents who swap: eigenvalues 1 and -1, and no consensus ever.
+    assert spectral_gap(np.array([[0.0, 1.0], [1.0, 0.0]])) == 0
+    # A directed cycle: all eigenvalues are roots of unity.
+    assert spectral_gap(np.roll(np.eye(5), 1, axis=0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_single_agent_is_at_consensus():
+    assert spectral_gap(np.ones((1, 1))) == 1
+
+
+# Mixing
+
+
+def stacked_tree(n_agents: int, seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    return {
+        "kernel": rng.normal(size=(n_agents, 3, 2)).astype(np.float32),
+        "layers": [rng.normal(size=(n_agents, 4)).astype(np.float32)],
+        "scalar": rng.normal(size=n_agents).astype(np.float32),
+    }
+
+
+@settings(deadline=None, max_examples=20)
+@given(n_agents=st.sampled_from([1, 3, 5]), seed=seeds)
+def test_mix_is_the_weighted_sum_over_agents(n_agents, seed):
+    matrix = np.random.default_rng(seed).normal(size=(n_agents, n_agents))
+    stacked = stacked_tree(n_agents, seed)
+
+    def check(mixed, leaf):
+        expected = np.einsum("ij,j...->i...", matrix, leaf.astype(np.float64))
+        np.testing.assert_allclose(mixed, expected, rtol=1e-4, atol=1e-5)
+
+    jax.tree.map(check, jax.jit(mix)(matrix, stacked), stacked)
+
+
+@settings(deadline=None, max_examples=20)
+@given(data=st.data(), seed=seeds)
+def test_doubly_stochastic_mixing_preserves_the_mean(data, seed):
+    n_agents = 5
+    # Birkhoff: these are all the doubly stochastic matrices there are.
+    weights = np.array(data.draw(st.lists(st.floats(0.01, 1), min_size=1, max_size=6)))
+    rng = np.random.default_rng(seed)
+    permutations = [np.eye(n_agents)[rng.permutation(n_agents)] for _ in weights]
+    matrix = np.tensordot(weights / weights.sum(), np.stack(permutations), axes=1)
+    assert is_doubly_stochastic(matrix)
+    stacked = stacked_tree(n_agents, seed)
+
+    def check(mixed, leaf):
+        np.testing.assert_allclose(mixed.mean(0), leaf.mean(0), atol=1e-6)
+        # And nobody leaves the range of what there was.
+        assert np.all(mixed <= leaf.max(0) + 1e-6)
+        assert np.all(mixed >= leaf.min(0) - 1e-6)
+
+    jax.tree.map(check, jax.jit(mix)(matrix, stacked), stacked)
+
+
+def test_fully_connected_agents_reach_consensus_at_once():
+    matrix = jnp.asarray(uniform(TOPOLOGIES["fully_connected"](5)))
+    stacked = stacked_tree(5, seed=0)
+
+    def check(mixed, leaf):
+        mean = np.broadcast_to(leaf.astype(np.float64).mean(axis=0), leaf.shape)
+        np.testing.assert_allclose(mixed, mean, atol=1e-6)
+
+    jax.tree.map(check, mix(matrix, stacked), stacked)
+
+
+@all_mixings
+def test_gossip_comes_closer_to_consensus_by_the_second_eigenvalue(mixing):
+    matrix = mixing(from_graph(nx.lollipop_graph(4, 3)))
+    x = np.random.default_rng(0).normal(size=(7, 100)).astype(np.float32)
+    y = x - x.mean(axis=0)
+    distances = []
+    for _ in range(50):
+        y = np.asarray(mix(jnp.asarray(matrix), y))
+        distances.append(np.linalg.norm(y))
+    assert distances[-1] / distances[-2] == pytest.approx(
+        1 - spectral_gap(matrix), rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        np.arange(3, dtype=np.int32),
+        np.array([[True], [False], [True]]),
+        np.arange(3, dtype=np.uint8),
+        jax.random.split(jax.random.key(0), 3),
+    ],
+    ids=["int32", "bool", "uint8", "key"],
+)
+def test_what_is_no_real_number_stays_everyones_own(leaf):
+    mixed = mix(jnp.full((3, 3), 1 / 3), {"counter": leaf})["counter"]
+    assert mixed.dtype == leaf.dtype
+    assert (mixed == leaf).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_mixing_keeps_the_dtype_and_rounds_but_once(dtype):
+    rng = np.random.default_rng(0)
+    leaf = jnp.asarray(rng.normal(size=(5, 300)), dtype)
+    matrix = uniform(TOPOLOGIES["ring"](5))
+    mixed = mix(jnp.asarray(matrix, jnp.bfloat16), leaf)
+    assert mixed.dtype == dtype
+    exact = np.asarray(jnp.asarray(matrix, jnp.bfloat16), np.float64) @ np.asarray(
+        leaf, np.float64
+    )
+    # Half a unit in the last place, with a little for float32's own rounding.
+    unit = np.abs(exact) * float(jnp.finfo(dtype).eps) / 2
+    assert np.all(np.abs(np.asarray(mixed, np.float64) - exact) <= unit + 5e-7)
+
+
+def test_mixing_with_the_identity_changes_nothing():
+    stacked = stacked_tree(4, seed=1)
+    jax.tree.map(np.testing.assert_array_equal, mix(jnp.eye(4), stacked), stacked)

@@ -1,0 +1,200 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, reset
+
+N_STEPS = 5
+RATE, MOMENTUM, DECAY = 0.1, 0.8, 0.05
+PARAMS = {"w": jnp.array([1.0, -2.0, 0.5]), "b": [jnp.array(3.0)]}
+
+
+def gradients(step: int) -> Any:
+    """Some gradients, other ones at every step and none of them of the params."""
+    return jax.tree.map(lambda p: jnp.cos(p + step), PARAMS)
+
+
+def descend(tx: optax.GradientTransformation, state: Any = None) -> tuple[Any, Any]:
+    """Params and state after some steps from PARAMS."""
+    params = PARAMS
+    state = tx.init(params) if state is None else state
+    for step in range(N_STEPS):
+        updates, state = tx.update(gradients(step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def made(name: str, schedule: Any = RATE, weight_decay: float = 0.0):
+    return OPTIMIZERS[name](schedule, momentum=MOMENTUM, weight_decay=weight_decay)
+
+
+def assert_close(tree: Any, expected: Any) -> None:
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), tree, expected
+    )
+
+
+OPTAX = {
+    "sgd": lambda rate: optax.sgd(rate),
+    "momentum": lambda rate: optax.sgd(rate, momentum=MOMENTUM),
+    "nesterov": lambda rate: optax.sgd(rate, momentum=MOMENTUM, nesterov=True),
+    "adam": lambda rate: optax.adam(rate),
+    "adamw": lambda rate: optax.adamw(rate, weight_decay=0.0),
+}
+
+all_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+@all_optimizers
+@pytest.mark.parametrize("rate", [RATE, optax.exponential_decay(RATE, 2, 0.5)])
+def test_an_optimizer_is_the_one_of_optax_that_it_names(name, rate):
+    assert_close(descend(made(name, rate))[0], descend(OPTAX[name](rate))[0])
+
+
+def test_optimizers_differ():
+    ends = {name: float(descend(made(name))[0]["w"][0]) for name in OPTIMIZERS}
+    del ends["adamw"]  # which without weight decay is adam
+    assert len(set(ends.values())) == len(ends)
+
+
+@all_optimizers
+def test_momentum_matters_where_it_is_named_and_nowhere_else(name):
+    a, b = (
+        descend(OPTIMIZERS[name](RATE, momentum=momentum, weight_decay=0.0))[0]["w"]
+        for momentum in (0.1, 0.9)
+    )
+    assert bool(jnp.any(a != b)) == (name in ("momentum", "nesterov"))
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"adamw"}))
+def test_weight_decay_is_an_l2_term_of_the_gradient(name):
+    tx, params = OPTAX[name](RATE), PARAMS
+    state = tx.init(params)
+    for step in range(N_STEPS):
+        # The gradient of loss + DECAY / 2 |params|^2.
+        grads = jax.tree.map(lambda g, p: g + DECAY * p, gradients(step), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert_close(descend(made(name, weight_decay=DECAY))[0], params)
+
+
+def test_weight_decay_of_adamw_bypasses_the_moments():
+    assert_close(
+        descend(made("adamw", weight_decay=DECAY))[0],
+        descend(optax.adamw(RATE, weight_decay=DECAY))[0],
+    )
+    # One step without any gradient shrinks the params, and does nothing else to them.
+    tx = made("adamw", weight_decay=DECAY)
+    nothing = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = tx.update(nothing, tx.init(PARAMS), PARAMS)
+    assert_close(updates, jax.tree.map(lambda p: -RATE * DECAY * p, PARAMS))
+
+
+# Schedules
+
+
+def rates(name: str, steps: range, **changes: Any) -> list[float]:
+    options: dict[str, Any] = {"decay": 0.5, "steps_per_epoch": 4, "total_steps": 20}
+    schedule: Any = SCHEDULES[name](RATE, **{**options, **changes})
+    at = schedule if callable(schedule) else lambda step: schedule
+    values: list[Any] = [at(step) for step in steps]
+    return [float(value) for value in values]
+
+
+def test_a_constant_rate_is_constant():
+    assert rates("constant", range(0, 100, 10)) == [pytest.approx(RATE)] * 10
+
+
+def test_an_exponential_rate_falls_after_every_epoch_and_not_within():
+    expected = [RATE * 0.5 ** (step // 4) for step in range(20)]
+    np.testing.assert_allclose(rates("exponential", range(20)), expected, rtol=1e-5)
+
+
+def test_the_papers_rate_decays_by_981_thousandths_an_epoch():
+    (rate,) = rates("exponential", range(800, 801), decay=0.981)
+    assert rate == pytest.approx(RATE * 0.981**200, rel=1e-4)
+
+
+def test_a_cosine_rate_falls_to_zero_over_all_steps_and_stays_there():
+    expected = [RATE * (1 + np.cos(np.pi * step / 20)) / 2 for step in range(21)]
+    np.testing.assert_allclose(rates("cosine", range(21)), expected, atol=1e-7)
+    assert rates("cosine", range(21, 30, 4)) == [0.0] * 3
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_of_no_steps_can_be_made(name):
+    assert rates(name, range(1), total_steps=0) == [pytest.approx(RATE)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_run_within_jit_on_counters(name):
+    schedule: Any = SCHEDULES[name](RATE, decay=0.5, steps_per_epoch=4, total_steps=20)
+    if not callable(schedule):
+        pytest.skip("is a number")
+    steps = jnp.arange(20, dtype=jnp.int32)
+    compiled = jax.jit(jax.vmap(schedule))(steps)
+    np.testing.assert_allclose(compiled, rates(name, range(20)), rtol=1e-5, atol=1e-8)
+
+
+# Resetting
+
+
+HALVING = optax.exponential_decay(RATE, 1, 0.5)
+
+
+def is_clock(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def clocks(state: Any) -> list[int]:
+    """The counts of the schedules within a state."""
+    nodes: list[Any] = jax.tree.leaves(state, is_leaf=is_clock)
+    return [int(node.count) for node in nodes if is_clock(node)]
+
+
+@all_optimizers
+@pytest.mark.parametrize("weight_decay", [0.0, DECAY])
+def test_a_reset_keeps_the_clock_and_nothing_else(name, weight_decay):
+    tx = made(name, HALVING, weight_decay)
+    fresh = tx.init(PARAMS)
+    _, old = descend(tx)
+    again = reset(fresh, old)
+    assert jax.tree.structure(again) == jax.tree.structure(old)
+    assert clocks(again) == clocks(old) == [N_STEPS]
+    # Moments, and with them the count that corrects Adam's bias, are fresh.
+    stopped = jax.tree.map(
+        lambda node: node._replace(count=0) if is_clock(node) else node,
+        again,
+        is_leaf=is_clock,
+    )
+    jax.tree.map(np.testing.assert_array_equal, stopped, fresh)
+
+
+def test_after_a_reset_momentum_starts_anew_at_the_old_pace():
+    tx = made("momentum", HALVING)
+    _, old = descend(tx)
+    state = reset(tx.init(PARAMS), old)
+    updates, _ = tx.update(gradients(0), state, PARAMS)
+    expected = jax.tree.map(lambda g: -RATE * 0.5**N_STEPS * g, gradients(0))
+    assert_close(updates, expected)
+
+
+def test_a_reset_without_a_schedule_is_a_fresh_state():
+    tx = made("adam")
+    fresh = tx.init(PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, reset(fresh, descend(tx)[1]), fresh)
+
+
+def test_a_reset_reaches_states_within_other_trees_and_within_jit():
+    tx = made("momentum", HALVING)
+    stacked: Any = jax.vmap(tx.init)(jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS))
+    old = jax.tree.map(lambda x: x + 3, stacked)
+    fresh, again = {"opt_state": stacked}, {"opt_state": old}
+    result = jax.jit(reset)(fresh, again)["opt_state"]
+    momenta, clock = result
+    np.testing.assert_array_equal(clock.count, [3, 3])
+    jax.tree.map(np.testing.assert_array_equal, momenta, stacked[0])

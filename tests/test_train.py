@@ -1,0 +1,309 @@
+"""Whole runs, in this process: small ones on digits, a tiny one on CIFAR-100."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import cifar100_resnet20, quickstart
+from dimat_jax import train
+from dimat_jax.config import ConfigError
+from dimat_jax.errors import UserError
+from dimat_jax.experiment import Experiment
+from dimat_jax.metrics import read_rows
+from dimat_jax.trainer import NonFiniteError
+
+
+def small(algorithm: str = "dimat", **changes):
+    """The quickstart, made smaller. Fields are changed by dotted path."""
+    config = quickstart.get_config(algorithm)
+    fields = {
+        "agents": 3,
+        "rounds": 2,
+        "local_epochs": 1,
+        "data.train_size": 300,
+        "data.test_size": 100,
+        "pretrain.epochs": 3,
+        "pretrain.checkpoint_every": 1,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def quiet(line: str) -> None:
+    del line
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    times = ("seconds_total", "merge_seconds")
+    return [{k: v for k, v in row.items() if k not in times} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The workdir of a small run that was never interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train.run(small(), workdir, quiet)
+    return workdir
+
+
+def test_a_run_writes_a_row_for_every_evaluation(finished):
+    rows = read_rows(finished)
+    assert [(row["round"], row["phase"]) for row in rows] == [
+        (0, "pretrained"),
+        (1, "merged"),
+        (1, "trained"),
+        (2, "merged"),
+        (2, "trained"),
+    ]
+    # 100 examples for each agent, 4 batches of 32 an epoch; 3 epochs alone.
+    assert [row["step"] for row in rows] == [12, 12, 16, 16, 20]
+    for row in rows:
+        assert len(row["test_accuracy"]) == 3
+        assert row["test_accuracy_mean"] == pytest.approx(np.mean(row["test_accuracy"]))
+        assert row["test_accuracy_std"] == pytest.approx(np.std(row["test_accuracy"]))
+        assert 0 <= min(row["test_accuracy"]) <= max(row["test_accuracy"]) <= 1
+        assert row["consensus_distance"] > 0
+    # On a ring of three each agent has two neighbours.
+    assert [row["comm_rounds_total"] for row in rows] == [0, 2, 2, 4, 4]
+    n_params = 64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+    merge = 6 * (3 * 4 * n_params + 4)  # weights and Adam's moments, and its counter
+    assert [row["bytes_sent_total"] for row in rows] == [0, merge, merge] + [
+        2 * merge
+    ] * 2
+
+
+def test_a_run_leaves_its_config_summary_events_and_checkpoints(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["rounds"] == 2 and config["merge"]["frame"] == "reference"
+    summary = json.loads((finished / "summary.json").read_text())
+    rows = read_rows(finished)
+    assert summary["test_accuracy"] == rows[-1]["test_accuracy"]
+    assert summary["last_merged"] == rows[-2]
+    assert list(finished.glob("events.out.tfevents.*"))
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["4", "5"]
+
+
+def test_a_finished_run_is_left_alone(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    lines = []
+    summary = train.run(small(), finished, lines.append)
+    assert "finished" in lines[0]
+    assert summary == json.loads((finished / "summary.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 2, 3, 4])
+def test_an_interrupted_run_resumes_with_the_same_results(
+    tmp_path, finished, monkeypatch, evaluations
+):
+    """Killed in pre-training (0), or right after writing the n-th row."""
+    if evaluations == 0:
+        original, calls = train.Trainer.train, []
+
+        def die_in_the_third_epoch(*args):
+            calls.append(args)
+            if len(calls) == 3:
+                raise _Killed
+            return original(*args)
+
+        monkeypatch.setattr(train.Trainer, "train", die_in_the_third_epoch)
+    lines = []
+
+    def die(line: str) -> None:
+        lines.append(line)
+        if len(lines) == evaluations:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        train.run(small(), tmp_path, die)
+    monkeypatch.undo()
+    lines.clear()
+    train.run(small(), tmp_path, lines.append)
+    assert without_times(read_rows(tmp_path)) == without_times(read_rows(finished))
+    # It went on, and did not begin again.
+    assert "going on after local step" in lines[0] or evaluations == 1
+
+
+def test_the_number_of_devices_changes_nothing(tmp_path, finished):
+    expected = read_rows(finished)
+    for devices in (2, 3):
+        workdir = tmp_path / str(devices)
+        train.run(small(placement__cpu_devices=devices), workdir, quiet)
+        for row, other in zip(read_rows(workdir), expected, strict=True):
+            np.testing.assert_allclose(
+                row["test_loss"], other["test_loss"], rtol=1e-4, atol=1e-5
+            )
+            np.testing.assert_allclose(
+                row["test_accuracy"], other["test_accuracy"], atol=0.011
+            )
+
+
+def test_a_run_resumes_on_another_number_of_devices(tmp_path, finished):
+    def die(line: str) -> None:
+        if "round   1    trained" in line:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        train.run(small(rounds=2), tmp_path, die)
+    # Two devices for three agents: one slot is filled up.
+    train.run(small(placement__cpu_devices=2), tmp_path, quiet)
+    ours, theirs = read_rows(tmp_path)[-1], read_rows(finished)[-1]
+    np.testing.assert_allclose(ours["test_loss"], theirs["test_loss"], rtol=1e-4)
+
+
+def test_runs_share_pretrained_agents(tmp_path):
+    cache = str(tmp_path / "agents")
+    lines = []
+    changes = {"pretrain__cache_dir": cache, "rounds": 1}
+    train.run(small("dimat", **changes), tmp_path / "a", quiet)
+    train.run(small("wa", **changes), tmp_path / "b", lines.append)
+    train.run(small("wa", seed=1, **changes), tmp_path / "c", quiet)
+    assert "pre-trained agents come from" in lines[0]
+    first, second, third = (read_rows(tmp_path / run)[0] for run in "abc")
+    assert first["test_loss"] == second["test_loss"] != third["test_loss"]
+
+
+@pytest.mark.parametrize("algorithm", ["wa", "local", "centralized"])
+def test_every_algorithm_runs(tmp_path, algorithm):
+    summary = train.run(small(algorithm, rounds=1), tmp_path, quiet)
+    assert summary["test_accuracy_mean"] > 0.3
+    agents = 1 if algorithm == "centralized" else 3
+    assert len(summary["test_accuracy"]) == agents
+    if algorithm != "wa":
+        assert summary["bytes_sent_total"] == 0
+
+
+def test_the_ceiling_sees_all_data():
+    experiment = Experiment(small("centralized"))
+    (shard,) = experiment.shards
+    assert shard.tolist() == list(range(300))
+
+
+@pytest.mark.parametrize("policy", ["own", "proxy", "global"])
+def test_matching_works_on_every_policy_of_data(tmp_path, policy):
+    config = small(
+        rounds=1, merge__match_data=policy, merge__match_samples=50, agents=4
+    )
+    summary = train.run(config, tmp_path, quiet)
+    assert 0 < summary["last_merged"]["moved_units"] <= 1
+
+
+def test_a_round_can_be_counted_in_steps(tmp_path):
+    config = small(local_epochs=0, local_steps=3)
+    train.run(config, tmp_path, quiet)
+    assert [row["step"] for row in read_rows(tmp_path)] == [12, 12, 15, 15, 18]
+
+
+def test_bfloat16_trains_to_about_the_same(tmp_path, finished):
+    train.run(small(model__dtype="bfloat16"), tmp_path, quiet)
+    ours, theirs = read_rows(tmp_path)[-1], read_rows(finished)[-1]
+    assert ours["test_loss"] != theirs["test_loss"]
+    assert ours["test_accuracy_mean"] == pytest.approx(
+        theirs["test_accuracy_mean"], abs=0.05
+    )
+
+
+def test_without_pretraining_and_with_equal_inits_agents_start_as_one(tmp_path):
+    config = small("local", init="same", pretrain__epochs=0, rounds=1)
+    train.run(config, tmp_path, quiet)
+    rows = read_rows(tmp_path)
+    assert rows[0]["consensus_distance"] < 1e-5 < rows[-1]["consensus_distance"]
+
+
+def test_after_the_first_merge_matching_beats_plain_averaging(tmp_path):
+    """What the paper is about: differently initialised agents, IID, on a ring."""
+    merged = {}
+    for algorithm in ("dimat", "wa"):
+        config = quickstart.get_config(algorithm)
+        config.rounds = 1
+        config.merge.frame, config.merge.stay = "own", 0.0
+        config.pretrain.cache_dir = str(tmp_path / "agents")
+        summary = train.run(config, tmp_path / algorithm, quiet)
+        merged[algorithm] = summary["last_merged"]["test_accuracy_mean"]
+    assert merged["dimat"] > 0.85
+    assert merged["dimat"] > merged["wa"] + 0.15
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config = small(pretrain__optimizer__name="sgd", rounds=1)
+    config.pretrain.optimizer.learning_rate = 1e30
+    with pytest.raises(
+        NonFiniteError, match=r"training loss of agent\(s\) \[0, 1, 2\]"
+    ):
+        train.run(config, tmp_path, quiet)
+
+
+def test_a_workdir_with_another_run_is_refused_and_untouched(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    with pytest.raises(ConfigError, match=r"seed \(0 there, 1 here\)"):
+        train.run(small(seed=1), finished, quiet)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithm": "dimatt"}, r"config.algorithm is 'dimatt'.*mean 'dimat'"),
+        ({"topology": "rings"}, "config.topology .* allowed: .*ring"),
+        ({"mixing": "metropolis"}, "mean 'metropolis_hastings'"),
+        ({"model__name": "resnet21"}, "config.model.name .* 'resnet20'"),
+        ({"model__dtype": "float16"}, "allowed: bfloat16, float32"),
+        ({"data__name": "digit"}, "config.data.name .* 'digits'"),
+        ({"data__partition": "class"}, "config.data.partition"),
+        ({"optimizer__name": "sdg"}, "config.optimizer.name .* 'sgd'"),
+        ({"merge__frame": "ours"}, "config.merge.frame"),
+        ({"merge__stay": -1.0}, "config.merge.stay is -1.0; it must be at least 0"),
+        ({"agents": 0}, "config.agents is 0; it must be at least 1"),
+        ({"agents": 301}, "301"),
+        ({"batch_size": 0}, "config.batch_size"),
+        ({"local_steps": 5}, "local_epochs or for local_steps"),
+        ({"data__train_size": 10_000}, "1433"),
+        ({"merge__match_samples": 301}, "config.merge.match_samples is 301"),
+        ({"eval__samples": 101}, "config.eval.samples is 101"),
+        ({"data__name": "cifar100", "data__dir": "/nowhere"}, "/nowhere/cifar100"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, message):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=message):
+        train.run(small(**changes), workdir, quiet)
+    assert not workdir.exists()
+
+
+def test_resnet20_runs_on_real_cifar100(tmp_path, data_dir, data_cache):
+    """The CPU form in miniature: BatchNorm, recalibration, augmentation, own data."""
+    config = cifar100_resnet20.get_config("small")
+    config.update_from_flattened_dict(
+        {
+            "agents": 2,
+            # Slow to run, but one agent's programs compile in half of two's time.
+            "placement.batching": "vmap",
+            "rounds": 1,
+            "local_epochs": 0,
+            "local_steps": 1,
+            "batch_size": 10,
+            "data.dir": str(data_dir / "tfds"),
+            "data.cache_dir": data_cache,
+            "data.train_size": 100,
+            "data.test_size": 50,
+            "pretrain.epochs": 1,
+            "pretrain.batch_size": 10,
+            "merge.match_data": "own",
+            "merge.bn_data": "own",
+            "merge.batch_size": 25,
+            "eval.batch_size": 50,
+            "merge.match_samples": 0,
+            "merge.bn_samples": 0,
+        }
+    )
+    summary = train.run(config, tmp_path, quiet)
+    assert np.isfinite(summary["test_loss_mean"])
+    phases = {"activations", "correlations", "assignment", "mix", "recalibration"}
+    assert summary["last_merged"]["merge_seconds"].keys() == phases
