@@ -70,9 +70,11 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know: NumPy numbers and arrays, and paths."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
+    """What JSON does not know: NumPy numbers and arrays (NaN is null), and paths."""
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return None if value != value else value.item()
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"cannot write {type(value).__name__} as JSON")

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
-from dimat_jax.tree import PyTree
+from dimat_jax.tree import PyTree, stack, take
 
 __all__ = ["Batching", "Placement", "place", "request_cpu_devices"]
 
@@ -88,18 +88,18 @@ class Placement:
         n_local = self.slots // self.mesh.size
         if n_local > 1 and self.batching == "vmap":
             return jax.vmap(fn, in_axes=axes, axis_size=n_local)(*shards)
+
         # One agent a device needs no batching at all: batching rules would turn its
         # convolutions into grouped ones of one group, and cost time on some backends.
-        results = [
-            fn(
+        def run(i: int):
+            return fn(
                 *(
-                    shard if axis is None else jax.tree.map(lambda x: x[i], shard)  # noqa: B023
+                    shard if axis is None else take(shard, i)
                     for axis, shard in zip(axes, shards, strict=True)
                 )
             )
-            for i in range(n_local)
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+        return stack([run(i) for i in range(n_local)])
 
     def put(self, stacked: PyTree) -> PyTree:
         """Places host arrays `[n_agents, ...]` on the devices as `[slots, ...]`."""

@@ -4,6 +4,7 @@
 a bug, and shows its traceback.
 """
 
+import ast
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -22,7 +23,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     # Orbax tells every step of every save; --verbosity=0 brings it back.
     logging.set_verbosity(logging.WARNING)
     # The runs of a sweep, and a run that resumes, compile the same programs.
-    if jax.config.jax_compilation_cache_dir is None:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         cache = str(user_cache() / "xla")
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -41,15 +42,18 @@ def _parse(argv: list[str]) -> list[str]:
     """Reads the flags, config files included."""
     try:
         rest = flags.FLAGS(argv)
-        # A config file that does not load says so only when it is asked for.
+        # A config file that does not load says so only when its fields are asked for.
         for name in flags.FLAGS:
-            _ = flags.FLAGS[name].value
+            getattr(getattr(flags.FLAGS, name), "keys", None)
     except AttributeError as error:
         # ml_collections: "'roundz'\nDid you mean "rounds" instead of "roundz"?"
-        hint = " ".join(str(error).replace("\\n", " ").strip("'\"").split())
+        hint = " ".join(str(ast.literal_eval(str(error))).split())
         raise UserError(f"the config has no such field: {hint}") from error
     except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(str(error)) from error
+        message = str(error).strip()
+        if "Traceback" in message:  # what a config file raised; its last line says it
+            message = message.splitlines()[-1].strip()
+        raise UserError(message) from error
     return rest
 
 

@@ -9,6 +9,7 @@ report.csv and accuracy.png into the first DIR, and prints the tables.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -23,6 +24,9 @@ from dimat_jax.metrics import read_rows  # noqa: E402
 from experiments import program  # noqa: E402
 
 __all__ = ["load", "tables", "write"]
+
+# A pandas.DataFrame. Its indexing may return nearly anything, as type checkers see it.
+Frame = Any
 
 # What runs are repeated over, not compared by.
 _REPEATS = ("seed",)
@@ -41,7 +45,7 @@ _DIMAT_ONLY = ("merge.frame", "merge.stay", "merge.match_data", "merge.match_sam
 _PHASES = ("pretrained", "merged", "trained")
 
 
-def load(directories: Sequence[str | Path]) -> tuple[pd.DataFrame, list[str]]:
+def load(directories: Sequence[str | Path]) -> tuple[Frame, list[str]]:
     """Reads all runs.
 
     Returns:
@@ -61,7 +65,7 @@ def load(directories: Sequence[str | Path]) -> tuple[pd.DataFrame, list[str]]:
             config = pd.json_normalize(json.loads((run / "config.json").read_text()))
             configs[str(run)] = config.iloc[0]
             frames.append(pd.DataFrame(read_rows(run)).assign(run=str(run)))
-    table = pd.DataFrame(configs).T.astype(str)
+    table: Frame = pd.DataFrame(configs).T.astype(str)
     table = table[[field for field in table if not field.startswith(_PLACES)]]
     varying = [
         field for field in table if field not in _REPEATS and table[field].nunique() > 1
@@ -74,12 +78,12 @@ def load(directories: Sequence[str | Path]) -> tuple[pd.DataFrame, list[str]]:
         short = {field: field for field in fields}
     for field in set(fields).intersection(_DIMAT_ONLY):
         table.loc[table.algorithm != "dimat", field] = ""
-    described = table[[*fields, *_REPEATS]].rename(columns=short)
-    evaluations = pd.concat(frames, ignore_index=True).join(described, on="run")
+    described: Frame = table[[*fields, *_REPEATS]].rename(columns=short)
+    evaluations: Frame = pd.concat(frames, ignore_index=True).join(described, on="run")
     return evaluations, list(short.values())
 
 
-def tables(evaluations: pd.DataFrame, fields: list[str]) -> dict[str, pd.DataFrame]:
+def tables(evaluations: Frame, fields: list[str]) -> dict[str, Frame]:
     """The tables of a report, by title. Accuracies are in %, means over seeds."""
     merged = evaluations[evaluations.phase == "merged"]
     last = evaluations[evaluations["round"] == evaluations["round"].max()]
@@ -99,7 +103,7 @@ def tables(evaluations: pd.DataFrame, fields: list[str]) -> dict[str, pd.DataFra
     return result
 
 
-def _by_phase(evaluations: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
+def _by_phase(evaluations: Frame, fields: list[str]) -> Frame:
     """Accuracies in %, a column for each phase, as mean ± deviation over seeds."""
     groups = evaluations.groupby([*fields, "phase"], sort=False).test_accuracy_mean
     text = (100 * groups.mean()).map("{:.2f}".format)
@@ -109,7 +113,7 @@ def _by_phase(evaluations: pd.DataFrame, fields: list[str]) -> pd.DataFrame:
     return frame[[phase for phase in _PHASES if phase in frame]]
 
 
-def figure(evaluations: pd.DataFrame, fields: list[str], path: Path) -> None:
+def figure(evaluations: Frame, fields: list[str], path: Path) -> None:
     """Accuracy over local training; a merge is a vertical step, marked where it ends.
 
     The band reaches from the worst agent to the best.
@@ -146,7 +150,7 @@ def figure(evaluations: pd.DataFrame, fields: list[str], path: Path) -> None:
     plt.close(fig)
 
 
-def _draw(axis, line: pd.DataFrame, label: str, color: str) -> None:
+def _draw(axis, line: Frame, label: str, color: str) -> None:
     line = line.assign(
         low=line.test_accuracy.map(min),
         high=line.test_accuracy.map(max),

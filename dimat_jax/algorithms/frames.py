@@ -128,7 +128,7 @@ def _spanning_forest(adjacency: Adjacency) -> list[tuple[int, int]]:
 def _to_roots(tree: list[tuple[int, int]], perms: EdgePerms, slots: int) -> Perms:
     """Stacked permutations into the roots' frames; the identity for the roots."""
     some = next(iter(perms.values()))
-    identity = {group: np.arange(len(perm)) for group, perm in some.items()}
+    identity: Perms = {group: jnp.arange(len(perm)) for group, perm in some.items()}
     to_root = [identity] * slots
     for parent, child in tree:
         # To the parent first, then, as the parent itself, on to the root.

@@ -94,6 +94,8 @@ def merging(
         stopwatch = Stopwatch()
 
         def match_edges(state, edge_waves):
+            if not edge_waves:
+                return []
             if matcher is None or data.match is None:
                 raise ValueError("matching needs examples to look at: MergeData.match")
             return matcher.match(

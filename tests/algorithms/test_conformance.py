@@ -4,6 +4,8 @@ The convex problem is least squares on each agent's own examples: no hidden unit
 empty permutation spec, and a known optimum.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,7 +75,7 @@ def batches(placement: Placement, n: int, same: bool = False) -> list[Batch]:
     return result
 
 
-def make(name: str, placement: Placement, opt_state="keep", task: Task = CONVEX):
+def make(name: str, placement: Placement, opt_state: Any = "keep", task=CONVEX):
     options = Options(MergeOptions(opt_state=opt_state))
     return ALGORITHMS[name](task, adam(), placement, options)
 
@@ -89,9 +91,10 @@ def run(algorithm, variables, data: list[Batch], net: Network, every: int = 2):
     return state
 
 
-def plain_optax(x, data: list[Batch], agent: int):
+def plain_optax(x, data: list[Batch], agent: int) -> np.ndarray:
     """One agent's training, without anything of ours but the loss."""
-    tx, params = adam(), {"x": jnp.asarray(x)}
+    tx = adam()
+    params: Any = {"x": jnp.asarray(x)}
     opt_state = tx.init(params)
     for batch in data:
         own = take(batch, agent)
@@ -213,7 +216,8 @@ def test_idle_agents_keep_their_state(name, placement):
 
 def test_the_layout_over_devices_changes_nothing(name):
     results = []
-    for devices, batching in ((1, "vmap"), (1, "unroll"), (2, "vmap"), (5, "auto")):
+    layouts: Any = ((1, "vmap"), (1, "unroll"), (2, "vmap"), (5, "auto"))
+    for devices, batching in layouts:
         placement = place(N_AGENTS, jax.devices()[:devices], batching)
         algorithm = make(name, placement, opt_state="merge")
         data, net = batches(placement, 4), network("ring", placement)

@@ -63,7 +63,7 @@ def merge_reference_frame(spec, W, agents, watch, stay=0.0):
     """x_i <- sum_j W_ij P_j x_j, P_j along a breadth-first tree from agent 0."""
     graph = nx.from_numpy_array((W != 0) & ~np.eye(len(W), dtype=bool))
     in_root_frame = {0: agents[0]}
-    to_root = {0: None}
+    to_root: dict = {0: None}
     for parent, child in nx.bfs_edges(graph, 0, sort_neighbors=sorted):
         perms = match(spec, watch(parent, parent), watch(parent, child), stay)
         moved = permute_all(spec, perms, agents[child])

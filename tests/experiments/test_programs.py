@@ -1,0 +1,214 @@
+"""The programs as a user runs them: exit codes, messages, files; kill -9 and resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dimat_jax.metrics import read_rows
+from experiments import report
+from experiments.sweep import load_runs
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "--config=configs/quickstart.py",
+    "--config.agents=3",
+    "--config.rounds=3",
+    "--config.data.train_size=300",
+    "--config.data.test_size=100",
+    "--config.pretrain.epochs=3",
+)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    # A cache of their own: the programs' compiled code goes into the user's cache.
+    cache = tmp_path_factory.mktemp("cache")
+    return {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONUNBUFFERED": "1"}
+
+
+def command(program: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"experiments.{program}", *arguments]
+
+
+def run(environment, program: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(program, *arguments),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    times = ("seconds_total", "merge_seconds")
+    return [{k: v for k, v in row.items() if k not in times} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, environment) -> tuple[Path, str]:
+    """The workdir of a small run of the program, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    result = run(environment, "train", *SMALL, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    return workdir, result.stdout
+
+
+def test_train_prints_a_line_for_every_evaluation_and_names_its_files(finished):
+    workdir, printed = finished
+    assert printed.count("test accuracy") == 1 + 2 * 3
+    for name in ("report.md", "report.csv", "accuracy.png"):
+        assert f"wrote {workdir / name}" in printed
+        assert (workdir / name).stat().st_size > 0
+    assert "\r" not in printed  # no progress bar without a terminal
+
+
+def test_a_run_killed_with_kill_9_resumes_with_the_same_results(
+    tmp_path, environment, finished
+):
+    arguments = (*SMALL, f"--workdir={tmp_path}")
+    process = subprocess.Popen(
+        command("train", *arguments),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(read_rows(tmp_path)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "summary.json").exists(), "it was too fast to be killed"
+
+    result = run(environment, "train", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "going on after local step" in result.stdout
+    ours, theirs = read_rows(tmp_path), read_rows(finished[0])
+    assert without_times(ours) == without_times(theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.roundz=3"], 'Did you mean "rounds" instead of "roundz"'),
+        (["--config.merge.fram=own"], 'Did you mean "frame" instead of "fram"'),
+        (["--config.rounds=many"], "invalid literal for int"),
+        (["--config.algorithm=dimatt"], "did you mean 'dimat'"),
+        (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=configs/cifar100_resnet20.py:tiny"], "is paper or small"),
+        (["--roundz=3"], "Unknown command line flag 'roundz'"),
+        (["rounds=3"], "expected only flags"),
+        (["--config.data.name=cifar100", "--config.data.dir=/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_ends_with_one_message_and_exit_code_2(
+    tmp_path, environment, arguments, message
+):
+    workdir = tmp_path / "run"
+    config = [] if arguments[0].startswith("--config=") else [SMALL[0]]
+    result = run(environment, "train", *config, *arguments, f"--workdir={workdir}")
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not workdir.exists()
+
+
+def test_a_loss_that_is_not_finite_exits_with_1(tmp_path, environment):
+    result = run(
+        environment,
+        "train",
+        *SMALL,
+        "--config.pretrain.optimizer.name=sgd",
+        "--config.pretrain.optimizer.learning_rate=1e30",
+        f"--workdir={tmp_path}",
+    )
+    assert result.returncode == 1
+    assert "is not finite" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_another_config_in_the_same_workdir_exits_with_2(environment, finished):
+    workdir, _ = finished
+    result = run(
+        environment, "train", *SMALL, "--config.seed=1", f"--workdir={workdir}"
+    )
+    assert result.returncode == 2
+    assert "seed (0 there, 1 here)" in result.stderr
+
+
+SWEEP = """
+from configs import quickstart
+
+def get_runs():
+    runs = {}
+    for algorithm in ("dimat", "wa"):
+        for seed in (0, 1):
+            config = quickstart.get_config(algorithm)
+            config.update_from_flattened_dict(
+                {"seed": seed, "agents": 3, "rounds": 2, "pretrain.epochs": 1}
+            )
+            runs[f"{algorithm}-{seed}"] = config
+    return runs
+"""
+
+
+def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environment):
+    sweep = tmp_path / "sweep.py"
+    sweep.write_text(SWEEP)
+    workdir = tmp_path / "out"
+    arguments = (f"--sweep={sweep}", f"--workdir={workdir}")
+    result = run(environment, "sweep", *arguments)
+    assert result.returncode == 0, result.stderr
+    for name in ("dimat-0", "dimat-1", "wa-0", "wa-1"):
+        assert json.loads((workdir / name / "summary.json").read_text())["round"] == 2
+    # One set of agents for each seed.
+    assert len(list((workdir / "pretrained").iterdir())) == 2
+    evaluations, fields = report.load([workdir])
+    assert fields == ["algorithm"]
+    tables = report.tables(evaluations, fields)
+    summary, by_round = tables.values()
+    assert list(summary.index) == ["dimat", "wa"]
+    assert all("±" in cell for cell in summary["trained (last round)"])
+    mean = evaluations[
+        (evaluations.algorithm == "wa")
+        & (evaluations.phase == "merged")
+        & (evaluations["round"] == 1)
+    ].test_accuracy_mean.mean()
+    assert by_round.loc["wa", 1] == pytest.approx(100 * mean, abs=0.06)
+    assert "nothing" not in result.stdout
+
+    again = run(environment, "sweep", *arguments)
+    assert again.returncode == 0 and again.stdout.count("finished") == 4
+
+
+def test_report_refuses_a_folder_without_runs(tmp_path, environment):
+    result = run(environment, "report", str(tmp_path))
+    assert result.returncode == 2 and "no run" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["merge", "train", "scale"])
+def test_bench_writes_ratios(tmp_path, environment, name):
+    out = tmp_path / "bench.json"
+    result = run(environment, "bench", name, *SMALL[:2], f"--out={out}", "--repeats=1")
+    assert result.returncode == 0, result.stderr
+    content = json.loads(out.read_text())
+    ratio = {
+        "merge": "merge_per_local_epoch",
+        "train": "stacked_per_agents_alone",
+        "scale": "per_agent_relative_to_one",
+    }[name]
+    assert content[ratio]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")))
+def test_every_sweep_file_loads(path):
+    if path.name != "__init__.py":
+        assert load_runs(str(path))

@@ -1,0 +1,315 @@
+"""Matching finds the permutations that were hidden in trained networks."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dimat_jax import permutation
+from dimat_jax.data.pipeline import Batch
+from dimat_jax.data.sources import load
+from dimat_jax.matching import activation_matching
+from dimat_jax.models import MODELS, permutation_spec
+from dimat_jax.models.classifier import activations, forward, init, loss
+from dimat_jax.permutation import Perms, PermutationSpec, PermutationSpecError
+from dimat_jax.tree import PyTree, flatten
+
+# Trained networks =====================================================================
+
+
+class Trained(NamedTuple):
+    spec: PermutationSpec
+    activations: Callable[[PyTree, Any], dict[str, jax.Array]]
+    logits: Callable[[PyTree, Any], jax.Array]
+    variables: PyTree
+    batches: list[np.ndarray]
+
+    def planted(self, seed: int) -> tuple[Perms, PyTree]:
+        """A random permutation of the network, and the network permuted."""
+        perms = permutation.random(self.spec, self.variables, jax.random.key(seed))
+        return perms, permutation.apply(self.spec, perms, self.variables)
+
+    def match(self, reference: PyTree, permutee: PyTree, **settings: Any) -> Perms:
+        return activation_matching(
+            self.spec,
+            self.activations,
+            reference,
+            permutee,
+            self.batches,
+            **settings,
+        )
+
+
+def train_on_digits(model: Any, n_steps: int, batch_size: int) -> Trained:
+    digits = load("digits")
+    images = (digits.train.images - digits.mean.astype(np.float32)) / digits.std
+    images = images.astype(np.float32)
+    labels = digits.train.labels
+    tx = optax.adam(3e-3)
+
+    @jax.jit
+    def step(variables, opt_state, batch):
+        def of_params(params):
+            key = jax.random.key(0)
+            return loss(model)({**variables, "params": params}, batch, key)
+
+        grads, (model_state, _) = jax.grad(of_params, has_aux=True)(variables["params"])
+        updates, opt_state = tx.update(grads, opt_state)
+        params = optax.apply_updates(variables["params"], updates)
+        return {**model_state, "params": params}, opt_state
+
+    variables = jax.jit(partial(init, model))(jax.random.key(0), images[:1])
+    opt_state = tx.init(variables["params"])
+    rng = np.random.default_rng(0)
+    for _ in range(n_steps):
+        rows = rng.integers(0, len(images), batch_size)
+        batch = Batch(*map(jnp.asarray, (images[rows], labels[rows], rows >= 0)))
+        variables, opt_state = step(variables, opt_state, batch)
+    return Trained(
+        permutation_spec(model),
+        activations(model),
+        jax.jit(forward(model)),
+        variables,
+        [images[i * batch_size : (i + 1) * batch_size] for i in range(4)],
+    )
+
+
+@pytest.fixture(scope="module")
+def mlp() -> Trained:
+    model = MODELS["mlp"](n_classes=10, hidden=(48, 32))
+    return train_on_digits(model, n_steps=300, batch_size=100)
+
+
+@pytest.fixture(scope="module")
+def resnet20() -> Trained:
+    return train_on_digits(MODELS["resnet20"](n_classes=10), n_steps=8, batch_size=24)
+
+
+@pytest.fixture(scope="module", params=["mlp", "resnet20"])
+def trained(request: pytest.FixtureRequest) -> Trained:
+    return request.getfixturevalue(request.param)
+
+
+class Recovered(NamedTuple):
+    """A permutation that was planted in a network, and what matching found of it."""
+
+    planted: Perms
+    permutee: PyTree
+    found: Perms
+
+
+@pytest.fixture(scope="module")
+def recovered(trained: Trained) -> Recovered:
+    planted, permutee = trained.planted(0)
+    found = trained.match(trained.variables, permutee)
+    return Recovered(planted, permutee, found)
+
+
+def unmistakable(trained: Trained, variables: PyTree) -> dict[str, np.ndarray]:
+    """For each group, which units are alive and have no twin: bool[units].
+
+    A group's correlations are averaged over its taps, so a unit that is dead at some of
+    them has less than 1 with itself; a twin is as like it as the two are themselves.
+    """
+    watch = jax.jit(trained.activations)
+    seen = [watch(variables, inputs) for inputs in trained.batches]
+    result = {}
+    for group in trained.spec.groups:
+        taps = trained.spec.taps_of(group)
+        alike = np.mean([correlations(seen, tap) for tap in taps], axis=0)
+        itself = np.diagonal(alike)
+        most_alike = (itself[:, None] + itself) / 2
+        twins = (alike > 0.999 * most_alike) & ~np.eye(len(alike), dtype=bool)
+        result[group] = (itself > 0) & ~twins.any(axis=1)
+    return result
+
+
+def correlations(seen: list, tap: str) -> np.ndarray:
+    """A tap's units with each other, in float64; 0 for those that never vary."""
+    units = np.concatenate([np.asarray(s[tap], np.float64) for s in seen])
+    units = units.reshape(-1, units.shape[-1])
+    alive = np.ptp(units, axis=0) > 0
+    result = np.zeros((len(alive), len(alive)))
+    result[np.ix_(alive, alive)] = np.corrcoef(units[:, alive], rowvar=False)
+    return result
+
+
+def average(one: PyTree, other: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: (a + b) / 2, one, other)
+
+
+def test_a_planted_permutation_is_found_on_every_unmistakable_unit(trained, recovered):
+    clear = unmistakable(trained, trained.variables)
+    # The identity, wherever what was planted is undone.
+    both = permutation.compose(recovered.planted, recovered.found)
+    for group, perm in both.items():
+        assert clear[group].mean() > 0.6, group  # else this would test nothing
+        units = np.flatnonzero(clear[group])
+        assert (recovered.planted[group][units] != units).any()
+        np.testing.assert_array_equal(perm[units], units, group)
+
+
+def test_networks_that_were_aligned_can_be_averaged(trained, recovered):
+    aligned = permutation.apply(trained.spec, recovered.found, recovered.permutee)
+    inputs = trained.batches[0]
+    expected = trained.logits(trained.variables, inputs)
+    for network in (aligned, average(trained.variables, aligned)):
+        logits = trained.logits(network, inputs)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)
+    unaligned = trained.logits(average(trained.variables, recovered.permutee), inputs)
+    assert float(jnp.abs(unaligned - expected).max()) > 0.1
+
+
+def test_what_is_found_are_int32_permutations_of_every_group(trained, recovered):
+    sizes = permutation.group_sizes(trained.spec, trained.variables)
+    assert {group: len(perm) for group, perm in recovered.found.items()} == sizes
+    for perm in recovered.found.values():
+        assert perm.dtype == jnp.int32
+        np.testing.assert_array_equal(np.sort(perm), np.arange(len(perm)))
+
+
+def test_matching_a_network_with_itself_leaves_unmistakable_units_in_place(mlp):
+    found = mlp.match(mlp.variables, mlp.variables)
+    for group, clear in unmistakable(mlp, mlp.variables).items():
+        np.testing.assert_array_equal(found[group][clear], np.flatnonzero(clear))
+
+
+def test_the_batches_may_come_from_a_generator_and_be_of_any_sizes(mlp):
+    planted, permutee = mlp.planted(2)
+
+    def batches() -> Iterator[np.ndarray]:
+        inputs = np.concatenate(mlp.batches)
+        yield inputs[:7]
+        yield inputs[7:]
+
+    found = activation_matching(
+        mlp.spec, mlp.activations, mlp.variables, permutee, batches()
+    )
+    expected = mlp.match(mlp.variables, permutee)
+    for group, clear in unmistakable(mlp, mlp.variables).items():
+        np.testing.assert_array_equal(found[group][clear], expected[group][clear])
+
+
+# Dead units ===========================================================================
+
+
+def test_dead_units_harm_nobody(mlp):
+    dead = np.array([3, 17, 30])
+    params = mlp.variables["params"]
+    layer = {**params["hidden0"], "bias": params["hidden0"]["bias"].at[dead].set(-1e3)}
+    network = mlp._replace(variables={"params": {**params, "hidden0": layer}})
+    clear = unmistakable(network, network.variables)
+    assert not clear["hidden0"][dead].any()
+
+    planted, permutee = network.planted(0)
+    found = network.match(network.variables, permutee)
+    both = permutation.compose(planted, found)
+    for group, perm in both.items():
+        np.testing.assert_array_equal(np.sort(perm), np.arange(len(perm)))
+        units = np.flatnonzero(clear[group])
+        np.testing.assert_array_equal(perm[clear[group]], units)
+
+
+def test_a_network_of_dead_units_alone_is_matched_without_nan(mlp):
+    zeros = jax.tree.map(jnp.zeros_like, mlp.variables)
+    for found in (mlp.match(zeros, mlp.variables), mlp.match(mlp.variables, zeros)):
+        for perm in found.values():
+            np.testing.assert_array_equal(np.sort(perm), np.arange(len(perm)))
+
+
+# Staying put ==========================================================================
+
+
+def test_a_unit_moves_only_if_its_correlation_gains_more_than_stay(mlp):
+    _, permutee = mlp.planted(0)
+    stayed = [
+        np.mean([(p == np.arange(len(p))).mean() for p in found.values()])
+        for found in (
+            mlp.match(mlp.variables, permutee, stay=stay) for stay in (0, 0.7, 2)
+        )
+    ]
+    assert stayed[0] < stayed[1] < stayed[2] == 1
+
+
+def test_a_negative_stay_is_refused(mlp):
+    with pytest.raises(ValueError, match="stay"):
+        mlp.match(mlp.variables, mlp.variables, stay=-0.1)
+
+
+# What is refused ======================================================================
+
+
+def test_matching_needs_a_batch(mlp):
+    with pytest.raises(ValueError, match="at least one batch"):
+        mlp._replace(batches=[]).match(mlp.variables, mlp.variables)
+
+
+def test_a_group_without_a_tap_is_named_when_matching(mlp):
+    spec = PermutationSpec(mlp.spec.axes, {"relu0": "hidden0"})
+    with pytest.raises(PermutationSpecError, match="group 'hidden1' has no tap"):
+        mlp._replace(spec=spec).match(mlp.variables, mlp.variables)
+
+
+def test_a_tap_that_the_activations_lack_is_named_when_matching(mlp):
+    def half(variables, inputs):
+        return {"relu0": mlp.activations(variables, inputs)["relu0"]}
+
+    with pytest.raises(PermutationSpecError, match=r"tap 'relu1'.*\['relu0'\]"):
+        mlp._replace(activations=half).match(mlp.variables, mlp.variables)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_not_finite_are_refused(mlp, bad):
+    inputs = mlp.batches[0].copy()
+    inputs[0, 0, 0, 0] = bad
+    with pytest.raises(ValueError, match="finite"):
+        mlp._replace(batches=[inputs]).match(mlp.variables, mlp.variables)
+
+
+# Any network ==========================================================================
+
+
+class Layer(NamedTuple):
+    weight: np.ndarray  # [out, in], as PyTorch has it
+
+
+def test_networks_outside_flax_with_channels_first_are_matched():
+    rng = np.random.default_rng(0)
+    layers = [Layer(rng.normal(size=shape)) for shape in ((12, 3), (9, 12), (2, 9))]
+    layers = jax.tree.map(np.float32, layers)
+    spec = PermutationSpec(
+        {
+            "0/weight": ("first", None),
+            "1/weight": ("second", "first"),
+            "2/weight": (None, "second"),
+        },
+        {"tanh0": (None, "first", None), "tanh1": (None, "second", None)},
+    )
+
+    def channels_first(layers, x):  # [batch, channels, positions]
+        seen = {}
+        for i, layer in enumerate(layers[:-1]):
+            x = seen[f"tanh{i}"] = jnp.tanh(jnp.einsum("oi,bip->bop", layer.weight, x))
+        return seen
+
+    planted = permutation.random(spec, layers, jax.random.key(1))
+    batches = rng.normal(size=(3, 10, 3, 4)).astype(np.float32)
+    permutee = permutation.apply(spec, planted, layers)
+    found = activation_matching(spec, channels_first, layers, permutee, batches)
+    aligned = permutation.apply(spec, found, permutee)
+    for path, leaf in flatten(aligned).items():
+        np.testing.assert_array_equal(leaf, flatten(layers)[path])
+
+
+def test_a_network_without_hidden_units_has_nothing_to_match():
+    spec = PermutationSpec({"weight": (None, None)})
+    variables = {"weight": np.zeros((2, 3))}
+    found = activation_matching(
+        spec, lambda v, x: {}, variables, variables, [np.zeros((4, 2))]
+    )
+    assert found == {}

@@ -1,0 +1,227 @@
+"""Matching along a graph's edges equals matching them one by one."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dimat_jax.data.pipeline import Reader, Samples, place_pool
+from dimat_jax.data.sources import Split
+from dimat_jax.matching import activation_matching
+from dimat_jax.matching.edges import EdgeMatcher, waves
+from dimat_jax.models import MODELS, permutation_spec
+from dimat_jax.models.classifier import activations, init
+from dimat_jax.permutation import Perms, PermutationSpec
+from dimat_jax.placement import Placement, place
+from dimat_jax.stopwatch import Stopwatch
+from dimat_jax.topology import TOPOLOGIES, from_graph
+from dimat_jax.tree import PyTree
+
+# Waves ================================================================================
+
+
+def edges_of(adjacency) -> np.ndarray:
+    return np.argwhere(adjacency)
+
+
+def assert_each_edge_is_in_one_wave(edges: np.ndarray, slots: int) -> None:
+    found = []
+    edge_waves = waves(edges, slots)
+    for receivers, senders, real in edge_waves:
+        assert receivers.shape == senders.shape == (slots,)
+        assert receivers.dtype == senders.dtype == np.int32
+        assert 0 < real <= slots
+        found += zip(receivers[:real].tolist(), senders[:real].tolist(), strict=True)
+        assert not receivers[real:].any() and not senders[real:].any()
+    assert sorted(found) == sorted(map(tuple, edges.tolist()))
+    assert len(edge_waves) == -(-len(edges) // slots)
+
+
+@given(
+    n_agents=st.integers(1, 9),
+    spare=st.integers(0, 3),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 2**16),
+)
+@settings(deadline=None)
+def test_waves_hold_each_edge_of_any_graph_exactly_once(n_agents, spare, density, seed):
+    adjacency = np.random.default_rng(seed).random((n_agents, n_agents)) < density
+    np.fill_diagonal(adjacency, False)
+    assert_each_edge_is_in_one_wave(edges_of(adjacency), n_agents + spare)
+
+
+@pytest.mark.parametrize("n_agents", [3, 4, 5, 8])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_waves_hold_each_edge_of_the_usual_graphs_exactly_once(n_agents, spare):
+    for adjacency in (
+        TOPOLOGIES["ring"](n_agents),
+        TOPOLOGIES["fully_connected"](n_agents),
+        from_graph(nx.star_graph(n_agents - 1)),
+    ):
+        assert_each_edge_is_in_one_wave(edges_of(adjacency), n_agents + spare)
+
+
+@pytest.mark.parametrize("n_agents", [3, 4, 5, 8])
+def test_rings_and_full_graphs_make_few_waves_of_every_receiver_in_order(n_agents):
+    for topology, n_waves in (("ring", 2), ("fully_connected", n_agents - 1)):
+        edge_waves = waves(edges_of(TOPOLOGIES[topology](n_agents)), n_agents)
+        assert len(edge_waves) == n_waves
+        for receivers, senders, real in edge_waves:
+            assert real == n_agents
+            np.testing.assert_array_equal(receivers, np.arange(n_agents))
+            np.testing.assert_array_equal(np.sort(senders), np.arange(n_agents))
+
+
+@pytest.mark.parametrize("n_agents", [3, 4, 5, 8])
+def test_a_star_makes_two_waves(n_agents):
+    star = from_graph(nx.star_graph(n_agents - 1))
+    assert len(waves(edges_of(star), n_agents)) == 2
+
+
+def test_no_edges_make_no_waves():
+    assert waves(np.zeros((0, 2), np.int64), 4) == []
+
+
+# Matching =============================================================================
+
+N_AGENTS = 4
+GRAPHS = {
+    "ring": TOPOLOGIES["ring"](N_AGENTS),
+    "fully connected": TOPOLOGIES["fully_connected"](N_AGENTS),
+    "star": from_graph(nx.star_graph(N_AGENTS - 1)),
+    "one way": from_graph(nx.DiGraph([(0, 1), (1, 2), (0, 3), (3, 1), (3, 0)])),
+}
+BATCH = 8
+# No shard fills its last batch, and some agents are through before others.
+SHARDS = [np.arange(0, 9), np.arange(9, 36), np.arange(36, 50), np.arange(50, 71)]
+PROXY = np.arange(20, 50)
+IMAGES = np.random.default_rng(0).integers(0, 256, (71, 4, 4, 3), np.uint8)
+MEAN, STD = np.full(3, 120.0), np.full(3, 70.0)
+
+
+def maps_of(variables: PyTree, inputs: jax.Array) -> dict[str, jax.Array]:
+    """Two taps of feature maps, one with its channels first."""
+    units = jnp.tanh(inputs @ variables["kernel"])
+    return {"last": units, "first": jnp.moveaxis(jax.nn.relu(units + 0.2), -1, 1)}
+
+
+class Agents(NamedTuple):
+    spec: PermutationSpec
+    activations: Callable[[PyTree, Any], dict[str, jax.Array]]
+    each: list[PyTree]
+    placement: Placement
+    matcher: EdgeMatcher
+
+    def match(self, adjacency, samples: Samples, stay: float = 0.0):
+        """The permutations by edge, and those of the slots that no edge fills."""
+        edge_waves = waves(edges_of(adjacency), self.placement.slots)
+        stacked = self.placement.put(jax.tree.map(lambda *x: np.stack(x), *self.each))
+        matched = self.matcher.match(
+            stacked, edge_waves, samples, stay=stay, stopwatch=Stopwatch()
+        )
+        assert len(matched) == len(edge_waves)
+        found, rest = {}, []
+        for wave, perms in zip(edge_waves, matched, strict=True):
+            for slot in range(self.placement.slots):
+                of_slot = {group: perm[slot] for group, perm in perms.items()}
+                if slot < wave.real:
+                    found[wave.receivers[slot], wave.senders[slot]] = of_slot
+                else:
+                    rest.append(of_slot)
+        return found, rest
+
+
+@cache
+def agents(kind: str) -> Agents:
+    keys = jax.random.split(jax.random.key(0), N_AGENTS)
+    if kind == "mlp":
+        model = MODELS["mlp"](n_classes=3, hidden=(10, 7))
+        spec, watch = permutation_spec(model), activations(model)
+        fresh = jax.jit(partial(init, model))
+        each = [fresh(key, IMAGES[:1]) for key in keys]
+        placement = place(N_AGENTS, jax.devices()[:1], batching="unroll")
+    else:
+        spec = PermutationSpec(
+            {"kernel": (None, "units")},
+            {"last": "units", "first": (None, "units", None, None)},
+        )
+        watch = maps_of
+        each = [{"kernel": jax.random.normal(key, (3, 12))} for key in keys]
+        placement = place(N_AGENTS, jax.devices()[:1], batching="vmap")
+    return Agents(spec, watch, each, placement, EdgeMatcher(spec, watch, placement))
+
+
+@cache
+def samples(kind: str, whose: str) -> Samples:
+    placement = agents(kind).placement
+    labels = np.zeros(len(IMAGES), np.int32)
+    pool = place_pool(Split(IMAGES, labels), MEAN, STD, placement)
+    reader = Reader(pool, placement)
+    return reader.own(SHARDS, BATCH) if whose == "own" else reader.shared(PROXY, BATCH)
+
+
+@cache
+def alone(kind: str, whose: str, receiver: int, sender: int) -> Perms:
+    """One pair, matched on all examples at once: nothing is filled up or masked."""
+    indices = SHARDS[receiver] if whose == "own" else PROXY
+    inputs = np.float32((IMAGES[indices] - MEAN) / STD)
+    spec, watch, each, *_ = agents(kind)
+    # Without jit, as every call would compile anew.
+    with jax.disable_jit():
+        return activation_matching(spec, watch, each[receiver], each[sender], [inputs])
+
+
+@pytest.mark.parametrize("whose", ["shared", "own"])
+@pytest.mark.parametrize(
+    ("kind", "graph"), [*(("mlp", graph) for graph in GRAPHS), ("maps", "one way")]
+)
+def test_every_edge_is_matched_as_its_two_agents_alone(kind, graph, whose):
+    found, rest = agents(kind).match(GRAPHS[graph], samples(kind, whose))
+    assert set(found) == set(map(tuple, edges_of(GRAPHS[graph])))
+    for (receiver, sender), perms in found.items():
+        expected = alone(kind, whose, int(receiver), int(sender))
+        assert perms.keys() == expected.keys()
+        for group, perm in perms.items():
+            assert perm.dtype == np.int32
+            np.testing.assert_array_equal(perm, expected[group], f"{receiver}{sender}")
+    for perms in rest:
+        for perm in perms.values():
+            np.testing.assert_array_equal(perm, np.arange(len(perm)))
+
+
+def test_the_pairs_to_be_matched_differ():
+    # Else mistaken edges, directions or samples would pass unnoticed.
+    pairs = [("shared", 0, 1), ("shared", 1, 0), ("shared", 2, 1), ("own", 0, 1)]
+    for kind in ("mlp", "maps"):
+        perms = [np.concatenate([*alone(kind, *pair).values()]) for pair in pairs]
+        assert len({tuple(perm.tolist()) for perm in perms}) == len(pairs)
+
+
+@pytest.mark.parametrize("whose", ["shared", "own"])
+def test_a_large_stay_keeps_every_unit_of_every_agent(whose):
+    found, _ = agents("mlp").match(GRAPHS["ring"], samples("mlp", whose), stay=2)
+    for perms in found.values():
+        for perm in perms.values():
+            np.testing.assert_array_equal(perm, np.arange(len(perm)))
+
+
+def test_no_edges_are_matched_at_once():
+    nobody = np.zeros((N_AGENTS, N_AGENTS), bool)
+    assert agents("mlp").match(nobody, samples("mlp", "shared")) == ({}, [])
+
+
+def test_every_phase_is_timed():
+    stopwatch = Stopwatch()
+    placement, matcher = agents("mlp").placement, agents("mlp").matcher
+    stacked = placement.put(jax.tree.map(lambda *x: np.stack(x), *agents("mlp").each))
+    edge_waves = waves(edges_of(GRAPHS["ring"]), placement.slots)
+    matcher.match(stacked, edge_waves, samples("mlp", "own"), stopwatch=stopwatch)
+    assert set(stopwatch.seconds) == {"activations", "correlations", "assignment"}
+    assert min(stopwatch.seconds.values()) > 0

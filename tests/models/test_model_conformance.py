@@ -1,0 +1,314 @@
+"""What every bundled architecture must keep to. A new one only joins the table."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dimat_jax import permutation
+from dimat_jax.data.pipeline import Batch
+from dimat_jax.models import MODELS, permutation_spec
+from dimat_jax.models.classifier import (
+    activations,
+    batch_statistics,
+    both_modes,
+    forward,
+    init,
+    loss,
+)
+from dimat_jax.permutation import PermutationSpec, permute_leaf
+from dimat_jax.tree import PyTree, flatten, map_with_path, stack, take
+
+N_CLASSES = 5
+BATCH = 6
+
+
+class Case(NamedTuple):
+    """The smallest network of an architecture that still has all its parts."""
+
+    name: str
+    settings: dict[str, Any]
+    input_shape: tuple[int, ...]
+
+
+CASES = {
+    "mlp": Case("mlp", {"hidden": (9, 7)}, (4, 4, 1)),
+    "mlp, width 2": Case("mlp", {"hidden": (9, 7), "width": 2}, (4, 4, 3)),
+    "linear": Case("mlp", {"hidden": ()}, (4, 4, 1)),
+    "resnet20": Case("resnet20", {}, (8, 8, 1)),
+    "resnet20, width 2": Case("resnet20", {"width": 2}, (8, 8, 3)),
+}
+
+
+ONE_PER_MODEL = {case.name: key for key, case in reversed(CASES.items())}.values()
+
+every_case = pytest.mark.parametrize("case", CASES)
+# For what takes long to compile, and does not depend on a model's settings.
+every_model = pytest.mark.parametrize("case", ONE_PER_MODEL)
+
+
+class Subject(NamedTuple):
+    model: Any
+    spec: PermutationSpec
+    variables: PyTree
+    inputs: jax.Array
+    logits: Callable[[PyTree, jax.Array], dict[str, jax.Array]]
+    watch: Callable[[PyTree, jax.Array], dict[str, jax.Array]]
+
+    def perms(self, seed: int) -> permutation.Perms:
+        return permutation.random(self.spec, self.variables, jax.random.key(seed))
+
+
+@pytest.fixture
+def subject(case: str) -> Subject:
+    return build(case)
+
+
+@cache
+def build(case: str) -> Subject:
+    name, settings, input_shape = CASES[case]
+    model = MODELS[name](n_classes=N_CLASSES, **settings)
+    inputs = jax.random.normal(jax.random.key(0), (BATCH, *input_shape))
+    shapes = jax.eval_shape(partial(init, model), jax.random.key(0), inputs)
+    return Subject(
+        model,
+        permutation_spec(model),
+        map_with_path(trained_like, shapes),
+        inputs,
+        jax.jit(both_modes(model)),
+        jax.jit(activations(model)),
+    )
+
+
+def trained_like(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """No leaf is constant, as they are at init: permutations would not move those."""
+    rng = np.random.default_rng(list(path.encode()))
+    if path.endswith(("/var", "/scale")):
+        values = rng.uniform(0.5, 1.5, leaf.shape)
+    elif len(leaf.shape) > 1:
+        values = rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape)
+    else:
+        values = rng.uniform(-0.5, 0.5, leaf.shape)
+    return jnp.asarray(values, leaf.dtype)
+
+
+def test_the_table_covers_all_models():
+    assert {case.name for case in CASES.values()} == set(MODELS)
+    assert len(ONE_PER_MODEL) == len(MODELS)
+
+
+# Symmetry =============================================================================
+
+
+@every_case
+def test_the_spec_is_valid_and_every_group_has_a_tap(subject):
+    permutation.validate(subject.spec, subject.variables)
+    for group in subject.spec.groups:
+        assert subject.spec.taps_of(group), group
+
+
+@every_case
+def test_random_permutations_leave_logits_unchanged_in_both_modes(subject):
+    before = subject.logits(subject.variables, subject.inputs)
+    for seed in range(3):
+        perms = subject.perms(seed)
+        permuted = permutation.apply(subject.spec, perms, subject.variables)
+        assert_every_permuted_leaf_moved(subject, permuted)
+        after = subject.logits(permuted, subject.inputs)
+        for mode in ("eval", "train"):
+            assert before[mode].dtype == jnp.float32
+            np.testing.assert_allclose(after[mode], before[mode], rtol=0, atol=1e-4)
+
+
+def assert_every_permuted_leaf_moved(subject, permuted):
+    moved = flatten(permuted)
+    for path, leaf in flatten(subject.variables).items():
+        if any(subject.spec.axes[path]):
+            assert (moved[path] != leaf).any(), path
+        else:
+            np.testing.assert_array_equal(moved[path], leaf)
+
+
+@every_case
+def test_taps_show_the_units_of_their_groups(subject):
+    perms = subject.perms(0)
+    permuted = permutation.apply(subject.spec, perms, subject.variables)
+    before = subject.watch(subject.variables, subject.inputs)
+    after = subject.watch(permuted, subject.inputs)
+    assert before.keys() == subject.spec.taps.keys()
+    for tap, axes in subject.spec.taps.items():
+        if isinstance(axes, str):
+            axes = (None,) * (before[tap].ndim - 1) + (axes,)
+        expected = permute_leaf(axes, perms, before[tap])
+        np.testing.assert_allclose(after[tap], expected, rtol=0, atol=1e-4)
+        # Else a tap that shows nothing would pass.
+        assert float(jnp.abs(after[tap] - before[tap]).max()) > 1e-2, tap
+
+
+@every_model
+def test_batch_statistics_are_the_batchs_own_and_permuted_alike(subject):
+    statistics = batch_statistics(subject.model)
+    if statistics is None:
+        assert "batch_stats" not in subject.variables
+        return
+    statistics = jax.jit(statistics)
+    mask = jnp.arange(BATCH) < BATCH - 1
+    measured = statistics(subject.variables, subject.inputs, mask)
+    running = jax.tree.map(lambda x: x + 1, subject.variables["batch_stats"])
+    unlike = {**subject.variables, "batch_stats": running}
+    assert_close(statistics(unlike, subject.inputs, mask), measured, atol=1e-6)
+    others = subject.inputs.at[-1].set(100)
+    assert_close(statistics(subject.variables, others, mask), measured, atol=1e-6)
+
+    perms = subject.perms(0)
+    aligned, expected = (
+        permutation.apply(subject.spec, perms, variables)
+        for variables in (
+            subject.variables,
+            {**subject.variables, "batch_stats": measured},
+        )
+    )
+    assert_close(
+        statistics(aligned, subject.inputs, mask), expected["batch_stats"], atol=1e-4
+    )
+
+
+# Stacked agents =======================================================================
+
+
+@every_model
+def test_vmapped_permutations_of_stacked_agents_equal_the_loop(subject):
+    perms, agents = some_agents(subject)
+
+    @jax.jit
+    @jax.vmap
+    def align(perms, variables):
+        return permutation.apply(subject.spec, perms, variables)
+
+    stacked = align(stack(perms), stack(agents))
+    for i, (agent_perms, variables) in enumerate(zip(perms, agents, strict=True)):
+        expected = permutation.apply(subject.spec, agent_perms, variables)
+        assert_close(take(stacked, i), expected, atol=0)
+
+
+@every_model
+def test_vmapped_logits_of_stacked_agents_equal_the_loop(subject):
+    _, agents = some_agents(subject)
+    logits = jax.jit(jax.vmap(forward(subject.model), (0, None)))
+    stacked = logits(stack(agents), subject.inputs)
+    for i, variables in enumerate(agents):
+        expected = subject.logits(variables, subject.inputs)["eval"]
+        np.testing.assert_allclose(stacked[i], expected, rtol=0, atol=1e-4)
+
+
+def some_agents(subject) -> tuple[list[permutation.Perms], list[PyTree]]:
+    factors = (1.0, 0.9)
+    return (
+        [subject.perms(seed) for seed in range(len(factors))],
+        [jax.tree.map(lambda x, f=f: f * x, subject.variables) for f in factors],
+    )
+
+
+# Precision ============================================================================
+
+
+@every_model
+def test_bfloat16_computes_in_bfloat16_from_float32_to_float32(subject):
+    model = subject.model.clone(dtype=jnp.bfloat16)
+
+    @jax.jit
+    def run(variables, inputs):
+        train_logits, state = model.apply(
+            variables, inputs, train=True, mutable=["batch_stats", "intermediates"]
+        )
+        return train_logits, forward(model)(variables, inputs), state
+
+    fresh = jax.eval_shape(partial(init, model), jax.random.key(0), subject.inputs)
+    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype(jnp.float32)}
+    train_logits, eval_logits, state = run(subject.variables, subject.inputs)
+    for tap, units in flatten(state.get("intermediates", {})).items():
+        assert units.dtype == jnp.bfloat16, tap
+    for path, statistic in flatten(state.get("batch_stats", {})).items():
+        assert statistic.dtype == jnp.float32, path
+    exact = subject.logits(subject.variables, subject.inputs)
+    for mode, rounded in (("train", train_logits), ("eval", eval_logits)):
+        assert rounded.dtype == jnp.float32
+        error = jnp.abs(rounded - exact[mode]).max() / jnp.abs(exact[mode]).max()
+        assert 1e-5 < error < 0.1, mode
+
+
+def test_the_constructor_passes_the_dtype_on():
+    for name, build in MODELS.items():
+        for dtype in (jnp.float32, jnp.bfloat16):
+            assert build(n_classes=N_CLASSES, dtype=dtype).dtype == dtype, name
+        assert build(n_classes=N_CLASSES).dtype == jnp.float32, name
+
+
+# Masked examples ======================================================================
+
+
+@every_model
+def test_masked_examples_count_nowhere_in_train_mode(subject):
+    @jax.jit
+    def learn(variables, batch):
+        def of_params(params):
+            key = jax.random.key(0)
+            return loss(subject.model)({**variables, "params": params}, batch, key)
+
+        (value, aux), grads = jax.value_and_grad(of_params, has_aux=True)(
+            variables["params"]
+        )
+        return {"loss": value, "grads": grads, "aux": aux}
+
+    rng = np.random.default_rng(0)
+    inputs = np.asarray(subject.inputs)
+    labels = rng.integers(0, N_CLASSES, BATCH).astype(np.int32)
+    # Masked examples lie between the others, and look like nothing seen before.
+    rows = np.array([0, 2, 3, 5, 6, 8])
+    padded = rng.normal(3, 10, (9, *inputs.shape[1:])).astype(np.float32)
+    padded_labels = np.zeros(9, np.int32)
+    padded[rows], padded_labels[rows] = inputs, labels
+
+    smaller = learn(subject.variables, batch_of(inputs, labels, np.ones(BATCH, bool)))
+    mask = np.isin(np.arange(9), rows)
+    assert_close(
+        learn(subject.variables, batch_of(padded, padded_labels, mask)),
+        smaller,
+        atol=1e-5,
+    )
+    # The masked examples would have made a difference.
+    unmasked = learn(subject.variables, batch_of(padded, padded_labels, mask | True))
+    assert abs(unmasked["loss"] - smaller["loss"]) > 1e-3
+
+
+@every_model
+def test_training_updates_the_running_statistics_alone(subject):
+    batch = Batch(subject.inputs, jnp.zeros(BATCH, jnp.int32), jnp.ones(BATCH, bool))
+    _, (state, metrics) = jax.jit(loss(subject.model))(
+        subject.variables, batch, jax.random.key(0)
+    )
+    others = {k: v for k, v in subject.variables.items() if k != "params"}
+    assert jax.tree.structure(dict(state)) == jax.tree.structure(others)
+    for path, leaf in flatten(others).items():
+        assert (flatten(state)[path] != leaf).any(), path
+    assert set(metrics) == {"loss", "accuracy"}
+
+
+def batch_of(inputs: Any, labels: Any, mask: Any) -> Batch:
+    return Batch(*map(jnp.asarray, (inputs, labels, mask)))
+
+
+def assert_close(tree: PyTree, expected: PyTree, atol: float) -> None:
+    """Leaf by leaf, relative to the largest entry of the leaf (or to one)."""
+    leaves, expected_leaves = flatten(tree), flatten(expected)
+    assert leaves.keys() == expected_leaves.keys()
+    for path, leaf in leaves.items():
+        expected_leaf = expected_leaves[path]
+        scale = max(1.0, float(jnp.abs(expected_leaf).max()))
+        np.testing.assert_allclose(
+            leaf, expected_leaf, rtol=0, atol=atol * scale, err_msg=path
+        )

@@ -1,0 +1,334 @@
+"""`verify` accepts symmetries that hold, and names what breaks those that do not."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dimat_jax import permutation
+from dimat_jax.models import MODELS, permutation_spec
+from dimat_jax.models.classifier import both_modes, forward, init
+from dimat_jax.permutation import (
+    Axis,
+    Concat,
+    PermutationSpec,
+    PermutationSpecError,
+    Product,
+    group_sizes,
+    validate,
+    verify,
+)
+from dimat_jax.tree import PyTree, map_with_path
+
+
+def key(seed: int = 0) -> jax.Array:
+    return jax.random.key(seed)
+
+
+# The bundled models ===================================================================
+
+# As many inputs, units and logits in every layer: no mistake shows in a size.
+MLP = MODELS["mlp"](n_classes=6, hidden=(6, 6))
+RESNET20 = MODELS["resnet20"](n_classes=5)
+SPECS = {
+    name: permutation_spec(m) for name, m in [("mlp", MLP), ("resnet20", RESNET20)]
+}
+
+
+class Subject(NamedTuple):
+    forward: Callable[[PyTree, jax.Array], PyTree]
+    fresh: PyTree
+    inputs: jax.Array
+
+    def verify(self, spec: PermutationSpec, variables: PyTree = None) -> None:
+        variables = self.fresh if variables is None else variables
+        verify(spec, self.forward, variables, self.inputs, key())
+
+
+@cache
+def subject(name: str) -> Subject:
+    """One `forward` for all tests, so that it compiles once."""
+    model, shape = {"mlp": (MLP, (3, 2, 1)), "resnet20": (RESNET20, (8, 8, 1))}[name]
+    inputs = jax.random.normal(key(1), (6, *shape))
+    fresh = jax.jit(partial(init, model))(key(2), inputs)
+    return Subject(both_modes(model), fresh, inputs)
+
+
+def with_axis(
+    spec: PermutationSpec, leaf: str, dimension: int, axis: Axis
+) -> PermutationSpec:
+    axes = list(spec.axes[leaf])
+    axes[dimension] = axis
+    return dataclasses.replace(spec, axes={**spec.axes, leaf: tuple(axes)})
+
+
+# Of the ResNet the stem, the head and one block with a shortcut: the others are alike.
+ALL_AXES = [
+    pytest.param(name, leaf, dimension, id=f"{name}-{leaf}-{dimension}")
+    for name, spec in SPECS.items()
+    for leaf, axes in spec.axes.items()
+    for dimension, axis in enumerate(axes)
+    if axis is not None
+    and re.search("^[a-z_]+/(hidden.|conv0|norm0|stage1_block0|head)/", leaf)
+]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_declared_symmetries_of_fresh_networks_hold(name):
+    subject(name).verify(SPECS[name])
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_declared_symmetries_of_trained_networks_hold(name):
+    # As after training: nothing is constant, and nothing is what init made it.
+    rng = np.random.default_rng(0)
+
+    def trained(path, leaf):
+        if path.endswith(("/var", "/scale")):
+            return jnp.asarray(rng.uniform(0.5, 2, leaf.shape), jnp.float32)
+        return leaf + jnp.asarray(rng.normal(0, 0.1, leaf.shape), jnp.float32)
+
+    subject(name).verify(SPECS[name], map_with_path(trained, subject(name).fresh))
+
+
+@pytest.mark.parametrize(("name", "leaf", "dimension"), ALL_AXES)
+def test_an_axis_in_a_wrong_group_of_the_same_size_is_named(name, leaf, dimension):
+    spec = SPECS[name]
+    sizes = group_sizes(spec, subject(name).fresh)
+    right = spec.axes[leaf][dimension]
+    wrong = next(g for g, n in sizes.items() if g != right and n == sizes[right])
+    with pytest.raises(PermutationSpecError) as error:
+        subject(name).verify(with_axis(spec, leaf, dimension, wrong))
+    assert f"{leaf!r} axis {dimension} should" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "leaf", "dimension"), ALL_AXES)
+def test_an_axis_left_out_of_its_group_is_named(name, leaf, dimension):
+    group = SPECS[name].axes[leaf][dimension]
+    with pytest.raises(PermutationSpecError) as error:
+        subject(name).verify(with_axis(SPECS[name], leaf, dimension, None))
+    assert f"{leaf!r} axis {dimension} should be in it" in str(error.value)
+    assert f"group {group!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_leaf_left_out_of_the_spec_is_named(name):
+    spec, fresh = SPECS[name], subject(name).fresh
+    for leaf in spec.axes:
+        fewer = {other: axes for other, axes in spec.axes.items() if other != leaf}
+        with pytest.raises(PermutationSpecError, match=f"cover the leaf '{leaf}'"):
+            validate(PermutationSpec(fewer, spec.taps), fresh)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_permuted_logits_are_noticed(name):
+    spec = with_axis(SPECS[name], "params/head/kernel", 1, "classes")
+    spec = with_axis(spec, "params/head/bias", 0, "classes")
+    with pytest.raises(PermutationSpecError) as error:
+        subject(name).verify(spec)
+    assert "group 'classes'" in str(error.value)
+    assert "'params/head/kernel' axis 1" in str(error.value)
+    assert "'params/head/bias' axis 0" in str(error.value)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("leaf", "dimension"), [("params/head/kernel", 1), ("params/head/bias", 0)]
+)
+def test_partly_permuted_logits_are_noticed(name, leaf, dimension):
+    spec = with_axis(SPECS[name], leaf, dimension, "classes")
+    with pytest.raises(PermutationSpecError) as error:
+        subject(name).verify(spec)
+    assert f"{leaf!r} axis {dimension} should not be in it" in str(error.value)
+
+
+def test_permuted_inputs_are_noticed():
+    spec = with_axis(SPECS["mlp"], "params/hidden0/kernel", 0, "pixels")
+    with pytest.raises(PermutationSpecError, match="hidden0/kernel' axis 0 should not"):
+        subject("mlp").verify(spec)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "var"])
+@pytest.mark.parametrize("norm", ["norm0", "stage2_block2/norm1"])
+def test_a_statistic_left_out_is_noticed_though_a_fresh_network_hides_it(
+    norm, statistic
+):
+    leaf = f"batch_stats/{norm}/{statistic}"
+    spec = with_axis(SPECS["resnet20"], leaf, 0, None)
+    model, fresh, inputs = subject("resnet20")
+    logits = model(fresh, inputs)["eval"]
+    perms = permutation.random(spec, fresh, key())
+    permuted = permutation.apply(spec, perms, fresh)
+    np.testing.assert_allclose(model(permuted, inputs)["eval"], logits, atol=1e-4)
+    with pytest.raises(PermutationSpecError, match=f"'{leaf}' axis 0 should be in it"):
+        subject("resnet20").verify(spec)
+
+
+def test_a_shortcut_in_a_wrong_residual_stream_is_named():
+    leaf = "params/stage1_block0/shortcut_conv/kernel"
+    spec = with_axis(SPECS["resnet20"], leaf, 3, "stage1_block2/inner")
+    with pytest.raises(PermutationSpecError) as error:
+        subject("resnet20").verify(spec)
+    assert f"{leaf!r} axis 3 should not be in it" in str(error.value)
+    assert "group 'stage1_block2/inner'" in str(error.value)
+
+
+def test_a_block_with_a_residual_stream_of_its_own_is_noticed():
+    spec = SPECS["resnet20"]
+    for path in ("conv2", "norm2"):
+        for leaf, axes in spec.axes.items():
+            if f"stage0_block1/{path}/" in leaf:
+                spec = with_axis(spec, leaf, len(axes) - 1, "own")
+    with pytest.raises(PermutationSpecError) as error:
+        subject("resnet20").verify(spec)
+    assert "group 'stream0'" in str(error.value)
+    assert "'params/stage0_block0/conv2/kernel' axis 3" in str(error.value)
+
+
+# Any network ==========================================================================
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+X = normal(5, 4)
+WEIGHTS = {"first": normal(4, 4), "second": normal(4, 4, seed=1)}
+
+
+def two_layers(variables, x):
+    return jax.nn.relu(x @ variables["first"]) @ variables["second"]
+
+
+TWO_LAYERS = PermutationSpec({"first": (None, "units"), "second": ("units", None)})
+
+
+def test_verify_leaves_the_variables_as_they_are():
+    variables = {"w": np.ones((4, 4), np.float32), "b": np.zeros(4, np.float32)}
+    spec = PermutationSpec({"w": (None, "units"), "b": ("units",)})
+    verify(spec, lambda v, x: (x @ v["w"] + v["b"]).sum(-1), variables, X, key())
+    np.testing.assert_array_equal(variables["w"], np.ones((4, 4)))
+    np.testing.assert_array_equal(variables["b"], np.zeros(4))
+
+
+def test_the_structure_is_checked_first():
+    def forward(variables, inputs):
+        raise AssertionError("not to be called")
+
+    with pytest.raises(PermutationSpecError, match="'second'"):
+        verify(PermutationSpec({"first": (None, "u")}), forward, WEIGHTS, X, key())
+
+
+@pytest.mark.parametrize(
+    ("leaf", "dimension"), [("first", 1), ("second", 0)], ids=["out", "in"]
+)
+def test_the_axis_left_out_is_named_where_its_group_has_but_one_other(leaf, dimension):
+    spec = with_axis(TWO_LAYERS, leaf, dimension, None)
+    with pytest.raises(PermutationSpecError) as error:
+        verify(spec, two_layers, WEIGHTS, X, key())
+    assert f"{leaf!r} axis {dimension} should be in it" in str(error.value)
+
+
+def test_every_group_is_moved_even_if_its_random_permutation_is_the_identity():
+    # A group of two: half of all keys draw the identity.
+    variables = {"w": jnp.array([1.0, 2.0])}
+    spec = PermutationSpec({"w": ("units",)})
+    for seed in range(6):
+        with pytest.raises(PermutationSpecError):
+            verify(spec, lambda v, _: v["w"], variables, X, key(seed))
+
+
+def test_groups_that_only_move_the_outputs_together_are_noticed():
+    # Each group alone multiplies by the other's constant difference, zero.
+    def forward(variables, x):
+        moved = [jnp.abs(variables[g] - jnp.arange(1.0, 5.0)).sum() for g in "ab"]
+        return x.sum() + moved[0] * moved[1]
+
+    variables = {g: jnp.arange(1.0, 5.0) for g in "ab"}
+    spec = PermutationSpec({"a": ("a",), "b": ("b",)})
+    with pytest.raises(PermutationSpecError, match=r"no group does so alone.*'a', 'b'"):
+        verify(spec, forward, variables, X, key())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_are_refused(bad):
+    second = WEIGHTS["second"].copy()
+    second[0, 0] = bad
+    variables = {**WEIGHTS, "second": second}
+    with pytest.raises(PermutationSpecError, match="not finite"):
+        verify(TWO_LAYERS, two_layers, variables, X, key())
+
+
+def test_outputs_that_a_permutation_makes_nan_are_noticed():
+    # NaN is no larger than any tolerance, nor than the change of another output.
+    variables = {"w": jnp.array([1.0, 2.0, -3.0, -4.0])}
+    spec = PermutationSpec({"w": ("units",)})
+
+    def forward(variables, x):
+        return {"a": x, "b": jnp.log(variables["w"] * jnp.array([1, 1, -1, -1]))}
+
+    with pytest.raises(PermutationSpecError, match="'w' axis 0 should not be in it"):
+        verify(spec, forward, variables, X, key(1))
+
+
+def test_the_tolerance_is_relative_to_the_largest_output():
+    spec = PermutationSpec({"w": ("units",)})
+    variables = {"w": jnp.array([1.0, 2.0, 3.0])}
+
+    def forward(variables, x):
+        return jnp.append(variables["w"], 1e3)
+
+    verify(spec, forward, variables, X, key(), tolerance=3e-3)
+    with pytest.raises(PermutationSpecError, match="allowed: 5e-04"):
+        verify(spec, forward, variables, X, key(), tolerance=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("axis", "holds"),
+    [
+        (Product(None, "units"), True),
+        (Product(2, "units"), True),
+        (Product("units", None), False),
+        (Concat(("units", 3), ("units", 3)), True),
+        (Concat(("units", 3), (None, 3)), False),
+        (None, False),
+    ],
+)
+def test_a_flattened_feature_map_is_a_product_with_channels_last(axis, holds):
+    variables = {"features": normal(4, 3), "dense": normal(6, 2, seed=1)}
+
+    def forward(variables, x):
+        maps = jnp.stack([x, x**2], axis=1) @ variables["features"]  # [5, 2, 3]
+        return jax.nn.relu(maps).reshape(len(x), -1) @ variables["dense"]
+
+    spec = PermutationSpec({"features": (None, "units"), "dense": (axis, None)})
+    if holds:
+        verify(spec, forward, variables, X, key())
+    else:
+        with pytest.raises(PermutationSpecError, match="'units'"):
+            verify(spec, forward, variables, X, key())
+
+
+def test_networks_outside_flax_are_verified_alike():
+    class Layer(NamedTuple):
+        weight: np.ndarray
+
+    def two(layers, x):
+        return jnp.tanh(x @ layers[0].weight) @ layers[1].weight
+
+    layers = [Layer(WEIGHTS["first"]), Layer(WEIGHTS["second"])]
+    spec = PermutationSpec({"0/weight": (None, "units"), "1/weight": ("units", None)})
+    verify(spec, two, layers, X, key())
+    with pytest.raises(PermutationSpecError, match="'1/weight' axis 0 should be in it"):
+        verify(with_axis(spec, "1/weight", 0, None), two, layers, X, key())
+
+
+def test_a_forward_in_eval_mode_alone_is_accepted():
+    inputs = subject("mlp").inputs
+    verify(SPECS["mlp"], forward(MLP), subject("mlp").fresh, inputs, key())
