@@ -31,9 +31,16 @@ def _path_string(path: tuple) -> str:
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a pytree by path, in the tree's own order."""
+    """The leaves of a pytree by path, in the tree's own order.
+
+    Raises:
+        ValueError: two leaves have the same path.
+    """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_path_string(path): leaf for path, leaf in leaves}
+    flat = {_path_string(path): leaf for path, leaf in leaves}
+    if len(flat) < len(leaves):
+        raise ValueError('two leaves have the same path; do keys contain "/"?')
+    return flat
 
 
 def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

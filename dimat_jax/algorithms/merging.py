@@ -17,6 +17,7 @@ from jaxtyping import Array
 from dimat_jax.algorithms.base import Algorithm, MergeData, State, Task, Variables
 from dimat_jax.algorithms.frames import MEETINGS, EdgePerms, same_frame
 from dimat_jax.data.pipeline import Samples
+from dimat_jax.matching.assignment import check_stay
 from dimat_jax.matching.edges import EdgeMatcher
 from dimat_jax.network import Network
 from dimat_jax.optimizers import reset
@@ -63,8 +64,7 @@ def merging(
         raise ValueError(
             f"opt_state is one of {get_args(OptStatePolicy)}, got {opt_state!r}"
         )
-    if not stay >= 0:
-        raise ValueError(f"stay must be at least 0, got {stay}")
+    check_stay(stay)
 
     def exchanged(state: State) -> PyTree:
         """The part of a state that is sent, aligned and averaged."""

@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from dimat_jax.matching.assignment import prefer_staying, solve_assignment
+from dimat_jax.matching.assignment import (
+    check_stay,
+    prefer_staying,
+    solve_assignment,
+)
 from dimat_jax.permutation import Perms, PermutationSpec, PermutationSpecError
 from dimat_jax.tree import PyTree
 
@@ -26,6 +30,7 @@ __all__ = [
     "correlation",
     "empty_moments",
     "group_scores",
+    "group_taps",
     "solve_groups",
     "units_last",
     "update_moments",
@@ -41,13 +46,13 @@ class Centred(NamedTuple):
     Attributes:
         n_samples: how many count.
         mean: of each unit.
-        variance: of each unit, the sum of squared deviations.
+        squares: the sum of each unit's squared deviations.
         deviations: from the mean; 0 for samples that do not count.
     """
 
     n_samples: Float[Array, ""]
     mean: Float[Array, " units"]
-    variance: Float[Array, " units"]
+    squares: Float[Array, " units"]
     deviations: Float[Array, "samples units"]
 
 
@@ -71,16 +76,16 @@ class Moments(NamedTuple):
     Attributes:
         n_samples: how many.
         mean_reference, mean_permutee: means.
-        var_reference, var_permutee: sums of squared deviations.
-        covariance: sums of products of deviations, `[reference unit, permutee unit]`.
+        squares_reference, squares_permutee: sums of squared deviations.
+        products: sums of products of deviations, `[reference unit, permutee unit]`.
     """
 
     n_samples: Float[Array, ""]
     mean_reference: Float[Array, " units"]
     mean_permutee: Float[Array, " units"]
-    var_reference: Float[Array, " units"]
-    var_permutee: Float[Array, " units"]
-    covariance: Float[Array, "units units"]
+    squares_reference: Float[Array, " units"]
+    squares_permutee: Float[Array, " units"]
+    products: Float[Array, "units units"]
 
 
 def empty_moments(units: int) -> Moments:
@@ -106,9 +111,9 @@ def update_moments(moments: Moments, reference: Centred, permutee: Centred) -> M
         count,
         moments.mean_reference + share * shift_reference,
         moments.mean_permutee + share * shift_permutee,
-        moments.var_reference + reference.variance + weight * shift_reference**2,
-        moments.var_permutee + permutee.variance + weight * shift_permutee**2,
-        moments.covariance
+        moments.squares_reference + reference.squares + weight * shift_reference**2,
+        moments.squares_permutee + permutee.squares + weight * shift_permutee**2,
+        moments.products
         + products
         + weight * jnp.outer(shift_reference, shift_permutee),
     )
@@ -127,10 +132,25 @@ def correlation(moments: Moments) -> Float[Array, "units units"]:
         return jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, sum_of_squares, 1)), 0)
 
     return (
-        moments.covariance
-        * inverse_deviation(moments.mean_reference, moments.var_reference)[:, None]
-        * inverse_deviation(moments.mean_permutee, moments.var_permutee)
+        moments.products
+        * inverse_deviation(moments.mean_reference, moments.squares_reference)[:, None]
+        * inverse_deviation(moments.mean_permutee, moments.squares_permutee)
     )
+
+
+def group_taps(spec: PermutationSpec) -> dict[str, dict[str, int]]:
+    """For each group its taps, each with the dimension that its units lie on.
+
+    Raises:
+        PermutationSpecError: a group without a tap cannot be matched.
+    """
+    taps = {group: spec.taps_of(group) for group in spec.groups}
+    for group, found in taps.items():
+        if not found:
+            raise PermutationSpecError(
+                f"group {group!r} has no tap, so its activations cannot be matched"
+            )
+    return taps
 
 
 def group_scores(
@@ -143,15 +163,10 @@ def group_scores(
     Raises:
         PermutationSpecError: a group without a tap.
     """
-    scores = {}
-    for group in spec.groups:
-        taps = spec.taps_of(group)
-        if not taps:
-            raise PermutationSpecError(
-                f"group {group!r} has no tap, so its activations cannot be matched"
-            )
-        scores[group] = sum(correlation(moments[tap]) for tap in taps) / len(taps)
-    return scores
+    return {
+        group: jnp.stack([correlation(moments[tap]) for tap in taps]).mean(axis=0)
+        for group, taps in group_taps(spec).items()
+    }
 
 
 def units_last(
@@ -165,8 +180,8 @@ def units_last(
         PermutationSpecError: the activations lack a tap that the spec names.
     """
     flat = {}
-    for group in spec.groups:
-        for tap, dimension in spec.taps_of(group).items():
+    for group, taps in group_taps(spec).items():
+        for tap, dimension in taps.items():
             if tap not in activations:
                 raise PermutationSpecError(
                     f"group {group!r} is to be watched at tap {tap!r}, which the "
@@ -218,23 +233,26 @@ def activation_matching(
         ValueError: no batches, activations that are not finite, or `stay` < 0.
     """
 
+    group_taps(spec)
+    check_stay(stay)
+
     @jax.jit
-    def update(moments, reference, permutee, inputs):
-        flat_reference = units_last(spec, activations(reference, inputs))
-        flat_permutee = units_last(spec, activations(permutee, inputs))
-        if moments is None:
-            moments = {
-                tap: empty_moments(units.shape[-1])
-                for tap, units in flat_reference.items()
-            }
+    def watch(variables, inputs):
+        flat = units_last(spec, activations(variables, inputs))
+        return {tap: centre(units) for tap, units in flat.items()}
+
+    @jax.jit
+    def update(moments, seen, permuted):
         return {
-            tap: update_moments(moments[tap], centre(units), centre(flat_permutee[tap]))
-            for tap, units in flat_reference.items()
+            tap: update_moments(moments[tap], seen[tap], permuted[tap]) for tap in seen
         }
 
     moments = None
     for inputs in batches:
-        moments = update(moments, reference, permutee, inputs)
+        seen, permuted = watch(reference, inputs), watch(permutee, inputs)
+        if moments is None:
+            moments = {tap: empty_moments(len(seen[tap].mean)) for tap in seen}
+        moments = update(moments, seen, permuted)
     if moments is None:
         raise ValueError("activation matching needs at least one batch of inputs")
     perms = solve_groups(group_scores(spec, moments), stay)

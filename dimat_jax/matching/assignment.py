@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int32
 from scipy.optimize import linear_sum_assignment
 
-__all__ = ["prefer_staying", "solve_assignment"]
+__all__ = ["check_stay", "prefer_staying", "solve_assignment"]
 
 
 def solve_assignment(
@@ -40,14 +40,19 @@ def solve_assignment(
     return perms
 
 
+def check_stay(stay: float) -> None:
+    """Raises ValueError for a negative preference (or NaN)."""
+    if not stay >= 0:
+        raise ValueError(f"stay must be at least 0, got {stay}")
+
+
 def prefer_staying(
     scores: Float[np.ndarray, "*batch units units"], stay: float
 ) -> Float[np.ndarray, "*batch units units"]:
-    """Adds `stay` to the diagonal: a unit moves only if it gains more than that.
+    """Adds `stay` to the diagonal: units move only if they gain more than that each.
 
     Raises:
         ValueError: `stay` is negative.
     """
-    if not stay >= 0:
-        raise ValueError(f"stay must be at least 0, got {stay}")
+    check_stay(stay)
     return np.asarray(scores) + stay * np.eye(scores.shape[-1], dtype=np.float32)

@@ -19,6 +19,7 @@ from dimat_jax.matching.activation import (
     centre,
     empty_moments,
     group_scores,
+    group_taps,
     solve_groups,
     units_last,
     update_moments,
@@ -78,6 +79,7 @@ class EdgeMatcher:
         activations: Callable[[PyTree, Array], Activations],
         placement: Placement,
     ):
+        group_taps(spec)  # raises for a group that has none
         self._slots = placement.slots
 
         def watch(variables, inputs, mask):

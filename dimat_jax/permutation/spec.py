@@ -132,13 +132,17 @@ def validate(spec: PermutationSpec, variables: PyTree) -> None:
     group_sizes(spec, variables)
     groups = spec.groups
     for tap, axes in spec.taps.items():
-        for axis in (axes,) if isinstance(axes, str) else axes:
-            for group in axis_groups(axis):
-                if group not in groups:
-                    raise PermutationSpecError(
-                        f"tap {tap!r} shows group {group!r}, which no leaf has; "
-                        f"{nearest(group, groups)}"
-                    )
+        shown = [axes] if isinstance(axes, str) else [a for a in axes if a is not None]
+        if len(shown) != 1 or not isinstance(shown[0], str):
+            raise PermutationSpecError(
+                f"tap {tap!r} must show the units of one group, on an axis of their "
+                f"own; its axes are {axes}"
+            )
+        if shown[0] not in groups:
+            raise PermutationSpecError(
+                f"tap {tap!r} shows group {shown[0]!r}, which no leaf has; "
+                f"{nearest(shown[0], groups)}"
+            )
 
 
 def group_sizes(spec: PermutationSpec, variables: PyTree) -> dict[str, int]:

@@ -80,6 +80,8 @@ class _Check:
         self._variables = variables
         self._inputs = inputs
         self._outputs = self._run(variables)
+        if not self._outputs:
+            raise PermutationSpecError("forward returned no arrays; nothing to verify")
         if not all(np.isfinite(output).all() for output in self._outputs):
             raise PermutationSpecError("the outputs are not finite; nothing to verify")
 

@@ -92,12 +92,20 @@ def test_an_axis_table_that_does_not_fit_is_refused_by_name(axes, named):
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "axes", ["unit", ("unit",), (None, Product(2, "unit")), (Concat(("unit", 4)),)]
-)
+@pytest.mark.parametrize("axes", ["unit", ("unit",), (None, "unit")])
 def test_a_tap_of_an_unknown_group_is_refused(axes):
     spec = PermutationSpec(AXES, {"relu": axes})
     with pytest.raises(PermutationSpecError, match="tap 'relu' .* 'unit'.*'units'"):
+        validate(spec, VARIABLES)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [(None,), (None, Product(2, "units")), (Concat(("units", 4)),), ("units", "units")],
+)
+def test_a_tap_must_show_one_group_on_one_plain_axis(axes):
+    spec = PermutationSpec(AXES, {"relu": axes})
+    with pytest.raises(PermutationSpecError, match="tap 'relu' must show the units"):
         validate(spec, VARIABLES)
 
 
