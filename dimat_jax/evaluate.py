@@ -46,6 +46,8 @@ class Evaluator:
         samples: Samples,
         placement: Placement,
     ):
+        if not samples.shared:
+            raise ValueError("agents are compared on samples that they share")
         self._samples = samples
         self._placement = placement
 

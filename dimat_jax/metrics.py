@@ -1,6 +1,7 @@
 """What a run writes down: JSON lines, and TensorBoard events."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ __all__ = ["MetricsWriter", "read_rows", "write_json"]
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=_plain) + "\n")
+    temporary.write_text(json.dumps(_plain(content), indent=2) + "\n")
     os.replace(temporary, path)
 
 
@@ -66,15 +67,19 @@ class MetricsWriter:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, default=_plain) + "\n"
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know: NumPy numbers and arrays (NaN is null), and paths."""
-    if isinstance(value, np.ndarray):
+    """As JSON has it: NumPy's numbers as Python's, and null for what is not finite."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return None if value != value else value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"cannot write {type(value).__name__} as JSON")
+    return value

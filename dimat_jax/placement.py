@@ -6,8 +6,8 @@ and lifted to the stack by `per_agent`; what agents do together is plain `jax.nu
 the stack (see `mixing.mix`), and XLA inserts the communication.
 
 Where the number of agents is no multiple of the number of devices, the last slots hold
-copies that never train (their batches are masked out), are connected to nobody, and are
-cut off by `gather`.
+copies of the first agents. They train along, for the devices have to do something, but
+they are connected to nobody, and `gather` cuts them off.
 """
 
 import dataclasses
@@ -22,11 +22,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from dimat_jax.errors import UserError
 from dimat_jax.tree import PyTree, stack, take
 
-__all__ = ["Batching", "Placement", "place", "request_cpu_devices"]
+__all__ = ["Batching", "Placement", "PlacementError", "place", "request_cpu_devices"]
 
 Batching = Literal["auto", "vmap", "unroll"]
+
+
+class PlacementError(UserError):
+    """Agents that cannot be laid out over the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,20 +167,20 @@ def place(
     `batching="auto"` unrolls agents on CPUs and vmaps them elsewhere.
 
     Raises:
-        ValueError: fewer than one agent, an unknown batching, or host devices whose
+        PlacementError: fewer than one agent, an unknown batching, or host devices whose
             collectives would deadlock (see `request_cpu_devices`).
     """
     if n_agents < 1:
-        raise ValueError(f"expected at least 1 agent, got {n_agents}")
+        raise PlacementError(f"expected at least 1 agent, got {n_agents}")
     devices = list(jax.devices() if devices is None else devices)[:n_agents]
     on_cpu = devices[0].platform == "cpu"
     if batching == "auto":
         batching = "unroll" if on_cpu else "vmap"
     if batching not in ("vmap", "unroll"):
-        raise ValueError(f"batching is auto, vmap or unroll, got {batching!r}")
+        raise PlacementError(f"batching is auto, vmap or unroll, got {batching!r}")
     n_local = sum(device.process_index == jax.process_index() for device in devices)
     if on_cpu and n_local > 1 and _thread_pool_size() < _threads_for(n_local):
-        raise ValueError(
+        raise PlacementError(
             f"{n_local} host devices share a pool of {_thread_pool_size()} threads, in "
             "which collectives deadlock; call request_cpu_devices before JAX starts, "
             f"or set PJRT_NPROC={_threads_for(n_local)} in the environment"
@@ -196,10 +201,10 @@ def request_cpu_devices(n_devices: int) -> None:
 
     Raises:
         RuntimeError: JAX has started already.
-        ValueError: `n_devices` < 1.
+        PlacementError: `n_devices` < 1.
     """
     if n_devices < 1:
-        raise ValueError(f"expected at least 1 CPU device, got {n_devices}")
+        raise PlacementError(f"expected at least 1 CPU device, got {n_devices}")
     jax.config.update("jax_num_cpu_devices", n_devices)
     if _thread_pool_size() < _threads_for(n_devices):
         os.environ["PJRT_NPROC"] = str(_threads_for(n_devices))

@@ -14,7 +14,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,6 +371,8 @@ def _shared_agents(config: Config) -> Path | None:
 
 
 def _read_agents(directory: Path, experiment: Experiment) -> Variables | None:
+    if not directory.exists():
+        return None
     checkpoints = Checkpoints(directory, keep=1)
     try:
         restored = checkpoints.restore(lambda record: experiment.abstract_variables())
@@ -378,8 +382,12 @@ def _read_agents(directory: Path, experiment: Experiment) -> Variables | None:
 
 
 def _write_agents(directory: Path, variables: Variables) -> None:
-    checkpoints = Checkpoints(directory, keep=1)
+    # Elsewhere first: several runs may pre-train the same agents at a time.
+    partial = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
+    checkpoints = Checkpoints(partial, keep=1)
+    checkpoints.save(0, variables, record={})
+    checkpoints.close()
     try:
-        checkpoints.save(0, variables, record={})
-    finally:
-        checkpoints.close()
+        os.replace(partial, directory)
+    except OSError:  # another run was faster, and its agents are as good
+        shutil.rmtree(partial)

@@ -92,13 +92,19 @@ def test_numpy_values_become_numbers_and_lists(tmp_path):
     ]
 
 
+def test_nan_in_an_array_is_null_and_a_scalar_array_is_a_number(tmp_path):
+    losses = np.array([[0.5, np.nan]], np.float32)
+    write(tmp_path, row(1, losses=losses, loss=np.array(0.25)))
+    assert read_rows(tmp_path) == [row(1, losses=[[0.5, None]], loss=0.25)]
+
+
 def test_bytes_beyond_two_gib_are_exact(tmp_path):
     write(tmp_path, row(1, bytes_sent_total=2**53 + 1))
     assert read_rows(tmp_path)[0]["bytes_sent_total"] == 2**53 + 1
 
 
 def test_what_json_does_not_know_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="cannot write set as JSON"):
+    with pytest.raises(TypeError, match="type set is not JSON"):
         write(tmp_path, row(1, classes={1, 2}))
 
 
@@ -193,7 +199,7 @@ def test_json_is_written_for_people_too(tmp_path):
 def test_a_failure_while_dumping_leaves_the_old_file(tmp_path):
     path = tmp_path / "summary.json"
     write_json(path, {"old": 1})
-    with pytest.raises(TypeError, match="cannot write object as JSON"):
+    with pytest.raises(TypeError, match="type object is not JSON"):
         write_json(path, {"new": 2, "bad": object()})
     assert json.loads(path.read_text()) == {"old": 1}
 

@@ -481,7 +481,7 @@ jax.config.update("jax_num_cpu_devices", 5)
 place(5)
 """
     done = run_alone(["-c", code], PJRT_NPROC="9")
-    assert "ValueError: 5 host devices share a pool of 9 threads" in done.stderr
+    assert "PlacementError: 5 host devices share a pool of 9 threads" in done.stderr
 
 
 if __name__ == "__main__":

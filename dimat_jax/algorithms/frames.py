@@ -20,7 +20,7 @@ import numpy as np
 
 from dimat_jax import permutation
 from dimat_jax.algorithms.base import Algorithm, State
-from dimat_jax.matching.edges import Wave, waves
+from dimat_jax.algorithms.edges import Wave, waves
 from dimat_jax.mixing import mix
 from dimat_jax.network import Network
 from dimat_jax.permutation import Perms

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array
 
 from dimat_jax.algorithms.base import Algorithm, MergeData, State, Task, Variables
+from dimat_jax.algorithms.edges import EdgeMatcher
 from dimat_jax.algorithms.frames import MEETINGS, EdgePerms, same_frame
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.matching.assignment import check_stay
-from dimat_jax.matching.edges import EdgeMatcher
 from dimat_jax.network import Network
 from dimat_jax.optimizers import reset
 from dimat_jax.placement import Placement

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dimat_jax.algorithms.edges import EdgeMatcher, waves
 from dimat_jax.data.pipeline import Reader, Samples, place_pool
 from dimat_jax.data.sources import Split
 from dimat_jax.matching import activation_matching
-from dimat_jax.matching.edges import EdgeMatcher, waves
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import activations, init
 from dimat_jax.permutation import Perms, PermutationSpec
