@@ -17,7 +17,7 @@ def get_config(algorithm: str = "dimat"):
     config.local_epochs = 2
     config.batch_size = 32
     config.data.name = "digits"
-    config.model = {"name": "mlp", "width": 1, "dtype": "float32"}
+    config.model.name = "mlp"
     config.optimizer.learning_rate = 1e-3
     config.pretrain.epochs = 30
     config.pretrain.batch_size = 32
@@ -29,4 +29,4 @@ def get_config(algorithm: str = "dimat"):
     config.merge.batch_size = 500
     # Dense layers batch well, and one agent's program compiles faster than five.
     config.placement.batching = "vmap"
-    return config.lock()
+    return config

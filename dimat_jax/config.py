@@ -4,6 +4,7 @@ A config file starts from `default_config()`, changes what it is about, and retu
 result; the config is locked, so a misspelt field is an error.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -20,11 +21,21 @@ from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
 from dimat_jax.placement import Batching
 from dimat_jax.topology import TOPOLOGIES
 
-__all__ = ["Config", "ConfigError", "check", "default_config"]
+__all__ = ["Config", "ConfigError", "check", "default_config", "substance"]
 
 Config = Any
 """An `ml_collections.ConfigDict`, whose fields type checkers cannot know."""
 
+# Where things are, how fast they go and what is kept. These fields change no result:
+# a run may resume with others, and runs are not compared by them.
+CIRCUMSTANCES = (
+    "data.dir",
+    "data.cache_dir",
+    "pretrain.cache_dir",
+    "pretrain.checkpoint_every",
+    "placement",
+    "checkpoint",
+)
 DTYPES = ("float32", "bfloat16")
 INITS = ("different", "same")
 MATCH_DATA = ("own", "proxy", "global")
@@ -36,8 +47,8 @@ class ConfigError(UserError):
 
 
 def default_config() -> Config:
-    """All fields. Sizes that count examples take 0 for "all of them"."""
-    return ConfigDict(
+    """All fields, locked. Sizes that count examples take 0 for "all of them"."""
+    config = ConfigDict(
         {
             "seed": 0,  # of everything: data, inits, orders, augmentation
             "agents": 5,
@@ -58,7 +69,7 @@ def default_config() -> Config:
                 "partition": "iid",
             },
             "augmentation": {
-                "flip": False,  # left to right, every other image
+                "flip": False,  # left to right, with probability 1/2
                 "pad": 0,  # pixels to pad before a random crop to the old size
             },
             "model": {
@@ -99,6 +110,7 @@ def default_config() -> Config:
             },
         }
     )
+    return config.lock()
 
 
 def _optimizer() -> dict[str, Any]:
@@ -173,6 +185,24 @@ def check(config: Config) -> None:
         )
 
 
+def substance(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's fields by dotted path, without `CIRCUMSTANCES`.
+
+    Args:
+        fields: a config as a nested dict.
+        prefix: of the paths.
+    """
+    flat = {}
+    for name, value in fields.items():
+        path = f"{prefix}{name}"
+        if path in CIRCUMSTANCES:
+            continue
+        flat |= (
+            substance(value, f"{path}.") if isinstance(value, dict) else {path: value}
+        )
+    return flat
+
+
 def _get(config: Config, field: str) -> Any:
     value: Any = config
     for part in field.split("."):
@@ -188,6 +218,5 @@ def _one_of(config: Config, field: str, allowed: Iterable[str]) -> None:
 
 def _at_least(config: Config, field: str, least: float) -> None:
     value = _get(config, field)
-    # `not >=` also catches NaN.
-    if not value >= least:
+    if not least <= value < math.inf:  # which NaN is not, either
         raise ConfigError(f"config.{field} is {value}; it must be at least {least}")

@@ -1,13 +1,17 @@
-"""Mistakes that users can mend."""
+"""What ends a program with a message instead of a traceback."""
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "nearest"]
+__all__ = ["NonFiniteError", "UserError", "nearest"]
 
 
 class UserError(ValueError):
     """Bad input. The message says what was wrong, where, and what is allowed."""
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss that is NaN or infinite; the run cannot go on."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -69,7 +69,7 @@ class Evaluator:
 
     def __call__(self, variables: PyTree) -> Evaluation:
         """Evaluates stacked variables."""
-        totals = jnp.zeros((self._placement.slots, 3))
+        totals = self._placement.zeros(3)
         for batch in self._samples:
             totals = self._count(totals, variables, batch)
         correct, loss, n = self._placement.gather(totals).T.astype(np.float64)

@@ -12,6 +12,8 @@ from jaxtyping import Array, Key
 from dimat_jax import models, permutation
 from dimat_jax.algorithms import (
     ALGORITHMS,
+    ALIGNING,
+    MERGING,
     Algorithm,
     MergeData,
     MergeOptions,
@@ -159,12 +161,17 @@ class Experiment:
                 subset = self._subset("proxy", everything, size)
                 return self._reader.shared(subset, batch_size)
             case _:
-                return self._reader.shared(np.arange(everything), batch_size)
+                subset = self._subset("proxy", everything, 0)
+                return self._reader.shared(subset, batch_size)
 
     def _subset(self, purpose: str, available: int, size: int) -> np.ndarray:
-        """`size` (0: all) of the indices below `available`, fixed by the seed."""
+        """`size` (0: all) of the indices below `available`, fixed by the seed.
+
+        Shuffled: some data sets are stored class by class, and the statistics of
+        batches of one class say little about those of all.
+        """
         rng = np.random.default_rng(self.seeds(purpose))
-        return np.sort(rng.permutation(available)[: size or None])
+        return rng.permutation(available)[: size or None]
 
     def initial_variables(self) -> Variables:
         """The agents' variables before any training, stacked."""
@@ -186,19 +193,20 @@ class Experiment:
             lambda x: jax.ShapeDtypeStruct((len(self.shards), *x.shape), x.dtype), one
         )
 
-    def verify_spec(self, variables: Variables) -> None:
-        """Checks the permutation spec on agent 0's variables, in train and eval mode.
+    def verify_spec(self) -> None:
+        """Checks the permutation spec, in train and eval mode, on fresh variables.
 
         Raises:
             PermutationSpecError: the declared symmetry does not hold.
         """
-        one_agent = jax.tree.map(lambda x: x[0], self.placement.gather(variables))
+        inputs = self._example_inputs(8)
+        init_key, verify_key = jax.random.split(self.key("verify"))
         permutation.verify(
             self.task.spec,
             classifier.both_modes(self.model),
-            one_agent,
-            self._example_inputs(8),
-            self.key("verify"),
+            jax.jit(lambda key: classifier.init(self.model, key, inputs))(init_key),
+            inputs,
+            verify_key,
         )
 
     def _example_inputs(self, n: int) -> np.ndarray:
@@ -221,9 +229,9 @@ class Experiment:
         n_test = len(self.dataset.test.labels)
         sizes = {"eval.samples": (self.config.eval.samples, n_test)}
         # Agents may own fewer than are asked for; a proxy has to be what it says.
-        if merge.match_data == "proxy":
+        if merge.match_data == "proxy" and self.config.algorithm in ALIGNING:
             sizes["merge.match_samples"] = (merge.match_samples, n_train)
-        if merge.bn_data == "proxy":
+        if merge.bn_data == "proxy" and self.config.algorithm in MERGING:
             sizes["merge.bn_samples"] = (merge.bn_samples, n_train)
         for field, (size, available) in sizes.items():
             if size > available:

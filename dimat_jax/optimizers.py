@@ -1,7 +1,8 @@
 """Local optimizers and learning-rate schedules, by name; all of them are optax's.
 
 Learning rates are scheduled over steps since the beginning of the phase. A merge that
-resets an agent's optimizer does not turn the clock back: see `reset`.
+resets an agent's optimizer does not turn the clock back, and an agent that idles, for
+want of data, does not stop it: see `with_clocks_of`.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import optax
 
 from dimat_jax.tree import PyTree
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "reset"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "with_clocks_of"]
 
 Schedule = Callable[[Any], Any] | float
 
@@ -61,20 +62,20 @@ exponential: times `decay` after every epoch; cosine: to zero over `total_steps`
 """
 
 
-def reset(fresh: PyTree, old: PyTree) -> PyTree:
-    """A fresh optimizer state whose schedules go on from where the old one's were.
+def with_clocks_of(state: PyTree, other: PyTree) -> PyTree:
+    """A state with the learning-rate clocks of another.
 
     Args:
-        fresh: what the optimizer's `init` returns; any tree that holds optax states.
-        old: the state it replaces, of the same structure.
+        state: an optimizer's state, or any tree that holds some.
+        other: of the same structure.
     """
 
     def is_clock(node) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     return jax.tree.map(
-        lambda new, previous: previous if is_clock(new) else new,
-        fresh,
-        old,
+        lambda node, clock: clock if is_clock(node) else node,
+        state,
+        other,
         is_leaf=is_clock,
     )

@@ -56,6 +56,16 @@ class Placement:
         """Length of every stacked axis: `n_agents`, rounded up to fill the devices."""
         return -(-self.n_agents // self.mesh.size) * self.mesh.size
 
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of everything stacked.
+
+        Pass it as `out_shardings` when jitting what makes a state: on one device XLA
+        may answer with an equal layout of another name, and what is called with the
+        state then compiles a second time.
+        """
+        return NamedSharding(self.mesh, PartitionSpec("agents"))
+
     def per_agent(
         self, fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0
     ) -> Callable[..., Any]:
@@ -108,7 +118,6 @@ class Placement:
 
     def put(self, stacked: PyTree) -> PyTree:
         """Places host arrays `[n_agents, ...]` on the devices as `[slots, ...]`."""
-        sharding = NamedSharding(self.mesh, PartitionSpec("agents"))
         # Copies of real agents fill the last slots: whatever runs on them stays finite.
         rows = np.arange(self.slots) % self.n_agents
 
@@ -121,10 +130,18 @@ class Placement:
                 )
             padded = leaf[rows] if self.slots != self.n_agents else leaf
             return jax.make_array_from_callback(
-                padded.shape, sharding, lambda index: padded[index]
+                padded.shape, self.sharding, lambda index: padded[index]
             )
 
         return jax.tree.map(put_leaf, stacked)
+
+    def zeros(self, *shape: int) -> Array:
+        """float32 zeros `[slots, *shape]`, laid out like everything stacked.
+
+        What a loop starts with should lie where the loop leaves it: a step compiles
+        anew for arguments that lie elsewhere.
+        """
+        return jnp.zeros((self.slots, *shape), jnp.float32, device=self.sharding)
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Places host arrays, whole, on every device."""
@@ -144,7 +161,7 @@ class Placement:
             stacked = multihost_utils.process_allgather(stacked, tiled=True)
         # Copies: on a CPU, asarray would be a view of a buffer that a later step may
         # be given to overwrite.
-        return jax.tree.map(np.array, stacked)
+        return jax.tree.map(np.array, jax.device_get(stacked))
 
     def gather(self, stacked: PyTree) -> PyTree:
         """As `fetch`, the agents alone: NumPy arrays `[n_agents, ...]`."""

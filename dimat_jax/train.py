@@ -26,26 +26,18 @@ import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
+from dimat_jax.algorithms import ALIGNING
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.checkpoint import Checkpoints
-from dimat_jax.config import Config, ConfigError
+from dimat_jax.config import Config, ConfigError, substance
+from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.metrics import MetricsWriter, read_rows, write_json
 from dimat_jax.network import Ledger
-from dimat_jax.trainer import NonFiniteError, Trainer
+from dimat_jax.trainer import Trainer
 from dimat_jax.tree import PyTree
 
 __all__ = ["run"]
-
-# Where things are, how fast they go and what is kept: a run may resume with others.
-_CIRCUMSTANCES = (
-    "data.dir",
-    "data.cache_dir",
-    "pretrain.cache_dir",
-    "pretrain.checkpoint_every",
-    "placement",
-    "checkpoint",
-)
 
 
 @dataclasses.dataclass
@@ -102,8 +94,10 @@ def run(
         say(f"{workdir} holds this run, finished")
         return json.loads(summary.read_text())
     experiment = Experiment(config)
-    workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "config.json").exists():
+        if config.algorithm in ALIGNING:
+            experiment.verify_spec()
+        workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", _as_dict(config))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     started = _Run(experiment, workdir, checkpoints, say)
@@ -151,8 +145,6 @@ class _Run:
         if state is None or not pretrained:
             state = self._pretrain(state)
         messages = algorithm.messages(state)
-        if messages.round is not None and progress.round < config.rounds:
-            experiment.verify_spec(algorithm.variables(state))
         trainer = Trainer(
             experiment, algorithm, experiment.sampler, experiment.key("rounds")
         )
@@ -190,17 +182,22 @@ class _Run:
         """Trains every agent alone, or fetches agents that another run trained so."""
         experiment, progress = self.experiment, self.progress
         options = self.config.pretrain
-        shared = _shared_agents(self.config)
-        metrics: dict[str, Any] = {}
-        found = shared and state is None and _read_agents(shared, experiment)
+        shared = _shared_agents(experiment)
+        found = _read_agents(shared, experiment) if shared and state is None else None
         if found:
             self.say(f"pre-trained agents come from {shared}")
-            variables = experiment.placement.put(found)
+            agents, record = found
+            variables, metrics = experiment.placement.put(agents), record["metrics"]
+            # As if it had trained them: the times of runs are to be compared.
+            self._started -= record["seconds"]
             self.bar.update(experiment.pretrain_steps)
         else:
             variables, metrics = self._pretrain_anew(state)
             if shared:
-                _write_agents(shared, experiment.placement.gather(variables))
+                agents = experiment.placement.gather(variables)
+                metrics = {name: value.tolist() for name, value in metrics.items()}
+                record = {"seconds": self._seconds(), "metrics": metrics}
+                _write_agents(shared, agents, record)
         progress.epoch, progress.step = options.epochs, experiment.pretrain_steps
         state = self.algorithm.init(variables)
         self._evaluate("pretrained", 0, state, metrics)
@@ -317,31 +314,23 @@ def _as_dict(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict's fields by dotted path."""
-    fields = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            fields |= _flat(value, f"{prefix}{name}.")
-        else:
-            fields[f"{prefix}{name}"] = value
-    return fields
-
-
 def _check_workdir(config: Config, workdir: Path) -> None:
     """Refuses a workdir that holds the run of another config."""
     path = workdir / "config.json"
     if not path.exists():
-        if (workdir / "metrics.jsonl").exists() or workdir.is_file():
-            raise ConfigError(
-                f"{workdir} is no fresh folder, and holds no run's config.json either"
-            )
+        leftovers = ("metrics.jsonl", "summary.json", "checkpoints")
+        if workdir.is_file() or any((workdir / name).exists() for name in leftovers):
+            raise ConfigError(f"{workdir} is no fresh folder, and has no config.json")
         return
-    there, here = _flat(json.loads(path.read_text())), _flat(_as_dict(config))
+    try:
+        there = substance(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    here = substance(_as_dict(config))
     differing = [
         f"{field} ({there.get(field)!r} there, {here.get(field)!r} here)"
         for field in sorted(there.keys() | here.keys())
-        if there.get(field) != here.get(field) and not field.startswith(_CIRCUMSTANCES)
+        if there.get(field) != here.get(field)
     ]
     if differing:
         raise ConfigError(
@@ -350,42 +339,47 @@ def _check_workdir(config: Config, workdir: Path) -> None:
         )
 
 
-def _shared_agents(config: Config) -> Path | None:
-    """Where runs that pre-train the same agents share them."""
+def _shared_agents(experiment: Experiment) -> Path | None:
+    """Where runs that pre-train the same agents on the same data share them."""
+    config, dataset = experiment.config, experiment.dataset
     if not config.pretrain.cache_dir:
         return None
+    parts = ("data.", "augmentation.", "model.", "pretrain.", "seed", "init")
     fields = {
         field: value
-        for field, value in _flat(_as_dict(config)).items()
-        if field.startswith(("data.", "augmentation.", "model.", "pretrain."))
-        and not field.startswith(_CIRCUMSTANCES)
+        for field, value in substance(_as_dict(config)).items()
+        if field.startswith(parts)
     }
     fields |= {
-        "seed": config.seed,
-        "init": config.init,
-        "agents": 1 if config.algorithm == "centralized" else config.agents,
+        "agents": experiment.placement.n_agents,
+        "examples": len(dataset.train.labels),
+        "mean": dataset.mean.tolist(),
         "version": dimat_jax.__version__,
     }
     fingerprint = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     return Path(config.pretrain.cache_dir) / fingerprint.hexdigest()[:16]
 
 
-def _read_agents(directory: Path, experiment: Experiment) -> Variables | None:
+def _read_agents(
+    directory: Path, experiment: Experiment
+) -> tuple[Variables, dict[str, Any]] | None:
+    """Pre-trained agents, and the seconds and metrics of their training."""
     if not directory.exists():
         return None
     checkpoints = Checkpoints(directory, keep=1)
     try:
-        restored = checkpoints.restore(lambda record: experiment.abstract_variables())
-        return restored and restored[0]
+        return checkpoints.restore(lambda record: experiment.abstract_variables())
     finally:
         checkpoints.close()
 
 
-def _write_agents(directory: Path, variables: Variables) -> None:
+def _write_agents(
+    directory: Path, variables: Variables, record: dict[str, Any]
+) -> None:
     # Elsewhere first: several runs may pre-train the same agents at a time.
     partial = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")
     checkpoints = Checkpoints(partial, keep=1)
-    checkpoints.save(0, variables, record={})
+    checkpoints.save(0, variables, record)
     checkpoints.close()
     try:
         os.replace(partial, directory)

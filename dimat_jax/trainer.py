@@ -11,13 +11,10 @@ from jaxtyping import Array, Key
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State
 from dimat_jax.data.pipeline import Augmentation, Sampler, load
+from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 
-__all__ = ["NonFiniteError", "Trainer"]
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss that is NaN or infinite; the run cannot go on."""
+__all__ = ["Trainer"]
 
 
 class Trainer:
@@ -52,10 +49,12 @@ class Trainer:
             )
             state, metrics = algorithm.step(state, batch, network, step_key)
             n = metrics["examples"].astype(jnp.float32)
-            seen = jnp.stack([n * metrics["loss"], n * metrics["accuracy"], n])
+            seen = jnp.stack([n * metrics["loss"], n * metrics["accuracy"], n], axis=1)
             return state, totals + seen
 
-        self._step = jax.jit(step, donate_argnums=(0, 1))
+        self._step = jax.jit(
+            step, donate_argnums=(0, 1), out_shardings=placement.sharding
+        )
 
     def train(
         self,
@@ -74,7 +73,7 @@ class Trainer:
             NonFiniteError: an agent's loss was NaN or infinite.
         """
         experiment = self._experiment
-        totals = jnp.zeros((3, experiment.placement.slots))
+        totals = experiment.placement.zeros(3)
         for number in range(first_step, first_step + n_steps):
             indices, mask = experiment.placement.put(self._sampler.batch(number))
             state, totals = self._step(
@@ -87,7 +86,7 @@ class Trainer:
                 np.uint32(number),
             )
             tick()
-        loss, accuracy, n = experiment.placement.gather(totals.T).T.astype(np.float64)
+        loss, accuracy, n = experiment.placement.gather(totals).T.astype(np.float64)
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
             raise NonFiniteError(

@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 
 from dimat_jax.data.cache import user_cache
-from dimat_jax.errors import UserError
+from dimat_jax.errors import NonFiniteError, UserError
 
 __all__ = ["expect_no", "run"]
 
@@ -31,7 +31,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         app.run(lambda argv: main(argv[1:]), flags_parser=_parse)
     except UserError as error:
         _end(2, f"error: {error}")
-    except ArithmeticError as error:
+    except NonFiniteError as error:
         _end(1, f"error: {error}")
     except KeyboardInterrupt:
         _end(130, "interrupted; the same command goes on from the last checkpoint")
@@ -47,7 +47,10 @@ def _parse(argv: list[str]) -> list[str]:
             getattr(getattr(flags.FLAGS, name), "keys", None)
     except AttributeError as error:
         # ml_collections: "'roundz'\nDid you mean "rounds" instead of "roundz"?"
-        hint = " ".join(str(ast.literal_eval(str(error))).split())
+        message = str(error)
+        if message.startswith("'"):
+            message = ast.literal_eval(message)
+        hint = " ".join(message.split())
         raise UserError(f"the config has no such field: {hint}") from error
     except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
         message = str(error).strip()

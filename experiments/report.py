@@ -19,6 +19,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import pandas as pd  # noqa: E402
 
+from dimat_jax.config import substance  # noqa: E402
 from dimat_jax.errors import UserError  # noqa: E402
 from dimat_jax.metrics import read_rows  # noqa: E402
 from experiments import program  # noqa: E402
@@ -30,14 +31,6 @@ Frame = Any
 
 # What runs are repeated over, not compared by.
 _REPEATS = ("seed",)
-# Where a run was, not what it was.
-_PLACES = (
-    "data.dir",
-    "data.cache_dir",
-    "pretrain.cache_dir",
-    "placement",
-    "checkpoint",
-)
 # The fields that make a panel of the figure; the others make a line.
 _PANELS = ["partition", "topology"]
 # What says nothing of the algorithms that do not align.
@@ -57,16 +50,24 @@ def load(directories: Sequence[str | Path]) -> tuple[Frame, list[str]]:
     """
     frames, configs = [], {}
     for directory in map(Path, directories):
-        runs = [path.parent for path in directory.rglob("metrics.jsonl")]
+        runs = [
+            path.parent
+            for path in directory.rglob("metrics.jsonl")
+            if path.with_name("config.json").exists()
+        ]
         if not runs:
             raise UserError(f"no run (no metrics.jsonl) in or below {directory}")
         # In the order in which they were started: a sweep's own.
         for run in sorted(runs, key=lambda run: (run / "config.json").stat().st_mtime):
-            config = pd.json_normalize(json.loads((run / "config.json").read_text()))
-            configs[str(run)] = config.iloc[0]
-            frames.append(pd.DataFrame(read_rows(run)).assign(run=str(run)))
-    table: Frame = pd.DataFrame(configs).T.astype(str)
-    table = table[[field for field in table if not field.startswith(_PLACES)]]
+            if rows := read_rows(run):  # a run that has just started has none
+                config = json.loads((run / "config.json").read_text())
+                configs[str(run)] = substance(config)
+                frames.append(pd.DataFrame(rows).assign(run=str(run)))
+    if not frames:
+        raise UserError(
+            f"no run in {', '.join(map(str, directories))} got anywhere yet"
+        )
+    table: Frame = pd.DataFrame.from_dict(configs, orient="index").astype(str)
     varying = [
         field for field in table if field not in _REPEATS and table[field].nunique() > 1
     ]
@@ -86,11 +87,14 @@ def load(directories: Sequence[str | Path]) -> tuple[Frame, list[str]]:
 def tables(evaluations: Frame, fields: list[str]) -> dict[str, Frame]:
     """The tables of a report, by title. Accuracies are in %, means over seeds."""
     merged = evaluations[evaluations.phase == "merged"]
-    last = evaluations[evaluations["round"] == evaluations["round"].max()]
-    final = _by_phase(last, fields).rename(columns="{} (last round)".format)
+    last_round = evaluations.groupby("run")["round"].transform("max")
+    last = evaluations[evaluations["round"] == last_round]
+    names = {phase: f"{phase} (last round)" for phase in ("merged", "trained")}
+    latest = last[last.phase != "pretrained"]
     start = evaluations[evaluations.phase == "pretrained"]
-    if len(start):
-        final.insert(0, "pretrained", _by_phase(start, fields)["pretrained"])
+    final = _by_phase(start, fields).join(
+        _by_phase(latest, fields).rename(columns=names), how="outer", sort=False
+    )
     totals = last[last.phase == "trained"].groupby(fields, sort=False)
     final["MB sent"] = totals.bytes_sent_total.mean() / 1e6
     final["comm rounds"] = totals.comm_rounds_total.mean()

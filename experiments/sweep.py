@@ -15,9 +15,8 @@ from absl import flags
 
 from dimat_jax import train
 from dimat_jax.config import Config, check
-from dimat_jax.errors import UserError
+from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.placement import request_cpu_devices
-from dimat_jax.trainer import NonFiniteError
 from experiments import program, report
 
 _SWEEP = flags.DEFINE_string("sweep", None, "The sweep file.", required=True)
@@ -50,11 +49,10 @@ def main(arguments: list[str]) -> None:
     for config in runs.values():
         # Before the first of them runs for hours.
         check(config)
-        with config.unlocked():
-            if _DATA_DIR.value:
-                config.data.dir = _DATA_DIR.value
-            if not config.pretrain.cache_dir:
-                config.pretrain.cache_dir = str(workdir / "pretrained")
+        if _DATA_DIR.value:
+            config.data.dir = _DATA_DIR.value
+        if not config.pretrain.cache_dir:
+            config.pretrain.cache_dir = str(workdir / "pretrained")
     request_cpu_devices(max(c.placement.cpu_devices for c in runs.values()))
     failures = []
     for number, (name, config) in enumerate(runs.items(), 1):

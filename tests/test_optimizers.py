@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, reset
+from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, with_clocks_of
 
 N_STEPS = 5
 RATE, MOMENTUM, DECAY = 0.1, 0.8, 0.05
@@ -162,7 +162,7 @@ def test_a_reset_keeps_the_clock_and_nothing_else(name, weight_decay):
     tx = made(name, HALVING, weight_decay)
     fresh = tx.init(PARAMS)
     _, old = descend(tx)
-    again = reset(fresh, old)
+    again = with_clocks_of(fresh, old)
     assert jax.tree.structure(again) == jax.tree.structure(old)
     assert clocks(again) == clocks(old) == [N_STEPS]
     # Moments, and with them the count that corrects Adam's bias, are fresh.
@@ -177,7 +177,7 @@ def test_a_reset_keeps_the_clock_and_nothing_else(name, weight_decay):
 def test_after_a_reset_momentum_starts_anew_at_the_old_pace():
     tx = made("momentum", HALVING)
     _, old = descend(tx)
-    state = reset(tx.init(PARAMS), old)
+    state = with_clocks_of(tx.init(PARAMS), old)
     updates, _ = tx.update(gradients(0), state, PARAMS)
     expected = jax.tree.map(lambda g: -RATE * 0.5**N_STEPS * g, gradients(0))
     assert_close(updates, expected)
@@ -186,7 +186,9 @@ def test_after_a_reset_momentum_starts_anew_at_the_old_pace():
 def test_a_reset_without_a_schedule_is_a_fresh_state():
     tx = made("adam")
     fresh = tx.init(PARAMS)
-    jax.tree.map(np.testing.assert_array_equal, reset(fresh, descend(tx)[1]), fresh)
+    jax.tree.map(
+        np.testing.assert_array_equal, with_clocks_of(fresh, descend(tx)[1]), fresh
+    )
 
 
 def test_a_reset_reaches_states_within_other_trees_and_within_jit():
@@ -194,7 +196,7 @@ def test_a_reset_reaches_states_within_other_trees_and_within_jit():
     stacked: Any = jax.vmap(tx.init)(jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS))
     old = jax.tree.map(lambda x: x + 3, stacked)
     fresh, again = {"opt_state": stacked}, {"opt_state": old}
-    result = jax.jit(reset)(fresh, again)["opt_state"]
+    result = jax.jit(with_clocks_of)(fresh, again)["opt_state"]
     momenta, clock = result
     np.testing.assert_array_equal(clock.count, [3, 3])
     jax.tree.map(np.testing.assert_array_equal, momenta, stacked[0])

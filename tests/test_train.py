@@ -1,18 +1,22 @@
 """Whole runs, in this process: small ones on digits, a tiny one on CIFAR-100."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import optax
 import pytest
 
 from configs import cifar100_resnet20, quickstart
-from dimat_jax import train
-from dimat_jax.config import ConfigError
-from dimat_jax.errors import UserError
+from dimat_jax import models, train
+from dimat_jax.config import ConfigError, default_config
+from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.metrics import read_rows
-from dimat_jax.trainer import NonFiniteError
+from dimat_jax.models import mlp
+from dimat_jax.trainer import Trainer
 
 
 def small(algorithm: str = "dimat", **changes):
@@ -259,6 +263,7 @@ def test_a_workdir_with_another_run_is_refused_and_untouched(finished):
         ({"data__partition": "class"}, "config.data.partition"),
         ({"optimizer__name": "sdg"}, "config.optimizer.name .* 'sgd'"),
         ({"merge__frame": "ours"}, "config.merge.frame"),
+        ({"merge__stay": float("inf")}, "config.merge.stay is inf"),
         ({"merge__stay": -1.0}, "config.merge.stay is -1.0; it must be at least 0"),
         ({"agents": 0}, "config.agents is 0; it must be at least 1"),
         ({"agents": 301}, "301"),
@@ -307,3 +312,79 @@ def test_resnet20_runs_on_real_cifar100(tmp_path, data_dir, data_cache):
     assert np.isfinite(summary["test_loss_mean"])
     phases = {"activations", "correlations", "assignment", "mix", "recalibration"}
     assert summary["last_merged"]["merge_seconds"].keys() == phases
+
+
+def test_the_training_step_compiles_once():
+    """Also for what a merge returns."""
+    experiment = Experiment(small("dimat"))
+    algorithm = experiment.algorithm
+    trainer = Trainer(
+        experiment, algorithm, experiment.sampler, experiment.key("rounds")
+    )
+    state = algorithm.init(experiment.initial_variables())
+    state, _ = trainer.train(state, 0, 3)
+    for number in (1, 2):
+        state, _ = algorithm.communicate(
+            state,
+            experiment.merge_data(number),
+            experiment.network,
+            experiment.key("communicate"),
+        )
+        state, _ = trainer.train(state, 3 * number, 3)
+    step: Any = trainer._step
+    assert step._cache_size() == 1
+
+
+def test_agents_with_small_shards_follow_the_schedule_of_all(tmp_path):
+    """By class, four agents have 3, 3, 2 and 2 of the ten digits."""
+    experiment = Experiment(
+        small(
+            "local",
+            agents=4,
+            data__partition="by_class",
+            optimizer__schedule="exponential",
+        )
+    )
+    sizes = {len(shard) for shard in experiment.shards}
+    assert len(sizes) > 1
+    trainer = Trainer(
+        experiment, experiment.algorithm, experiment.sampler, experiment.key("rounds")
+    )
+    state = experiment.algorithm.init(experiment.initial_variables())
+    steps = experiment.sampler.steps_per_epoch
+    state, _ = trainer.train(state, 0, steps)
+    clocks = optax.tree.get(
+        state, "count", filtering=lambda path, _: "ScaleBySchedule" in str(path)
+    )
+    assert clocks.tolist() == [steps] * 4
+
+
+def test_a_misspelt_field_in_a_config_file_is_an_error():
+    config = default_config()
+    with pytest.raises(AttributeError, match="rounds"):
+        config.roundz = 3
+    with pytest.raises(AttributeError, match="frame"):
+        config.merge.fram = "own"
+
+
+def test_a_wrong_spec_is_found_before_any_training(tmp_path, monkeypatch):
+    def wrong(model):
+        spec = mlp.permutation_spec(model)
+        axes = {**spec.axes, "params/head/kernel": (None, None)}
+        return dataclasses.replace(spec, axes=axes)
+
+    monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="params/head/kernel"):
+        train.run(small(), workdir, quiet)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoints"])
+def test_a_workdir_with_somebody_elses_files_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match="no fresh folder"):
+        train.run(small(), tmp_path, quiet)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        train.run(small(), tmp_path, quiet)

@@ -15,6 +15,8 @@ from dimat_jax.placement import Placement
 
 __all__ = [
     "ALGORITHMS",
+    "ALIGNING",
+    "MERGING",
     "Algorithm",
     "MergeData",
     "MergeOptions",
@@ -51,6 +53,10 @@ def _wa(task, tx, placement, options=Options()):  # noqa: B008
     inner = local(task, tx, placement)
     return merging(inner, task, placement, match=False, **options.merge._asdict())
 
+
+# What merges once a round, and what permutes units when it does.
+MERGING = frozenset({"dimat", "wa"})
+ALIGNING = frozenset({"dimat"})
 
 ALGORITHMS: dict[
     str, Callable[[Task, optax.GradientTransformation, Placement, Options], Algorithm]

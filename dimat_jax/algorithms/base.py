@@ -15,6 +15,7 @@ from jaxtyping import Array, Key
 
 from dimat_jax.data.pipeline import Batch, Samples
 from dimat_jax.network import Messages, Network
+from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.permutation import Perms, PermutationSpec, permute_leaf
 from dimat_jax.tree import PyTree, map_with_path
 
@@ -29,7 +30,6 @@ __all__ = [
     "gradient",
     "keep_idle",
     "permute_opt_state",
-    "permute_params",
 ]
 
 Variables = dict[str, PyTree]
@@ -84,8 +84,8 @@ class Algorithm(NamedTuple):
         variables: `variables(state)`: what is evaluated, matched and merged.
         with_variables: `with_variables(state, variables) -> state`: after a merge;
             restarts what the merge invalidates and keeps the rest.
-        aligned: `aligned(state, perms) -> state` for ONE agent: permutes every field
-            that lives in the agent's frame, momenta included.
+        aligned: `aligned(state, perms) -> state`, perms stacked too: permutes every
+            field that lives in an agent's frame, momenta included.
         messages: `messages(state) -> Messages`: what one agent sends one neighbour.
             Shapes alone matter: `state` may be of `jax.ShapeDtypeStruct`s.
     """
@@ -130,17 +130,12 @@ def gradient(
 
 
 def keep_idle(batch: Batch, new: PyTree, old: PyTree) -> PyTree:
-    """One agent's new state, or its old one if its batch holds no example at all."""
-    busy = batch.mask.any()
-    return jax.tree.map(lambda n, o: jnp.where(busy, n, o), new, old)
+    """One agent's new state, or its old one if its batch holds no example at all.
 
-
-def permute_params(spec: PermutationSpec, perms: Perms, params: PyTree) -> PyTree:
-    """Permutes a tree of one agent that is shaped like its params, e.g. a tracker."""
-    return map_with_path(
-        lambda path, leaf: permute_leaf(spec.axes[f"params/{path}"], perms, leaf),
-        params,
-    )
+    Learning-rate clocks go on all the same: schedules count everybody's steps.
+    """
+    busy, idle = batch.mask.any(), with_clocks_of(old, new)
+    return jax.tree.map(lambda n, o: jnp.where(busy, n, o), new, idle)
 
 
 def permute_opt_state(

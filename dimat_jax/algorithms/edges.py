@@ -48,8 +48,8 @@ class Wave(NamedTuple):
 
 def waves(edges: Int[np.ndarray, "edges 2"], slots: int) -> list[Wave]:
     """Groups `(receiver, sender)` edges into waves of `slots`."""
-    # By offset first: on a ring or a fully connected graph every wave then holds each
-    # receiver exactly once, in order.
+    # By offset first: on a ring or a fully connected graph whose agents fill the slots
+    # every wave then holds each receiver exactly once, in order.
     offsets = (edges[:, 1] - edges[:, 0]) % slots
     edges = edges[np.lexsort((edges[:, 0], offsets))]
     result = []
@@ -104,13 +104,6 @@ class EdgeMatcher:
             }
 
         def update(moments, seen, receivers, sent, senders):
-            if moments is None:
-                moments = {
-                    tap: empty_moments(c.mean.shape[-1]) for tap, c in seen.items()
-                }
-                moments = jax.tree.map(
-                    lambda x: jnp.broadcast_to(x, (placement.slots, *x.shape)), moments
-                )
             return placement.per_agent(update_taps)(
                 moments, _pick(seen, receivers), _pick(sent, senders)
             )
@@ -124,7 +117,7 @@ class EdgeMatcher:
         self._scores = jax.jit(
             placement.per_agent(lambda moments: group_scores(spec, moments))
         )
-        self._fetch = placement.fetch
+        self._placement = placement
 
     def match(
         self,
@@ -149,10 +142,11 @@ class EdgeMatcher:
             the wave's senders with its receivers.
         """
         watch = self._watch_shared if samples.shared else self._watch_own
-        moments: list[Any] = [None] * len(edge_waves)
+        moments: list[Any] = []
         for inputs, _, mask in samples:
             with stopwatch("activations") as block:
                 seen = block(watch(variables, inputs, mask))
+            moments = moments or [self._empty(seen) for _ in edge_waves]
             for w, (receivers, senders, _) in enumerate(edge_waves):
                 if np.array_equal(receivers, np.arange(self._slots)):
                     receivers = None  # in order already; spares a copy
@@ -171,8 +165,18 @@ class EdgeMatcher:
                 for wave_moments, wave in zip(moments, edge_waves, strict=True)
             ]
 
+    def _empty(self, seen) -> dict[str, Any]:
+        """The moments of no samples, for one wave."""
+        return {
+            tap: jax.tree.map(
+                lambda x: self._placement.zeros(*x.shape),
+                empty_moments(centred.mean.shape[-1]),
+            )
+            for tap, centred in seen.items()
+        }
+
     def _assign(self, moments, real: int, stay: float) -> dict[str, np.ndarray]:
-        scores = self._fetch(self._scores(moments))
+        scores = self._placement.fetch(self._scores(moments))
         perms = solve_groups({g: s[:real] for g, s in scores.items()}, stay)
         return {group: self._fill(perm) for group, perm in perms.items()}
 

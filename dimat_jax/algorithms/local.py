@@ -60,8 +60,10 @@ def local(
         )
 
     def init(variables):
-        opt_state = jax.jit(placement.per_agent(tx.init))(variables["params"])
-        return LocalState(variables, opt_state)
+        init_stacked = jax.jit(
+            placement.per_agent(tx.init), out_shardings=placement.sharding
+        )
+        return LocalState(variables, init_stacked(variables["params"]))
 
     def step(state, batch, network, key):
         del network

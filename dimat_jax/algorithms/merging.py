@@ -7,6 +7,7 @@ P_ij permutes agent j's hidden units onto agent i's (DIMAT, arXiv 2404.08079, eq
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -20,7 +21,7 @@ from dimat_jax.algorithms.frames import MEETINGS, EdgePerms, same_frame
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.matching.assignment import check_stay
 from dimat_jax.network import Network
-from dimat_jax.optimizers import reset
+from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.placement import Placement
 from dimat_jax.stopwatch import Stopwatch
 from dimat_jax.tree import PyTree, take
@@ -70,14 +71,14 @@ def merging(
         """The part of a state that is sent, aligned and averaged."""
         return state if opt_state == "merge" else inner.variables(state)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=placement.sharding)
     def absorb(state: State, merged: PyTree) -> State:
         """The state that goes on training from what was merged."""
         if opt_state == "merge":
             return merged
         if opt_state == "keep":
             return inner.with_variables(state, merged)
-        return reset(inner.init(merged), state)
+        return with_clocks_of(inner.init(merged), state)
 
     # Without hidden units there is nothing to align (a linear model, a convex problem).
     if match and task.spec.groups:
@@ -158,14 +159,16 @@ class Recalibrator:
             for shared in (True, False)
         }
         self._mean = jax.jit(
-            placement.per_agent(lambda t, n: jax.tree.map(lambda x: x / n, t))
+            placement.per_agent(lambda t, n: jax.tree.map(lambda x: x / n, t)),
+            out_shardings=placement.sharding,
         )
-        self._slots = placement.slots
+        self._placement = placement
 
     def __call__(self, variables: Variables, samples: Samples) -> Variables:
         """Stacked variables with the statistics of `samples`, own or shared."""
-        total = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-        count = jnp.zeros(self._slots)
+        zeros = self._placement.zeros
+        total = jax.tree.map(lambda x: zeros(*x.shape[1:]), variables["batch_stats"])
+        count = zeros()
         for inputs, _, mask in samples:
             total, count = self._add[samples.shared](
                 total, count, variables, inputs, mask

@@ -23,7 +23,9 @@ def solve_assignment(
     Raises:
         ValueError: scores that are not square, or not finite.
     """
-    scores = np.asarray(scores, np.float32)
+    scores = np.asarray(scores)
+    if scores.dtype != np.float64:
+        scores = scores.astype(np.float32)
     if scores.ndim < 2 or scores.shape[-1] != scores.shape[-2]:
         raise ValueError(f"scores must be square matrices, got shape {scores.shape}")
     if not np.isfinite(scores).all():
@@ -41,9 +43,9 @@ def solve_assignment(
 
 
 def check_stay(stay: float) -> None:
-    """Raises ValueError for a negative preference (or NaN)."""
-    if not stay >= 0:
-        raise ValueError(f"stay must be at least 0, got {stay}")
+    """Raises ValueError for a preference that is negative, infinite or NaN."""
+    if not 0 <= stay < np.inf:
+        raise ValueError(f"stay must be at least 0, and finite, got {stay}")
 
 
 def prefer_staying(
