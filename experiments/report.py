@@ -74,9 +74,11 @@ def load(directories: Sequence[str | Path]) -> tuple[Frame, list[str]]:
     fields = ["algorithm", *(field for field in varying if field != "algorithm")]
     fields.sort(key=lambda field: field.rsplit(".", 1)[-1] not in _PANELS)
     # "data.partition" is "partition" where no other field ends like that.
-    short = {field: field.rsplit(".", 1)[-1] for field in fields}
-    if len(set(short.values())) < len(short):
-        short = {field: field for field in fields}
+    last = [field.rsplit(".", 1)[-1] for field in fields]
+    short = {
+        field: name if last.count(name) == 1 else field
+        for field, name in zip(fields, last, strict=True)
+    }
     for field in set(fields).intersection(_DIMAT_ONLY):
         table.loc[table.algorithm != "dimat", field] = ""
     described: Frame = table[[*fields, *_REPEATS]].rename(columns=short)
@@ -93,7 +95,7 @@ def tables(evaluations: Frame, fields: list[str]) -> dict[str, Frame]:
     latest = last[last.phase != "pretrained"]
     start = evaluations[evaluations.phase == "pretrained"]
     final = _by_phase(start, fields).join(
-        _by_phase(latest, fields).rename(columns=names), how="outer", sort=False
+        _by_phase(latest, fields).rename(columns=names), how="left"
     )
     totals = last[last.phase == "trained"].groupby(fields, sort=False)
     final["MB sent"] = totals.bytes_sent_total.mean() / 1e6
