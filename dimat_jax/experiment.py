@@ -175,9 +175,8 @@ class Experiment:
 
     def initial_variables(self) -> Variables:
         """The agents' variables before any training, stacked."""
-        example = self._example_inputs(1)
         # Compiled for one agent, not unrolled over all: it runs just once for each.
-        init = jax.jit(lambda key: classifier.init(self.model, key, example))
+        init = jax.jit(self._init)
         keys = self.placement.keys(self.key("init"))
         same = self.config.init == "same"
         agents = [init(keys[0 if same else i]) for i in range(len(self.shards))]
@@ -185,10 +184,7 @@ class Experiment:
 
     def abstract_variables(self) -> Variables:
         """Shapes and dtypes of the agents' variables, `[agents, ...]`."""
-        example = self._example_inputs(1)
-        one = jax.eval_shape(
-            lambda key: classifier.init(self.model, key, example), jax.random.key(0)
-        )
+        one = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((len(self.shards), *x.shape), x.dtype), one
         )
@@ -199,15 +195,18 @@ class Experiment:
         Raises:
             PermutationSpecError: the declared symmetry does not hold.
         """
-        inputs = self._example_inputs(8)
         init_key, verify_key = jax.random.split(self.key("verify"))
         permutation.verify(
             self.task.spec,
             classifier.both_modes(self.model),
-            jax.jit(lambda key: classifier.init(self.model, key, inputs))(init_key),
-            inputs,
+            jax.jit(self._init)(init_key),
+            self._example_inputs(8),
             verify_key,
         )
+
+    def _init(self, key: Key[Array, ""]) -> Variables:
+        """One agent's fresh variables."""
+        return classifier.init(self.model, key, self._example_inputs(1))
 
     def _example_inputs(self, n: int) -> np.ndarray:
         images = self.dataset.train.images[:n].astype(np.float32)
