@@ -2,26 +2,39 @@
 
 `MODELS[name](n_classes=..., width=..., dtype=...)` builds a Flax Linen module whose
 `__call__(x, *, train, mask=None)` returns logits; `permutation_spec(model)` finds the
-spec that its file declares.
+spec that its file declares. What else an architecture can be told, its signature says.
 """
 
 from collections.abc import Callable
 
 import flax.linen as nn
 
-from dimat_jax.models import mlp, resnet
+from dimat_jax.models import mlp, resnet, vgg
+from dimat_jax.models.settings import ModelError
 from dimat_jax.permutation import PermutationSpec
 
-__all__ = ["MODELS", "permutation_spec"]
+__all__ = ["MODELS", "ModelError", "permutation_spec"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp.mlp,
+    "resnet18": resnet.resnet18,
     "resnet20": resnet.resnet20,
+    "resnet32": resnet.resnet32,
+    "resnet34": resnet.resnet34,
+    "resnet44": resnet.resnet44,
+    "resnet50": resnet.resnet50,
+    "resnet56": resnet.resnet56,
+    "resnet101": resnet.resnet101,
+    "vgg11": vgg.vgg11,
+    "vgg13": vgg.vgg13,
+    "vgg16": vgg.vgg16,
+    "vgg19": vgg.vgg19,
 }
 
 _SPECS: dict[type[nn.Module], Callable[..., PermutationSpec]] = {
     mlp.MLP: mlp.permutation_spec,
     resnet.ResNet: resnet.permutation_spec,
+    vgg.VGG: vgg.permutation_spec,
 }
 
 

@@ -14,6 +14,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Key
 
 from dimat_jax.data.pipeline import Batch
+from dimat_jax.merge import UnitMoments, correction
+from dimat_jax.permutation import PermutationSpec
+from dimat_jax.permutation.spec import axis_groups
 from dimat_jax.tree import PyTree, flatten
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "init",
     "loss",
     "tap",
+    "unit_moments",
 ]
 
 
@@ -119,7 +123,7 @@ def batch_statistics(
     The result has the structure of `variables["batch_stats"]`. None for a model that
     normalises no batches.
     """
-    if not hasattr(model, "bn_momentum"):
+    if getattr(model, "norm", None) != "batch":
         return None
     # Without momentum the running statistics are those of the last batch alone.
     model = model.clone(bn_momentum=0.0)
@@ -131,6 +135,48 @@ def batch_statistics(
         return model_state["batch_stats"]
 
     return statistics
+
+
+def unit_moments(
+    model: nn.Module, spec: PermutationSpec
+) -> Callable[..., dict[str, UnitMoments]]:
+    """`moments(variables, inputs, targets=None)`: what `merge.repair` needs.
+
+    The hidden layers are those with a kernel whose last axis the spec permutes. With
+    targets, each layer's pre-activations get the targets' moments at once, as if they
+    passed a BatchNorm in train mode; only their deviations do in layers without a bias.
+    """
+    layers = {
+        leaf.removesuffix("/kernel")
+        for leaf, axes in spec.axes.items()
+        if leaf.endswith("/kernel") and any(axis_groups(axes[-1]))
+    }
+    model = model.clone(dtype=jnp.float32)
+
+    def moments(variables, inputs, targets=None):
+        seen: dict[str, UnitMoments] = {}
+
+        def watch(call, args, kwargs, context):
+            units = call(*args, **kwargs)
+            layer = "/".join(("params", *context.module.path))
+            if layer not in layers:
+                return units
+            if layer in seen:
+                raise ValueError(f"{layer!r} is called twice: two sets of moments")
+            features = context.module.features  # several axes, of a DenseGeneral
+            rank = 1 if isinstance(features, int) else len(features)
+            samples = tuple(range(units.ndim - rank))
+            seen[layer] = UnitMoments(units.mean(samples), units.var(samples))
+            if targets is None:
+                return units
+            scale, shift = correction(seen[layer], targets[layer])
+            return units * scale + (shift if context.module.use_bias else 0)
+
+        with nn.intercept_methods(watch):
+            model.apply(variables, inputs, train=False)
+        return seen
+
+    return moments
 
 
 def _masked_mean(values: Float[Array, " batch"], mask: Bool[Array, " batch"]) -> Any:

@@ -1,70 +1,90 @@
-"""Residual networks as He et al. (2016) build them for CIFAR.
+"""Residual networks, as He et al. (2016) build them for CIFAR and for ImageNet.
 
-Post-activation basic blocks in three stages. Where a block changes shape, its shortcut
-is a 3x3 convolution with BatchNorm, as in the networks that the paper trains (ZipIt's);
-elsewhere it is the identity.
+Post-activation blocks of two 3x3 convolutions, or bottlenecks of 1x1, 3x3 and 1x1.
+Where a block changes shape, its shortcut is a convolution with a norm; elsewhere it is
+the identity. The CIFAR networks have three stages and 3x3 shortcuts, as in the networks
+that the paper trains (ZipIt's); the ImageNet ones have four stages and 1x1 shortcuts,
+and a bottleneck's stride is on its 3x3 convolution (torchvision's, "v1.5").
 """
 
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models.classifier import tap
+from dimat_jax.models.norm import (
+    NORMS,
+    channel_axis,
+    channel_sizes,
+    norm_axes,
+    normalise,
+    tap_axes,
+)
+from dimat_jax.models.settings import one_of, scaled
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.permutation.layers import batch_norm, conv, dense
+from dimat_jax.permutation.layers import conv, dense
 
-__all__ = ["ResNet", "permutation_spec", "resnet20"]
+__all__ = [
+    "ResNet",
+    "permutation_spec",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+]
 
-# PyTorch's "padding=1". "SAME" would pad a strided convolution on one side only.
-_PADDING = ((1, 1), (1, 1))
+# What a block's outgoing channels are, in units of its inner ones.
+EXPANSION = {"basic": 1, "bottleneck": 4}
+STEMS = ("cifar", "imagenet")
+# The kernel of shortcuts that change shape.
+SHORTCUTS = {"conv3x3": 3, "conv1x1": 1}
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions, added to a shortcut."""
-
-    channels: int
-    stride: int
-    bn_momentum: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x, *, train: bool, mask=None):
-        conv = partial(_conv, dtype=self.dtype)
-        norm = partial(_norm, momentum=self.bn_momentum, train=train, dtype=self.dtype)
-        y = conv(self.channels, self.stride, name="conv1")(x)
-        y = nn.relu(norm(name="norm1")(y, mask=mask))
-        tap(self, "inner", y)
-        y = conv(self.channels, 1, name="conv2")(y)
-        y = norm(name="norm2")(y, mask=mask)
-        if x.shape != y.shape:
-            x = conv(self.channels, self.stride, name="shortcut_conv")(x)
-            x = norm(name="shortcut_norm")(x, mask=mask)
-        y = nn.relu(x + y)
-        tap(self, "stream", y)
-        return y
-
-
 class ResNet(nn.Module):
-    """A CIFAR ResNet of 2 + 6 n layers.
+    """Stages of residual blocks behind a stem, and one dense head.
 
     Attributes:
-        blocks: n, the number of blocks in each stage.
-        channels: of each stage; every stage but the first halves height and width.
+        blocks: the number of blocks in each stage.
+        channels: of each stage (of a bottleneck, the inner ones); every stage but the
+            first halves height and width.
         n_classes: the number of logits.
+        block: "basic" or "bottleneck".
+        stem: "cifar", a 3x3 convolution, or "imagenet", which quarters height and width
+            by a 7x7 convolution and a max-pool.
+        shortcut: "conv3x3" or "conv1x1", where a block changes shape.
+        norm: "batch", "layer" or "group"; see `models.norm`.
         bn_momentum: what the running statistics keep of themselves at each step.
         dtype: what it computes in; parameters and statistics are float32.
     """
 
-    blocks: int
+    blocks: tuple[int, ...]
     channels: tuple[int, ...]
     n_classes: int
+    block: str = "basic"
+    stem: str = "cifar"
+    shortcut: str = "conv3x3"
+    norm: str = "batch"
     bn_momentum: float = 0.9
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        one_of("block", self.block, EXPANSION)
+        one_of("stem", self.stem, STEMS)
+        one_of("shortcut", self.shortcut, SHORTCUTS)
+        # Without any norm, activations would double from block to block.
+        one_of("norm", self.norm, [kind for kind in NORMS if kind != "none"])
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -75,31 +95,99 @@ class ResNet(nn.Module):
         mask: Bool[Array, " batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits. In train mode batch statistics are those of the unmasked examples."""
-        if mask is not None:
-            mask = mask[:, None, None, None]
+        conv = partial(_conv, dtype=self.dtype)
+        norm = partial(
+            normalise,
+            self.norm,
+            train=train,
+            mask=mask,
+            momentum=self.bn_momentum,
+            dtype=self.dtype,
+        )
+        kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
         x = x.astype(self.dtype)
-        x = _conv(self.channels[0], 1, dtype=self.dtype, name="conv0")(x)
-        x = _norm(
-            momentum=self.bn_momentum, train=train, dtype=self.dtype, name="norm0"
-        )(x, mask=mask)
-        x = nn.relu(x)
+        x = conv(_Conv(self.channels[0], kernel, stride), name="conv0")(x)
+        x = nn.relu(norm(x, name="norm0"))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         tap(self, "stem", x)
-        for name, channels, stride in _block_shapes(self):
-            x = _Block(channels, stride, self.bn_momentum, self.dtype, name=name)(
-                x, train=train, mask=mask
-            )
+        for plan in _plan(self):
+            x = _Block(plan, conv, norm, name=plan.name)(x)
         x = x.mean(axis=(1, 2))
         return nn.Dense(self.n_classes, dtype=self.dtype, name="head")(x).astype(
             jnp.float32
         )
 
 
-def _conv(channels: int, stride: int, *, dtype, name: str) -> nn.Conv:
+class _Conv(NamedTuple):
+    channels: int
+    kernel: int
+    stride: int = 1
+
+
+class _BlockPlan(NamedTuple):
+    """The convolutions of a block, one after the other, and that beside them, if any.
+
+    `inner` names what lies between them: groups and taps.
+    """
+
+    name: str
+    convs: tuple[_Conv, ...]
+    inner: tuple[str, ...]
+    shortcut: _Conv | None
+
+
+def _plan(model: ResNet) -> Iterator[_BlockPlan]:
+    incoming = model.channels[0]
+    for stage, channels in enumerate(model.channels):
+        outgoing = EXPANSION[model.block] * channels
+        for block in range(model.blocks[stage]):
+            stride = 2 if stage > 0 and block == 0 else 1
+            if model.block == "bottleneck":
+                convs = (
+                    _Conv(channels, 1),
+                    _Conv(channels, 3, stride),
+                    _Conv(outgoing, 1),
+                )
+                inner = ("inner1", "inner2")
+            else:
+                convs = (_Conv(channels, 3, stride), _Conv(outgoing, 3))
+                inner = ("inner",)
+            shortcut = None
+            if stride > 1 or incoming != outgoing:
+                shortcut = _Conv(outgoing, SHORTCUTS[model.shortcut], stride)
+            yield _BlockPlan(f"stage{stage}_block{block}", convs, inner, shortcut)
+            incoming = outgoing
+
+
+class _Block(nn.Module):
+    plan: _BlockPlan
+    conv: Callable[..., nn.Conv]
+    norm: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x):
+        y = x
+        for i, layer in enumerate(self.plan.convs, start=1):
+            y = self.conv(layer, name=f"conv{i}")(y)
+            y = self.norm(y, name=f"norm{i}")
+            if i < len(self.plan.convs):
+                y = nn.relu(y)
+                tap(self, self.plan.inner[i - 1], y)
+        if self.plan.shortcut is not None:
+            x = self.conv(self.plan.shortcut, name="shortcut_conv")(x)
+            x = self.norm(x, name="shortcut_norm")
+        y = nn.relu(x + y)
+        tap(self, "stream", y)
+        return y
+
+
+def _conv(layer: _Conv, *, dtype: Any, name: str) -> nn.Conv:
     return nn.Conv(
-        channels,
-        (3, 3),
-        strides=stride,
-        padding=_PADDING,
+        layer.channels,
+        (layer.kernel, layer.kernel),
+        strides=layer.stride,
+        padding=_padding(layer.kernel),
         use_bias=False,
         kernel_init=_conv_init,
         dtype=dtype,
@@ -107,51 +195,88 @@ def _conv(channels: int, stride: int, *, dtype, name: str) -> nn.Conv:
     )
 
 
-def _norm(*, momentum: float, train: bool, dtype, name: str) -> nn.BatchNorm:
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=momentum,
-        epsilon=1e-5,
-        dtype=dtype,
-        name=name,
+def _padding(kernel: int) -> list[tuple[int, int]]:
+    """PyTorch's. "SAME" would pad a strided convolution on one side more."""
+    return [(kernel // 2, kernel // 2)] * 2
+
+
+def _cifar(
+    blocks: int,
+    *,
+    n_classes: int,
+    width: float = 1.0,
+    norm: str = "batch",
+    dtype: Any = None,
+) -> ResNet:
+    """Three stages of basic blocks. The paper's ResNet-20 has width 8."""
+    channels = scaled(width, 16, 32, 64)
+    return ResNet(
+        (blocks,) * 3, channels, n_classes, norm=norm, dtype=dtype or jnp.float32
     )
 
 
-def _block_shapes(model: ResNet) -> list[tuple[str, int, int]]:
-    """Every block's name, channels and stride, in order."""
-    return [
-        (f"stage{stage}_block{block}", channels, 2 if stage > 0 and block == 0 else 1)
-        for stage, channels in enumerate(model.channels)
-        for block in range(model.blocks)
-    ]
+def _imagenet(
+    block: str,
+    blocks: tuple[int, ...],
+    *,
+    n_classes: int,
+    width: float = 1.0,
+    stem: str = "imagenet",
+    norm: str = "batch",
+    dtype: Any = None,
+) -> ResNet:
+    """Four stages. `stem="cifar"` is for images of 32 or 64 pixels."""
+    return ResNet(
+        blocks,
+        scaled(width, 64, 128, 256, 512),
+        n_classes,
+        block=block,
+        stem=stem,
+        shortcut="conv1x1",
+        norm=norm,
+        dtype=dtype or jnp.float32,
+    )
 
 
-def resnet20(*, n_classes: int, width: int = 1, dtype=None) -> ResNet:
-    """ResNet-20, `width` times as wide as He et al.'s; the paper's has width 8."""
-    channels = (16 * width, 32 * width, 64 * width)
-    return ResNet(3, channels, n_classes, dtype=dtype or jnp.float32)
+resnet20 = partial(_cifar, 3)
+resnet32 = partial(_cifar, 5)
+resnet44 = partial(_cifar, 7)
+resnet56 = partial(_cifar, 9)
+
+resnet18 = partial(_imagenet, "basic", (2, 2, 2, 2))
+resnet34 = partial(_imagenet, "basic", (3, 4, 6, 3))
+resnet50 = partial(_imagenet, "bottleneck", (3, 4, 6, 3))
+resnet101 = partial(_imagenet, "bottleneck", (3, 4, 23, 3))
 
 
 def permutation_spec(model: ResNet) -> PermutationSpec:
-    """A group for each residual stream, and one inside each block.
+    """A group for each residual stream, and one or two inside each block.
 
     A stream runs through all blocks that add to it, so their taps share its group. A
-    shortcut convolution ends one stream and starts the next.
+    shortcut convolution ends one stream and starts the next. With group norm, each of
+    these is a pair of groups: `<name>/groups`, of blocks, and `<name>/within`.
     """
-    axes = conv("conv0", None, "stream0") | batch_norm("norm0", "stream0")
-    taps = {"stem": "stream0"}
-    stream, n_streams, channels = "stream0", 1, model.channels[0]
-    for block, block_channels, stride in _block_shapes(model):
-        incoming, inner = stream, f"{block}/inner"
-        if stride > 1 or block_channels != channels:
+    units = partial(channel_axis, model.norm)
+    stream, n_streams = "stream0", 1
+    axes = conv("conv0", None, units(stream))
+    axes |= norm_axes(model.norm, "norm0", units(stream))
+    sizes = channel_sizes(model.norm, stream, model.channels[0])
+    taps = {"stem": tap_axes(4, units(stream))}
+    for plan in _plan(model):
+        path, incoming = plan.name, stream
+        if plan.shortcut is not None:
             stream, n_streams = f"stream{n_streams}", n_streams + 1
-            axes |= conv(f"{block}/shortcut_conv", incoming, stream)
-            axes |= batch_norm(f"{block}/shortcut_norm", stream)
-        axes |= conv(f"{block}/conv1", incoming, inner)
-        axes |= batch_norm(f"{block}/norm1", inner)
-        axes |= conv(f"{block}/conv2", inner, stream)
-        axes |= batch_norm(f"{block}/norm2", stream)
-        taps |= {f"{block}/inner": inner, f"{block}/stream": stream}
-        channels = block_channels
-    axes |= dense("head", stream, None)
-    return PermutationSpec(axes, taps)
+            axes |= conv(f"{path}/shortcut_conv", units(incoming), units(stream))
+            axes |= norm_axes(model.norm, f"{path}/shortcut_norm", units(stream))
+        chain = [incoming, *(f"{path}/{name}" for name in plan.inner), stream]
+        for i, (inputs, outputs) in enumerate(pairwise(chain), start=1):
+            axes |= conv(f"{path}/conv{i}", units(inputs), units(outputs))
+            axes |= norm_axes(model.norm, f"{path}/norm{i}", units(outputs))
+            sizes |= channel_sizes(model.norm, outputs, plan.convs[i - 1].channels)
+        taps |= {
+            f"{path}/{name}": tap_axes(4, units(f"{path}/{name}"))
+            for name in plan.inner
+        }
+        taps[f"{path}/stream"] = tap_axes(4, units(stream))
+    axes |= dense("head", units(stream), None)
+    return PermutationSpec(axes, taps, sizes)

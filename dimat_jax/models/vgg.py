@@ -1,0 +1,137 @@
+"""VGG networks (Simonyan & Zisserman, 2015) with one dense head.
+
+3x3 convolutions with norms, in stages that a 2x2 max-pool ends. The head sees the last
+feature map flattened, so it is as large as the images demand: one pixel of 512 channels
+is left of 32 x 32, four of 64 x 64. A map of a single pixel is not pooled any further.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dimat_jax.models.classifier import tap
+from dimat_jax.models.norm import (
+    NORMS,
+    channel_axis,
+    channel_sizes,
+    norm_axes,
+    normalise,
+    tap_axes,
+)
+from dimat_jax.models.settings import one_of, scaled
+from dimat_jax.permutation import PermutationSpec
+from dimat_jax.permutation.layers import conv, dense, flattened
+
+__all__ = ["VGG", "permutation_spec", "vgg11", "vgg13", "vgg16", "vgg19"]
+
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class VGG(nn.Module):
+    """Stages of convolutions, and one dense head.
+
+    Attributes:
+        stages: the channels of each stage's convolutions.
+        n_classes: the number of logits.
+        norm: "batch", "layer", "group" or "none"; see `models.norm`.
+        bn_momentum: what the running statistics keep of themselves at each step.
+        dtype: what it computes in; parameters and statistics are float32.
+    """
+
+    stages: tuple[tuple[int, ...], ...]
+    n_classes: int
+    norm: str = "batch"
+    bn_momentum: float = 0.9
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        one_of("norm", self.norm, NORMS)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool,
+        mask: Bool[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """Logits. In train mode batch statistics are those of the unmasked examples."""
+        x = x.astype(self.dtype)
+        for i, channels, ends_stage in _layers(self):
+            x = nn.Conv(
+                channels,
+                (3, 3),
+                padding=((1, 1), (1, 1)),
+                kernel_init=_conv_init,
+                dtype=self.dtype,
+                name=f"conv{i}",
+            )(x)
+            x = normalise(
+                self.norm,
+                x,
+                train=train,
+                mask=mask,
+                momentum=self.bn_momentum,
+                dtype=self.dtype,
+                name=f"norm{i}",
+            )
+            x = nn.relu(x)
+            tap(self, f"relu{i}", x)
+            if ends_stage and min(x.shape[1:3]) > 1:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(len(x), -1)
+        return nn.Dense(self.n_classes, dtype=self.dtype, name="head")(x).astype(
+            jnp.float32
+        )
+
+
+def _layers(model: VGG) -> Iterator[tuple[int, int, bool]]:
+    """Every convolution's number, its channels, and whether a pool follows it."""
+    i = 0
+    for stage in model.stages:
+        for layer, channels in enumerate(stage, start=1):
+            yield i, channels, layer == len(stage)
+            i += 1
+
+
+def _vgg(
+    layers: tuple[int, ...],
+    *,
+    n_classes: int,
+    width: float = 1.0,
+    norm: str = "batch",
+    dtype: Any = None,
+) -> VGG:
+    channels = scaled(width, 64, 128, 256, 512, 512)
+    stages = tuple((c,) * n for c, n in zip(channels, layers, strict=True))
+    return VGG(stages, n_classes, norm=norm, dtype=dtype or jnp.float32)
+
+
+vgg11 = partial(_vgg, (1, 1, 2, 2, 2))
+vgg13 = partial(_vgg, (2, 2, 2, 2, 2))
+vgg16 = partial(_vgg, (2, 2, 3, 3, 3))
+vgg19 = partial(_vgg, (2, 2, 4, 4, 4))
+
+
+def permutation_spec(model: VGG) -> PermutationSpec:
+    """A group for each convolution; the head permutes the channels of every pixel.
+
+    With group norm, each is a pair of groups: `conv<i>/groups`, of blocks, and
+    `conv<i>/within`.
+    """
+    axes, taps, sizes = {}, {}, {}
+    inputs = None
+    for i, channels, _ in _layers(model):
+        units = channel_axis(model.norm, f"conv{i}")
+        axes |= conv(f"conv{i}", inputs, units, bias=True)
+        axes |= norm_axes(model.norm, f"norm{i}", units)
+        taps[f"relu{i}"] = tap_axes(4, units)
+        sizes |= channel_sizes(model.norm, f"conv{i}", channels)
+        inputs = units
+    axes |= dense("head", inputs and flattened(inputs), None)
+    return PermutationSpec(axes, taps, sizes)
