@@ -16,15 +16,16 @@ from jaxtyping import Array, Int
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.matching.activation import (
     Activations,
+    TapMoments,
     centre,
-    empty_moments,
+    check_taps,
     group_scores,
-    group_taps,
+    no_moments,
     solve_groups,
-    units_last,
-    update_moments,
+    tap_units,
+    update_taps,
 )
-from dimat_jax.permutation import PermutationSpec
+from dimat_jax.permutation import PermutationSpec, PermutationSpecError, group_sizes
 from dimat_jax.placement import Placement
 from dimat_jax.stopwatch import Stopwatch
 from dimat_jax.tree import PyTree, take
@@ -79,16 +80,26 @@ class EdgeMatcher:
         activations: Callable[[PyTree, Array], Activations],
         placement: Placement,
     ):
-        group_taps(spec)  # raises for a group that has none
+        check_taps(spec)
+        self._spec = spec
         self._slots = placement.slots
 
         def watch(variables, inputs, mask):
-            flat = units_last(spec, activations(variables, inputs))
-            # Every position of a feature map is a sample of its example.
+            shown = activations(variables, inputs)
+            units = tap_units(spec, group_sizes(spec, variables), shown)
             return {
-                tap: centre(units, jnp.repeat(mask, len(units) // len(mask)))
-                for tap, units in flat.items()
+                group: {tap: centre_examples(tap, taps[tap], mask) for tap in taps}
+                for group, taps in units.items()
             }
+
+        def centre_examples(tap, units, mask):
+            if len(units) % len(mask):
+                raise PermutationSpecError(
+                    f"tap {tap!r} shows {len(units)} samples of {len(mask)} examples; "
+                    "the first axis of its activations must be the examples"
+                )
+            # Every position of a feature map is a sample of its example.
+            return centre(units, jnp.repeat(mask, len(units) // len(mask)))
 
         def watch_received(variables, inputs, mask, senders, receivers):
             return placement.per_agent(watch)(
@@ -96,12 +107,6 @@ class EdgeMatcher:
                 _pick(inputs, receivers),
                 _pick(mask, receivers),
             )
-
-        def update_taps(moments, reference, permutee):
-            return {
-                tap: update_moments(moments[tap], reference[tap], permutee[tap])
-                for tap in moments
-            }
 
         def update(moments, seen, receivers, sent, senders):
             return placement.per_agent(update_taps)(
@@ -114,9 +119,7 @@ class EdgeMatcher:
         self._watch_own = jax.jit(placement.per_agent(watch))
         self._watch_received = jax.jit(watch_received)
         self._update = jax.jit(update, donate_argnums=0)
-        self._scores = jax.jit(
-            placement.per_agent(lambda moments: group_scores(spec, moments))
-        )
+        self._scores = jax.jit(placement.per_agent(group_scores))
         self._placement = placement
 
     def match(
@@ -146,7 +149,7 @@ class EdgeMatcher:
         for inputs, _, mask in samples:
             with stopwatch("activations") as block:
                 seen = block(watch(variables, inputs, mask))
-            moments = moments or [self._empty(seen) for _ in edge_waves]
+            moments = moments or [self._empty(variables) for _ in edge_waves]
             for w, (receivers, senders, _) in enumerate(edge_waves):
                 if np.array_equal(receivers, np.arange(self._slots)):
                     receivers = None  # in order already; spares a copy
@@ -165,15 +168,13 @@ class EdgeMatcher:
                 for wave_moments, wave in zip(moments, edge_waves, strict=True)
             ]
 
-    def _empty(self, seen) -> dict[str, Any]:
+    def _empty(self, variables: PyTree) -> TapMoments:
         """The moments of no samples, for one wave."""
-        return {
-            tap: jax.tree.map(
-                lambda x: self._placement.zeros(*x.shape),
-                empty_moments(centred.mean.shape[-1]),
-            )
-            for tap, centred in seen.items()
-        }
+        one = jax.eval_shape(lambda v: take(v, 0), variables)
+        return jax.tree.map(
+            lambda x: self._placement.zeros(*x.shape),
+            no_moments(self._spec, group_sizes(self._spec, one)),
+        )
 
     def _assign(self, moments, real: int, stay: float) -> dict[str, np.ndarray]:
         scores = self._placement.fetch(self._scores(moments))

@@ -18,22 +18,32 @@ from dimat_jax.matching.assignment import (
     prefer_staying,
     solve_assignment,
 )
-from dimat_jax.permutation import Perms, PermutationSpec, PermutationSpecError
+from dimat_jax.matching.blocks import cut_blocks
+from dimat_jax.permutation import (
+    Perms,
+    PermutationSpec,
+    PermutationSpecError,
+    group_sizes,
+    validate,
+)
 from dimat_jax.tree import PyTree
 
 __all__ = [
     "Activations",
     "Centred",
     "Moments",
+    "TapMoments",
     "activation_matching",
     "centre",
+    "check_taps",
     "correlation",
     "empty_moments",
     "group_scores",
-    "group_taps",
+    "no_moments",
     "solve_groups",
-    "units_last",
+    "tap_units",
     "update_moments",
+    "update_taps",
 ]
 
 Activations = Mapping[str, Array]
@@ -119,6 +129,29 @@ def update_moments(moments: Moments, reference: Centred, permutee: Centred) -> M
     )
 
 
+TapMoments = dict[str, dict[str, Moments]]
+"""For each group the moments of its units at each of its taps."""
+
+
+def no_moments(spec: PermutationSpec, sizes: Mapping[str, int]) -> TapMoments:
+    """Of no samples at all. `sizes` are the groups'."""
+    return {
+        group: {tap: empty_moments(sizes[group]) for tap in spec.taps_of(group)}
+        for group in spec.groups
+    }
+
+
+def update_taps(moments: TapMoments, reference: Any, permutee: Any) -> TapMoments:
+    """Adds a batch, `Centred` for each group and tap, that both networks have seen."""
+    return jax.tree.map(
+        update_moments,
+        moments,
+        reference,
+        permutee,
+        is_leaf=lambda x: isinstance(x, Moments),
+    )
+
+
 def correlation(moments: Moments) -> Float[Array, "units units"]:
     """Pearson's correlation of every reference unit with every permutee unit.
 
@@ -138,58 +171,75 @@ def correlation(moments: Moments) -> Float[Array, "units units"]:
     )
 
 
-def group_taps(spec: PermutationSpec) -> dict[str, dict[str, int]]:
-    """For each group its taps, each with the dimension that its units lie on.
-
-    Raises:
-        PermutationSpecError: a group without a tap cannot be matched.
-    """
-    taps = {group: spec.taps_of(group) for group in spec.groups}
-    for group, found in taps.items():
-        if not found:
+def check_taps(spec: PermutationSpec) -> None:
+    """Raises PermutationSpecError for a group without a tap: it cannot be matched."""
+    for group in spec.groups:
+        if not spec.taps_of(group):
             raise PermutationSpecError(
                 f"group {group!r} has no tap, so its activations cannot be matched"
             )
-    return taps
 
 
-def group_scores(
-    spec: PermutationSpec, moments: Mapping[str, Moments]
-) -> dict[str, Float[Array, "units units"]]:
+def group_scores(moments: TapMoments) -> dict[str, Float[Array, "units units"]]:
     """For each group, the correlations averaged over all its taps: within [-1, 1].
 
     A residual stream is one group with a tap behind every block.
-
-    Raises:
-        PermutationSpecError: a group without a tap.
     """
     return {
-        group: jnp.stack([correlation(moments[tap]) for tap in taps]).mean(axis=0)
-        for group, taps in group_taps(spec).items()
+        group: jnp.stack([correlation(tap) for tap in taps.values()]).mean(axis=0)
+        for group, taps in moments.items()
     }
 
 
-def units_last(
-    spec: PermutationSpec, activations: Activations
-) -> dict[str, Float[Array, "samples units"]]:
-    """Flattens what each tap shows to samples by units.
+def tap_units(
+    spec: PermutationSpec, sizes: Mapping[str, int], activations: Activations
+) -> dict[str, dict[str, Float[Array, "samples units"]]]:
+    """For each group what each of its taps shows, flattened to samples by units.
 
-    Every position of a feature map is a sample.
+    Every position of a feature map is a sample. Where a tap shows several groups, each
+    is seen as the mean over the units of the others, which their permutations do not
+    change. Samples keep their order: those of one example lie together if examples are
+    the array's first axis.
+
+    Args:
+        spec: the symmetry, with its taps.
+        sizes: of the groups.
+        activations: for each tap an array.
 
     Raises:
-        PermutationSpecError: the activations lack a tap that the spec names.
+        PermutationSpecError: the activations lack a tap, or do not have its axes.
     """
-    flat = {}
-    for group, taps in group_taps(spec).items():
-        for tap, dimension in taps.items():
-            if tap not in activations:
-                raise PermutationSpecError(
-                    f"group {group!r} is to be watched at tap {tap!r}, which the "
-                    f"activations lack; they have {sorted(activations)}"
-                )
-            units = jnp.moveaxis(activations[tap], dimension, -1)
-            flat[tap] = units.reshape(-1, units.shape[-1])
-    return flat
+    return {
+        group: {
+            tap: _tap_units(spec, sizes, group, tap, activations)
+            for tap in spec.taps_of(group)
+        }
+        for group in spec.groups
+    }
+
+
+def _tap_units(spec, sizes, group: str, tap: str, activations: Activations) -> Array:
+    if tap not in activations:
+        raise PermutationSpecError(
+            f"group {group!r} is to be watched at tap {tap!r}, which the activations "
+            f"lack; they have {sorted(activations)}"
+        )
+    array = jnp.asarray(activations[tap])
+    try:
+        (block,) = cut_blocks(spec.tap_axes(tap, array.ndim), array.shape, sizes)
+    except PermutationSpecError as error:
+        raise PermutationSpecError(
+            f"tap {tap!r}, of shape {array.shape}: {error}"
+        ) from None
+    others = tuple(
+        axis for axis, other in enumerate(block.groups) if other not in (None, group)
+    )
+    units = jnp.moveaxis(
+        array.reshape(block.shape).mean(others, keepdims=True, dtype=jnp.float32),
+        block.groups.index(group),
+        -1,
+    )
+    return units.reshape(-1, units.shape[-1])
 
 
 def solve_groups(
@@ -233,27 +283,23 @@ def activation_matching(
         ValueError: no batches, activations that are not finite, or `stay` < 0.
     """
 
-    group_taps(spec)
+    for variables in (reference, permutee):
+        validate(spec, variables)
+    check_taps(spec)
     check_stay(stay)
+    sizes = group_sizes(spec, reference)
 
     @jax.jit
     def watch(variables, inputs):
-        flat = units_last(spec, activations(variables, inputs))
-        return {tap: centre(units) for tap, units in flat.items()}
+        units = tap_units(spec, sizes, activations(variables, inputs))
+        return jax.tree.map(centre, units)
 
-    @jax.jit
-    def update(moments, seen, permuted):
-        return {
-            tap: update_moments(moments[tap], seen[tap], permuted[tap]) for tap in seen
-        }
-
+    update = jax.jit(update_taps)
     moments = None
     for inputs in batches:
         seen, permuted = watch(reference, inputs), watch(permutee, inputs)
-        if moments is None:
-            moments = {tap: empty_moments(len(seen[tap].mean)) for tap in seen}
-        moments = update(moments, seen, permuted)
+        moments = update(moments or no_moments(spec, sizes), seen, permuted)
     if moments is None:
         raise ValueError("activation matching needs at least one batch of inputs")
-    perms = solve_groups(group_scores(spec, moments), stay)
+    perms = solve_groups(group_scores(moments), stay)
     return {group: jnp.asarray(perm) for group, perm in perms.items()}

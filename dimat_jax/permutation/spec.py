@@ -76,13 +76,17 @@ class PermutationSpec:
             dimension, e.g. `{"params/Conv_0/kernel": (None, None, "in", "out")}`.
         taps: where units can be watched: for a tap's name, the axes of the array that
             `activations(variables, inputs)` returns under it, or just a group's name
-            if that is its last axis.
+            if that is its last axis. They are aligned to the right: dimensions before
+            them are samples. A tap may show several groups, on axes of their own or as
+            factors of a `Product`.
+        sizes: of groups whose axes do not tell, as those of `Product("a", "b")`.
 
     The groups are those that the axes name; all axes of one group are permuted alike.
     """
 
     axes: Mapping[str, Axes]
     taps: Mapping[str, str | Axes] = dataclasses.field(default_factory=dict)
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def groups(self) -> dict[str, list[tuple[str, int]]]:
@@ -94,18 +98,28 @@ class PermutationSpec:
                     members.setdefault(group, []).append((leaf, dimension))
         return members
 
-    def taps_of(self, group: str) -> dict[str, int]:
-        """The taps that show a group's units, each with the dimension they lie on.
+    def taps_of(self, group: str) -> list[str]:
+        """The taps that show a group's units."""
+        return [
+            tap
+            for tap, axes in self.taps.items()
+            if group in _axes_groups((axes,) if isinstance(axes, str) else axes)
+        ]
 
-        Dimensions count from the end, where a tap names just its group.
+    def tap_axes(self, tap: str, ndim: int) -> Axes:
+        """What each of the `ndim` dimensions of a tap's array is.
+
+        Raises:
+            PermutationSpecError: the tap has more axes than that.
         """
-        found = {}
-        for tap, axes in self.taps.items():
-            if axes == group:
-                found[tap] = -1
-            elif not isinstance(axes, str) and group in axes:
-                found[tap] = axes.index(group)
-        return found
+        axes = self.taps[tap]
+        axes = (axes,) if isinstance(axes, str) else tuple(axes)
+        if ndim < len(axes):
+            raise PermutationSpecError(
+                f"tap {tap!r} has the axes {axes}, but its activations have only "
+                f"{ndim} dimensions"
+            )
+        return (None,) * (ndim - len(axes)) + axes
 
 
 def axis_groups(axis: Axis) -> Iterator[str]:
@@ -120,6 +134,10 @@ def axis_groups(axis: Axis) -> Iterator[str]:
                 yield from axis_groups(part)
 
 
+def _axes_groups(axes: Axes) -> list[str]:
+    return [group for axis in axes for group in axis_groups(axis)]
+
+
 def validate(spec: PermutationSpec, variables: PyTree) -> None:
     """Checks the structure: every leaf covered, ranks and sizes agree.
 
@@ -132,17 +150,29 @@ def validate(spec: PermutationSpec, variables: PyTree) -> None:
     group_sizes(spec, variables)
     groups = spec.groups
     for tap, axes in spec.taps.items():
-        shown = [axes] if isinstance(axes, str) else [a for a in axes if a is not None]
-        if len(shown) != 1 or not isinstance(shown[0], str):
+        axes = (axes,) if isinstance(axes, str) else axes
+        shown = _axes_groups(axes)
+        if not shown:
             raise PermutationSpecError(
-                f"tap {tap!r} must show the units of one group, on an axis of their "
-                f"own; its axes are {axes}"
+                f"tap {tap!r} must show the units of a group; its axes are {axes}"
             )
-        if shown[0] not in groups:
-            raise PermutationSpecError(
-                f"tap {tap!r} shows group {shown[0]!r}, which no leaf has; "
-                f"{nearest(shown[0], groups)}"
-            )
+        for axis in axes:
+            if isinstance(axis, Concat):
+                raise PermutationSpecError(
+                    f"tap {tap!r} concatenates units of several kinds ({axis}); give "
+                    "each part a tap of its own"
+                )
+        for group in shown:
+            if group not in groups:
+                raise PermutationSpecError(
+                    f"tap {tap!r} shows group {group!r}, which no leaf has; "
+                    f"{nearest(group, groups)}"
+                )
+            if shown.count(group) > 1:
+                raise PermutationSpecError(
+                    f"tap {tap!r} shows group {group!r} twice, as if pairs of its "
+                    f"units were units; its axes are {axes}"
+                )
 
 
 def group_sizes(spec: PermutationSpec, variables: PyTree) -> dict[str, int]:
@@ -182,6 +212,14 @@ class _Sizes:
         self._source: dict[str, str] = {}
 
     def resolve(self) -> dict[str, int]:
+        groups = self._spec.groups
+        for group, size in self._spec.sizes.items():
+            if group not in groups:
+                raise PermutationSpecError(
+                    f"the spec gives the size of group {group!r}, which no leaf has; "
+                    f"{nearest(group, groups)}"
+                )
+            self._learn(group, size, "spec.sizes")
         # A Product may hold a group whose size only another leaf tells, so plain axes
         # come first and products are visited until nothing new is learnt.
         self._visit(lambda axis: not isinstance(axis, Product))
@@ -190,14 +228,15 @@ class _Sizes:
             self._visit(lambda axis: isinstance(axis, Product))
             if len(self._sizes) == known:
                 break
-        for group, members in self._spec.groups.items():
+        for group, members in groups.items():
             if group not in self._sizes:
                 leaf, dimension = members[0]
                 raise PermutationSpecError(
                     f"the size of group {group!r} cannot be told: its only axes are "
-                    f"products with other unknown factors ({leaf!r} axis {dimension})"
+                    f"products with other unknown factors ({leaf!r} axis {dimension}); "
+                    "spec.sizes can give it"
                 )
-        return {group: self._sizes[group] for group in self._spec.groups}
+        return {group: self._sizes[group] for group in groups}
 
     def _visit(self, wanted) -> None:
         for leaf, axes in self._spec.axes.items():

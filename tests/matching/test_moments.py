@@ -13,10 +13,10 @@ from dimat_jax.matching.activation import (
     correlation,
     empty_moments,
     group_scores,
-    units_last,
+    tap_units,
     update_moments,
 )
-from dimat_jax.permutation import PermutationSpec, PermutationSpecError
+from dimat_jax.permutation import PermutationSpec, PermutationSpecError, Product
 
 UNITS = 6
 
@@ -179,45 +179,100 @@ def test_no_samples_at_all_correlate_with_nothing():
 
 
 def test_a_groups_score_is_the_mean_over_its_taps():
-    spec = PermutationSpec(
-        {"a": ("stream",), "b": ("inner",)},
-        {"early": "stream", "late": (None, "stream"), "other": "inner"},
+    early, late, other = (
+        streamed(*samples(30, seed=seed), [np.ones(30)]) for seed in range(3)
     )
-    moments = {
-        tap: streamed(*samples(30, seed=seed), [np.ones(30)])
-        for seed, tap in enumerate(spec.taps)
-    }
-    scores = group_scores(spec, moments)
+    scores = group_scores(
+        {"stream": {"early": early, "late": late}, "inner": {"other": other}}
+    )
     assert scores.keys() == {"stream", "inner"}
-    expected = (correlation(moments["early"]) + correlation(moments["late"])) / 2
+    expected = (correlation(early) + correlation(late)) / 2
     np.testing.assert_allclose(scores["stream"], expected, atol=1e-6)
-    np.testing.assert_allclose(scores["inner"], correlation(moments["other"]))
+    np.testing.assert_allclose(scores["inner"], correlation(other))
 
 
-def test_a_group_without_a_tap_is_named():
-    spec = PermutationSpec({"a": ("stream",), "b": ("inner",)}, {"tap": "stream"})
-    moments = {"tap": empty_moments(UNITS)}
-    with pytest.raises(PermutationSpecError, match="group 'inner' has no tap"):
-        group_scores(spec, moments)
+SIZES = {"a": 3, "b": 2}
+
+
+def shown(axes, array) -> dict[str, np.ndarray]:
+    """What a tap with these axes shows of each of its groups."""
+    spec = PermutationSpec({"leaf": ("a", "b")}, {"tap": axes})
+    units = tap_units(spec, SIZES, {"tap": jnp.asarray(array), "other": jnp.zeros(1)})
+    assert all(taps.keys() <= {"tap"} for taps in units.values())
+    return {group: np.asarray(taps["tap"]) for group, taps in units.items() if taps}
 
 
 @pytest.mark.parametrize(
-    ("axes", "dimension"), [("units", 3), ((None, "units", None, None), 1)]
+    ("axes", "dimension", "shape"),
+    [
+        ("a", 3, (2, 4, 5, 3)),
+        (("a", None, None), 1, (2, 3, 4, 5)),
+        ((None, "a", None, None), 1, (2, 3, 4, 5)),
+        (("a",), 1, (5, 3)),
+    ],
 )
-def test_every_position_of_a_feature_map_is_a_sample_of_its_example(axes, dimension):
-    spec = PermutationSpec({"kernel": ("units",)}, {"tap": axes})
-    maps = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    flat = units_last(spec, {"tap": jnp.asarray(maps), "other": jnp.zeros(1)})
-    assert flat.keys() == {"tap"}
+def test_every_position_of_a_feature_map_is_a_sample_of_its_example(
+    axes, dimension, shape
+):
+    maps = np.arange(np.prod(shape)).reshape(shape)
     units = np.moveaxis(maps, dimension, -1)
     # Example by example: masks are repeated accordingly.
-    expected = [
-        unit for example in units for unit in example.reshape(-1, units.shape[-1])
-    ]
-    np.testing.assert_array_equal(flat["tap"], expected)
+    expected = [unit for example in units for unit in example.reshape(-1, 3)]
+    found = shown(axes, maps)
+    assert found.keys() == {"a"}
+    np.testing.assert_array_equal(found["a"], expected)
+
+
+@pytest.mark.parametrize("axes", [(None, "a", "b"), ("a", "b")])
+def test_each_of_several_groups_is_seen_as_the_mean_over_the_others(axes):
+    array = np.random.default_rng(0).normal(size=(4, 5, 3, 2)).astype(np.float32)
+    found = shown(axes, array)
+    np.testing.assert_allclose(found["a"], array.mean(axis=3).reshape(20, 3), atol=1e-6)
+    np.testing.assert_allclose(found["b"], array.mean(axis=2).reshape(20, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape"),
+    [
+        (Product("a", "b"), (3, 2)),
+        (Product("b", None, "a"), (2, 5, 3)),
+        (Product(5, "a"), (5, 3)),
+        (Product("a", None), (3, 7)),
+    ],
+)
+def test_products_are_seen_as_their_factors_on_axes_of_their_own(axis, shape):
+    array = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
+    flat, split = array.reshape(4, -1), (None, *axis.factors)
+    split = tuple(None if isinstance(axis, int) else axis for axis in split)
+    found, expected = shown((None, axis), flat), shown(split, array)
+    assert found.keys() == expected.keys() == set(axis.factors) & set(SIZES)
+    for group, units in found.items():
+        assert units.shape[-1] == SIZES[group]
+        np.testing.assert_array_equal(units, expected[group])
+
+
+def test_means_over_other_groups_are_taken_in_float32():
+    array = np.ones((1, 3, 2), np.float32) * [[[1], [2], [3]]] + [[[0, 1 / 64]]]
+    found = shown(("a", "b"), jnp.asarray(array, jnp.bfloat16))
+    assert found["a"].dtype == np.float32
+    np.testing.assert_array_equal(found["a"], [[1, 2, 3] + np.float32(1 / 128)])
 
 
 def test_a_tap_without_activations_is_named():
-    spec = PermutationSpec({"kernel": ("units",)}, {"relu": "units"})
+    spec = PermutationSpec({"kernel": ("a",)}, {"relu": "a"})
     with pytest.raises(PermutationSpecError, match=r"tap 'relu'.*\['rellu'\]"):
-        units_last(spec, {"rellu": jnp.zeros((2, 3))})
+        tap_units(spec, SIZES, {"rellu": jnp.zeros((2, 3))})
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"),
+    [
+        ("a", (5, 4)),
+        ((None, "a"), (3,)),
+        (("a", Product(None, "b")), (2, 3, 5)),
+        ((Product("a", "b"),), (2, 5)),
+    ],
+)
+def test_activations_that_do_not_have_the_taps_axes_are_refused(axes, shape):
+    with pytest.raises(PermutationSpecError, match="tap 'tap'"):
+        shown(axes, np.zeros(shape))

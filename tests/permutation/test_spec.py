@@ -47,12 +47,28 @@ def test_groups_are_read_off_the_axes_in_their_order():
     assert list(group_sizes(spec, arrays(b=(8, 1), a=(3, 2)))) == ["v", "u"]
 
 
-def test_taps_of_a_group_tell_where_its_units_lie():
+def test_taps_of_a_group_are_those_that_show_its_units():
     spec = PermutationSpec(
-        AXES, {"last": "units", "first": (None, "units", None), "other": "others"}
+        AXES,
+        {
+            "last": "units",
+            "first": (None, "units", None),
+            "other": "others",
+            "both": (Product(None, "units"), "others"),
+        },
     )
-    assert spec.taps_of("units") == {"last": -1, "first": 1}
-    assert spec.taps_of("none") == {}
+    assert spec.taps_of("units") == ["last", "first", "both"]
+    assert spec.taps_of("others") == ["other", "both"]
+    assert spec.taps_of("none") == []
+
+
+def test_axes_of_taps_are_aligned_to_the_right():
+    spec = PermutationSpec(AXES, {"last": "units", "first": ("units", None)})
+    assert spec.tap_axes("last", 1) == ("units",)
+    assert spec.tap_axes("last", 3) == (None, None, "units")
+    assert spec.tap_axes("first", 4) == (None, None, "units", None)
+    with pytest.raises(PermutationSpecError, match="'first'.*only 1 dimensions"):
+        spec.tap_axes("first", 1)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +115,37 @@ def test_a_tap_of_an_unknown_group_is_refused(axes):
         validate(spec, VARIABLES)
 
 
+TWO_GROUPS = {**AXES, "second/kernel": ("units", "outputs")}
+
+
 @pytest.mark.parametrize(
     "axes",
-    [(None,), (None, Product(2, "units")), (Concat(("units", 4)),), ("units", "units")],
+    [
+        ("units", "outputs"),
+        (None, "outputs", None, "units"),
+        (Product(2, "units"),),
+        (None, Product("outputs", None, "units")),
+    ],
 )
-def test_a_tap_must_show_one_group_on_one_plain_axis(axes):
-    spec = PermutationSpec(AXES, {"relu": axes})
-    with pytest.raises(PermutationSpecError, match="tap 'relu' must show the units"):
+def test_taps_may_show_several_groups_and_products(axes):
+    validate(PermutationSpec(TWO_GROUPS, {"relu": axes}), VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("axes", "complaint"),
+    [
+        ((), "must show the units"),
+        ((None,), "must show the units"),
+        ((None, Product(2, None)), "must show the units"),
+        ((Concat(("units", 4), ("outputs", 2)),), "concatenates.*tap of its own"),
+        (("units", "units"), "'units' twice"),
+        (("outputs", None, Product(2, "outputs")), "'outputs' twice"),
+        ((Product("units", "units"),), "'units' twice"),
+    ],
+)
+def test_a_tap_that_shows_no_units_or_mixed_ones_is_refused(axes, complaint):
+    spec = PermutationSpec(TWO_GROUPS, {"relu": axes})
+    with pytest.raises(PermutationSpecError, match=f"tap 'relu' .*{complaint}"):
         validate(spec, VARIABLES)
 
 
