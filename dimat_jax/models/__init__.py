@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from dimat_jax.models import mlp, resnet, vgg
+from dimat_jax.models import mlp, resnet, vgg, vit
 from dimat_jax.models.settings import ModelError
 from dimat_jax.permutation import PermutationSpec
 
@@ -29,12 +29,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg13": vgg.vgg13,
     "vgg16": vgg.vgg16,
     "vgg19": vgg.vgg19,
+    "vit": vit.vit,
 }
 
 _SPECS: dict[type[nn.Module], Callable[..., PermutationSpec]] = {
     mlp.MLP: mlp.permutation_spec,
     resnet.ResNet: resnet.permutation_spec,
     vgg.VGG: vgg.permutation_spec,
+    vit.ViT: vit.permutation_spec,
 }
 
 

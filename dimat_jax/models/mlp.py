@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models.classifier import tap
+from dimat_jax.models.norm import norm_axes, normalise
+from dimat_jax.models.settings import one_of, scaled
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation.layers import dense
 
@@ -19,12 +21,20 @@ class MLP(nn.Module):
     Attributes:
         hidden: the number of units of each hidden layer.
         n_classes: the number of logits.
-        dtype: what it computes in; parameters are float32.
+        norm: "none", "batch" or "layer", between a hidden layer and its ReLU.
+        bn_momentum: what the running statistics keep of themselves at each step.
+        dtype: what it computes in; parameters and statistics are float32.
     """
 
     hidden: tuple[int, ...]
     n_classes: int
+    norm: str = "none"
+    bn_momentum: float = 0.9
     dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        one_of("norm", self.norm, ("none", "batch", "layer"))
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -34,11 +44,20 @@ class MLP(nn.Module):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
-        """`train` and `mask` make no difference: no layer looks across the batch."""
-        del train, mask
+        """Logits. In train mode batch statistics are those of the unmasked examples."""
         x = x.reshape(len(x), -1)
         for i, units in enumerate(self.hidden):
-            x = nn.relu(nn.Dense(units, dtype=self.dtype, name=f"hidden{i}")(x))
+            x = nn.Dense(units, dtype=self.dtype, name=f"hidden{i}")(x)
+            x = normalise(
+                self.norm,
+                x,
+                train=train,
+                mask=mask,
+                momentum=self.bn_momentum,
+                dtype=self.dtype,
+                name=f"norm{i}",
+            )
+            x = nn.relu(x)
             tap(self, f"relu{i}", x)
         return nn.Dense(self.n_classes, dtype=self.dtype, name="head")(x).astype(
             jnp.float32
@@ -46,18 +65,24 @@ class MLP(nn.Module):
 
 
 def mlp(
-    *, n_classes: int, width: int = 1, hidden: tuple[int, ...] = (128, 128), dtype=None
+    *,
+    n_classes: int,
+    width: float = 1.0,
+    hidden: tuple[int, ...] = (128, 128),
+    norm: str = "none",
+    dtype: Any = None,
 ) -> MLP:
     """`hidden` layers, each `width` times as wide."""
-    return MLP(tuple(width * h for h in hidden), n_classes, dtype or jnp.float32)
+    return MLP(scaled(width, *hidden), n_classes, norm=norm, dtype=dtype or jnp.float32)
 
 
 def permutation_spec(model: MLP) -> PermutationSpec:
     """One group for each hidden layer."""
     layers = [f"hidden{i}" for i in range(len(model.hidden))]
     axes = {}
-    for inputs, layer in zip([None, *layers], layers, strict=False):
+    for i, (inputs, layer) in enumerate(zip([None, *layers], layers, strict=False)):
         axes |= dense(layer, inputs, layer)
+        axes |= norm_axes(model.norm, f"norm{i}", layer)
     axes |= dense("head", layers[-1] if layers else None, None)
     taps = {f"relu{i}": layer for i, layer in enumerate(layers)}
     return PermutationSpec(axes, taps)

@@ -16,6 +16,7 @@ from dimat_jax.permutation.layers import batch_norm, group_norm, layer_norm
 from dimat_jax.permutation.spec import Axes
 
 __all__ = [
+    "EPSILON",
     "NORMS",
     "channel_axis",
     "channel_sizes",
@@ -28,7 +29,7 @@ __all__ = [
 NORMS = ("batch", "layer", "group", "none")
 
 # PyTorch's, for all kinds.
-_EPSILON = 1e-5
+EPSILON = 1e-5
 
 
 def normalise(
@@ -60,16 +61,16 @@ def normalise(
             layer = nn.BatchNorm(
                 use_running_average=not train,
                 momentum=momentum,
-                epsilon=_EPSILON,
+                epsilon=EPSILON,
                 dtype=dtype,
                 name=name,
             )
             return layer(x, mask=mask)
         case "layer":
-            return nn.LayerNorm(epsilon=_EPSILON, dtype=dtype, name=name)(x)
+            return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, name=name)(x)
         case "group":
             layer = nn.GroupNorm(
-                n_norm_groups(x.shape[-1]), epsilon=_EPSILON, dtype=dtype, name=name
+                n_norm_groups(x.shape[-1]), epsilon=EPSILON, dtype=dtype, name=name
             )
             return layer(x)
         case _:

@@ -1,0 +1,190 @@
+"""A small vision transformer (Dosovitskiy et al., 2021) for small images.
+
+Pre-LN blocks of attention and an MLP on a residual stream of patches, learnt positions,
+and a mean over the tokens in place of a class token. The attention is written out, so
+that what its heads look at can be watched.
+"""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dimat_jax.models.classifier import tap
+from dimat_jax.models.norm import EPSILON
+from dimat_jax.models.settings import ModelError, scaled
+from dimat_jax.permutation import PermutationSpec
+from dimat_jax.permutation.layers import conv, dense, dense_general, layer_norm
+
+__all__ = ["ViT", "permutation_spec", "vit"]
+
+
+class ViT(nn.Module):
+    """A vision transformer.
+
+    Attributes:
+        n_classes: the number of logits.
+        patch: pixels along the side of a patch; images are made of whole ones.
+        depth: the number of blocks.
+        dim: of the residual stream.
+        heads: of each attention.
+        head_dim: of each head's queries, keys and values.
+        mlp_dim: the hidden units of each block's MLP.
+        dtype: what it computes in; parameters are float32.
+    """
+
+    n_classes: int
+    patch: int
+    depth: int
+    dim: int
+    heads: int
+    head_dim: int
+    mlp_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool,
+        mask: Bool[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """`train` and `mask` make no difference: no layer looks across the batch.
+
+        Raises:
+            ModelError: images that are not made of whole patches.
+        """
+        del train, mask
+        height, width = x.shape[1:3]
+        if height % self.patch or width % self.patch:
+            raise ModelError(
+                f"images of {height}x{width} pixels are not made of whole patches of "
+                f"{self.patch}x{self.patch}"
+            )
+        x = nn.Conv(
+            self.dim,
+            (self.patch, self.patch),
+            strides=self.patch,
+            padding="VALID",
+            dtype=self.dtype,
+            name="embed",
+        )(x.astype(self.dtype))
+        x = x.reshape(len(x), -1, self.dim)
+        position = self.param(
+            "position", nn.initializers.normal(0.02), (x.shape[1], self.dim)
+        )
+        x = x + position.astype(self.dtype)
+        tap(self, "embedded", x)
+        for i in range(self.depth):
+            x = _Block(
+                self.heads, self.head_dim, self.mlp_dim, self.dtype, name=f"block{i}"
+            )(x)
+        x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(x)
+        x = x.mean(axis=1)
+        return nn.Dense(self.n_classes, dtype=self.dtype, name="head")(x).astype(
+            jnp.float32
+        )
+
+
+class _Block(nn.Module):
+    """Attention, then an MLP, each added to the stream that it normalises."""
+
+    heads: int
+    head_dim: int
+    mlp_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens stream"]):
+        norm = partial(nn.LayerNorm, epsilon=EPSILON, dtype=self.dtype)
+        project = partial(
+            nn.DenseGeneral, (self.heads, self.head_dim), dtype=self.dtype
+        )
+        y = norm(name="norm1")(x)
+        query = project(name="query")(y)
+        key = project(name="key")(y)
+        value = project(name="value")(y)
+        tap(self, "queries", query)
+        tap(self, "keys", key)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * self.head_dim**-0.5
+        # Exponentials of bfloat16 would not add up to one.
+        attention = nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
+        tap(self, "attention", attention)
+        y = jnp.einsum("bhqk,bkhd->bqhd", attention, value)
+        tap(self, "attended", y)
+        x = x + nn.DenseGeneral(
+            x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out"
+        )(y)
+        y = norm(name="norm2")(x)
+        y = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype, name="mlp_in")(y))
+        tap(self, "mlp", y)
+        x = x + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(y)
+        tap(self, "stream", x)
+        return x
+
+
+def vit(
+    *,
+    n_classes: int,
+    width: float = 1.0,
+    patch: int = 4,
+    depth: int = 4,
+    dim: int = 128,
+    heads: int = 4,
+    dtype: Any = None,
+) -> ViT:
+    """A stream of `width * dim`, split evenly over the heads; an MLP 4 times as wide.
+
+    Raises:
+        ModelError: `width * dim` is not a whole number, or not a multiple of `heads`.
+    """
+    (stream,) = scaled(width, dim)
+    if stream % heads:
+        raise ModelError(f"{stream} dimensions cannot be split over {heads} heads")
+    return ViT(
+        n_classes,
+        patch,
+        depth,
+        stream,
+        heads,
+        stream // heads,
+        4 * stream,
+        dtype or jnp.float32,
+    )
+
+
+def permutation_spec(model: ViT) -> PermutationSpec:
+    """One residual stream, and in each block `heads`, `qk`, `v` and `mlp`.
+
+    Heads are permuted as blocks. The dimensions that a head's queries share with its
+    keys are permuted alike in all heads, and so are those of its values. (Each head
+    could permute its own: a larger symmetry, which is left aside.)
+    """
+    axes = conv("embed", None, "stream", bias=True)
+    axes["params/position"] = (None, "stream")
+    taps = {"embedded": (None, None, "stream")}
+    for i in range(model.depth):
+        block = f"block{i}"
+        heads, qk, v, mlp = (f"{block}/{name}" for name in ("heads", "qk", "v", "mlp"))
+        axes |= layer_norm(f"{block}/norm1", "stream")
+        axes |= dense_general(f"{block}/query", ["stream"], [heads, qk])
+        axes |= dense_general(f"{block}/key", ["stream"], [heads, qk])
+        axes |= dense_general(f"{block}/value", ["stream"], [heads, v])
+        axes |= dense_general(f"{block}/out", [heads, v], ["stream"])
+        axes |= layer_norm(f"{block}/norm2", "stream")
+        axes |= dense(f"{block}/mlp_in", "stream", mlp)
+        axes |= dense(f"{block}/mlp_out", mlp, "stream")
+        taps |= {
+            f"{block}/queries": (None, None, heads, qk),
+            f"{block}/keys": (None, None, heads, qk),
+            f"{block}/attention": (None, heads, None, None),
+            f"{block}/attended": (None, None, heads, v),
+            f"{block}/mlp": (None, None, mlp),
+            f"{block}/stream": (None, None, "stream"),
+        }
+    axes |= layer_norm("norm", "stream")
+    axes |= dense("head", "stream", None)
+    return PermutationSpec(axes, taps)
