@@ -23,12 +23,14 @@ class Checkpoints:
     a run may resume on another number of devices.
 
     Args:
-        directory: made if missing.
+        directory: of checkpoints.
         keep: how many to keep.
+        create: whether to make the directory if it is missing. If not, one that is only
+            restored from stays as it is, even while a run writes to it.
     """
 
-    def __init__(self, directory: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    def __init__(self, directory: Path, keep: int = 2, *, create: bool = True):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
         self._manager = ocp.CheckpointManager(
             Path(directory).resolve(), options=options
         )

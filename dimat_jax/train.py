@@ -26,10 +26,10 @@ import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
-from dimat_jax.algorithms import ALIGNING
+from dimat_jax.algorithms import ALIGNING, Algorithm
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.checkpoint import Checkpoints
-from dimat_jax.config import Config, ConfigError, substance
+from dimat_jax.config import Config, ConfigError, default_config, substance
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.metrics import MetricsWriter, read_rows, write_json
@@ -37,7 +37,7 @@ from dimat_jax.network import Ledger
 from dimat_jax.trainer import Trainer
 from dimat_jax.tree import PyTree
 
-__all__ = ["run"]
+__all__ = ["load_agents", "run"]
 
 
 @dataclasses.dataclass
@@ -105,6 +105,42 @@ def run(
         return started.finish()
     finally:
         started.close()
+
+
+def load_agents(
+    workdir: str | os.PathLike[str], data_dir: str | None = None
+) -> tuple[Experiment, Variables]:
+    """Loads the agents of a run, finished or not; nothing is written.
+
+    Args:
+        workdir: of the run.
+        data_dir: where its data are now, if not where they were.
+
+    Returns:
+        the run's experiment, and the agents' variables as its newest checkpoint has
+        them: NumPy arrays `[agents, ...]`.
+
+    Raises:
+        UserError: a workdir without a run that can be read, or without a checkpoint.
+    """
+    workdir = Path(workdir)
+    config = _read_config(workdir / "config.json")
+    if data_dir:
+        config.data.dir = data_dir
+    experiment = Experiment(config)
+    folder = workdir / "checkpoints"
+    found = None
+    if folder.is_dir():
+        checkpoints = Checkpoints(folder, create=False)
+        try:
+            found = _restore(experiment, checkpoints)
+        finally:
+            checkpoints.close()
+    if found is None:
+        raise ConfigError(f"{workdir} holds a run that has no checkpoint yet")
+    algorithm, state, _ = found
+    placement = experiment.placement
+    return experiment, placement.gather(algorithm.variables(placement.put(state)))
 
 
 class _Run:
@@ -277,20 +313,11 @@ class _Run:
 
     def _restore(self) -> tuple[State | None, Progress]:
         """The state and the progress of the newest checkpoint, if there is one."""
-        experiment = self.experiment
-
-        def like(record):
-            pretraining = record["epoch"] < self.config.pretrain.epochs
-            algorithm = experiment.pretrain_algorithm if pretraining else self.algorithm
-            slots, n_agents = experiment.placement.slots, experiment.placement.n_agents
-            variables = _resized(experiment.abstract_variables(), slots)
-            return _resized(jax.eval_shape(algorithm.init, variables), n_agents)
-
-        restored = self.checkpoints.restore(like)
-        if restored is None:
+        found = _restore(self.experiment, self.checkpoints)
+        if found is None:
             return None, Progress()
-        state, record = restored
-        return experiment.placement.put(state), Progress.of(record)
+        _, state, progress = found
+        return self.experiment.placement.put(state), progress
 
     def _save(self, number: int, state: State) -> None:
         self.progress.rows = self.writer.rows
@@ -303,6 +330,27 @@ class _Run:
         return time.perf_counter() - self._started
 
 
+def _restore(
+    experiment: Experiment, checkpoints: Checkpoints
+) -> tuple[Algorithm, State, Progress] | None:
+    """The newest checkpoint: whose state it is, and this state, on the host."""
+
+    def algorithm(record) -> Algorithm:
+        pretraining = record["epoch"] < experiment.config.pretrain.epochs
+        return experiment.pretrain_algorithm if pretraining else experiment.algorithm
+
+    def like(record):
+        slots, n_agents = experiment.placement.slots, experiment.placement.n_agents
+        variables = _resized(experiment.abstract_variables(), slots)
+        return _resized(jax.eval_shape(algorithm(record).init, variables), n_agents)
+
+    restored = checkpoints.restore(like)
+    if restored is None:
+        return None
+    state, record = restored
+    return algorithm(record), state, Progress.of(record)
+
+
 def _resized(abstract: PyTree, size: int) -> PyTree:
     """`jax.ShapeDtypeStruct`s with another length of the leading axis."""
     return jax.tree.map(
@@ -312,6 +360,20 @@ def _resized(abstract: PyTree, size: int) -> PyTree:
 
 def _as_dict(config: Config) -> dict[str, Any]:
     return json.loads(config.to_json())
+
+
+def _read_config(path: Path) -> Config:
+    """The config that a run was started with; fields that it lacks have defaults."""
+    config = default_config()
+    try:
+        fields = json.loads(path.read_text())
+        unknown = substance(fields).keys() - substance(_as_dict(config)).keys()
+        if unknown:
+            raise ValueError(f"there are no fields {', '.join(sorted(unknown))}")
+        config.update(fields)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from error
+    return config
 
 
 def _check_workdir(config: Config, workdir: Path) -> None:

@@ -20,6 +20,7 @@ FLOORS = [
     ["mixing"],
     ["network"],
     ["permutation"],
+    ["merge"],
     ["checkpoint", "metrics"],
     ["data"],
     ["models"],

@@ -1,0 +1,148 @@
+"""A model on disk: which architecture it is, and its variables.
+
+A folder with one Orbax checkpoint, whose JSON record names the model, its arguments and
+the shape of its inputs; so nothing else is needed to load it and to run it.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dimat_jax.checkpoint import Checkpoints
+from dimat_jax.errors import UserError, nearest
+from dimat_jax.models import MODELS, classifier
+from dimat_jax.tree import PyTree, flatten
+
+__all__ = ["SavedModel", "SavedModelError", "build", "check", "load", "save"]
+
+
+class SavedModelError(UserError):
+    """Weights that are not those of the model that they are said to be."""
+
+
+class SavedModel(NamedTuple):
+    """All there is to know of a model of a bundled architecture.
+
+    Attributes:
+        name: a key of `MODELS`.
+        arguments: of `MODELS[name]`, as JSON has them: {"n_classes": 10, ...}.
+        input_shape: of one example.
+        variables: {"params": ..., ...}.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    input_shape: tuple[int, ...]
+    variables: PyTree
+
+    @property
+    def module(self) -> nn.Module:
+        """The Flax module that the variables belong to."""
+        return build(self.name, self.arguments)
+
+
+def build(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The module `MODELS[name](**arguments)`, of arguments as JSON has them.
+
+    Raises:
+        SavedModelError: there is no such model, or it has no such arguments.
+    """
+    if name not in MODELS:
+        raise SavedModelError(f"unknown model {name!r}; {nearest(name, MODELS)}")
+    converted = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in arguments.items()
+    }
+    if "dtype" in converted:
+        converted["dtype"] = jnp.dtype(converted["dtype"])
+    try:
+        return MODELS[name](**converted)
+    except TypeError as error:
+        raise SavedModelError(f"{name} does not take {arguments}: {error}") from error
+
+
+def check(model: SavedModel, where: str) -> None:
+    """Checks that a model's leaves are those of its architecture, and finite.
+
+    Args:
+        model: to be checked.
+        where: what errors call it.
+
+    Raises:
+        SavedModelError: names the leaf.
+    """
+    what = f"{model.name} ({_described(model.arguments)})"
+    leaves = flatten(model.variables)
+    expected = flatten(_abstract(model))
+    for path in [*expected, *leaves]:
+        if path not in leaves:
+            raise SavedModelError(f"{where} lacks {path!r}, which {what} has")
+        if path not in expected:
+            raise SavedModelError(
+                f"{where} has {path!r}, which {what} does not have; "
+                f"{nearest(path, expected)}"
+            )
+        if leaves[path].shape != expected[path].shape:
+            raise SavedModelError(
+                f"{where}: {path!r} is of shape {leaves[path].shape}, but {what} on "
+                f"inputs of shape {model.input_shape} has {expected[path].shape}"
+            )
+        if bad := int((~np.isfinite(leaves[path])).sum()):
+            raise SavedModelError(
+                f"{where}: {path!r} holds {bad} value(s) that are NaN or infinite"
+            )
+
+
+def save(directory: str | os.PathLike[str], model: SavedModel) -> None:
+    """Saves a model into a folder, made if missing, that holds no other."""
+    checkpoints = Checkpoints(Path(directory), keep=1)
+    record = model._asdict()
+    variables = jax.tree.map(np.asarray, record.pop("variables"))
+    checkpoints.save(0, variables, {"model": record})
+    checkpoints.close()
+
+
+def load(directory: str | os.PathLike[str]) -> SavedModel:
+    """Loads what `save` has saved; its variables are NumPy arrays.
+
+    Raises:
+        SavedModelError: the folder holds no model, or not the one that it says.
+    """
+    models = []
+
+    def like(record):
+        if "model" not in record:
+            raise SavedModelError(f"{directory} holds checkpoints, but not of a model")
+        fields = {**record["model"], "variables": None}
+        fields["input_shape"] = tuple(fields["input_shape"])
+        models.append(SavedModel(**fields))
+        return _abstract(models[0])
+
+    if not Path(directory).is_dir():
+        raise SavedModelError(f"there is no folder {directory}")
+    checkpoints = Checkpoints(Path(directory), create=False)
+    try:
+        restored = checkpoints.restore(like)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise SavedModelError(f"{directory} holds no model")
+    return models[0]._replace(variables=restored[0])
+
+
+def _abstract(model: SavedModel) -> PyTree:
+    """Shapes and dtypes of the architecture's variables."""
+    inputs = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    module = model.module
+    return jax.eval_shape(
+        lambda key, x: classifier.init(module, key, x), jax.random.key(0), inputs
+    )
+
+
+def _described(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in arguments.items())
