@@ -15,6 +15,7 @@ from dimat_jax.permutation.actions import (
     permute_leaf,
     random,
 )
+from dimat_jax.permutation.derive import derive
 from dimat_jax.permutation.spec import (
     Axis,
     Concat,
@@ -35,6 +36,7 @@ __all__ = [
     "Product",
     "apply",
     "compose",
+    "derive",
     "group_sizes",
     "identity",
     "invert",

@@ -1,0 +1,297 @@
+"""A permutation spec read off a traced model: nothing has to be declared.
+
+The model is traced to a jaxpr. Every axis of every weight starts as units of its own;
+each operation tells which axes hold the same units (`rules`). What is reachable from
+inputs or outputs cannot be permuted; the rest are the groups.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import jax
+from jaxtyping import Array
+
+from dimat_jax.permutation.rules import fixed_axes
+from dimat_jax.permutation.spec import (
+    Axes,
+    Axis,
+    Concat,
+    PermutationSpec,
+    PermutationSpecError,
+    Product,
+    axis_groups,
+)
+from dimat_jax.permutation.trace import (
+    Place,
+    Trace,
+    Value,
+    constant,
+    operations,
+    watch,
+)
+from dimat_jax.permutation.units import (
+    Known,
+    Units,
+    atoms,
+    factors,
+    fix,
+    product,
+    unknown,
+)
+from dimat_jax.tree import PyTree, flatten
+
+__all__ = ["derive"]
+
+Forward = Callable[[PyTree, PyTree], PyTree]
+Activations = Callable[[PyTree, PyTree], dict[str, Array]]
+
+
+@overload
+def derive(
+    forward: Forward,
+    variables: PyTree,
+    inputs: PyTree,
+    *,
+    strict: bool = ...,
+    with_activations: Literal[False] = ...,
+) -> PermutationSpec: ...
+
+
+@overload
+def derive(
+    forward: Forward,
+    variables: PyTree,
+    inputs: PyTree,
+    *,
+    strict: bool = ...,
+    with_activations: Literal[True],
+) -> tuple[PermutationSpec, Activations]: ...
+
+
+def derive(
+    forward: Forward,
+    variables: PyTree,
+    inputs: PyTree,
+    *,
+    strict: bool = False,
+    with_activations: bool = False,
+) -> Any:
+    """Finds a model's permutation symmetry by tracing it.
+
+    Weights and activations are followed through contractions, convolutions, elementwise
+    operations, reductions, reshapes, concatenations and control flow. An operation that
+    is not known fixes the axes that it touches. What is found holds for every value of
+    the weights; `verify` checks it on some.
+
+    Args:
+        forward: `forward(variables, inputs) -> outputs`, traceable by JAX, any pytrees.
+        variables: one network's variables; arrays, or `jax.ShapeDtypeStruct`s. Split
+            off what is no array first (e.g. `equinox.partition`).
+        inputs: an example, or a batch of them (as `forward` takes it); only shapes
+            matter, but sizes of 1 tell little.
+        strict: raise where an unknown operation costs a symmetry, instead of warning.
+        with_activations: also return a function that shows the groups' units, for
+            models that have none of their own.
+
+    Returns:
+        spec, without taps; or `(spec, activations)` with taps that
+        `activations(variables, inputs) -> {tap: array}` shows: what goes into the
+        contractions that use a group's units. It may be jitted, vmapped, and called
+        with other batch sizes.
+
+    Raises:
+        PermutationSpecError: a leaf that is no array; or, if strict, an operation
+            without a rule.
+    """
+    leaves = flatten(variables)
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise PermutationSpecError(
+                f"the leaf {path!r} is no array, but {type(leaf).__name__}; split the "
+                "variables from what is not traced first"
+            )
+    closed = jax.make_jaxpr(forward)(variables, inputs)
+    n_inputs = len(jax.tree.leaves(inputs))
+    # The last source stands for all inputs.
+    arguments = [
+        Value([unknown(size) for size in leaf.shape], 1 << n)
+        for n, leaf in enumerate(leaves.values())
+    ] + [
+        Value(fixed_axes(var.aval.shape, "an input"), 1 << len(leaves))
+        for var in closed.jaxpr.invars[len(closed.jaxpr.invars) - n_inputs :]
+    ]
+    trace = Trace()
+    outputs = trace.read(closed.jaxpr, [*map(constant, closed.consts), *arguments])
+    alive = 0
+    for axes, sources in outputs:
+        alive |= sources
+        _fix_all(axes, "an output")
+    axes_of = {path: value.axes for path, value in zip(leaves, arguments, strict=False)}
+    for n, axes in enumerate(axes_of.values()):
+        if not alive >> n & 1:  # no output depends on it, so nothing can be said
+            _fix_all(axes, "unused")
+    for axes in axes_of.values():
+        for axis in axes:
+            _fix_what_no_spec_can_say(axis)
+    _complain(trace, axes_of, strict)
+
+    used = [list(leaves)[n] for n in trace.first_used if n < len(leaves)]
+    # Kernels first; they say more than the bias that is added to them.
+    used.sort(key=lambda path: len(axes_of[path]) < 2)
+    names = _names({path: axes_of[path] for path in [*used, *leaves]})
+    spec_axes = {
+        path: tuple(_axis(axis, names) for axis in axes)
+        for path, axes in axes_of.items()
+    }
+    # Where an axis of its own tells a group's size, the spec need not.
+    plain = {axis for axes in spec_axes.values() for axis in axes}
+    sizes = {name: atom.size for atom, name in names.items() if name not in plain}
+    if not with_activations:
+        return PermutationSpec(spec_axes, sizes=sizes)
+    taps = dict(_taps(trace, names, from_inputs=1 << len(leaves)))
+    tap_axes = {tap: axes for tap, (_, axes) in taps.items()}
+    spec = PermutationSpec(spec_axes, tap_axes, sizes)
+    traced = list(operations(closed.jaxpr))
+
+    def activations(variables, inputs):
+        again = jax.make_jaxpr(forward)(variables, inputs)
+        if list(operations(again.jaxpr)) != traced:
+            raise PermutationSpecError(
+                "the model does other operations on these inputs than on those that "
+                "its spec was derived with; derive it again with inputs like these"
+            )
+        arguments = jax.tree.leaves((variables, inputs))
+        return watch(again, arguments, {place: t for t, (place, _) in taps.items()})
+
+    return spec, activations
+
+
+def _fix_all(axes: Sequence[Known], reason: str) -> None:
+    for axis in axes:
+        fix(axis, reason)
+
+
+def _fix_what_no_spec_can_say(units: Known) -> None:
+    """A concatenation as the inner factor of units that are permuted, too."""
+    if units is None:
+        return
+    moving = False
+    for factor in factors(units.root()):
+        if factor.kind == "concat":
+            if moving:
+                fix(factor, "a structure that no spec can declare")
+            for part in factor.parts:
+                _fix_what_no_spec_can_say(part)
+        moving = moving or any(atoms(factor))
+
+
+def _complain(
+    trace: Trace, axes_of: Mapping[str, Sequence[Known]], strict: bool
+) -> None:
+    """Tells which axes are fixed only because of operations without a rule."""
+    names = {name for name, _ in trace.not_known}
+    costs: dict[str, list[str]] = {}
+    for path, axes in axes_of.items():
+        for d, axis in enumerate(axes):
+            reasons = axis.root().fixed if axis is not None else frozenset()
+            if reasons and reasons <= names:
+                for name in reasons:
+                    costs.setdefault(name, []).append(f"{path!r} axis {d}")
+    if costs:
+        message = "; ".join(
+            f"derive does not know the operation {name!r}, and fixes what it touches: "
+            f"{', '.join(sorted(axes))}"
+            for name, axes in sorted(costs.items())
+        )
+        if strict:
+            raise PermutationSpecError(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def _names(axes_of: Mapping[str, Sequence[Known]]) -> dict[Units, str]:
+    """Names every group after the first leaf, and its last axis, that it permutes."""
+    names: dict[Units, str] = {}
+    for path, axes in axes_of.items():
+        for d, axis in reversed(list(enumerate(axes))):
+            new = [a for a in dict.fromkeys(atoms(axis)) if a not in names]
+            for n, atom in enumerate(new):
+                names[atom] = f"{path}:{d}" + (f".{n}" if len(new) > 1 else "")
+    return names
+
+
+def _axis(units: Known, names: Mapping[Units, str]) -> Axis:
+    """What a spec says of an axis."""
+    if units is None or not any(atom in names for atom in atoms(units)):
+        return None
+    node = units.root()
+    match node.kind:
+        case "atom":
+            return names[node]
+        case "concat":
+            return Concat(*((_axis(p, names), p.root().size) for p in node.parts))
+        case _:
+            return _product_axis(factors(node), names)
+
+
+def _product_axis(parts: list[Units], names: Mapping[Units, str]) -> Axis:
+    """A product; one with a concatenation inside is a concatenation of products."""
+    outer: list[int | str] = []
+    for n, factor in enumerate(parts):
+        axis = _axis(factor, names)
+        if isinstance(axis, Concat):
+            # What is further out is fixed, so every repetition is spelt out.
+            inner = parts[n + 1 :]
+            inner_sizes = [f.size for f in inner]
+            once = [
+                product([part, *inner], [part.root().size, *inner_sizes])
+                for part in factor.parts
+            ]
+            repeated = once * math.prod(size for size in outer if isinstance(size, int))
+            return Concat(
+                *((_axis(p, names), p.root().size) for p in repeated if p is not None)
+            )
+        assert axis is None or isinstance(axis, str)
+        if axis is None and outer and isinstance(outer[-1], int):
+            outer[-1] *= factor.size
+        else:
+            outer.append(axis or factor.size)
+    return Product(*outer)
+
+
+def _taps(
+    trace: Trace, names: Mapping[Units, str], from_inputs: int
+) -> Iterator[tuple[str, tuple[Place, Axes]]]:
+    """Chooses where to watch each group: tap, place, and the axes that it shows.
+
+    What goes into a contraction is what the next layer sees of the units. Places that
+    show a group alone are preferred to those that show several.
+    """
+    operands = list(_showing(trace.operands, names, from_inputs))
+    others = list(_showing(trace.values, names, from_inputs))
+    names_of_places: dict[Place, str] = {}
+    for group in names.values():
+        shown = [seen for seen in operands if group in seen[2]]
+        # Never contracted; the last that there is to see.
+        shown = shown or [seen for seen in others if group in seen[2]][-1:]
+        alone = [seen for seen in shown if len(seen[2]) == 1]
+        for n, (place, axes, _) in enumerate(alone or shown):
+            if place not in names_of_places:
+                names_of_places[place] = tap = f"{group}#{n}"
+                yield tap, (place, axes)
+
+
+def _showing(
+    values: Sequence[tuple[Place, Value]],
+    names: Mapping[Units, str],
+    from_inputs: int,
+) -> Iterator[tuple[Place, Axes, list[str]]]:
+    """Values that depend on the inputs and show groups: with their axes and groups."""
+    for place, (units, sources) in values:
+        if sources & from_inputs:
+            axes = tuple(_axis(axis, names) for axis in units)
+            groups = [group for axis in axes for group in axis_groups(axis)]
+            concatenated = any(isinstance(axis, Concat) for axis in axes)
+            if groups and len(set(groups)) == len(groups) and not concatenated:
+                yield place, axes, groups

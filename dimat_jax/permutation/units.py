@@ -1,0 +1,357 @@
+"""What is known of the units along an array's axis, while a model is being traced.
+
+An axis starts as an unknown. Operations teach which axes hold the same units
+(`same`), which are products of others (`split`, `product`), which are concatenations
+(`cut`, `concatenate`), and which cannot be permuted at all (`fix`). What was learnt is
+never taken back, so operations may come in any order: this is unification, with
+union-find underneath.
+
+An axis along which an array is uniform (what broadcasting makes) says nothing of any
+units, and fits all: it is None here. So are axes of size 1.
+"""
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Optional
+
+__all__ = [
+    "Units",
+    "atoms",
+    "concatenate",
+    "cut",
+    "factors",
+    "fix",
+    "product",
+    "same",
+    "split",
+    "unknown",
+]
+
+Known = Optional["Units"]
+"""Units, or None where an array is uniform."""
+
+
+class Units:
+    """The units along one axis; a node of the union-find forest.
+
+    Attributes:
+        size: how many.
+        kind: "atom" if nothing is known of an inner structure.
+        parts: what a "product" (row-major) or a "concat" consists of.
+        fixed: why they cannot be permuted; empty if they can.
+    """
+
+    __slots__ = ("_parent", "fixed", "kind", "parts", "size")
+
+    def __init__(
+        self,
+        size: int,
+        kind: Literal["atom", "product", "concat"] = "atom",
+        parts: tuple["Units", ...] = (),
+        fixed: frozenset[str] = frozenset(),
+    ):
+        self.size = size
+        self.kind = kind
+        self.parts = parts
+        self.fixed = fixed
+        self._parent: Units | None = None
+
+    def root(self) -> "Units":
+        """The node that stands for all that were found to be the same."""
+        node = self
+        while node._parent is not None:
+            if node._parent._parent is not None:
+                node._parent = node._parent._parent
+            node = node._parent
+        return node
+
+    def become(self, other: "Units") -> None:
+        """Makes `other` stand for this root, too."""
+        self._parent = other
+
+
+def unknown(size: int) -> Known:
+    """Units of which nothing is known yet."""
+    return Units(size) if size > 1 else None
+
+
+def atoms(units: Known) -> Iterator[Units]:
+    """The permutable atoms that units consist of."""
+    if units is not None:
+        node = units.root()
+        if node.fixed:
+            return
+        if node.kind == "atom":
+            yield node
+        for part in node.parts:
+            yield from atoms(part)
+
+
+def fix(units: Known, reason: str) -> None:
+    """Units that must stay where they are."""
+    if units is not None:
+        _fix(units.root(), frozenset([reason]))
+
+
+def _fix(node: Units, reasons: frozenset[str]) -> None:
+    node.fixed |= reasons
+    for part in node.parts:
+        _fix(part.root(), reasons)
+
+
+def same(*axes: Known) -> Known:
+    """Units that are permuted alike, or not at all. Uniform axes do not matter."""
+    known = [axis for axis in axes if axis is not None]
+    for one, other in itertools.pairwise(known):
+        _unify(one.root(), other.root())
+    return known[0].root() if known else None
+
+
+def split(units: Known, sizes: Sequence[int]) -> list[Known]:
+    """The factors of a product, row-major, the last one fastest.
+
+    Where the units have another structure already, everything is fixed.
+    """
+    return _split(units, sizes) or _fixed_parts(units, sizes)
+
+
+def cut(units: Known, sizes: Sequence[int]) -> list[Known]:
+    """The parts of a concatenation; fixed where a boundary does not fit."""
+    return _cut(units, sizes) or _fixed_parts(units, sizes)
+
+
+def product(factors: Sequence[Known], sizes: Sequence[int]) -> Known:
+    """The inverse of `split`."""
+    if all(factor is None for factor in factors):
+        return None
+    parts = tuple(
+        Units(size) if factor is None else factor.root()
+        for factor, size in zip(factors, sizes, strict=True)
+        if size > 1
+    )
+    return parts[0] if len(parts) == 1 else Units(math.prod(sizes), "product", parts)
+
+
+def concatenate(parts: Sequence[Known], sizes: Sequence[int]) -> Known:
+    """The inverse of `cut`. Uniform parts may be permuted each within itself."""
+    nodes = tuple(
+        Units(size) if part is None else part.root()
+        for part, size in zip(parts, sizes, strict=True)
+        if size > 0
+    )
+    return nodes[0] if len(nodes) == 1 else Units(sum(sizes), "concat", nodes)
+
+
+def _unify(a: Units, b: Units) -> None:
+    if a is b:
+        return
+    if a.fixed or b.fixed:
+        reasons = a.fixed | b.fixed
+        _fix(a, reasons)
+        _fix(b, reasons)
+        a.become(b)
+    elif a.kind == "atom" or b.kind == "atom":
+        if a.kind != "atom":
+            a, b = b, a
+        if a in atoms(b):  # units that are a part of themselves
+            _give_up(a, b)
+        else:
+            a.become(b)
+    elif a.kind == b.kind == "product":
+        sizes = _common_factors(_sizes(factors(a)), _sizes(factors(b)))
+        _unify_parts(a, b, sizes and (_split(a, sizes), _split(b, sizes)))
+    else:
+        # A product can be cut along its first factor; so products and concatenations
+        # meet as concatenations.
+        if a.kind == "concat":
+            a, b = b, a
+        sizes = _common_segments(_sizes(_segments(a)), _sizes(_segments(b)))
+        _unify_parts(a, b, (_cut(a, sizes), _cut(b, sizes)))
+
+
+def _unify_parts(a: Units, b: Units, parts) -> None:
+    if not parts or None in parts:
+        _give_up(a, b)
+        return
+    for one, other in zip(*parts, strict=True):
+        same(one, other)
+    a, b = a.root(), b.root()
+    if a is not b:
+        a.become(b)
+
+
+def _give_up(*units: Units) -> None:
+    for node in units:
+        fix(node, "a structure that does not fit")
+
+
+def _fixed_parts(units: Known, sizes: Sequence[int]) -> list[Known]:
+    parts = [unknown(size) for size in sizes]
+    if units is not None:
+        _give_up(units)
+        for part in parts:
+            fix(part, "a structure that does not fit")
+    return parts
+
+
+def _split(units: Known, sizes: Sequence[int]) -> list[Known] | None:
+    """As `split`; None where that is not possible."""
+    if units is None:
+        return [None for _ in sizes]
+    node = units.root()
+    if node.fixed:
+        return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
+    large = [size for size in sizes if size > 1]
+    pieces: list[Known] | None = None
+    match node.kind:
+        case _ if len(large) == 1:
+            pieces = [node]
+        case "atom":
+            node.kind, node.parts = "product", tuple(map(Units, large))
+            pieces = list(node.parts)
+        case "product":
+            pieces = _split_product(node, large)
+        case "concat":
+            pieces = _split_concat(node, large)
+    if pieces is None:
+        return None
+    rest = iter(pieces)
+    return [next(rest) if size > 1 else None for size in sizes]
+
+
+def _split_product(node: Units, sizes: list[int]) -> list[Known] | None:
+    old = factors(node)
+    common = _common_factors(_sizes(old), sizes)
+    if common is None:
+        return None
+    finer: list[Known] = []
+    rest = list(common)
+    for factor in old:
+        part_sizes = _take(rest, factor.size, math.prod)
+        parts = _split(factor, part_sizes)
+        if parts is None:
+            return None
+        finer += parts
+    pieces, rest = [], list(common)
+    for size in sizes:
+        part_sizes = _take(rest, size, math.prod)
+        parts, finer = finer[: len(part_sizes)], finer[len(part_sizes) :]
+        pieces.append(product(parts, part_sizes))
+    return pieces
+
+
+def _split_concat(node: Units, sizes: list[int]) -> list[Known] | None:
+    """A concatenation of products whose inner factors are the same."""
+    inner = math.prod(sizes[1:])
+    segments = _segments(node)
+    if any(segment.size % inner for segment in segments):
+        return None
+    outer_sizes = [segment.size // inner for segment in segments]
+    parts = [
+        _split(segment, [outer, *sizes[1:]])
+        for segment, outer in zip(segments, outer_sizes, strict=True)
+    ]
+    if None in parts:
+        return None
+    outer, *inners = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
+    return [concatenate(outer, outer_sizes), *itertools.starmap(same, inners)]
+
+
+def _cut(units: Known, sizes: Sequence[int]) -> list[Known] | None:
+    """As `cut`; None where that is not possible."""
+    if units is None:
+        return [None for _ in sizes]
+    node = units.root()
+    if node.fixed:
+        return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
+    pieces: list[Known] | None = None
+    match node.kind:
+        case _ if len(sizes) == 1:
+            pieces = [node]
+        case "atom":
+            node.kind, node.parts = "concat", tuple(map(Units, sizes))
+            pieces = list(node.parts)
+        case "product":
+            pieces = _cut_product(node, sizes)
+        case "concat":
+            pieces = _cut_concat(node, sizes)
+    return pieces and [p if s > 1 else None for p, s in zip(pieces, sizes, strict=True)]
+
+
+def _cut_product(node: Units, sizes: Sequence[int]) -> list[Known] | None:
+    first, *rest = factors(node)
+    inner = node.size // first.size
+    if any(size % inner for size in sizes):
+        return None
+    outer_sizes = [size // inner for size in sizes]
+    parts = _cut(first, outer_sizes)
+    return parts and [
+        product([part, *rest], [outer, *_sizes(rest)])
+        for part, outer in zip(parts, outer_sizes, strict=True)
+    ]
+
+
+def _cut_concat(node: Units, sizes: Sequence[int]) -> list[Known] | None:
+    segments = _segments(node)
+    common = _common_segments(_sizes(segments), sizes)
+    finer: list[Known] = []
+    rest = list(common)
+    for segment in segments:
+        parts = _cut(segment, _take(rest, segment.size, sum))
+        if parts is None:
+            return None
+        finer += parts
+    pieces, rest = [], list(common)
+    for size in sizes:
+        part_sizes = _take(rest, size, sum)
+        parts, finer = finer[: len(part_sizes)], finer[len(part_sizes) :]
+        pieces.append(concatenate(parts, part_sizes))
+    return pieces
+
+
+def factors(node: Units) -> list[Units]:
+    """The factors of (nested) products; the node itself if it is none."""
+    if node.kind != "product":
+        return [node]
+    return [f for part in node.parts for f in factors(part.root())]
+
+
+def _segments(node: Units) -> list[Units]:
+    """The parts of (nested) concatenations; the node itself if it is none."""
+    if node.kind != "concat":
+        return [node]
+    return [s for part in node.parts for s in _segments(part.root())]
+
+
+def _sizes(nodes: Sequence[Units]) -> list[int]:
+    return [node.size for node in nodes]
+
+
+def _common_factors(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
+    """The coarsest factors that both `a` and `b` can be made of, if there are any."""
+    times = operator.mul
+    bounds = sorted({*itertools.accumulate(a, times), *itertools.accumulate(b, times)})
+    pairs = list(itertools.pairwise([1, *bounds]))
+    if any(larger % smaller for smaller, larger in pairs):
+        return None
+    return [larger // smaller for smaller, larger in pairs if larger > smaller]
+
+
+def _common_segments(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    """The longest segments that both `a` and `b` can be made of."""
+    bounds = sorted({*itertools.accumulate(a), *itertools.accumulate(b)})
+    return [end - start for start, end in itertools.pairwise([0, *bounds])]
+
+
+def _take(
+    sizes: list[int], total: int, combine: Callable[[list[int]], int]
+) -> list[int]:
+    """Removes from the front of `sizes` what makes up `total`."""
+    n = 1
+    while combine(sizes[:n]) < total:
+        n += 1
+    taken = sizes[:n]
+    del sizes[:n]
+    return taken
