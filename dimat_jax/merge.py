@@ -65,17 +65,15 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
             return leaves[0]
         dtype = jnp.result_type(leaves[0])
         exact = jnp.promote_types(dtype, jnp.float32)
-        return _weighted_sum(shares, [jnp.asarray(x, exact) for x in leaves]).astype(
-            dtype
-        )
+        # Not 0 * leaf: what has no share may be infinite.
+        terms = [
+            share * jnp.asarray(leaf, exact)
+            for share, leaf in zip(shares, leaves, strict=True)
+            if share
+        ]
+        return sum(terms[1:], start=terms[0]).astype(dtype)
 
     return jax.tree.map(mean, *models)
-
-
-def _weighted_sum(shares: Sequence[float], arrays: Sequence[Array]) -> Array:
-    # Not 0 * array: what has no share may be infinite.
-    terms = [s * x for s, x in zip(shares, arrays, strict=True) if s]
-    return sum(terms[1:], start=terms[0])
 
 
 def interpolate(a: PyTree, b: PyTree, t: float) -> PyTree:
@@ -149,6 +147,9 @@ def add_batch(
     return total, count + n
 
 
+_add_batch = jax.jit(add_batch)
+
+
 def _mean(measure: Callable[[Any], PyTree], batches: Iterable[Any]) -> PyTree:
     """The mean over batches of what is measured on each, weighted by examples."""
     total, count = None, 0
@@ -156,7 +157,7 @@ def _mean(measure: Callable[[Any], PyTree], batches: Iterable[Any]) -> PyTree:
         statistics, n = measure(inputs), jax.tree.leaves(inputs)[0].shape[0]
         if total is None:
             total = jax.tree.map(jnp.zeros_like, statistics)
-        total, count = add_batch(total, count, statistics, n)
+        total, count = _add_batch(total, count, statistics, n)
     if not count:
         raise MergeError("statistics need at least one batch of inputs")
     return jax.tree.map(lambda t: t / count, total)
@@ -245,7 +246,7 @@ def repair(
         MergeError: no batches, weights that do not fit, or running statistics: those
             of BatchNorm are to be measured anew (`recalibrate`).
     """
-    shares = check_weights(weights, len(models))
+    shares = np.asarray(check_weights(weights, len(models)), np.float32)
     if isinstance(merged, Mapping) and "batch_stats" in merged:
         raise MergeError(
             "repair is for networks without BatchNorm; recalibrate this one"
@@ -259,39 +260,46 @@ def repair(
         return seen, measure(merged, inputs, _blend(seen, shares))
 
     seen, measured = _mean(of_batch, batches)
-    targets = _blend(seen, shares)
+    return _correct(merged, measured, _blend(seen, shares))
+
+
+@jax.jit
+def _blend(
+    moments: Sequence[Mapping[str, UnitMoments]], shares: Float[Array, " models"]
+) -> dict[str, UnitMoments]:
+    """Interpolates means and standard deviations."""
+
+    def mean(values):
+        return jnp.average(jnp.stack(values), axis=0, weights=shares)
+
+    def blend(*layers: UnitMoments) -> UnitMoments:
+        deviation = mean([jnp.sqrt(layer.variance) for layer in layers])
+        return UnitMoments(mean([layer.mean for layer in layers]), deviation**2)
+
+    return {name: blend(*(each[name] for each in moments)) for name in moments[0]}
+
+
+@jax.jit
+def _correct(
+    variables: PyTree,
+    measured: Mapping[str, UnitMoments],
+    targets: Mapping[str, UnitMoments],
+) -> PyTree:
+    """Puts the corrections of all layers into their kernels and biases."""
     corrections = {
         layer: correction(moments, targets[layer])
         for layer, moments in measured.items()
     }
 
-    def mend(path, leaf):
+    def correct(path, leaf):
         layer, _, name = path.rpartition("/")
-        if layer not in corrections:
+        if layer not in corrections or name not in ("kernel", "bias"):
             return leaf
         scale, shift = corrections[layer]
-        match name:
-            case "kernel":
-                return (leaf * scale).astype(leaf.dtype)
-            case "bias":
-                return (leaf * scale + shift).astype(leaf.dtype)
-            case _:
-                return leaf
+        exact = leaf * scale + (shift if name == "bias" else 0)
+        return exact.astype(leaf.dtype)
 
-    return map_with_path(mend, merged)
-
-
-def _blend(
-    moments: Sequence[Mapping[str, UnitMoments]], shares: Sequence[float]
-) -> dict[str, UnitMoments]:
-    """Interpolates means and standard deviations."""
-
-    def blend(*layers: UnitMoments) -> UnitMoments:
-        deviations = [jnp.sqrt(layer.variance) for layer in layers]
-        mean = _weighted_sum(shares, [layer.mean for layer in layers])
-        return UnitMoments(mean, _weighted_sum(shares, deviations) ** 2)
-
-    return {name: blend(*(each[name] for each in moments)) for name in moments[0]}
+    return map_with_path(correct, variables)
 
 
 # The line between two models ==========================================================

@@ -1,7 +1,7 @@
-"""A model on disk: which architecture it is, and its variables.
+"""A model on disk: which architecture it is, what it sees, and its variables.
 
-A folder with one Orbax checkpoint, whose JSON record names the model, its arguments and
-the shape of its inputs; so nothing else is needed to load it and to run it.
+A folder with one Orbax checkpoint, whose JSON record says all but the variables; so
+nothing else is needed to load a model and to run it.
 """
 
 import os
@@ -32,12 +32,15 @@ class SavedModel(NamedTuple):
         name: a key of `MODELS`.
         arguments: of `MODELS[name]`, as JSON has them: {"n_classes": 10, ...}.
         input_shape: of one example.
+        data: the data set whose mean and deviation normalise the inputs; None if that
+            is not known.
         variables: {"params": ..., ...}.
     """
 
     name: str
     arguments: dict[str, Any]
     input_shape: tuple[int, ...]
+    data: str | None
     variables: PyTree
 
     @property
@@ -128,6 +131,10 @@ def load(directory: str | os.PathLike[str]) -> SavedModel:
     checkpoints = Checkpoints(Path(directory), create=False)
     try:
         restored = checkpoints.restore(like)
+    except UserError:
+        raise
+    except ValueError as error:  # Orbax, of other leaves than expected
+        raise SavedModelError(f"{directory}: {error}") from error
     finally:
         checkpoints.close()
     if restored is None:
