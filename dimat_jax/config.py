@@ -4,10 +4,12 @@ A config file starts from `default_config()`, changes what it is about, and retu
 result; the config is locked, so a misspelt field is an error.
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any, get_args
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dimat_jax.algorithms import ALGORITHMS, OptStatePolicy
@@ -16,12 +18,19 @@ from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.data.sources import SOURCES
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.mixing import MIXINGS
-from dimat_jax.models import MODELS
+from dimat_jax.models import MODELS, ModelError
 from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
 from dimat_jax.placement import Batching
 from dimat_jax.topology import TOPOLOGIES
 
-__all__ = ["Config", "ConfigError", "check", "default_config", "substance"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "check",
+    "default_config",
+    "model_arguments",
+    "substance",
+]
 
 Config = Any
 """An `ml_collections.ConfigDict`, whose fields type checkers cannot know."""
@@ -74,7 +83,9 @@ def default_config() -> Config:
             },
             "model": {
                 "name": "resnet20",
-                "width": 1,
+                "width": 1.0,  # channels, in multiples of the architecture's own
+                "norm": "",  # batch | layer | group | none; "": its own
+                "stem": "",  # cifar | imagenet; "": its own
                 "dtype": "float32",  # of the computation; weights are float32
             },
             "optimizer": _optimizer(),  # in the rounds
@@ -136,8 +147,7 @@ def check(config: Config) -> None:
     _one_of(config, "mixing", MIXINGS)
     _one_of(config, "data.name", SOURCES)
     _one_of(config, "data.partition", PARTITIONS)
-    _one_of(config, "model.name", MODELS)
-    _one_of(config, "model.dtype", DTYPES)
+    _check_model(config)
     for optimizer in ("optimizer", "pretrain.optimizer"):
         _one_of(config, f"{optimizer}.name", OPTIMIZERS)
         _one_of(config, f"{optimizer}.schedule", SCHEDULES)
@@ -152,7 +162,6 @@ def check(config: Config) -> None:
     for field in (
         "agents",
         "batch_size",
-        "model.width",
         "pretrain.batch_size",
         "pretrain.checkpoint_every",
         "merge.batch_size",
@@ -185,6 +194,14 @@ def check(config: Config) -> None:
         )
 
 
+def model_arguments(config: Config) -> dict[str, Any]:
+    """What `MODELS[config.model.name]` is told: its own defaults for what is empty."""
+    fields = config.model.to_dict()
+    del fields["name"]
+    fields["dtype"] = jnp.dtype(fields["dtype"])
+    return {name: value for name, value in fields.items() if value != ""}
+
+
 def substance(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A config's fields by dotted path, without `CIRCUMSTANCES`.
 
@@ -214,6 +231,24 @@ def _one_of(config: Config, field: str, allowed: Iterable[str]) -> None:
     value = _get(config, field)
     if value not in allowed:
         raise ConfigError(f"config.{field} is {value!r}; {nearest(value, allowed)}")
+
+
+def _check_model(config: Config) -> None:
+    _one_of(config, "model.name", MODELS)
+    _one_of(config, "model.dtype", DTYPES)
+    name, arguments = config.model.name, model_arguments(config)
+    taken = inspect.signature(MODELS[name]).parameters
+    for field in arguments:
+        if field not in taken:
+            allowed = ", ".join(sorted(set(config.model) & set(taken)))
+            raise ConfigError(
+                f"config.model.{field} is {arguments[field]!r}, but {name!r} has none; "
+                f"it can be given: {allowed}"
+            )
+    try:
+        MODELS[name](n_classes=1, **arguments)
+    except ModelError as error:
+        raise ConfigError(f"config.model: {error}") from None
 
 
 def _at_least(config: Config, field: str, least: float) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Key
@@ -22,7 +21,7 @@ from dimat_jax.algorithms import (
 )
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.local import local
-from dimat_jax.config import Config, ConfigError, check
+from dimat_jax.config import Config, ConfigError, check, model_arguments
 from dimat_jax.data import sources
 from dimat_jax.data.partition import partition
 from dimat_jax.data.pipeline import Reader, Sampler, Samples, draw_own, place_pool
@@ -77,7 +76,7 @@ class Experiment:
             static(self.mixing_matrix, self.adjacency, self.placement.slots)
         )
         self.model = models.MODELS[config.model.name](
-            n_classes=self.dataset.n_classes, **_model_arguments(config)
+            n_classes=self.dataset.n_classes, **model_arguments(config)
         )
         self.task = Task(
             loss=classifier.loss(self.model),
@@ -252,11 +251,6 @@ _PURPOSES = (
     "own",
     "eval",
 )
-
-
-def _model_arguments(config: Config) -> dict:
-    arguments = {name: value for name, value in config.model.items() if name != "name"}
-    return {**arguments, "dtype": jnp.dtype(arguments["dtype"])}
 
 
 def _optimizer(

@@ -205,13 +205,18 @@ def _cifar(
     *,
     n_classes: int,
     width: float = 1.0,
+    shortcut: str = "conv3x3",
     norm: str = "batch",
     dtype: Any = None,
 ) -> ResNet:
     """Three stages of basic blocks. The paper's ResNet-20 has width 8."""
-    channels = scaled(width, 16, 32, 64)
     return ResNet(
-        (blocks,) * 3, channels, n_classes, norm=norm, dtype=dtype or jnp.float32
+        (blocks,) * 3,
+        scaled(width, 16, 32, 64),
+        n_classes,
+        shortcut=shortcut,
+        norm=norm,
+        dtype=dtype or jnp.float32,
     )
 
 

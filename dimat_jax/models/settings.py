@@ -1,5 +1,6 @@
 """What architectures check of their settings."""
 
+import math
 from collections.abc import Iterable
 
 from dimat_jax.errors import UserError, nearest
@@ -25,14 +26,16 @@ def scaled(width: float, *units: int) -> tuple[int, ...]:
     """Layers' numbers of units, each `width` times as many.
 
     Raises:
-        ModelError: these are not whole numbers of units, at least one.
+        ModelError: these are not whole numbers, at least 1.
     """
-    exact = [width * n for n in units]
-    # 0.1 x 30 is not quite 3.
-    whole = all(abs(n - round(n)) < 1e-6 for n in exact)
-    if not whole or min(exact, default=1) < 0.5:
-        made = ", ".join(f"{width:g} x {n} = {width * n:g}" for n in units)
-        raise ModelError(
-            f"width {width:g} must make whole numbers of units, at least one: {made}"
-        )
-    return tuple(round(n) for n in exact)
+    if not 0 < width < math.inf:  # which NaN is not, either
+        raise ModelError(f"width is {width:g}; it must be positive")
+    scaled_units = tuple(round(width * n) for n in units)
+    for n, count in zip(units, scaled_units, strict=True):
+        # 0.1 x 30 is not quite 3.
+        if count < 1 or not math.isclose(width * n, count):
+            raise ModelError(
+                f"width {width:g} makes {width * n:g} units of {n}; it must be a whole "
+                "number, at least 1"
+            )
+    return scaled_units
