@@ -117,10 +117,20 @@ def build(case: str) -> Subject:
         permutation_spec(model),
         map_with_path(trained_like, shapes),
         inputs,
-        jax.jit(both_modes(model)),
+        precisely(jax.jit(both_modes(model))),
         jax.jit(activations(model)),
         jax.jit(learning(model)),
     )
+
+
+def precisely(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """As `verify` computes; so one finds what the other has compiled."""
+
+    def call(*args):
+        with jax.default_matmul_precision("highest"):
+            return fn(*args)
+
+    return call
 
 
 def trained_like(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -193,6 +203,17 @@ def assert_spec_fits(model, variables, inputs):
 @every_case
 def test_every_case_has_a_valid_spec_with_a_tap_for_each_group(subject):
     assert_spec_fits(subject.model, subject.variables, subject.inputs)
+
+
+@every_small_case
+def test_verify_finds_nothing_wrong(subject):
+    permutation.verify(
+        subject.spec,
+        both_modes(subject.model),
+        subject.variables,
+        subject.inputs,
+        jax.random.key(0),
+    )
 
 
 @every_case
