@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 __all__ = ["MetricsWriter", "read_rows", "write_json"]
 
@@ -45,6 +44,9 @@ class MetricsWriter:
         temporary = self._path.with_name(".metrics.jsonl.tmp")
         temporary.write_text(text)
         os.replace(temporary, self._path)
+        # Slow to import: it imports PyTorch too, if that is installed.
+        from tensorboardX import SummaryWriter
+
         # Tells TensorBoard to forget the events that will be written again.
         next_step = kept[-1]["step"] + 1 if kept else 0
         # Flushed by time, since `flush` does not wait for what is still in its queue.
