@@ -20,7 +20,7 @@ from dimat_jax.models.mlp import MLP
 from dimat_jax.models.resnet import ResNet
 from dimat_jax.models.vgg import VGG
 from dimat_jax.models.vit import ViT
-from dimat_jax.tree import PyTree, flatten
+from dimat_jax.tree import PyTree, flatten, map_with_path
 
 # Averages =============================================================================
 
@@ -173,7 +173,7 @@ def digits() -> tuple[Batch, Batch]:
 KINDS = {
     "mlp": (MLP((32, 32), 10), 60),
     "mlp with batch norm": (MLP((32, 32), 10, norm="batch"), 60),
-    "vgg without norm": (VGG(((16, 16), (32, 32)), 10, norm="none"), 100),
+    "vgg without norm": (VGG(((16, 16), (32,)), 10, norm="none"), 60),
 }
 
 
@@ -197,9 +197,10 @@ def trained(kind: str) -> Trained:
         params = optax.apply_updates(variables["params"], updates)
         return {**variables, **state, "params": params}, opt_state
 
+    init = jax.jit(lambda key: classifier.init(module, key, train.inputs[:1]))
     models = []
     for seed in range(2):
-        variables = classifier.init(module, jax.random.key(seed), train.inputs[:1])
+        variables = init(jax.random.key(seed))
         opt_state = tx.init(variables["params"])
         rng = np.random.default_rng(seed)
         for _ in range(steps):
@@ -309,16 +310,17 @@ def fresh(name: str, n_models: int) -> tuple[Any, list[PyTree], np.ndarray]:
     """The moments' function of an architecture, networks of it, and inputs."""
     module = SEVERAL[name]
     inputs = np.random.default_rng(1).normal(size=(12, 8, 8, 1)).astype(np.float32)
-    variables = jax.jit(lambda key: classifier.init(module, key, inputs))(
-        jax.random.key(0)
+    shapes = jax.eval_shape(
+        lambda key: classifier.init(module, key, inputs), jax.random.key(0)
     )
     rng = np.random.default_rng(0)
 
-    def noisy(leaf):
-        return leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32)
+    def draw(path, leaf):
+        mean = 1 if path.endswith("scale") else 0
+        return rng.normal(mean, 0.3, leaf.shape).astype(np.float32)
 
     moments = jax.jit(classifier.unit_moments(module, permutation_spec(module)))
-    models = [jax.tree.map(noisy, variables) for _ in range(n_models)]
+    models = [map_with_path(draw, shapes) for _ in range(n_models)]
     return moments, models, inputs
 
 
@@ -388,7 +390,7 @@ def test_dead_units_leave_no_nan(dead):
 
     def kill(variables):
         layer = variables["params"]["hidden0"]
-        kernel = layer["kernel"].at[:, 0].set(0)
+        kernel = jnp.asarray(layer["kernel"]).at[:, 0].set(0)
         params = {**variables["params"], "hidden0": {**layer, "kernel": kernel}}
         return {**variables, "params": params}
 
