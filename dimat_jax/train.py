@@ -128,14 +128,11 @@ def load_agents(
     if data_dir:
         config.data.dir = data_dir
     experiment = Experiment(config)
-    folder = workdir / "checkpoints"
-    found = None
-    if folder.is_dir():
-        checkpoints = Checkpoints(folder, create=False)
-        try:
-            found = _restore(experiment, checkpoints)
-        finally:
-            checkpoints.close()
+    checkpoints = Checkpoints(workdir / "checkpoints", create=False)
+    try:
+        found = _restore(experiment, checkpoints)
+    finally:
+        checkpoints.close()
     if found is None:
         raise ConfigError(f"{workdir} holds a run that has no checkpoint yet")
     algorithm, state, _ = found

@@ -126,8 +126,6 @@ def load(directory: str | os.PathLike[str]) -> SavedModel:
         models.append(SavedModel(**fields))
         return _abstract(models[0])
 
-    if not Path(directory).is_dir():
-        raise SavedModelError(f"there is no folder {directory}")
     checkpoints = Checkpoints(Path(directory), create=False)
     try:
         restored = checkpoints.restore(like)

@@ -1,0 +1,109 @@
+"""What a merge has to say: tables, and the lines between the models."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+
+# Figures go to files; a machine without a display must do.
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import pandas as pd  # noqa: E402
+
+from dimat_jax.merge import Barrier  # noqa: E402
+
+__all__ = ["Line", "figure", "markdown"]
+
+
+class Line(NamedTuple):
+    """The straight line between two models.
+
+    Attributes:
+        start: the model at 0.
+        end: the model at 1.
+        curves: what was found on it, by how the models and the points were treated:
+            "plain" or "aligned", and then perhaps ", recalibrated" or ", repaired".
+    """
+
+    start: str
+    end: str
+    curves: dict[str, Barrier]
+
+    def as_json(self) -> dict[str, Any]:
+        """All that there is to plot."""
+        curves = {name: curve._asdict() for name, curve in self.curves.items()}
+        return {"from": self.start, "to": self.end, "curves": curves}
+
+
+def markdown(
+    scores: Mapping[str, tuple[float, float]], lines: Sequence[Line], merged: str
+) -> str:
+    """The tables.
+
+    Args:
+        scores: loss and accuracy of each model and average.
+        lines: between the models.
+        merged: the average that is saved.
+    """
+    models = [
+        {"model": name, "accuracy (%)": f"{100 * accuracy:.2f}", "loss": f"{loss:.4f}"}
+        for name, (loss, accuracy) in scores.items()
+    ]
+    barriers = [
+        {
+            "from": line.start,
+            "to": line.end,
+            "line": name,
+            "loss barrier": f"{curve.barrier:.4f}",
+            "lowest accuracy (%)": f"{100 * np.min(curve.accuracies):.2f}",
+        }
+        for line in lines
+        for name, curve in line.curves.items()
+    ]
+    return (
+        f"## Test accuracy and loss\n\n{_table(models)}\n\nSaved: the {merged}.\n\n"
+        f"## On the straight lines\n\n{_table(barriers)}\n"
+    )
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    # Figures are formatted already.
+    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+
+
+def figure(lines: Sequence[Line], path: Path) -> None:
+    """Loss and accuracy along each line; where its points were mended it is solid."""
+    fig, axes = plt.subplots(
+        2,
+        len(lines),
+        figsize=(4.8 * len(lines), 5.6),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for (losses, accuracies), line in zip(axes.T, lines, strict=True):
+        for name, curve in line.curves.items():
+            form, _, mended = name.partition(", ")
+            style: dict[str, Any] = {
+                "color": "C0" if form == "aligned" else "C3",
+                "linestyle": "-" if mended else "--",
+                "marker": ".",
+                "lw": 1.4,
+                "label": name,
+            }
+            losses.plot(curve.ts, curve.losses, **style)
+            accuracies.plot(curve.ts, 100 * np.asarray(curve.accuracies), **style)
+        losses.set_title(f"{line.start} (0) to {line.end} (1)", fontsize=10)
+        accuracies.set_xlabel("position on the straight line")
+    axes[0, 0].set_ylabel("test loss (nats)")
+    axes[1, 0].set_ylabel("test accuracy (%)")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

@@ -1,0 +1,161 @@
+"""Trained models, wherever they are: runs, earlier merges, PyTorch files."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from dimat_jax import train
+from dimat_jax.config import model_arguments
+from dimat_jax.data.dataset import Dataset
+from dimat_jax.errors import UserError
+from dimat_jax.experiment import Experiment
+from dimat_jax.models import saved
+from dimat_jax.models.saved import SavedModel
+from dimat_jax.models.torch_import import from_torch, infer_arguments
+from dimat_jax.tree import take
+
+__all__ = ["check", "data_set", "read"]
+
+TORCH = (".pth", ".pt", ".safetensors")
+
+
+def read(
+    names: Sequence[str], torch_model: str | None, data_dir: str | None
+) -> tuple[list[SavedModel], str | None]:
+    """Reads models.
+
+    Args:
+        names: of each the workdir of a run, with ":2" behind it for its agent 2 (else
+            agent 0); the folder of a merge; or a PyTorch file.
+        torch_model: the architecture of PyTorch files. What they are trained on, and
+            the shape of their inputs (here empty), they do not tell.
+        data_dir: where the data of runs are now, if not where they were.
+
+    Returns:
+        the models; and where the data are, if that is given or a run tells.
+
+    Raises:
+        UserError: names the model that cannot be read, and why.
+    """
+
+    directories = [data_dir]
+
+    @functools.cache  # several may be agents of one run
+    def load_agents(workdir: Path):
+        experiment, agents = train.load_agents(workdir, data_dir)
+        directories.append(experiment.config.data.dir)
+        return experiment, agents
+
+    def read_one(name: str) -> SavedModel:
+        path, agent = Path(name), None
+        if not path.exists() and (found := re.fullmatch(r"(.+):(\d+)", name)):
+            path, agent = Path(found[1]), int(found[2])
+        if not path.exists():
+            raise UserError("there is no such file or folder")
+        if (path / "config.json").exists():
+            return _agent(*load_agents(path), agent or 0)
+        if agent is not None:
+            raise UserError(f"{path} is no run; only runs have agents to choose from")
+        if path.is_file():
+            return _torch(path, torch_model)
+        if (path / "model").is_dir():
+            return saved.load(path / "model")
+        raise UserError(
+            "neither the workdir of a run (no config.json) nor of a merge (no model/), "
+            f"nor a PyTorch file ({', '.join(TORCH)})"
+        )
+
+    models = []
+    for name in names:
+        try:
+            models.append(read_one(name))
+        except UserError as error:
+            where = "" if name in str(error) else f"{name}: "
+            raise UserError(f"{where}{error}") from error
+    return models, next(filter(None, directories), None)
+
+
+def _agent(experiment: Experiment, agents: Any, number: int) -> SavedModel:
+    n_agents = len(experiment.shards)
+    if number >= n_agents:
+        raise UserError(f"there is no agent {number}; the run has 0 to {n_agents - 1}")
+    arguments = model_arguments(experiment.config)
+    arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
+    return SavedModel(
+        name=experiment.config.model.name,
+        arguments={"n_classes": experiment.dataset.n_classes, **arguments},
+        input_shape=experiment.dataset.train.images.shape[1:],
+        data=experiment.config.data.name,
+        variables=take(agents, number),
+    )
+
+
+def _torch(path: Path, name: str | None) -> SavedModel:
+    if path.suffix not in TORCH:
+        raise UserError(f"a PyTorch file ends in one of {', '.join(TORCH)}")
+    if name is None:
+        raise UserError("--model must say which architecture a PyTorch file holds")
+    variables = from_torch(name, path)
+    arguments = {**infer_arguments(name, variables), "dtype": "float32"}
+    return SavedModel(name, arguments, (), None, variables)
+
+
+def data_set(
+    names: Sequence[str], models: Sequence[SavedModel], given: str | None
+) -> str:
+    """The name of the data set that all models are for.
+
+    Raises:
+        UserError: they are for different ones, or neither they nor `given` tell.
+    """
+    data = given or next((model.data for model in models if model.data), None)
+    if data is None:
+        raise UserError("no model tells what data it is for; --data must")
+    for name, model in zip(names, models, strict=True):
+        if model.data not in (None, data):
+            raise UserError(
+                f"{name} was trained on {model.data!r}, whose mean and deviation "
+                f"normalise its inputs, but the data set is {data!r}"
+            )
+    return data
+
+
+def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) -> None:
+    """Checks that models are of one architecture, for these data, and finite.
+
+    Raises:
+        UserError: names the model, and the setting or the leaf that does not fit.
+    """
+    expected = _architecture(models[0])
+    for name, model in zip(names, models, strict=True):
+        architecture = _architecture(model)
+        for field in [*expected, *architecture]:
+            here, there = expected.get(field), architecture.get(field)
+            if here != there:
+                raise UserError(
+                    f"{names[0]} and {name} are of different architectures: {field} "
+                    f"is {here} and {there}"
+                )
+        if architecture["n_classes"] != dataset.n_classes:
+            raise UserError(
+                f"{name} tells {architecture['n_classes']} classes apart, but "
+                f"{dataset.name} has {dataset.n_classes}"
+            )
+        shape = dataset.train.images.shape[1:]
+        saved.check(model._replace(input_shape=shape), name)
+
+
+def _architecture(model: SavedModel) -> dict[str, Any]:
+    """What a model's variables, and what it makes of them, depend on."""
+    module = model.module
+    fields = {
+        field.name: getattr(module, field.name)
+        for field in dataclasses.fields(module)
+        if field.name not in ("parent", "name", "dtype", "bn_momentum")
+    }
+    return {"model": model.name, **fields}
