@@ -1,5 +1,6 @@
 """What is particular to one architecture."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -153,6 +154,21 @@ def test_group_norm_ties_channels_to_their_norm_group():
     assert spec.axes["params/head/kernel"] == (Product(None, *units.factors), None)
     assert spec.taps["relu7"] == (None, None, None, units)
     assert (sizes["conv7/groups"], sizes["conv7/within"]) == (8, 64)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({}, "the size of group 'conv0/groups' cannot be told: .*spec.sizes"),
+        ({"conv0/groups": 3}, "'params/conv0/kernel' axis 3 has size 8"),
+        ({"conv0/blocks": 4}, "size of group 'conv0/blocks', which no leaf has"),
+    ],
+)
+def test_group_norms_sizes_must_be_told_and_fit(sizes, message):
+    model = VGG(((8,),), 3, norm="group")
+    spec = replace(permutation_spec(model), sizes=sizes)
+    with pytest.raises(PermutationSpecError, match=message):
+        permutation.validate(spec, shapes_of(model, 8, 8, 3))
 
 
 def test_all_permutations_of_the_channels_are_too_many_for_group_norm():
