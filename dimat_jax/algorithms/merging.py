@@ -20,6 +20,7 @@ from dimat_jax.algorithms.edges import EdgeMatcher
 from dimat_jax.algorithms.frames import MEETINGS, EdgePerms, same_frame
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.matching.assignment import check_stay
+from dimat_jax.merge import add_batch
 from dimat_jax.network import Network
 from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.placement import Placement
@@ -143,11 +144,7 @@ class Recalibrator:
         def add(total, count, variables, inputs, mask):
             statistics = batch_statistics(variables, inputs, mask)
             n = mask.sum().astype(jnp.float32)
-            # A batch without examples has no statistics (NaN), and adds none.
-            total = jax.tree.map(
-                lambda t, s: t + jnp.where(n > 0, n * s, 0), total, statistics
-            )
-            return total, count + n
+            return add_batch(total, count, statistics, n)
 
         self._add = {
             shared: jax.jit(
