@@ -97,10 +97,11 @@ def default_config() -> Config:
                 "cache_dir": "",  # where runs share pre-trained agents; "": nowhere
             },
             "merge": {  # for the algorithms that merge
-                "frame": "own",  # own | reference
+                "frame": "own",  # own | reference | joint
                 "stay": 0.0,  # a unit moves only for a gain above this
                 "opt_state": "reset",  # reset | keep | merge
-                "match_data": "proxy",  # own | proxy | global
+                "restarts": 1,  # of weight matching, from which the best is taken
+                "match_data": "proxy",  # own | proxy | global; of no concern to wm
                 "match_samples": 1000,  # of each agent (own), or shared by all
                 "bn_data": "proxy",  # own | proxy | global | none
                 "bn_samples": 1000,
@@ -164,6 +165,7 @@ def check(config: Config) -> None:
         "batch_size",
         "pretrain.batch_size",
         "pretrain.checkpoint_every",
+        "merge.restarts",
         "merge.batch_size",
         "eval.every",
         "eval.batch_size",

@@ -11,8 +11,8 @@ from jaxtyping import Array, Key
 from dimat_jax import models, permutation
 from dimat_jax.algorithms import (
     ALGORITHMS,
-    ALIGNING,
     MERGING,
+    WATCHING,
     Algorithm,
     MergeData,
     MergeOptions,
@@ -116,6 +116,7 @@ class Experiment:
                     frame=config.merge.frame,
                     stay=config.merge.stay,
                     opt_state=config.merge.opt_state,
+                    restarts=config.merge.restarts,
                 )
             ),
         )
@@ -142,8 +143,10 @@ class Experiment:
     def merge_data(self, round_number: int) -> MergeData:
         """What merging looks at in a round."""
         merge = self.config.merge
+        watching = self.config.algorithm in WATCHING
+        match_data = merge.match_data if watching else "none"
         return MergeData(
-            match=self._samples(merge.match_data, merge.match_samples, round_number),
+            match=self._samples(match_data, merge.match_samples, round_number),
             recalibrate=self._samples(merge.bn_data, merge.bn_samples, round_number),
         )
 
@@ -227,7 +230,7 @@ class Experiment:
         n_test = len(self.dataset.test.labels)
         sizes = {"eval.samples": (self.config.eval.samples, n_test)}
         # Agents may own fewer than are asked for; a proxy has to be what it says.
-        if merge.match_data == "proxy" and self.config.algorithm in ALIGNING:
+        if merge.match_data == "proxy" and self.config.algorithm in WATCHING:
             sizes["merge.match_samples"] = (merge.match_samples, n_train)
         if merge.bn_data == "proxy" and self.config.algorithm in MERGING:
             sizes["merge.bn_samples"] = (merge.bn_samples, n_train)

@@ -17,6 +17,7 @@ __all__ = [
     "ALGORITHMS",
     "ALIGNING",
     "MERGING",
+    "WATCHING",
     "Algorithm",
     "MergeData",
     "MergeOptions",
@@ -26,11 +27,15 @@ __all__ = [
 
 
 class MergeOptions(NamedTuple):
-    """How to merge; see `merging`. Frame and stay are of no concern to "wa"."""
+    """How to merge; see `merging`.
+
+    Frame and stay are of no concern to "wa", restarts only to "wm".
+    """
 
     frame: str = "own"
     stay: float = 0.0
     opt_state: OptStatePolicy = "reset"
+    restarts: int = 1
 
 
 class Options(NamedTuple):
@@ -44,25 +49,27 @@ def _local(task, tx, placement, options=Options()):  # noqa: B008
     return local(task, tx, placement)
 
 
-def _dimat(task, tx, placement, options=Options()):  # noqa: B008
-    inner = local(task, tx, placement)
-    return merging(inner, task, placement, match=True, **options.merge._asdict())
+def _merging(match):
+    def build(task, tx, placement, options=Options()):  # noqa: B008
+        inner = local(task, tx, placement)
+        merge = options.merge._asdict()
+        return merging(inner, task, placement, match=match, **merge)
+
+    return build
 
 
-def _wa(task, tx, placement, options=Options()):  # noqa: B008
-    inner = local(task, tx, placement)
-    return merging(inner, task, placement, match=False, **options.merge._asdict())
-
-
-# What merges once a round, and what permutes units when it does.
-MERGING = frozenset({"dimat", "wa"})
-ALIGNING = frozenset({"dimat"})
+# What merges once a round, what permutes units when it does, and what looks at the
+# activations of examples for that.
+MERGING = frozenset({"dimat", "wa", "wm"})
+ALIGNING = frozenset({"dimat", "wm"})
+WATCHING = frozenset({"dimat"})
 
 ALGORITHMS: dict[
     str, Callable[[Task, optax.GradientTransformation, Placement, Options], Algorithm]
 ] = {
-    "dimat": _dimat,
-    "wa": _wa,
+    "dimat": _merging("activations"),
+    "wa": _merging(None),
+    "wm": _merging("weights"),
     "local": _local,
     # The same training; a run gives it a single agent that holds all data.
     "centralized": _local,

@@ -1,54 +1,75 @@
-"""Activation matching along the edges of a graph, all agents at once.
+"""Matching along the edges of a graph, all agents at once.
 
 Edges are worked off in waves of as many edges as there are agents, so that a wave is
 stacked, sharded and balanced like the agents themselves, whatever the graph: a ring
-takes two waves, a fully connected graph N - 1, a star two.
+takes two waves, a fully connected graph N - 1, a star two. Where matching j with i is
+matching i with j inverted, half of them will do.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int, Key
 
+from dimat_jax.algorithms.base import MergeData
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.matching.activation import (
     Activations,
+    ActivationScorer,
     TapMoments,
     centre,
     check_taps,
     group_scores,
     no_moments,
-    solve_groups,
     tap_units,
     update_taps,
 )
-from dimat_jax.permutation import PermutationSpec, PermutationSpecError, group_sizes
+from dimat_jax.matching.descent import (
+    PairPerms,
+    Pairs,
+    Solver,
+    descend,
+    every_pair_alone,
+    identities,
+)
+from dimat_jax.matching.joint import all_pairs_together
+from dimat_jax.matching.weight import (
+    WeightScorer,
+    check_restarts,
+    included,
+    match_by_weights,
+    not_running_statistics,
+)
+from dimat_jax.permutation import (
+    PermutationSpec,
+    PermutationSpecError,
+    group_sizes,
+)
 from dimat_jax.placement import Placement
 from dimat_jax.stopwatch import Stopwatch
 from dimat_jax.tree import PyTree, take
 
-__all__ = ["EdgeMatcher", "Wave", "waves"]
+__all__ = [
+    "ActivationMatcher",
+    "EdgePerms",
+    "Matcher",
+    "WeightMatcher",
+    "match_edges",
+    "waves",
+]
+
+Edges = Int[np.ndarray, "edges 2"]
+"""(receiver, sender)s: the sender is to be aligned with the receiver."""
+
+EdgePerms = dict[tuple[int, int], dict[str, np.ndarray]]
+"""For every edge (receiver, sender), what aligns the sender with the receiver."""
 
 
-class Wave(NamedTuple):
-    """Some of a graph's edges, filled up with self-loops of agent 0.
-
-    Attributes:
-        receivers: int32[slots], the references.
-        senders: int32[slots], the permutees.
-        real: how many of them, from the start, are edges.
-    """
-
-    receivers: np.ndarray
-    senders: np.ndarray
-    real: int
-
-
-def waves(edges: Int[np.ndarray, "edges 2"], slots: int) -> list[Wave]:
-    """Groups `(receiver, sender)` edges into waves of `slots`."""
+def waves(edges: Edges, slots: int) -> list[Pairs]:
+    """Groups edges into waves of `slots`, filled up with self-loops of agent 0."""
     # By offset first: on a ring or a fully connected graph whose agents fill the slots
     # every wave then holds each receiver exactly once, in order.
     offsets = (edges[:, 1] - edges[:, 0]) % slots
@@ -58,12 +79,111 @@ def waves(edges: Int[np.ndarray, "edges 2"], slots: int) -> list[Wave]:
         wave = edges[start : start + slots]
         filled = np.zeros((slots, 2), np.int32)
         filled[: len(wave)] = wave
-        result.append(Wave(filled[:, 0], filled[:, 1], len(wave)))
+        result.append(Pairs(filled[:, 0], filled[:, 1], len(wave)))
     return result
 
 
-class EdgeMatcher:
-    """Finds, for every edge, the permutation that aligns the sender with the receiver.
+class Matcher(Protocol):
+    """Matches stacked agents along edges."""
+
+    def both_ways(self, data: MergeData) -> bool:
+        """Whether aligning j with i tells how to align i with j: inverted."""
+        ...
+
+    def match(
+        self,
+        variables: PyTree,
+        edge_waves: Sequence[Pairs],
+        solver: Solver,
+        data: MergeData,
+        *,
+        stay: float,
+        key: Key[Array, ""],
+        stopwatch: Stopwatch,
+    ) -> tuple[PairPerms, Float[np.ndarray, " edges"]]:
+        """Finds the permutations along all edges.
+
+        Args:
+            variables: stacked.
+            edge_waves: the edges; at least one.
+            solver: which permutations are allowed.
+            data: the examples to look at.
+            stay: what a unit must gain for it to move.
+            key: consumed.
+            stopwatch: books phases.
+
+        Returns:
+            the permutations, in the order of the waves' edges, and each edge's
+            similarity of what is then aligned, within [-1, 1].
+        """
+        ...
+
+
+def match_edges(
+    matcher: Matcher,
+    variables: PyTree,
+    edges: Edges,
+    data: MergeData,
+    *,
+    placement: Placement,
+    joint: bool = False,
+    stay: float = 0.0,
+    key: Key[Array, ""],
+    stopwatch: Stopwatch,
+) -> tuple[EdgePerms, float]:
+    """Matches along edges, each of both directions once where one tells the other.
+
+    Args:
+        matcher: how.
+        variables, data, stay, key, stopwatch: as for `Matcher.match`.
+        edges: at least one.
+        placement: where the agents live.
+        joint: whether permutations must agree: be the identity round any cycle.
+
+    Returns:
+        the permutations by edge, and the mean similarity.
+    """
+    both_ways = matcher.both_ways(data)
+    edge_waves = waves(
+        _one_way(edges, placement.slots) if both_ways else edges, placement.slots
+    )
+    pairs = np.concatenate([np.stack(w[:2], axis=1)[: w.real] for w in edge_waves])
+    perms, similarity = matcher.match(
+        variables,
+        edge_waves,
+        all_pairs_together(pairs) if joint else every_pair_alone(len(pairs)),
+        data,
+        stay=stay,
+        key=key,
+        stopwatch=stopwatch,
+    )
+    found = _by_edge(pairs, perms)
+    if both_ways:
+        inverted = {group: np.argsort(perm, axis=1) for group, perm in perms.items()}
+        found |= _by_edge(pairs[:, ::-1], inverted)
+    wanted = {(i, j): found[i, j] for i, j in edges.tolist()}
+    return wanted, float(similarity.mean())
+
+
+def _by_edge(pairs: Edges, perms: PairPerms) -> EdgePerms:
+    return {
+        (i, j): {group: perm[e].astype(np.int32) for group, perm in perms.items()}
+        for e, (i, j) in enumerate(pairs.tolist())
+    }
+
+
+def _one_way(edges: Edges, slots: int) -> Edges:
+    """Of two opposite edges the one that `waves` balances best."""
+    receivers, senders = edges.T
+    there, back = (senders - receivers) % slots, (receivers - senders) % slots
+    second = (there > back) | ((there == back) & (receivers > senders))
+    opposite = set(map(tuple, edges[:, ::-1].tolist()))
+    paired = np.array([edge in opposite for edge in map(tuple, edges.tolist())], bool)
+    return edges[~(second & paired)]
+
+
+class ActivationMatcher:
+    """Matches units that are active alike.
 
     Where all agents look at the same examples, each computes its activations once for
     all its edges. On own data a receiver runs every model that it was sent.
@@ -82,7 +202,7 @@ class EdgeMatcher:
     ):
         check_taps(spec)
         self._spec = spec
-        self._slots = placement.slots
+        self._placement = placement
 
         def watch(variables, inputs, mask):
             shown = activations(variables, inputs)
@@ -120,38 +240,38 @@ class EdgeMatcher:
         self._watch_received = jax.jit(watch_received)
         self._update = jax.jit(update, donate_argnums=0)
         self._scores = jax.jit(placement.per_agent(group_scores))
-        self._placement = placement
+
+    def both_ways(self, data: MergeData) -> bool:
+        return data.match is not None and data.match.shared
 
     def match(
+        self, variables, edge_waves, solver, data, *, stay, key, stopwatch
+    ) -> tuple[PairPerms, np.ndarray]:
+        """Books "activations", "correlations" and "assignment"."""
+        del key
+        if data.match is None:
+            raise ValueError("matching needs examples to look at: MergeData.match")
+        scores = self._correlate(variables, edge_waves, data.match, stopwatch)
+        with stopwatch("assignment"):
+            scorer = ActivationScorer(scores, edge_waves, fetch=self._placement.fetch)
+            perms = descend(scorer, solver, identities(scorer), stay=stay)
+            return perms, scorer.similarity(perms)
+
+    def _correlate(
         self,
         variables: PyTree,
-        edge_waves: Sequence[Wave],
+        edge_waves: Sequence[Pairs],
         samples: Samples,
-        *,
-        stay: float = 0.0,
         stopwatch: Stopwatch,
-    ) -> list[dict[str, np.ndarray]]:
-        """Matches along all edges.
-
-        Args:
-            variables: stacked.
-            edge_waves: the edges.
-            samples: the examples to look at.
-            stay: as in `activation_matching`.
-            stopwatch: books "activations", "correlations" and "assignment".
-
-        Returns:
-            for each wave and group int32 `[slots, units]`: the permutation that aligns
-            the wave's senders with its receivers.
-        """
+    ) -> list[dict[str, Array]]:
+        """For each wave and group the scores `[slots, units, units]`."""
         watch = self._watch_shared if samples.shared else self._watch_own
-        moments: list[Any] = []
+        moments = [self._empty(variables) for _ in edge_waves]
         for inputs, _, mask in samples:
             with stopwatch("activations") as block:
                 seen = block(watch(variables, inputs, mask))
-            moments = moments or [self._empty(variables) for _ in edge_waves]
             for w, (receivers, senders, _) in enumerate(edge_waves):
-                if np.array_equal(receivers, np.arange(self._slots)):
+                if np.array_equal(receivers, np.arange(self._placement.slots)):
                     receivers = None  # in order already; spares a copy
                 sent = (seen, senders)
                 if not samples.shared:
@@ -162,30 +282,67 @@ class EdgeMatcher:
                         sent = (block(received), None)
                 with stopwatch("correlations") as block:
                     moments[w] = block(self._update(moments[w], seen, receivers, *sent))
-        with stopwatch("assignment"):
-            return [
-                self._assign(wave_moments, wave.real, stay)
-                for wave_moments, wave in zip(moments, edge_waves, strict=True)
-            ]
+        return [self._scores(of_wave) for of_wave in moments]
 
     def _empty(self, variables: PyTree) -> TapMoments:
         """The moments of no samples, for one wave."""
-        one = jax.eval_shape(lambda v: take(v, 0), variables)
+        sizes = group_sizes(self._spec, _one_agent(variables))
         return jax.tree.map(
-            lambda x: self._placement.zeros(*x.shape),
-            no_moments(self._spec, group_sizes(self._spec, one)),
+            lambda x: self._placement.zeros(*x.shape), no_moments(self._spec, sizes)
         )
 
-    def _assign(self, moments, real: int, stay: float) -> dict[str, np.ndarray]:
-        scores = self._placement.fetch(self._scores(moments))
-        perms = solve_groups({g: s[:real] for g, s in scores.items()}, stay)
-        return {group: self._fill(perm) for group, perm in perms.items()}
 
-    def _fill(self, perm: np.ndarray) -> np.ndarray:
-        """Adds identities for the self-loops that fill up a wave."""
-        real, units = perm.shape
-        identity = np.arange(units, dtype=np.int32)
-        return np.concatenate([perm, np.tile(identity, (self._slots - real, 1))])
+class WeightMatcher:
+    """Matches units whose weights are alike; looks at no data.
+
+    Args:
+        spec: the symmetry.
+        placement: where the agents live.
+        restarts: as for `matching.weight_matching`.
+
+    Raises:
+        ValueError: `restarts` < 1.
+    """
+
+    def __init__(self, spec: PermutationSpec, placement: Placement, restarts: int = 1):
+        check_restarts(restarts)
+        self._spec, self._placement, self._restarts = spec, placement, restarts
+        self._lift = placement.per_agent
+
+    def both_ways(self, data: MergeData) -> bool:
+        del data
+        return True
+
+    def match(
+        self, variables, edge_waves, solver, data, *, stay, key, stopwatch
+    ) -> tuple[PairPerms, np.ndarray]:
+        """Books "scores" and "assignment"."""
+        del data
+        agents, slots = self._placement.n_agents, self._placement.slots
+
+        def fetch(scores):
+            with stopwatch("scores"):
+                return self._placement.fetch(scores)
+
+        with stopwatch("assignment"):
+            scorer = WeightScorer(
+                self._spec,
+                group_sizes(self._spec, _one_agent(variables)),
+                included(variables, not_running_statistics),
+                edge_waves,
+                lift=self._lift,
+                fetch=fetch,
+                names=[f"agent {slot % agents}" for slot in range(slots)],
+            )
+            perms = match_by_weights(
+                scorer, solver, key=key, restarts=self._restarts, stay=stay
+            )
+            return perms, scorer.similarity(perms)
+
+
+def _one_agent(variables: PyTree) -> PyTree:
+    """The shapes of one agent's variables."""
+    return jax.eval_shape(lambda v: take(v, 0), variables)
 
 
 def _pick(stacked: PyTree, indices: Array | np.ndarray | None) -> PyTree:

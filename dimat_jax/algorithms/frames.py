@@ -1,17 +1,16 @@
-"""In whose frame agents meet: three ways to average permuted networks.
+"""In whose frame agents meet: four ways to average permuted networks.
 
 A hidden layer's units have no order of their own; a frame is an agent's choice of one.
 A `Meeting` brings the exchanged part of every state together over the network:
 
-    meet(state, network, match) -> (state, merged, perms)
+    meet(state, network, match) -> (state, merged)
 
-`match(state, edge_waves)` finds the permutations along edges (see `EdgeMatcher`);
+`match(state, edges, joint)` finds the permutations along edges (see `match_edges`);
 `merged` is what becomes of the exchanged part; the returned state lives in the frame
-that `merged` lives in; `perms` are the permutations that were found, for each edge.
+that `merged` lives in.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,8 @@ import numpy as np
 
 from dimat_jax import permutation
 from dimat_jax.algorithms.base import Algorithm, State
-from dimat_jax.algorithms.edges import Wave, waves
+from dimat_jax.algorithms.edges import EdgePerms, Edges, waves
+from dimat_jax.matching.descent import PairPerms, Pairs
 from dimat_jax.mixing import mix
 from dimat_jax.network import Network
 from dimat_jax.permutation import Perms
@@ -29,11 +29,8 @@ from dimat_jax.tree import PyTree, is_inexact, stack, take
 
 __all__ = ["MEETINGS", "Meeting", "same_frame"]
 
-EdgePerms = dict[tuple[int, int], Perms]
-"""For every edge (receiver, sender), what aligns the sender with the receiver."""
-
-Match = Callable[[State, Sequence[Wave]], Sequence[Mapping[str, Any]]]
-Meeting = Callable[[State, Network, Match], tuple[State, PyTree, EdgePerms]]
+Match = Callable[[State, Edges, bool], EdgePerms]
+Meeting = Callable[[State, Network, Match], tuple[State, PyTree]]
 Exchanged = Callable[[State], PyTree]
 
 
@@ -44,12 +41,12 @@ def same_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
 
     def meet(state, network, match):
         del match
-        return state, average(state, network.W), {}
+        return state, average(state, network.W)
 
     return meet
 
 
-def own_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
+def own_frame(inner: Algorithm, exchanged: Exchanged, joint: bool = False) -> Meeting:
     """x_i <- W_ii x_i + sum_j W_ij P_ij x_j: everyone stays in its own frame.
 
     One assignment problem for each edge and group (DIMAT, arXiv 2404.08079, eq. 4).
@@ -78,14 +75,25 @@ def own_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
         return jax.tree.map(add, merged, sent)
 
     def meet(state, network, match):
-        edge_waves = waves(np.argwhere(network.active_edges), len(network.present))
-        perms = match(state, edge_waves)
+        edges = np.argwhere(network.active_edges)
         merged = own_share(state, network.W)
-        for wave, wave_perms in zip(edge_waves, perms, strict=True):
-            merged = receive(merged, state, network.W, wave_perms, wave)
-        return state, merged, _by_edge(edge_waves, perms)
+        if len(edges):
+            perms = match(state, edges, joint)
+            for wave in waves(edges, len(network.present)):
+                stacked = _stack_wave(perms, wave)
+                merged = receive(merged, state, network.W, stacked, wave)
+        return state, merged
 
     return meet
+
+
+def joint_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
+    """x_i <- sum_j W_ij Q_i^-1 Q_j x_j: everyone stays in its own frame, consistently.
+
+    Every agent has one permutation Q_i into a frame that all who are connected share,
+    found from all their edges at once; so going round any cycle is the identity.
+    """
+    return own_frame(inner, exchanged, joint=True)
 
 
 def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
@@ -100,11 +108,10 @@ def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
     def meet(state, network, match):
         slots = len(network.present)
         tree = _spanning_forest(np.asarray(network.active_edges))
-        edge_waves = waves(np.array(tree, np.int32).reshape(-1, 2), slots)
-        perms = _by_edge(edge_waves, match(state, edge_waves))
         if tree:
+            perms = match(state, np.array(tree), False)
             state = align(state, _to_roots(tree, perms, slots))
-        return state, average(state, network.W), perms
+        return state, average(state, network.W)
 
     return meet
 
@@ -112,6 +119,7 @@ def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
 MEETINGS: dict[str, Callable[[Algorithm, Exchanged], Meeting]] = {
     "own": own_frame,
     "reference": reference_frame,
+    "joint": joint_frame,
 }
 
 
@@ -136,15 +144,13 @@ def _to_roots(tree: list[tuple[int, int]], perms: EdgePerms, slots: int) -> Perm
     return stack(to_root)
 
 
-def _by_edge(
-    edge_waves: Sequence[Wave], perms: Sequence[Mapping[str, Any]]
-) -> EdgePerms:
+def _stack_wave(perms: EdgePerms, wave: Pairs) -> PairPerms:
+    """The permutations of a wave's edges; identities where it is filled up."""
+    some = next(iter(perms.values()))
+    identity = {group: np.arange(len(perm)) for group, perm in some.items()}
+    edges = zip(wave.references.tolist(), wave.permutees.tolist(), strict=True)
+    rows = [perms.get(edge, identity) for edge in edges]
     return {
-        (int(receiver), int(sender)): take(wave_perms, e)
-        for (receivers, senders, real), wave_perms in zip(
-            edge_waves, perms, strict=True
-        )
-        for e, (receiver, sender) in enumerate(
-            zip(receivers[:real], senders[:real], strict=True)
-        )
+        group: np.stack([row[group] for row in rows]).astype(np.int32)
+        for group in identity
     }

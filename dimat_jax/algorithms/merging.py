@@ -3,7 +3,8 @@
     x_i  <-  sum_j W_ij P_ij x_j
 
 P_ij permutes agent j's hidden units onto agent i's (DIMAT, arXiv 2404.08079, equation
-4 and Algorithms 1 to 3). Without the permutations it is weight averaging (WA).
+4 and Algorithms 1 to 3): by their activations (DIMAT) or by their weights (WM). Without
+the permutations it is weight averaging (WA).
 """
 
 from collections.abc import Callable
@@ -16,8 +17,13 @@ import numpy as np
 from jaxtyping import Array
 
 from dimat_jax.algorithms.base import Algorithm, MergeData, State, Task, Variables
-from dimat_jax.algorithms.edges import EdgeMatcher
-from dimat_jax.algorithms.frames import MEETINGS, EdgePerms, same_frame
+from dimat_jax.algorithms.edges import (
+    ActivationMatcher,
+    EdgePerms,
+    WeightMatcher,
+    match_edges,
+)
+from dimat_jax.algorithms.frames import MEETINGS, same_frame
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.matching.assignment import check_stay
 from dimat_jax.merge import add_batch
@@ -37,10 +43,11 @@ def merging(
     task: Task,
     placement: Placement,
     *,
-    match: bool,
+    match: Literal["activations", "weights"] | None,
     frame: str = "own",
     stay: float = 0.0,
     opt_state: OptStatePolicy = "reset",
+    restarts: int = 1,
 ) -> Algorithm:
     """Adds a merge, once a round, to an algorithm that has no rounds of its own.
 
@@ -48,17 +55,20 @@ def merging(
         inner: how agents train between merges, e.g. `local`.
         task: what they learn.
         placement: where they live.
-        match: whether networks are aligned before they are averaged: DIMAT if so, WA
-            if not.
+        match: by what networks are aligned before they are averaged; None: they are
+            averaged as they are.
         frame: "own": every agent aligns each neighbour to itself, and stays in its own
             frame. "reference": along a spanning tree every agent moves into the frame
-            of a root, one for each connected component, and stays there.
-        stay: a unit moves only if its correlation gains more than this.
+            of a root, one for each connected component, and stays there. "joint": as
+            "own", with permutations that agree round every cycle.
+        stay: a unit moves only if its mean score, a correlation or what weights have
+            that is like one, gains more than this.
         opt_state: what becomes of the optimizer at a merge: "reset" it (learning-rate
             schedules go on), "keep" it, or "merge" it like the weights.
+        restarts: how often weights are matched from another start; the best counts.
 
     Raises:
-        ValueError: an unknown frame or policy, or `stay` < 0.
+        ValueError: an unknown frame or policy, `stay` < 0, or `restarts` < 1.
     """
     if frame not in MEETINGS:
         raise ValueError(f"frame is one of {sorted(MEETINGS)}, got {frame!r}")
@@ -81,36 +91,44 @@ def merging(
             return inner.with_variables(state, merged)
         return with_clocks_of(inner.init(merged), state)
 
+    meet, matcher = same_frame(inner, exchanged), None
     # Without hidden units there is nothing to align (a linear model, a convex problem).
-    if match and task.spec.groups:
+    if match is not None and task.spec.groups:
         meet = MEETINGS[frame](inner, exchanged)
-        matcher = EdgeMatcher(task.spec, task.activations, placement)
-    else:
-        meet = same_frame(inner, exchanged)
-        matcher = None
+        matcher = (
+            ActivationMatcher(task.spec, task.activations, placement)
+            if match == "activations"
+            else WeightMatcher(task.spec, placement, restarts)
+        )
     recalibrate = None
     if task.batch_statistics is not None:
         recalibrate = Recalibrator(task.batch_statistics, placement)
 
     def communicate(state, data: MergeData, network: Network, key):
         stopwatch = Stopwatch()
+        key, match_key = jax.random.split(key)
+        matched = {"moved_units": 0.0}
 
-        def match_edges(state, edge_waves):
-            if not edge_waves:
-                return []
-            if matcher is None or data.match is None:
-                raise ValueError("matching needs examples to look at: MergeData.match")
-            return matcher.match(
+        def match_along(state, edges, joint):
+            assert matcher is not None  # only frames that align ask
+            perms, similarity = match_edges(
+                matcher,
                 inner.variables(state),
-                edge_waves,
-                data.match,
+                edges,
+                data,
+                placement=placement,
+                joint=joint,
                 stay=stay,
+                key=match_key,
                 stopwatch=stopwatch,
             )
+            matched["moved_units"] = _moved_units(perms)
+            matched["match_similarity"] = similarity
+            return perms
 
         state, metrics = inner.communicate(state, data, network, key)
         with stopwatch("mix") as block:
-            state, merged, perms = meet(state, network, match_edges)
+            state, merged = meet(state, network, match_along)
             state = block(absorb(state, merged))
         if recalibrate is not None and data.recalibrate is not None:
             with stopwatch("recalibration") as block:
@@ -118,7 +136,7 @@ def merging(
                 state = block(inner.with_variables(state, variables))
         return state, {
             **metrics,
-            "moved_units": _moved_units(perms),
+            **matched,
             "merge_seconds": stopwatch.seconds,
         }
 
@@ -180,4 +198,4 @@ def _moved_units(perms: EdgePerms) -> float:
         for edge_perms in perms.values()
         for perm in edge_perms.values()
     ]
-    return float(np.concatenate(moved).mean()) if moved else 0.0
+    return float(np.concatenate(moved).mean())

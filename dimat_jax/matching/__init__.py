@@ -1,6 +1,15 @@
-"""Finding the permutations that align one network with another."""
+"""Finding the permutations that align one network with another, or several."""
 
 from dimat_jax.matching.activation import activation_matching
 from dimat_jax.matching.assignment import solve_assignment
+from dimat_jax.matching.joint import joint_activation_matching, joint_weight_matching
+from dimat_jax.matching.weight import weight_matching, weight_similarity
 
-__all__ = ["activation_matching", "solve_assignment"]
+__all__ = [
+    "activation_matching",
+    "joint_activation_matching",
+    "joint_weight_matching",
+    "solve_assignment",
+    "weight_matching",
+    "weight_similarity",
+]

@@ -5,20 +5,26 @@ LeVeque (1979): sums of products would lose the digits that a correlation is mad
 where a unit's mean is large against its deviation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
-from dimat_jax.matching.assignment import (
-    check_stay,
-    prefer_staying,
-    solve_assignment,
-)
+from dimat_jax.matching.assignment import check_stay
 from dimat_jax.matching.blocks import cut_blocks
+from dimat_jax.matching.descent import (
+    Known,
+    PairPerms,
+    Pairs,
+    Solver,
+    descend,
+    every_pair_alone,
+    identities,
+    worth,
+)
 from dimat_jax.permutation import (
     Perms,
     PermutationSpec,
@@ -26,9 +32,10 @@ from dimat_jax.permutation import (
     group_sizes,
     validate,
 )
-from dimat_jax.tree import PyTree
+from dimat_jax.tree import PyTree, stack
 
 __all__ = [
+    "ActivationScorer",
     "Activations",
     "Centred",
     "Moments",
@@ -39,8 +46,8 @@ __all__ = [
     "correlation",
     "empty_moments",
     "group_scores",
+    "match_activations",
     "no_moments",
-    "solve_groups",
     "tap_units",
     "update_moments",
     "update_taps",
@@ -242,14 +249,105 @@ def _tap_units(spec, sizes, group: str, tap: str, activations: Activations) -> A
     return units.reshape(-1, units.shape[-1])
 
 
-def solve_groups(
-    scores: Mapping[str, Any], stay: float = 0.0
-) -> dict[str, Int32[np.ndarray, "*batch units"]]:
-    """Solves one assignment for each group. Scores are `[*batch, units, units]`."""
-    return {
-        group: solve_assignment(prefer_staying(matrix, stay))
-        for group, matrix in scores.items()
-    }
+class ActivationScorer:
+    """What permutations are worth by correlations: a `Scorer` whose groups are alone.
+
+    Args:
+        scores: for each wave of pairs and each group `[length, units, units]`.
+        waves: the pairs.
+        fetch: brings arrays to the host.
+    """
+
+    def __init__(
+        self,
+        scores: Sequence[Mapping[str, Array]],
+        waves: Sequence[Pairs],
+        *,
+        fetch: Callable[[Array], np.ndarray] = jax.device_get,
+    ):
+        self.sizes = {group: score.shape[-1] for group, score in scores[0].items()}
+        self.n_pairs = sum(wave.real for wave in waves)
+        self._scores, self._waves, self._fetch = scores, waves, fetch
+
+    def scores(
+        self, group: str, perms: PairPerms, known: Known | None = None
+    ) -> Float[np.ndarray, "pairs units units"]:
+        del perms, known
+        return np.concatenate(
+            [
+                self._fetch(scores[group])[: wave.real]
+                for scores, wave in zip(self._scores, self._waves, strict=True)
+            ]
+        )
+
+    def scale(
+        self, group: str, known: Known | None = None
+    ) -> Float[np.ndarray, " pairs"]:
+        del group, known
+        return np.ones(self.n_pairs)
+
+    def neighbours(self, group: str) -> Collection[str]:
+        del group
+        return ()
+
+    def similarity(self, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
+        """The correlation of matched units: the mean over units, then over groups."""
+        means = [
+            worth(self.scores(group, perms), perm) / self.sizes[group]
+            for group, perm in perms.items()
+        ]
+        return np.mean(means, axis=0)
+
+
+def match_activations(
+    spec: PermutationSpec,
+    activations: Callable[[PyTree, Any], Activations],
+    models: Sequence[PyTree],
+    pairs: Pairs,
+    solver: Solver,
+    batches: Iterable[Any],
+    *,
+    stay: float,
+) -> PairPerms:
+    """Activation matching of pairs of some networks.
+
+    Raises:
+        as `activation_matching`.
+    """
+    check_taps(spec)
+    check_stay(stay)
+    validate(spec, models[0])
+    sizes = group_sizes(spec, models[0])
+    for variables in models[1:]:
+        for group, size in group_sizes(spec, variables).items():
+            if size != sizes[group]:
+                raise ValueError(
+                    f"group {group!r} has {sizes[group]} units in one network, and "
+                    f"{size} in another"
+                )
+
+    @jax.jit
+    def watch(variables, inputs):
+        units = tap_units(spec, sizes, activations(variables, inputs))
+        return jax.tree.map(centre, units)
+
+    update = jax.jit(update_taps)
+    moments = [no_moments(spec, sizes) for _ in range(pairs.real)]
+    n_batches = 0
+    for inputs in batches:
+        n_batches += 1
+        seen = [watch(variables, inputs) for variables in models]
+        moments = [
+            update(of_pair, seen[reference], seen[permutee])
+            for of_pair, reference, permutee in zip(moments, *pairs[:2], strict=True)
+        ]
+    if not n_batches:
+        raise ValueError("activation matching needs at least one batch of inputs")
+    if not sizes:
+        return {}
+    scores = jax.jit(lambda of_pairs: stack([group_scores(m) for m in of_pairs]))
+    scorer = ActivationScorer([scores(moments)], [pairs])
+    return descend(scorer, solver, identities(scorer), stay=stay)
 
 
 def activation_matching(
@@ -283,23 +381,13 @@ def activation_matching(
         ValueError: no batches, activations that are not finite, or `stay` < 0.
     """
 
-    for variables in (reference, permutee):
-        validate(spec, variables)
-    check_taps(spec)
-    check_stay(stay)
-    sizes = group_sizes(spec, reference)
-
-    @jax.jit
-    def watch(variables, inputs):
-        units = tap_units(spec, sizes, activations(variables, inputs))
-        return jax.tree.map(centre, units)
-
-    update = jax.jit(update_taps)
-    moments = None
-    for inputs in batches:
-        seen, permuted = watch(reference, inputs), watch(permutee, inputs)
-        moments = update(moments or no_moments(spec, sizes), seen, permuted)
-    if moments is None:
-        raise ValueError("activation matching needs at least one batch of inputs")
-    perms = solve_groups(group_scores(moments), stay)
-    return {group: jnp.asarray(perm) for group, perm in perms.items()}
+    perms = match_activations(
+        spec,
+        activations,
+        [reference, permutee],
+        Pairs(np.array([0]), np.array([1]), 1),
+        every_pair_alone(1),
+        batches,
+        stay=stay,
+    )
+    return {group: jnp.asarray(perm[0]) for group, perm in perms.items()}

@@ -49,12 +49,23 @@ def check_stay(stay: float) -> None:
 
 
 def prefer_staying(
-    scores: Float[np.ndarray, "*batch units units"], stay: float
+    scores: Float[np.ndarray, "*batch units units"],
+    stay: float,
+    scale: float | Float[np.ndarray, "*batch"] = 1.0,
 ) -> Float[np.ndarray, "*batch units units"]:
     """Adds `stay` to the diagonal: units move only if they gain more than that each.
 
+    Args:
+        scores: see `solve_assignment`.
+        stay: at least 0.
+        scale: of the scores; `stay` is in units of it.
+
     Raises:
-        ValueError: `stay` is negative.
+        ValueError: `stay` is negative, infinite or NaN.
     """
     check_stay(stay)
-    return np.asarray(scores) + stay * np.eye(scores.shape[-1], dtype=np.float32)
+    scores = np.asarray(scores)
+    preferring = scores.astype(np.result_type(scores, np.float32))
+    diagonal = np.arange(scores.shape[-1])
+    preferring[..., diagonal, diagonal] += np.asarray(stay * scale)[..., None]
+    return preferring

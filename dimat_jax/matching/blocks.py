@@ -8,7 +8,7 @@ plain axes alone.
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array
@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
     bounds: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
-    groups: tuple[str | None, ...]
+    groups: tuple[Any, ...]
 
 
 class _Part(NamedTuple):

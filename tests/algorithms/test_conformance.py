@@ -235,7 +235,7 @@ def test_messages_are_counted_from_shapes_alone(name, placement):
     algorithm = make(name, placement, opt_state="merge")
     state = jax.eval_shape(algorithm.init, start(placement))
     messages = algorithm.messages(state)
-    sent = {"dimat": 1, "wa": 1, "local": 0, "centralized": 0}
+    sent = {"dimat": 1, "wa": 1, "wm": 1, "local": 0, "centralized": 0}
     # x and Adam's two moments, float32, and its int32 counters.
     expected = sent[name] * (3 * 4 * DIM + 2 * 4)
     assert nbytes(messages.round) == expected

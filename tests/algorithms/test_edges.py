@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.algorithms.edges import EdgeMatcher, waves
+from dimat_jax.algorithms import MergeData
+from dimat_jax.algorithms.edges import (
+    ActivationMatcher,
+    EdgePerms,
+    match_edges,
+    waves,
+)
 from dimat_jax.data.pipeline import Reader, Samples, place_pool
 from dimat_jax.data.sources import Split
 from dimat_jax.matching import activation_matching
@@ -117,25 +123,21 @@ class Agents(NamedTuple):
     activations: Callable[[PyTree, Any], dict[str, jax.Array]]
     each: list[PyTree]
     placement: Placement
-    matcher: EdgeMatcher
+    matcher: ActivationMatcher
 
-    def match(self, adjacency, samples: Samples, stay: float = 0.0):
-        """The permutations by edge, and those of the slots that no edge fills."""
-        edge_waves = waves(edges_of(adjacency), self.placement.slots)
+    def match(self, adjacency, samples: Samples, **settings: Any) -> EdgePerms:
         stacked = self.placement.put(jax.tree.map(lambda *x: np.stack(x), *self.each))
-        matched = self.matcher.match(
-            stacked, edge_waves, samples, stay=stay, stopwatch=Stopwatch()
+        found, similarity = match_edges(
+            self.matcher,
+            stacked,
+            edges_of(adjacency),
+            MergeData(match=samples),
+            placement=self.placement,
+            key=jax.random.key(0),
+            **{"stopwatch": Stopwatch(), **settings},
         )
-        assert len(matched) == len(edge_waves)
-        found, rest = {}, []
-        for wave, perms in zip(edge_waves, matched, strict=True):
-            for slot in range(self.placement.slots):
-                of_slot = {group: perm[slot] for group, perm in perms.items()}
-                if slot < wave.real:
-                    found[wave.receivers[slot], wave.senders[slot]] = of_slot
-                else:
-                    rest.append(of_slot)
-        return found, rest
+        assert -1 <= similarity <= 1
+        return found
 
 
 @cache
@@ -155,7 +157,9 @@ def agents(kind: str) -> Agents:
         watch = maps_of
         each = [{"kernel": jax.random.normal(key, (3, 12))} for key in keys]
         placement = place(N_AGENTS, jax.devices()[:1], batching="vmap")
-    return Agents(spec, watch, each, placement, EdgeMatcher(spec, watch, placement))
+    return Agents(
+        spec, watch, each, placement, ActivationMatcher(spec, watch, placement)
+    )
 
 
 @cache
@@ -183,17 +187,14 @@ def alone(kind: str, whose: str, receiver: int, sender: int) -> Perms:
     ("kind", "graph"), [*(("mlp", graph) for graph in GRAPHS), ("maps", "one way")]
 )
 def test_every_edge_is_matched_as_its_two_agents_alone(kind, graph, whose):
-    found, rest = agents(kind).match(GRAPHS[graph], samples(kind, whose))
+    found = agents(kind).match(GRAPHS[graph], samples(kind, whose))
     assert set(found) == set(map(tuple, edges_of(GRAPHS[graph])))
     for (receiver, sender), perms in found.items():
-        expected = alone(kind, whose, int(receiver), int(sender))
+        expected = alone(kind, whose, receiver, sender)
         assert perms.keys() == expected.keys()
         for group, perm in perms.items():
             assert perm.dtype == np.int32
             np.testing.assert_array_equal(perm, expected[group], f"{receiver}{sender}")
-    for perms in rest:
-        for perm in perms.values():
-            np.testing.assert_array_equal(perm, np.arange(len(perm)))
 
 
 def test_the_pairs_to_be_matched_differ():
@@ -206,22 +207,14 @@ def test_the_pairs_to_be_matched_differ():
 
 @pytest.mark.parametrize("whose", ["shared", "own"])
 def test_a_large_stay_keeps_every_unit_of_every_agent(whose):
-    found, _ = agents("mlp").match(GRAPHS["ring"], samples("mlp", whose), stay=2)
+    found = agents("mlp").match(GRAPHS["ring"], samples("mlp", whose), stay=2)
     for perms in found.values():
         for perm in perms.values():
             np.testing.assert_array_equal(perm, np.arange(len(perm)))
 
 
-def test_no_edges_are_matched_at_once():
-    nobody = np.zeros((N_AGENTS, N_AGENTS), bool)
-    assert agents("mlp").match(nobody, samples("mlp", "shared")) == ({}, [])
-
-
 def test_every_phase_is_timed():
     stopwatch = Stopwatch()
-    placement, matcher = agents("mlp").placement, agents("mlp").matcher
-    stacked = placement.put(jax.tree.map(lambda *x: np.stack(x), *agents("mlp").each))
-    edge_waves = waves(edges_of(GRAPHS["ring"]), placement.slots)
-    matcher.match(stacked, edge_waves, samples("mlp", "own"), stopwatch=stopwatch)
+    agents("mlp").match(GRAPHS["ring"], samples("mlp", "own"), stopwatch=stopwatch)
     assert set(stopwatch.seconds) == {"activations", "correlations", "assignment"}
     assert min(stopwatch.seconds.values()) > 0

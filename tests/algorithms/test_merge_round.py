@@ -57,8 +57,12 @@ class _World:
         self.reader = Reader(self.pool, self.placement)
         self.inputs = (images.images - mean) / std
         base = classifier.init(self.model, jax.random.key(0), np.zeros((1, 8, 8, 3)))
+        base["params"] = map_with_path(
+            lambda path, leaf: leaf + 1.5 if path.endswith("bias") else leaf,
+            base["params"],
+        )
         if self.task.batch_statistics is not None:
-            # With the statistics that they have, and the bias below, units are alive.
+            # With the statistics that they have, and these biases, units are alive.
             base["batch_stats"] = jax.jit(self.task.batch_statistics)(
                 base, self.inputs.astype(np.float32), np.ones(60, bool)
             )
@@ -75,8 +79,6 @@ class _World:
 
         def noisy(path, leaf):
             noise = 0.01 * rng.standard_normal(leaf.shape)
-            if path.endswith("bias"):
-                return leaf + 1.0 + noise
             return leaf * (1.0 + noise)
 
         perms = permutation.random(self.spec, base, jax.random.key(seed))

@@ -255,7 +255,7 @@ def test_means_over_other_groups_are_taken_in_float32():
     array = np.ones((1, 3, 2), np.float32) * [[[1], [2], [3]]] + [[[0, 1 / 64]]]
     found = shown(("a", "b"), jnp.asarray(array, jnp.bfloat16))
     assert found["a"].dtype == np.float32
-    np.testing.assert_array_equal(found["a"], [[1, 2, 3] + np.float32(1 / 128)])
+    np.testing.assert_array_equal(found["a"], [[1 + 1 / 128, 2 + 1 / 128, 3 + 1 / 128]])
 
 
 def test_a_tap_without_activations_is_named():
