@@ -31,7 +31,6 @@ __all__ = [
     "add_batch",
     "average",
     "barrier",
-    "check_alike",
     "check_weights",
     "correction",
     "interpolate",
@@ -57,7 +56,7 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
         MergeError: leaves that differ in path or shape, or weights that are too few,
             too many, negative, not finite, or all 0.
     """
-    check_alike(models)
+    _check_alike(models)
     shares = check_weights(weights, len(models))
 
     def mean(*leaves):
@@ -83,32 +82,24 @@ def interpolate(a: PyTree, b: PyTree, t: float) -> PyTree:
     return average([a, b], [1 - t, t])
 
 
-def check_alike(models: Sequence[PyTree], names: Sequence[str] | None = None) -> None:
-    """Checks that models have the same leaves, of the same shapes.
-
-    Args:
-        models: at least one.
-        names: what to call them.
-
-    Raises:
-        MergeError: names the leaf and the models that differ in it.
-    """
+def _check_alike(models: Sequence[PyTree]) -> None:
     if not models:
         raise MergeError("there are no models to merge")
-    names = names or [f"model {i}" for i in range(len(models))]
     first, *others = [
         {path: jnp.shape(leaf) for path, leaf in flatten(model).items()}
         for model in models
     ]
-    for name, shapes in zip(names[1:], others, strict=True):
+    for i, shapes in enumerate(others, start=1):
         for path in [*first, *shapes]:
             if path not in shapes or path not in first:
-                have, lack = (names[0], name) if path in first else (name, names[0])
-                raise MergeError(f"{have} has a leaf {path!r}, which {lack} lacks")
+                has, lacks = (0, i) if path in first else (i, 0)
+                raise MergeError(
+                    f"model {has} has a leaf {path!r}, which model {lacks} lacks"
+                )
             if shapes[path] != first[path]:
                 raise MergeError(
-                    f"{path!r} is of shape {first[path]} in {names[0]}, but of shape "
-                    f"{shapes[path]} in {name}"
+                    f"{path!r} is of shape {first[path]} in model 0, but of shape "
+                    f"{shapes[path]} in model {i}"
                 )
 
 
