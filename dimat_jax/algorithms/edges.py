@@ -36,11 +36,10 @@ from dimat_jax.matching.descent import (
     identities,
 )
 from dimat_jax.matching.joint import all_pairs_together
-from dimat_jax.matching.weight import (
+from dimat_jax.matching.weight import check_restarts, match_by_weights
+from dimat_jax.matching.weight_scores import (
     WeightScorer,
-    check_restarts,
     included,
-    match_by_weights,
     not_running_statistics,
 )
 from dimat_jax.permutation import (

@@ -4,6 +4,7 @@ The convex problem is least squares on each agent's own examples: no hidden unit
 empty permutation spec, and a known optimum.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -13,7 +14,14 @@ import optax
 import pytest
 
 from dimat_jax import models, permutation
-from dimat_jax.algorithms import ALGORITHMS, MergeData, MergeOptions, Options, Task
+from dimat_jax.algorithms import (
+    ALGORITHMS,
+    WATCHING,
+    MergeData,
+    MergeOptions,
+    Options,
+    Task,
+)
 from dimat_jax.data.pipeline import Batch, Samples
 from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import classifier
@@ -319,14 +327,22 @@ def test_fully_connected_weight_averaging_reaches_consensus_at_once(placement):
         )
 
 
-@pytest.mark.parametrize("frame", ["own", "reference"])
-@pytest.mark.parametrize("opt_state", ["reset", "keep", "merge"])
+@pytest.mark.parametrize(
+    ("name", "frame", "opt_state"),
+    [
+        *itertools.product(["dimat"], ["own", "reference"], ["reset", "keep", "merge"]),
+        ("dimat", "joint", "merge"),
+        ("wm", "own", "merge"),
+        ("wm", "reference", "reset"),
+        ("wm", "joint", "keep"),
+    ],
+)
 def test_shuffled_copies_merge_into_what_they_are_copies_of(
-    placement, frame, opt_state
+    placement, name, frame, opt_state
 ):
     """Momenta included: they are shuffled with the weights, and must come back."""
     options = Options(MergeOptions(frame=frame, opt_state=opt_state))
-    algorithm = ALGORITHMS["dimat"](MLP, adam(), placement, options)
+    algorithm = ALGORITHMS[name](MLP, adam(), placement, options)
     one = take(_mlp_agents(placement), np.zeros(N_AGENTS, int))
     batch = take(_mlp_batches(placement, 1)[0], np.zeros(N_AGENTS, int))
     net = network("ring", placement)
@@ -335,12 +351,15 @@ def test_shuffled_copies_merge_into_what_they_are_copies_of(
         jax.random.split(jax.random.key(5), placement.slots)
     )
     shuffled = jax.jit(algorithm.aligned)(state, perms)
-    data = MergeData(match=_samples(placement))
+    # Matching by weights has no need of examples.
+    data = MergeData(match=_samples(placement) if name in WATCHING else None)
     merged, metrics = algorithm.communicate(shuffled, data, net, KEY)
     assert metrics["moved_units"] > 0
+    assert 0.5 < metrics["match_similarity"] <= 1 + 1e-6
 
     # Undoing the frame's own shuffle: everyone's own, or the root's for all.
-    frames = perms if frame == "own" else take(perms, np.zeros(N_AGENTS, int))
+    root_for_all = take(perms, np.zeros(N_AGENTS, int))
+    frames = root_for_all if frame == "reference" else perms
     expected = jax.jit(algorithm.aligned)(state, frames)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
@@ -374,6 +393,30 @@ def _is_schedule(path, value) -> bool:
 def test_merging_refuses_what_it_does_not_know(placement, options, message):
     with pytest.raises(ValueError, match=message):
         ALGORITHMS["dimat"](MLP, adam(), placement, Options(options))
+
+
+def test_weights_are_matched_at_least_once(placement):
+    options = Options(MergeOptions(restarts=0))
+    with pytest.raises(ValueError, match="restarts must be at least 1"):
+        ALGORITHMS["wm"](MLP, adam(), placement, options)
+
+
+@pytest.mark.parametrize("frame", ["own", "reference", "joint"])
+def test_weight_matching_needs_no_activations_at_all(placement, frame):
+    spec = PermutationSpec(MLP.spec.axes)  # without taps
+    task = Task(loss=MLP.loss, spec=spec)
+    algorithm = ALGORITHMS["wm"](
+        task, adam(), placement, Options(MergeOptions(frame=frame))
+    )
+    state = algorithm.init(_mlp_agents(placement))
+    results = [
+        algorithm.communicate(state, MergeData(), network("ring", placement), key)
+        for key in (KEY, KEY, jax.random.key(1))
+    ]
+    # The round's key draws the orders: with the same key the same happens.
+    first, again, _ = (placement.gather(algorithm.variables(s)) for s, _ in results)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert {"scores", "assignment", "mix"} == results[0][1]["merge_seconds"].keys()
 
 
 def test_matching_without_examples_says_so(placement):

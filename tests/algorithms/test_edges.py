@@ -1,5 +1,6 @@
 """Matching along a graph's edges equals matching them one by one."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -12,19 +13,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dimat_jax import permutation
 from dimat_jax.algorithms import MergeData
 from dimat_jax.algorithms.edges import (
     ActivationMatcher,
     EdgePerms,
+    Matcher,
+    WeightMatcher,
     match_edges,
     waves,
 )
 from dimat_jax.data.pipeline import Reader, Samples, place_pool
 from dimat_jax.data.sources import Split
-from dimat_jax.matching import activation_matching
+from dimat_jax.matching import activation_matching, weight_matching
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import activations, init
-from dimat_jax.permutation import Perms, PermutationSpec
+from dimat_jax.permutation import (
+    Perms,
+    PermutationSpec,
+    PermutationSpecError,
+    Product,
+)
 from dimat_jax.placement import Placement, place
 from dimat_jax.stopwatch import Stopwatch
 from dimat_jax.topology import TOPOLOGIES, from_graph
@@ -123,9 +132,9 @@ class Agents(NamedTuple):
     activations: Callable[[PyTree, Any], dict[str, jax.Array]]
     each: list[PyTree]
     placement: Placement
-    matcher: ActivationMatcher
+    matcher: Matcher
 
-    def match(self, adjacency, samples: Samples, **settings: Any) -> EdgePerms:
+    def match(self, adjacency, samples: Samples | None, **settings: Any) -> EdgePerms:
         stacked = self.placement.put(jax.tree.map(lambda *x: np.stack(x), *self.each))
         found, similarity = match_edges(
             self.matcher,
@@ -218,3 +227,186 @@ def test_every_phase_is_timed():
     agents("mlp").match(GRAPHS["ring"], samples("mlp", "own"), stopwatch=stopwatch)
     assert set(stopwatch.seconds) == {"activations", "correlations", "assignment"}
     assert min(stopwatch.seconds.values()) > 0
+
+
+# Joint matching, and matching by weights ==============================================
+
+
+def assert_cycles_are_identities(found: EdgePerms) -> None:
+    graph = nx.DiGraph(list(found))
+    cycles = list(nx.simple_cycles(graph))
+    assert cycles
+    for cycle in cycles:
+        for group in next(iter(found.values())):
+            # To the last agent's units from the first's, and back to the first's.
+            unit = identity = np.arange(len(found[next(iter(found))][group]))
+            for edge in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
+                unit = found[edge][group][unit]
+            np.testing.assert_array_equal(unit, identity, f"{cycle} {group}")
+
+
+@pytest.mark.parametrize("graph", ["ring", "fully connected", "one way"])
+@pytest.mark.parametrize("whose", ["shared", "own", "weights"])
+def test_jointly_found_permutations_agree_round_every_cycle(graph, whose):
+    matcher = agents("mlp")
+    if whose == "weights":
+        matcher = by_weights(matcher)
+    data = None if whose == "weights" else samples("mlp", whose)
+    found = matcher.match(GRAPHS[graph], data, joint=True)
+    assert set(found) == set(map(tuple, edges_of(GRAPHS[graph])))
+    assert_cycles_are_identities(found)
+    moved = [
+        perm != np.arange(len(perm)) for p in found.values() for perm in p.values()
+    ]
+    assert np.concatenate(moved).any()
+
+
+def test_pairwise_matched_permutations_need_not_agree():
+    # Else the tests of those that do would show little.
+    found = agents("mlp").match(GRAPHS["ring"], samples("mlp", "shared"))
+    with pytest.raises(AssertionError):
+        assert_cycles_are_identities(found)
+
+
+def test_edges_that_tell_each_other_are_matched_once():
+    matched = []
+
+    class Recording(ActivationMatcher):
+        def match(self, variables, edge_waves, *rest, **settings):
+            for references, permutees, real in edge_waves:
+                matched.extend(
+                    zip(
+                        references[:real].tolist(),
+                        permutees[:real].tolist(),
+                        strict=True,
+                    )
+                )
+            return super().match(variables, edge_waves, *rest, **settings)
+
+    subject = agents("mlp")
+    matcher = Recording(subject.spec, subject.activations, subject.placement)
+    for graph in GRAPHS.values():
+        matched.clear()
+        subject._replace(matcher=matcher).match(graph, samples("mlp", "shared"))
+        expected = {frozenset(edge) for edge in edges_of(graph).tolist()}
+        assert len(matched) == len(expected)
+        assert {frozenset(edge) for edge in matched} == expected
+    # On own data each direction has something to say.
+    matched.clear()
+    subject._replace(matcher=matcher).match(GRAPHS["ring"], samples("mlp", "own"))
+    assert sorted(matched) == sorted(map(tuple, edges_of(GRAPHS["ring"]).tolist()))
+
+
+@given(order=st.permutations(range(N_AGENTS)), graph=st.sampled_from(sorted(GRAPHS)))
+@settings(deadline=None, max_examples=10)
+def test_matching_is_equivariant_to_relabelling_the_agents(order, graph):
+    subject, order = agents("mlp"), np.array(order)
+    adjacency = GRAPHS[graph]
+    relabelled = subject._replace(each=[subject.each[i] for i in order])
+    found = subject.match(adjacency, samples("mlp", "shared"))
+    again = relabelled.match(adjacency[np.ix_(order, order)], samples("mlp", "shared"))
+    assert len(again) == len(found)
+    for (i, j), perms in again.items():
+        for group, perm in perms.items():
+            expected = found[int(order[i]), int(order[j])][group]
+            np.testing.assert_array_equal(perm, expected)
+
+
+def by_weights(subject: Agents) -> Agents:
+    return subject._replace(matcher=WeightMatcher(subject.spec, subject.placement))
+
+
+@cache
+def copies(n_devices: int, batching: Any) -> Agents:
+    """Noisy, shuffled copies of one network: the best permutations are plain."""
+    base = agents("mlp").each[0]
+    rng = np.random.default_rng(0)
+    each = [
+        permutation.apply(
+            agents("mlp").spec,
+            permutation.random(agents("mlp").spec, base, jax.random.key(seed)),
+            jax.tree.map(
+                lambda x: x + 0.01 * rng.normal(size=x.shape).astype(np.float32), base
+            ),
+        )
+        for seed in range(N_AGENTS)
+    ]
+    placement = place(N_AGENTS, jax.devices()[:n_devices], batching)
+    spec = agents("mlp").spec
+    return Agents(spec, maps_of, each, placement, WeightMatcher(spec, placement))
+
+
+@pytest.mark.parametrize(
+    ("n_devices", "batching"), [(1, "vmap"), (1, "unroll"), (2, "vmap"), (3, "vmap")]
+)
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_edge_is_matched_by_weights_on_any_devices(n_devices, batching, joint):
+    subject = copies(n_devices, batching)
+    for graph in ("ring", "one way"):
+        found = subject.match(GRAPHS[graph], None, joint=joint)
+        assert set(found) == set(map(tuple, edges_of(GRAPHS[graph])))
+        for edge, perms in found.items():
+            for group, perm in alone_by_weights(*edge).items():
+                assert perms[group].dtype == np.int32
+                np.testing.assert_array_equal(perms[group], perm, str(edge))
+
+
+@cache
+def alone_by_weights(receiver: int, sender: int) -> Perms:
+    each = copies(1, "vmap").each
+    return weight_matching(
+        agents("mlp").spec, each[receiver], each[sender], key=jax.random.key(7)
+    )
+
+
+def test_an_agent_with_weights_that_are_not_finite_is_named():
+    subject = copies(1, "vmap")
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), subject.each[2])
+    subject = subject._replace(each=[*subject.each[:2], broken, subject.each[3]])
+    with pytest.raises(ValueError, match="'params/.*agent 2"):
+        subject.match(GRAPHS["ring"], None)
+
+
+# Taps =================================================================================
+
+
+def test_examples_that_do_not_count_are_masked_at_every_tap():
+    spec = PermutationSpec(
+        {"kernel": (None, Product("heads", "within"))},
+        {"flat": (Product("heads", "within"),), "maps": ("heads", None, "within")},
+    )
+
+    def watch(variables, inputs):  # [batch, 4, 4, 3]
+        units = jnp.tanh(inputs @ variables["kernel"])
+        split = units.reshape(*units.shape[:-1], 4, 3)
+        return {"flat": units, "maps": jnp.moveaxis(split, 3, 2)}
+
+    spec = dataclasses.replace(spec, sizes={"heads": 4})
+    placement = place(N_AGENTS, jax.devices()[:1], "vmap")
+    keys = jax.random.split(jax.random.key(0), N_AGENTS)
+    each = [{"kernel": jax.random.normal(key, (3, 12))} for key in keys]
+    matcher = ActivationMatcher(spec, watch, placement)
+    subject = Agents(spec, watch, each, placement, matcher)
+    # Shards that fill no batch: what fills them up must not count.
+    found = subject.match(GRAPHS["one way"], samples("maps", "own"))
+    for (receiver, sender), perms in found.items():
+        inputs = np.float32((IMAGES[SHARDS[receiver]] - MEAN) / STD)
+        expected = activation_matching(
+            spec, watch, each[receiver], each[sender], [inputs]
+        )
+        for group, perm in perms.items():
+            np.testing.assert_array_equal(perm, expected[group])
+
+
+def test_a_tap_whose_first_axis_is_not_the_examples_is_named():
+    spec = PermutationSpec({"kernel": (None, "units")}, {"mean": "units"})
+
+    def watch(variables, inputs):
+        return {"mean": jnp.tanh(inputs @ variables["kernel"]).mean(axis=(0, 1))}
+
+    placement = place(N_AGENTS, jax.devices()[:1], "vmap")
+    each = [{"kernel": jnp.ones((3, 12))}] * N_AGENTS
+    matcher = ActivationMatcher(spec, watch, placement)
+    subject = Agents(spec, watch, each, placement, matcher)
+    with pytest.raises(PermutationSpecError, match="'mean' shows 4 samples of 8"):
+        subject.match(GRAPHS["ring"], samples("maps", "shared"))

@@ -110,51 +110,79 @@ def world(request, worlds) -> _World:
 # Ragged on purpose: batches of 8 out of 17, 18, ... examples.
 OWN = [np.arange(10 * a, 10 * a + 17 + a) for a in range(N_AGENTS)]
 SHARED = np.arange(20, 40)
+STAY = 0.05
 
 
 @pytest.mark.parametrize(
-    ("topology", "frame", "policy"),
+    ("name", "algorithm", "topology", "frame", "policy"),
     [
-        ("ring", "own", "shared"),
-        ("ring", "reference", "own"),
-        ("fully_connected", "own", "own"),
-        ("fully_connected", "reference", "shared"),
+        ("mlp", "dimat", "ring", "own", "shared"),
+        ("mlp", "dimat", "ring", "reference", "own"),
+        ("mlp", "dimat", "ring", "joint", "own"),
+        ("mlp", "dimat", "fully_connected", "own", "own"),
+        ("mlp", "dimat", "fully_connected", "reference", "shared"),
+        ("mlp", "dimat", "fully_connected", "joint", "shared"),
+        ("mlp", "wm", "ring", "own", None),
+        ("mlp", "wm", "fully_connected", "reference", None),
+        ("mlp", "wm", "ring", "joint", None),
+        ("resnet20", "dimat", "ring", "own", "shared"),
+        ("resnet20", "dimat", "ring", "reference", "own"),
+        ("resnet20", "dimat", "fully_connected", "own", "own"),
+        ("resnet20", "dimat", "fully_connected", "reference", "shared"),
+        ("resnet20", "wm", "fully_connected", "joint", None),
     ],
 )
-def test_a_merge_round_agrees_with_plain_loops(world, topology, frame, policy):
+def test_a_merge_round_agrees_with_plain_loops(
+    worlds, name, algorithm, topology, frame, policy
+):
+    world = worlds[name]
     W, network = world.network(topology)
-    samples = (
-        world.reader.shared(SHARED, BATCH)
-        if policy == "shared"
-        else world.reader.own(OWN, BATCH)
-    )
-    algorithm = ALGORITHMS["dimat"](
+    samples = {
+        "shared": world.reader.shared(SHARED, BATCH),
+        "own": world.reader.own(OWN, BATCH),
+        None: None,
+    }[policy]
+    ours = ALGORITHMS[algorithm](
         world.task,
         optax.sgd(0.1),
         world.placement,
-        Options(MergeOptions(frame=frame, stay=0.05)),
+        Options(MergeOptions(frame=frame, stay=STAY)),
     )
-    state = algorithm.init(world.variables)
-    state, _ = algorithm.communicate(
-        state, MergeData(match=samples), network, jax.random.key(0)
+    state, metrics = ours.communicate(
+        ours.init(world.variables),
+        MergeData(match=samples),
+        network,
+        jax.random.key(0),
     )
 
-    def watch(i: int, j: int) -> dict[str, np.ndarray]:
-        return world.activations(j, SHARED if policy == "shared" else OWN[i])
+    agents = [flatten(agent) for agent in world.agents]
+    edges = [(i, j) for i, j in np.argwhere(W).tolist() if i != j]
+    solve = merge_loop.together if frame == "joint" else merge_loop.alone
+    if algorithm == "wm":
+        half = [(i, j) for i, j in edges if i < j]
+        perms = merge_loop.both_ways(
+            merge_loop.match_weights(world.spec, half, agents, solve, STAY)
+        )
+    else:
 
-    merge = {
-        "own": merge_loop.merge_own_frame,
-        "reference": merge_loop.merge_reference_frame,
-    }[frame]
-    expected = merge(
-        world.spec, W, [flatten(agent) for agent in world.agents], watch, stay=0.05
+        def watch(i: int, j: int) -> dict[str, np.ndarray]:
+            return world.activations(j, SHARED if policy == "shared" else OWN[i])
+
+        perms = merge_loop.match_activations(world.spec, edges, watch, solve, STAY)
+    merge = (
+        merge_loop.merge_reference_frame
+        if frame == "reference"
+        else merge_loop.merge_own_frame
     )
-    merged = unstack(world.placement.gather(algorithm.variables(state)))
-    for ours, theirs in zip(merged, expected, strict=True):
-        for path, leaf in flatten(ours).items():
+    merged = unstack(world.placement.gather(ours.variables(state)))
+    expected = merge(world.spec, W, agents, perms)
+    for one, theirs in zip(merged, expected, strict=True):
+        for path, leaf in flatten(one).items():
             np.testing.assert_allclose(
                 leaf, theirs[path], rtol=1e-5, atol=1e-5, err_msg=path
             )
+    assert 0 < metrics["moved_units"] <= 1
+    assert 0.9 < metrics["match_similarity"] <= 1 + 1e-6
 
 
 def test_weight_averaging_is_the_mixing_matrix_alone(world):

@@ -23,7 +23,8 @@ from dimat_jax.matching.descent import (
     total_worth,
     worth,
 )
-from dimat_jax.matching.weight import WeightScorer, construct
+from dimat_jax.matching.weight import construct
+from dimat_jax.matching.weight_scores import WeightScorer
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import init
 from dimat_jax.permutation import PermutationSpec, PermutationSpecError

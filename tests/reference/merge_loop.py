@@ -22,12 +22,12 @@ def permute_all(spec, perms, agent):
     return {path: permute(spec.axes[path], perms, leaf) for path, leaf in agent.items()}
 
 
-def match(spec, reference, permutee, stay):
-    """Assigns units by their correlation, averaged over a group's taps.
+def activation_scores(spec, reference, permutee, stay=0.0):
+    """For each group its units' correlations, averaged over the group's taps.
 
     `reference` and `permutee` are {tap: activations[..., units]} on the same examples.
     """
-    perms = {}
+    result = {}
     for group in spec.groups:
         scores = []
         for tap in spec.taps_of(group):
@@ -39,40 +39,144 @@ def match(spec, reference, permutee, stay):
             scores.append(
                 np.divide(products, norms, np.zeros_like(norms), where=norms > 0)
             )
-        score = np.mean(scores, axis=0) + stay * np.eye(len(scores[0]))
-        perms[group] = linear_sum_assignment(score, maximize=True)[1]
+        result[group] = np.mean(scores, axis=0) + stay * np.eye(len(scores[0]))
+    return result
+
+
+def weight_scores(spec, reference, permutee, perms, group, known, stay=0.0):
+    """What matching each two units of a group is worth, the others matched by `perms`.
+
+    Leaves count whose other groups are known, and that are no running statistics.
+    """
+    rows = []
+    for path, axes in spec.axes.items():
+        others = [g for g in axes if g not in (None, group)]
+        if group in axes and known.issuperset(others) and "batch_stats" not in path:
+            only_others = [None if g == group else g for g in axes]
+            moved = permute(only_others, perms, permutee[path].astype(np.float64))
+            rows.append(
+                [
+                    np.moveaxis(leaf, axes.index(group), 0).reshape(
+                        len(perms[group]), -1
+                    )
+                    for leaf in (reference[path].astype(np.float64), moved)
+                ]
+            )
+    a, b = (np.concatenate([pair[side] for pair in rows], axis=1) for side in (0, 1))
+    scale = np.linalg.norm(a) * np.linalg.norm(b) / len(a)
+    return a @ b.T + stay * scale * np.eye(len(a))
+
+
+def weight_norm(spec, agent):
+    """Of everything that counts."""
+    return np.sqrt(
+        sum((agent[path] ** 2).sum() for path in spec.axes if "batch_stats" not in path)
+    )
+
+
+def alone(scores):
+    """{edge: scores} -> {edge: perm}: every edge its own best assignment."""
+    return {
+        edge: linear_sum_assignment(score, maximize=True)[1]
+        for edge, score in scores.items()
+    }
+
+
+def together(scores):
+    """{edge: scores} -> {edge: perm}: P_ij = Q_i^T Q_j, Q_i permutation matrices.
+
+    Agent by agent, from a breadth-first tree on: <C_ij, Q_i^T Q_j> is linear in Q_i.
+    """
+    graph = nx.Graph(list(scores))
+    Q = {}
+    agents = sorted(graph)
+    for parent, child in [(None, agents[0]), *nx.bfs_edges(graph, agents[0])]:
+        if parent is None:
+            Q[child] = np.eye(len(next(iter(scores.values()))))
+            continue
+        places = np.zeros_like(Q[parent])
+        if (parent, child) in scores:
+            places += Q[parent] @ scores[parent, child]
+        if (child, parent) in scores:
+            places += Q[parent] @ scores[child, parent].T
+        Q[child] = np.eye(len(places))[linear_sum_assignment(places, maximize=True)[1]]
+    for _ in range(10):
+        for i in agents:
+            places = np.zeros_like(Q[i])
+            for (a, b), score in scores.items():
+                if i in (a, b):
+                    places += Q[b] @ score.T if a == i else Q[a] @ score
+            Q[i] = np.eye(len(places))[linear_sum_assignment(places, maximize=True)[1]]
+    return {(i, j): (Q[i].T @ Q[j]).argmax(axis=1) for i, j in scores}
+
+
+def match_activations(spec, edges, watch, solve=alone, stay=0.0):
+    """{edge: perms}. `watch(i, j)` is j's activations on i's examples."""
+    scores = {
+        (i, j): activation_scores(spec, watch(i, i), watch(i, j), stay)
+        for i, j in edges
+    }
+    solved = {g: solve({e: scores[e][g] for e in edges}) for g in spec.groups}
+    return {e: {g: solved[g][e] for g in spec.groups} for e in edges}
+
+
+def match_weights(spec, edges, agents, solve=alone, stay=0.0):
+    """{edge: perms}: a first pass over the groups in their order, then sweeps."""
+    sizes = {g: agents[0][m[0][0]].shape[m[0][1]] for g, m in spec.groups.items()}
+    perms = {e: {g: np.arange(n) for g, n in sizes.items()} for e in edges}
+    norms = [weight_norm(spec, agent) for agent in agents]
+    known = set()
+    for _ in range(10):
+        for group in spec.groups:
+            scores = {
+                (i, j): weight_scores(
+                    spec, agents[i], agents[j], perms[i, j], group, known, stay
+                )
+                / (norms[i] * norms[j])
+                for i, j in edges
+            }
+            for edge, perm in solve(scores).items():
+                perms[edge][group] = perm
+            known.add(group)
     return perms
 
 
-def merge_own_frame(spec, W, agents, watch, stay=0.0):
-    """x_i <- sum_j W_ij P_ij x_j. `watch(i, j)` is j's activations on i's examples."""
+def both_ways(perms):
+    """The permutations of edges and, inverted, of the opposite edges."""
+    return perms | {
+        (j, i): {g: np.argsort(perm) for g, perm in of_edge.items()}
+        for (i, j), of_edge in perms.items()
+    }
+
+
+def merge_own_frame(spec, W, agents, perms):
+    """x_i <- sum_j W_ij P_ij x_j."""
     merged = []
     for i, own in enumerate(agents):
         total = {path: W[i, i] * leaf.astype(np.float64) for path, leaf in own.items()}
         for j, other in enumerate(agents):
             if i == j or W[i, j] == 0:
                 continue
-            perms = match(spec, watch(i, i), watch(i, j), stay)
-            for path, leaf in permute_all(spec, perms, other).items():
+            for path, leaf in permute_all(spec, perms[i, j], other).items():
                 total[path] += W[i, j] * leaf
         merged.append(total)
     return merged
 
 
-def merge_reference_frame(spec, W, agents, watch, stay=0.0):
+def merge_reference_frame(spec, W, agents, perms):
     """x_i <- sum_j W_ij P_j x_j, P_j along a breadth-first tree from agent 0."""
     graph = nx.from_numpy_array((W != 0) & ~np.eye(len(W), dtype=bool))
     in_root_frame = {0: agents[0]}
     to_root: dict = {0: None}
     for parent, child in nx.bfs_edges(graph, 0, sort_neighbors=sorted):
-        perms = match(spec, watch(parent, parent), watch(parent, child), stay)
-        moved = permute_all(spec, perms, agents[child])
+        to_parent = perms[parent, child]
+        moved = permute_all(spec, to_parent, agents[child])
         ancestors = to_root[parent]
         if ancestors is None:
-            to_root[child] = perms
+            to_root[child] = to_parent
         else:
             moved = permute_all(spec, ancestors, moved)
-            to_root[child] = {g: perms[g][ancestors[g]] for g in perms}
+            to_root[child] = {g: to_parent[g][ancestors[g]] for g in to_parent}
         in_root_frame[child] = moved
     return [
         {
