@@ -7,36 +7,29 @@ inputs or outputs cannot be permuted; the rest are the groups.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, overload
 
 import jax
 from jaxtyping import Array
 
-from dimat_jax.permutation.rules import fixed_axes
 from dimat_jax.permutation.spec import (
-    Axes,
     Axis,
     Concat,
     PermutationSpec,
     PermutationSpecError,
     Product,
-    axis_groups,
 )
-from dimat_jax.permutation.trace import (
-    Place,
-    Trace,
-    Value,
-    constant,
-    operations,
-    watch,
-)
+from dimat_jax.permutation.taps import choose_taps, show
+from dimat_jax.permutation.trace import Trace, Value, constant, operations, watch
 from dimat_jax.permutation.units import (
     Known,
     Units,
     atoms,
     factors,
     fix,
+    fixed_axes,
     product,
     unknown,
 )
@@ -150,9 +143,9 @@ def derive(
     sizes = {name: atom.size for atom, name in names.items() if name not in plain}
     if not with_activations:
         return PermutationSpec(spec_axes, sizes=sizes)
-    taps = dict(_taps(trace, names, from_inputs=1 << len(leaves)))
-    tap_axes = {tap: axes for tap, (_, axes) in taps.items()}
-    spec = PermutationSpec(spec_axes, tap_axes, sizes)
+    declare = partial(_axis, names=names)
+    taps = choose_taps(trace, names.values(), declare, inputs=1 << len(leaves))
+    spec = PermutationSpec(spec_axes, {t: tap.axes for t, tap in taps.items()}, sizes)
     traced = list(operations(closed.jaxpr))
 
     def activations(variables, inputs):
@@ -163,7 +156,8 @@ def derive(
                 "its spec was derived with; derive it again with inputs like these"
             )
         arguments = jax.tree.leaves((variables, inputs))
-        return watch(again, arguments, {place: t for t, (place, _) in taps.items()})
+        seen = watch(again, arguments, {tap.place for tap in taps.values()})
+        return {name: show(tap, seen[tap.place]) for name, tap in taps.items()}
 
     return spec, activations
 
@@ -191,12 +185,11 @@ def _complain(
     trace: Trace, axes_of: Mapping[str, Sequence[Known]], strict: bool
 ) -> None:
     """Tells which axes are fixed only because of operations without a rule."""
-    names = {name for name, _ in trace.not_known}
     costs: dict[str, list[str]] = {}
     for path, axes in axes_of.items():
         for d, axis in enumerate(axes):
             reasons = axis.root().fixed if axis is not None else frozenset()
-            if reasons and reasons <= names:
+            if reasons and reasons <= trace.not_known:
                 for name in reasons:
                     costs.setdefault(name, []).append(f"{path!r} axis {d}")
     if costs:
@@ -230,9 +223,21 @@ def _axis(units: Known, names: Mapping[Units, str]) -> Axis:
         case "atom":
             return names[node]
         case "concat":
-            return Concat(*((_axis(p, names), p.root().size) for p in node.parts))
+            return _concat_axis(node.parts, names)
         case _:
             return _product_axis(factors(node), names)
+
+
+def _concat_axis(parts: Iterable[Units], names: Mapping[Units, str]) -> Concat:
+    """A concatenation that is not nested, and has no fixed parts side by side."""
+    flat: list[tuple[Axis, int]] = []
+    for part in parts:
+        axis, size = _axis(part, names), part.root().size
+        for inner in axis.parts if isinstance(axis, Concat) else [(axis, size)]:
+            if inner[0] is None and flat and flat[-1][0] is None:
+                inner = (None, flat.pop()[1] + inner[1])
+            flat.append(inner)
+    return Concat(*flat)
 
 
 def _product_axis(parts: list[Units], names: Mapping[Units, str]) -> Axis:
@@ -248,50 +253,11 @@ def _product_axis(parts: list[Units], names: Mapping[Units, str]) -> Axis:
                 product([part, *inner], [part.root().size, *inner_sizes])
                 for part in factor.parts
             ]
-            repeated = once * math.prod(size for size in outer if isinstance(size, int))
-            return Concat(
-                *((_axis(p, names), p.root().size) for p in repeated if p is not None)
-            )
+            n_times = math.prod(size for size in outer if isinstance(size, int))
+            return _concat_axis([p for p in once if p is not None] * n_times, names)
         assert axis is None or isinstance(axis, str)
         if axis is None and outer and isinstance(outer[-1], int):
             outer[-1] *= factor.size
         else:
             outer.append(axis or factor.size)
     return Product(*outer)
-
-
-def _taps(
-    trace: Trace, names: Mapping[Units, str], from_inputs: int
-) -> Iterator[tuple[str, tuple[Place, Axes]]]:
-    """Chooses where to watch each group: tap, place, and the axes that it shows.
-
-    What goes into a contraction is what the next layer sees of the units. Places that
-    show a group alone are preferred to those that show several.
-    """
-    operands = list(_showing(trace.operands, names, from_inputs))
-    others = list(_showing(trace.values, names, from_inputs))
-    names_of_places: dict[Place, str] = {}
-    for group in names.values():
-        shown = [seen for seen in operands if group in seen[2]]
-        # Never contracted; the last that there is to see.
-        shown = shown or [seen for seen in others if group in seen[2]][-1:]
-        alone = [seen for seen in shown if len(seen[2]) == 1]
-        for n, (place, axes, _) in enumerate(alone or shown):
-            if place not in names_of_places:
-                names_of_places[place] = tap = f"{group}#{n}"
-                yield tap, (place, axes)
-
-
-def _showing(
-    values: Sequence[tuple[Place, Value]],
-    names: Mapping[Units, str],
-    from_inputs: int,
-) -> Iterator[tuple[Place, Axes, list[str]]]:
-    """Values that depend on the inputs and show groups: with their axes and groups."""
-    for place, (units, sources) in values:
-        if sources & from_inputs:
-            axes = tuple(_axis(axis, names) for axis in units)
-            groups = [group for axis in axes for group in axis_groups(axis)]
-            concatenated = any(isinstance(axis, Concat) for axis in axes)
-            if groups and len(set(groups)) == len(groups) and not concatenated:
-                yield place, axes, groups

@@ -10,38 +10,25 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dimat_jax.permutation import index_rules
 from dimat_jax.permutation.units import (
+    Axes,
     Known,
     concatenate,
     cut,
     fix,
+    fixed,
+    fixed_axes,
     product,
     same,
     split,
     unknown,
 )
 
-__all__ = ["RULES", "Rule", "fixed_axes", "fresh_axes"]
+__all__ = ["RULES", "Rule"]
 
-Axes = list[Known]
 Rule = Callable[[Any, list[Axes]], list[Axes]]
 """`rule(eqn, axes of its inputs) -> axes of its outputs`; eqn as in a jaxpr."""
-
-
-def fixed_axes(shape: Sequence[int], reason: str) -> Axes:
-    """Axes none of which may be permuted."""
-    axes = [unknown(size) for size in shape]
-    for axis in axes:
-        fix(axis, reason)
-    return axes
-
-
-def fresh_axes(axes: Axes, shape: Sequence[int]) -> Axes:
-    """As `axes`, but where an array is uniform it need not stay so."""
-    return [
-        unknown(size) if axis is None else axis
-        for axis, size in zip(axes, shape, strict=True)
-    ]
 
 
 def _shapes(atoms) -> list[tuple[int, ...]]:
@@ -64,6 +51,11 @@ def _elementwise(eqn, inputs: list[Axes]) -> list[Axes]:
 def _passes_each(eqn, inputs: list[Axes]) -> list[Axes]:
     del eqn
     return inputs
+
+
+def _passes_nothing(eqn, inputs: list[Axes]) -> list[Axes]:
+    del eqn, inputs
+    return []
 
 
 def _transpose(eqn, inputs: list[Axes]) -> list[Axes]:
@@ -96,8 +88,10 @@ def _arg_reduce(eqn, inputs: list[Axes]) -> list[Axes]:
 
 def _along_axis(eqn, inputs: list[Axes]) -> list[Axes]:
     """Cumulative sums and the like: order matters along one axis."""
-    fix(inputs[0][eqn.params["axis"]], eqn.primitive.name)
-    return inputs
+    (axes,), d = inputs, eqn.params["axis"]
+    # Even of what is uniform: sums of ones count.
+    axes[d] = fixed(eqn.outvars[0].aval.shape[d], eqn.primitive.name, axes[d])
+    return [axes]
 
 
 def _rev(eqn, inputs: list[Axes]) -> list[Axes]:
@@ -107,27 +101,36 @@ def _rev(eqn, inputs: list[Axes]) -> list[Axes]:
 
 
 def _iota(eqn, inputs: list[Axes]) -> list[Axes]:
-    axes: Axes = [None] * len(eqn.params["shape"])
-    d = eqn.params["dimension"]
-    axes[d] = fixed_axes([eqn.params["shape"][d]], "iota")[0]
+    shape, d = eqn.params["shape"], eqn.params["dimension"]
+    axes: Axes = [None] * len(shape)
+    axes[d] = fixed(shape[d], "iota")
     return [axes]
+
+
+def _bitcast(eqn, inputs: list[Axes]) -> list[Axes]:
+    """Wider and narrower numbers: the parts of one lie along a last axis."""
+    (axes,), (shape,), name = inputs, _shapes(eqn.outvars), eqn.primitive.name
+    for axis in axes[len(shape) :]:
+        fix(axis, name)
+    return [[*axes[: len(shape)], *fixed_axes(shape[len(axes) :], name)]]
 
 
 def _reshape(eqn, inputs: list[Axes]) -> list[Axes]:
     (old,), (new,) = _shapes(eqn.invars[:1]), _shapes(eqn.outvars)
+    if 0 in new:
+        return [[None] * len(new)]
+    # Reshapes in Fortran's order come with a transposition.
+    order = eqn.params["dimensions"] or range(len(old))
+    old, units = [old[d] for d in order], [inputs[0][d] for d in order]
     axes: Axes = []
     for old_dims, new_dims in _aligned_blocks(old, new):
-        old_sizes, new_sizes = [old[d] for d in old_dims], [new[d] for d in new_dims]
-        whole = product([inputs[0][d] for d in old_dims], old_sizes)
-        axes += split(whole, new_sizes) if new_sizes else []
+        whole = product([units[d] for d in old_dims], [old[d] for d in old_dims])
+        axes += split(whole, [new[d] for d in new_dims])
     return [axes]
 
 
 def _aligned_blocks(old: Sequence[int], new: Sequence[int]):
     """The shortest runs of dimensions that a reshape takes to each other."""
-    if 0 in old or 0 in new:
-        yield range(len(old)), range(len(new))
-        return
     i = j = 0
     while i < len(old) or j < len(new):
         start_i, start_j = i, j
@@ -152,6 +155,27 @@ def _concatenate(eqn, inputs: list[Axes]) -> list[Axes]:
     ]
 
 
+def _stack(eqn, inputs: list[Axes]) -> list[Axes]:
+    axes = [same(*column) for column in zip(*inputs, strict=True)]
+    axes.insert(eqn.params["axis"], fixed(len(inputs), "stack"))
+    return [axes]
+
+
+def _unstack(eqn, inputs: list[Axes]) -> list[Axes]:
+    fix(inputs[0].pop(eqn.params["axis"]), "unstack")
+    return [list(inputs[0]) for _ in eqn.outvars]
+
+
+def _tile(eqn, inputs: list[Axes]) -> list[Axes]:
+    (shape,), repetitions = _shapes(eqn.invars), eqn.params["reps"]
+    return [
+        [
+            product([None, axis], [n_times, size])
+            for axis, n_times, size in zip(inputs[0], repetitions, shape, strict=True)
+        ]
+    ]
+
+
 def _split(eqn, inputs: list[Axes]) -> list[Axes]:
     dimension = eqn.params["axis"]
     parts = cut(inputs[0][dimension], [int(size) for size in eqn.params["sizes"]])
@@ -172,20 +196,13 @@ def _slice(eqn, inputs: list[Axes]) -> list[Axes]:
         if (start, limit, stride) == (0, size, 1):
             axes.append(axis)
         elif stride == 1:
-            axes.append(_segment(axis, size, start, limit))
+            axes.append(cut(axis, [start, limit - start, size - limit])[1])
         elif axis is None:
             axes.append(None)
         else:
-            fix(axis, "a slice with strides")
-            axes += fixed_axes([len(range(start, limit, stride))], "a slice")
+            n_places = len(range(start, limit, stride))
+            axes.append(fixed(n_places, "a slice with strides", axis))
     return [axes]
-
-
-def _segment(axis: Known, size: int, start: int, limit: int) -> Known:
-    before, sizes = [start] if start else [], [start, limit - start, size - limit]
-    if start == limit:
-        return None
-    return cut(axis, [part for part in sizes if part])[len(before)]
 
 
 def _pad(eqn, inputs: list[Axes]) -> list[Axes]:
@@ -198,10 +215,9 @@ def _pad(eqn, inputs: list[Axes]) -> list[Axes]:
         elif interior == 0 and low >= 0 and high >= 0:
             # All of the padding is one value, so its units may be permuted, too.
             parts = [None, inputs[0][d], None]
-            axes.append(concatenate(parts, [low, shape[d], high]))
+            axes.append(concatenate(parts, [int(low), shape[d], int(high)]))
         else:
-            fix(inputs[0][d], "pad")
-            axes += fixed_axes([padded[d]], "pad")
+            axes.append(fixed(padded[d], "pad", inputs[0][d]))
     return [axes]
 
 
@@ -270,77 +286,17 @@ def _reduce_window(eqn, inputs: list[Axes]) -> list[Axes]:
 
 def _windowed(axis: Known, size: int, pointwise: bool) -> Known:
     """The axis that a window slides along; it sees neighbours, unless pointwise."""
-    if pointwise:
-        return axis
-    fix(axis, "a window")
-    return fixed_axes([size], "a window")[0]
-
-
-def _gather(eqn, inputs: list[Axes]) -> list[Axes]:
-    operand, indices = inputs
-    (shape, _), (out_shape,) = _shapes(eqn.invars), _shapes(eqn.outvars)
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    batching = dict(
-        zip(
-            numbers.operand_batching_dims,
-            numbers.start_indices_batching_dims,
-            strict=True,
-        )
-    )
-    axes: Axes = [None] * len(out_shape)
-    offsets = iter(numbers.offset_dims)
-    for d, axis in enumerate(operand):
-        if d in batching:
-            indices[batching[d]] = same(axis, indices[batching[d]])
-            continue
-        whole = sizes[d] == shape[d] and d not in numbers.collapsed_slice_dims
-        if not whole:  # the indices name places along it
-            fix(axis, "gather")
-        if d not in numbers.collapsed_slice_dims:
-            out_d = next(offsets)
-            axes[out_d] = axis if whole else fixed_axes([out_shape[out_d]], "gather")[0]
-    fix(indices[-1], "gather")
-    others = (d for d in range(len(out_shape)) if d not in numbers.offset_dims)
-    for out_d, axis in zip(others, indices[:-1], strict=True):
-        axes[out_d] = axis
-    return [axes]
-
-
-def _dynamic_slice(eqn, inputs: list[Axes]) -> list[Axes]:
-    (shape, *_), (out_shape,) = _shapes(eqn.invars), _shapes(eqn.outvars)
-    axes: Axes = []
-    for axis, size, out_size in zip(inputs[0], shape, out_shape, strict=True):
-        if size == out_size:
-            axes.append(axis)
-        else:
-            fix(axis, "dynamic_slice")
-            axes += fixed_axes([out_size], "dynamic_slice")
-    return [axes]
-
-
-def _dynamic_update_slice(eqn, inputs: list[Axes]) -> list[Axes]:
-    (shape, update_shape, *_) = _shapes(eqn.invars)
-    axes: Axes = []
-    for axis, update, size, update_size in zip(
-        *inputs[:2], shape, update_shape, strict=True
-    ):
-        if size == update_size:
-            axes.append(same(axis, update))
-        else:
-            fix(axis, "dynamic_update_slice")
-            fix(update, "dynamic_update_slice")
-            axes += fixed_axes([size], "dynamic_update_slice")
-    return [axes]
+    return axis if pointwise else fixed(size, "a window", axis)
 
 
 _ELEMENTWISE = """
 abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt
 ceil clamp clz complex conj convert_element_type copy cos cosh digamma div eq erf
 erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le
-lgamma log log1p logistic lt max min mul name ne neg nextafter not or polygamma
+lgamma log log1p logistic lt max min mul mulhi name ne neg nextafter not or polygamma
 population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt
 select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical
-sign sin sinh sqrt square stop_gradient sub tan tanh xor
+sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
 """.split()
 
 RULES: dict[str, Rule] = {
@@ -360,20 +316,32 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ["reduce_window_sum", "reduce_window_max", "reduce_window_min"], _reduce_window
     ),
+    **dict.fromkeys(
+        [f"scatter{kind}" for kind in ("", "-add", "-sub", "-mul", "-min", "-max")],
+        index_rules.scatter,
+    ),
+    # What is shown to people alone.
+    **dict.fromkeys(["debug_callback", "debug_print"], _passes_nothing),
+    "bitcast_convert_type": _bitcast,
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": _concatenate,
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,
-    "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _dynamic_update_slice,
-    "gather": _gather,
+    "dynamic_slice": index_rules.dynamic_slice,
+    "dynamic_update_slice": index_rules.dynamic_update_slice,
+    "gather": index_rules.gather,
     "iota": _iota,
     "pad": _pad,
     "reshape": _reshape,
     "rev": _rev,
     "slice": _slice,
+    "sort": index_rules.sort,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
+    "top_k": index_rules.top_k,
     "transpose": _transpose,
+    "unstack": _unstack,
 }
 """By the name of JAX's primitive. Operations that call others are `derive`'s."""

@@ -5,8 +5,9 @@ to it, from the outermost jaxpr inwards, and last the number of the operand (or,
 of the output).
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dimat_jax.permutation.rules import RULES, fixed_axes, fresh_axes
-from dimat_jax.permutation.units import Known, Units, fix, same, unknown
+from dimat_jax.permutation.rules import RULES
+from dimat_jax.permutation.units import (
+    Axes,
+    fix,
+    fixed,
+    fixed_axes,
+    same,
+    unknown,
+)
 
 __all__ = ["Place", "Trace", "Value", "operations", "watch"]
 
@@ -29,15 +37,11 @@ _CONTRACTIONS = ("dot_general", "conv_general_dilated")
 # Operations that only call a jaxpr, on their own operands.
 _CALLS = (
     "call",
-    "checkpoint",
     "closed_call",
-    "core_call",
+    "composite",
     "custom_jvp_call",
     "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
     "jit",
-    "pjit",
-    "remat",
     "remat2",
 )
 
@@ -50,7 +54,7 @@ class Value(NamedTuple):
         sources: a bit set of the arguments that it depends on.
     """
 
-    axes: list[Known]
+    axes: Axes
     sources: int
 
 
@@ -61,14 +65,14 @@ class Trace:
         operands: what goes into contractions, with the place.
         values: all that is computed, with the place.
         first_used: the numbers of the arguments, in the order of their first use.
-        not_known: operations without a rule, with what they touched.
+        not_known: the names of operations without a rule.
     """
 
     def __init__(self):
         self.operands: list[tuple[Place, Value]] = []
         self.values: list[tuple[Place, Value]] = []
         self.first_used: list[int] = []
-        self.not_known: list[tuple[str, list[Units]]] = []
+        self.not_known: set[str] = set()
         self._watched: dict[int, Value] = {}
 
     def read(
@@ -103,25 +107,26 @@ class Trace:
             return self.read(called.jaxpr, [*_constants(called), *inputs], place)
         match name:
             case "scan":
-                return self._scan(eqn, inputs, place)
+                outputs = self._scan(eqn, inputs, place)
             case "while":
-                return self._while(eqn, inputs)
+                outputs = self._while(eqn, inputs)
             case "cond":
-                return self._cond(eqn, inputs)
-        for value in inputs:
-            self._use(value)
-        sources = _union(inputs)
-        axes = [value.axes for value in inputs]
-        if name in RULES:
-            results = RULES[name](eqn, [list(a) for a in axes])
-        else:
-            results = self._no_rule(eqn, axes)
-        outputs = [Value(result, sources) for result in results]
+                outputs = self._cond(eqn, inputs)
+            case _:
+                outputs = self._simple(eqn, inputs)
         if place is not None:
             self.values += [((*place, ~n), value) for n, value in enumerate(outputs)]
             if name in _CONTRACTIONS:
                 self._watch(place, inputs)
         return outputs
+
+    def _simple(self, eqn, inputs: list[Value]) -> list[Value]:
+        for value in inputs:
+            self._use(value)
+        rule = RULES.get(eqn.primitive.name, self._no_rule)
+        sources = _union(inputs)
+        results = rule(eqn, [list(value.axes) for value in inputs])
+        return [Value(axes, sources) for axes in results]
 
     def _use(self, value: Value) -> None:
         if value.sources.bit_count() == 1:
@@ -136,14 +141,12 @@ class Trace:
                 self._watched[id(value)] = value
                 self.operands.append(((*place, n), value))
 
-    def _no_rule(self, eqn, inputs: list[list[Known]]) -> list[list[Known]]:
+    def _no_rule(self, eqn, inputs: list[Axes]) -> list[Axes]:
         name = eqn.primitive.name
-        results = [fixed_axes(atom.aval.shape, name) for atom in eqn.outvars]
-        touched = [axis for axes in inputs for axis in axes if axis is not None]
-        for axis in touched:
+        self.not_known.add(name)
+        for axis in itertools.chain(*inputs):
             fix(axis, name)
-        self.not_known.append((name, touched))
-        return results
+        return [fixed_axes(atom.aval.shape, name) for atom in eqn.outvars]
 
     def _scan(self, eqn, inputs: list[Value], place: Place | None) -> list[Value]:
         n_constants, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
@@ -151,19 +154,14 @@ class Trace:
         constants, rest = inputs[:n_constants], inputs[n_constants:]
         carry = _loop_carried(rest[:n_carry], eqn.invars[n_constants:], sources)
         slices = []
-        for axes, _ in rest[n_carry:]:
+        for axes, own in rest[n_carry:]:
             fix(axes[0], "the steps of a scan")
-            slices.append(Value(axes[1:], sources))
+            slices.append(Value(axes[1:], own))
         body = eqn.params["jaxpr"]
         arguments = [*_constants(body), *constants, *carry, *slices]
         outputs = self.read(body.jaxpr, arguments, place)
-        stacked = [
-            Value(
-                [*fixed_axes([eqn.params["length"]], "the steps of a scan"), *axes],
-                sources,
-            )
-            for axes, _ in outputs[n_carry:]
-        ]
+        steps = fixed(eqn.params["length"], "the steps of a scan")
+        stacked = [Value([steps, *axes], own) for axes, own in outputs[n_carry:]]
         return [*_closed_loop(carry, outputs[:n_carry]), *stacked]
 
     def _while(self, eqn, inputs: list[Value]) -> list[Value]:
@@ -198,12 +196,11 @@ def constant(array: Any) -> Value:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         return Value(fixed_axes(shape, "captured"), 0)
     array = np.asarray(array)
-    axes: list[Known] = [unknown(size) for size in shape]
-    for d, axis in enumerate(axes):
-        if (array == np.take(array, [0], axis=d)).all():
-            axes[d] = None
-        else:
-            fix(axis, "captured")
+    uniform = [(array == array.take([0], axis=d)).all() for d in range(array.ndim)]
+    axes = [
+        None if same_all_along else fixed(size, "captured")
+        for same_all_along, size in zip(uniform, shape, strict=True)
+    ]
     return Value(axes, 0)
 
 
@@ -215,9 +212,15 @@ def _union(values: Sequence[Value]) -> int:
 
 
 def _loop_carried(start: Sequence[Value], atoms, sources: int) -> list[Value]:
-    """What a loop begins with. Zeros need not stay zeros."""
+    """What a loop begins with; what is uniform then need not stay so."""
     return [
-        Value(fresh_axes(value.axes, atom.aval.shape), sources)
+        Value(
+            [
+                unknown(size) if axis is None else axis
+                for axis, size in zip(value.axes, atom.aval.shape, strict=True)
+            ],
+            sources,
+        )
         for value, atom in zip(start, atoms, strict=False)
     ]
 
@@ -253,28 +256,30 @@ def operations(jaxpr: Jaxpr) -> Iterator[str]:
 
 
 def watch(
-    closed: Jaxpr, arguments: Sequence[Any], wanted: Mapping[Place, str]
-) -> dict[str, Array]:
-    """Runs a closed jaxpr, and shows the values at some places, by name.
+    closed: Jaxpr, arguments: Sequence[Any], places: Iterable[Place]
+) -> dict[Place, Array]:
+    """Runs a closed jaxpr, and shows the values at some places.
 
-    What a scan computes at each of its steps is stacked behind the first axis.
+    What a scan computes at each of its steps is stacked on a leading axis.
     """
+    wanted = {place: place for place in places}
     return _run(closed.jaxpr, [*closed.consts, *arguments], wanted)[1]
 
 
 def _run(
-    jaxpr: Jaxpr, arguments: Sequence[Any], wanted: Mapping[Place, str]
-) -> tuple[list[Any], dict[str, Any]]:
+    jaxpr: Jaxpr, arguments: Sequence[Any], wanted: Mapping[Place, Place]
+) -> tuple[list[Any], dict[Place, Any]]:
+    """`wanted`: the places in this jaxpr, and what they are called in the whole."""
     known = dict(zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True))
-    seen: dict[str, Any] = {}
+    seen: dict[Place, Any] = {}
 
     def value_of(atom) -> Any:
         return atom.val if isinstance(atom, jex.core.Literal) else known[atom]
 
     for number, eqn in enumerate(jaxpr.eqns):
         inputs = [value_of(atom) for atom in eqn.invars]
-        here = {p[1:]: name for p, name in wanted.items() if p[0] == number}
-        inside = {place: name for place, name in here.items() if len(place) > 1}
+        here = {p[1:]: whole for p, whole in wanted.items() if p[0] == number}
+        inside = {place: whole for place, whole in here.items() if len(place) > 1}
         if not inside:
             outputs = _evaluate(eqn, inputs)
         elif eqn.primitive.name == "scan":
@@ -285,9 +290,9 @@ def _run(
             outputs, shown = _run(called.jaxpr, [*called.consts, *inputs], inside)
             seen |= shown
         known.update(zip(eqn.outvars, outputs, strict=True))
-        for place, name in here.items():
+        for place, whole in here.items():
             if len(place) == 1:
-                seen[name] = [*inputs, *reversed(outputs)][place[0]]
+                seen[whole] = [*inputs, *reversed(outputs)][place[0]]
     return [value_of(atom) for atom in jaxpr.outvars], seen
 
 
@@ -299,7 +304,7 @@ def _evaluate(eqn, inputs: list[Any]) -> list[Any]:
     return outputs if eqn.primitive.multiple_results else [outputs]
 
 
-def _run_scan(eqn, inputs: list[Any], wanted: Mapping[Place, str]):
+def _run_scan(eqn, inputs: list[Any], wanted: Mapping[Place, Place]):
     n_constants, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
     body = eqn.params["jaxpr"]
 
@@ -316,9 +321,4 @@ def _run_scan(eqn, inputs: list[Any], wanted: Mapping[Place, str]):
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
     )
-    # Behind the examples, which come first.
-    shown = {
-        name: jnp.moveaxis(array, 0, min(1, array.ndim - 1))
-        for name, array in seen.items()
-    }
-    return [*carry, *stacked], shown
+    return [*carry, *stacked], seen

@@ -17,12 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Optional
 
 __all__ = [
+    "Axes",
+    "Known",
     "Units",
     "atoms",
     "concatenate",
     "cut",
     "factors",
     "fix",
+    "fixed",
+    "fixed_axes",
     "product",
     "same",
     "split",
@@ -31,6 +35,9 @@ __all__ = [
 
 Known = Optional["Units"]
 """Units, or None where an array is uniform."""
+
+Axes = list[Known]
+"""The units along each axis of an array."""
 
 
 class Units:
@@ -83,7 +90,7 @@ def atoms(units: Known) -> Iterator[Units]:
         node = units.root()
         if node.fixed:
             return
-        if node.kind == "atom":
+        if node.kind == "atom" and node.size > 1:
             yield node
         for part in node.parts:
             yield from atoms(part)
@@ -99,6 +106,19 @@ def _fix(node: Units, reasons: frozenset[str]) -> None:
     node.fixed |= reasons
     for part in node.parts:
         _fix(part.root(), reasons)
+
+
+def fixed(size: int, reason: str, *touched: Known) -> Known:
+    """Units that must stay where they are, as those must that they are made of."""
+    units = unknown(size)
+    for axis in (units, *touched):
+        fix(axis, reason)
+    return units
+
+
+def fixed_axes(shape: Sequence[int], reason: str) -> Axes:
+    """The axes of an array that must stay as it is."""
+    return [fixed(size, reason) for size in shape]
 
 
 def same(*axes: Known) -> Known:
@@ -119,7 +139,10 @@ def split(units: Known, sizes: Sequence[int]) -> list[Known]:
 
 def cut(units: Known, sizes: Sequence[int]) -> list[Known]:
     """The parts of a concatenation; fixed where a boundary does not fit."""
-    return _cut(units, sizes) or _fixed_parts(units, sizes)
+    # Nothing is made of empty parts: else something would be a part of itself.
+    sizes_present = [size for size in sizes if size > 0]
+    parts = iter(_cut(units, sizes_present) or _fixed_parts(units, sizes_present))
+    return [next(parts) if size > 0 else None for size in sizes]
 
 
 def product(factors: Sequence[Known], sizes: Sequence[int]) -> Known:
@@ -136,17 +159,18 @@ def product(factors: Sequence[Known], sizes: Sequence[int]) -> Known:
 
 def concatenate(parts: Sequence[Known], sizes: Sequence[int]) -> Known:
     """The inverse of `cut`. Uniform parts may be permuted each within itself."""
-    nodes = tuple(
-        Units(size) if part is None else part.root()
-        for part, size in zip(parts, sizes, strict=True)
-        if size > 0
-    )
-    return nodes[0] if len(nodes) == 1 else Units(sum(sizes), "concat", nodes)
+    present = [(p, size) for p, size in zip(parts, sizes, strict=True) if size > 0]
+    if len(present) < 2:
+        return present[0][0] if present else None
+    nodes = tuple(Units(size) if p is None else p.root() for p, size in present)
+    return Units(sum(sizes), "concat", nodes)
 
 
 def _unify(a: Units, b: Units) -> None:
     if a is b:
         return
+    # So nothing ever becomes a part of itself: parts are smaller.
+    assert a.size == b.size, f"{a.size} units cannot be {b.size} others"
     if a.fixed or b.fixed:
         reasons = a.fixed | b.fixed
         _fix(a, reasons)
@@ -155,10 +179,7 @@ def _unify(a: Units, b: Units) -> None:
     elif a.kind == "atom" or b.kind == "atom":
         if a.kind != "atom":
             a, b = b, a
-        if a in atoms(b):  # units that are a part of themselves
-            _give_up(a, b)
-        else:
-            a.become(b)
+        a.become(b)
     elif a.kind == b.kind == "product":
         sizes = _common_factors(_sizes(factors(a)), _sizes(factors(b)))
         _unify_parts(a, b, sizes and (_split(a, sizes), _split(b, sizes)))
