@@ -199,6 +199,11 @@ def test_matching_works_on_every_policy_of_data(tmp_path, policy):
     assert 0 < summary["last_merged"]["moved_units"] <= 1
 
 
+def test_matching_by_weights_reads_no_examples():
+    experiment = Experiment(small("wm", merge__match_samples=10_000))
+    assert experiment.merge_data(1).match is None
+
+
 def test_a_round_can_be_counted_in_steps(tmp_path):
     config = small(local_epochs=0, local_steps=3)
     train.run(config, tmp_path, quiet)
@@ -270,6 +275,7 @@ def test_a_workdir_with_another_run_is_refused_and_untouched(finished):
         ({"batch_size": 0}, "config.batch_size"),
         ({"local_steps": 5}, "local_epochs or for local_steps"),
         ({"data__train_size": 10_000}, "1433"),
+        ({"merge__restarts": 0}, "config.merge.restarts is 0; it must be at least 1"),
         ({"merge__match_samples": 301}, "config.merge.match_samples is 301"),
         ({"eval__samples": 101}, "config.eval.samples is 101"),
         ({"data__name": "cifar100", "data__dir": "/nowhere"}, "/nowhere/cifar100"),

@@ -144,8 +144,8 @@ def synchronise(
 ) -> Int32[np.ndarray, "pairs units"]:
     """Permutations that agree with each other, of large total score.
 
-    Two starts are climbed from: the permutations so far, and networks brought into a
-    common frame one after the other, each by its pairs with those before it.
+    Climbs from the better of two starts: the permutations so far, and networks brought
+    into a common frame one after the other, each by its pairs with those before it.
 
     Args:
         scores: of each pair.
@@ -160,9 +160,9 @@ def synchronise(
     for own in _components(pairs):
         component = _Component(scores, pairs, own)
         starts = [component.frames(perms), component.one_by_one()]
-        ends = [component.perms(component.climb(start)) for start in starts]
-        totals = [worth(scores[own], perm).sum() for perm in ends]
-        result[own] = ends[int(np.argmax(totals))]
+        worths = [worth(scores[own], component.perms(x)).sum() for x in starts]
+        climbed = component.climb(starts[int(np.argmax(worths))])
+        result[own] = component.perms(climbed)
     return result
 
 
@@ -234,14 +234,15 @@ class _Component:
             * self._scores.shape[-1]
             * max(np.abs(self._scores[pair]).max() for pair in self._ends)
         )
-        gaining = True
-        while gaining:
-            gaining = False
-            for network in self._order:
-                places = self._places(network, frames)
-                moved = solve_assignment(places)
-                if worth(places, moved) - worth(places, frames[network]) > least:
-                    frames[network], gaining = moved, True
+        waiting = list(self._order)
+        while waiting:
+            network = waiting.pop(0)
+            places = self._places(network, frames)
+            moved = solve_assignment(places)
+            if worth(places, moved) - worth(places, frames[network]) > least:
+                frames[network] = moved
+                others = {other for _, other in self._pairs_of[network]}
+                waiting += sorted(others - set(waiting))
         return frames
 
     def _places(self, network: int, frames: _Frames) -> np.ndarray:
