@@ -1,6 +1,7 @@
 """Does a declared symmetry hold? Permute the units and see if the outputs move."""
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import replace
 
 import jax
@@ -9,10 +10,13 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from dimat_jax.permutation.actions import Perms, apply, identity, random
+from dimat_jax.permutation.derive import derive
+from dimat_jax.permutation.mistakes import Mistake, mended, mistakes
 from dimat_jax.permutation.spec import (
-    Axis,
     PermutationSpec,
     PermutationSpecError,
+    axis_groups,
+    group_sizes,
     validate,
 )
 from dimat_jax.tree import PyTree, flatten, is_inexact
@@ -46,39 +50,36 @@ def verify(
         tolerance: how far outputs may move, relative to the largest absolute output.
 
     Raises:
-        PermutationSpecError: the outputs move, or are not finite. The message names the
-            group, the leaf where a single leaf explains it, and how far they moved.
+        PermutationSpecError: the outputs move, or are not finite. The message says how
+            far they moved, and names the groups and the leaves that are declared wrong:
+            those where the spec departs from what `derive` finds, or else the one leaf
+            that explains it.
     """
     validate(spec, variables)
     noise_key, perm_key = jax.random.split(key)
-    check = _Check(forward, _without_constants(variables, noise_key), inputs)
+    check = _Check(forward, _without_constants(variables, noise_key), inputs, tolerance)
     perms = _moving(random(spec, variables, perm_key))
-    if (moved := check.movement(spec, perms)) <= tolerance:
+    moved = check.movement(spec, perms)
+    if moved <= tolerance:
         return
-
-    still = identity(spec, variables)
-    for group in perms:
-        alone = {**still, group: perms[group]}
-        if (moved := check.movement(spec, alone)) > tolerance:
-            cause = _cause(check, spec, alone, group, tolerance)
-            raise PermutationSpecError(
-                f"permuting the units of group {group!r} moves the outputs by "
-                f"{moved:.1e} of the largest (allowed: {tolerance:.0e}): {cause}"
-            )
+    groups, cause = _cause(check, spec, perms, perm_key)
+    named = ", ".join(map(repr, groups))
     raise PermutationSpecError(
-        f"permuting all groups moves the outputs by {moved:.1e} of the largest "
-        f"(allowed: {tolerance:.0e}), though no group does so alone: {sorted(perms)}"
+        f"permuting the units of group{'s' * (len(groups) > 1)} {named} moves the "
+        f"outputs by {moved:.1e} of the largest (allowed: {tolerance:.0e}): {cause}"
     )
 
 
 class _Check:
     """Measures how far permuted variables move the outputs."""
 
-    def __init__(self, forward, variables: PyTree, inputs: PyTree):
+    def __init__(self, forward, variables: PyTree, inputs: PyTree, tolerance: float):
+        self.variables = variables
+        self._inputs = inputs
+        self._tolerance = tolerance
+        self._eager = forward
         # Compiled once: tracking down a guilty leaf takes many evaluations.
         self._forward = jax.jit(forward)
-        self._variables = variables
-        self._inputs = inputs
         self._outputs = self._run(variables)
         if not self._outputs:
             raise PermutationSpecError("forward returned no arrays; nothing to verify")
@@ -96,7 +97,7 @@ class _Check:
 
         Infinite where outputs that were finite no longer are.
         """
-        moved = self._run(apply(spec, perms, self._variables))
+        moved = self._run(apply(spec, perms, self.variables))
         if not all(np.isfinite(output).all() for output in moved):
             return np.inf
         return max(
@@ -104,45 +105,84 @@ class _Check:
             for before, after in zip(self._outputs, moved, strict=True)
         )
 
-    def single_edits(
-        self, spec: PermutationSpec, group: str, size: int
-    ) -> Iterator[tuple[PermutationSpec, str]]:
-        """Specs that differ in whether one axis belongs to a group, and what to say."""
-        # Additions come first: taking a group its last axis "mends" it, too.
-        leaves = flatten(self._variables)
-        for leaf, axes in spec.axes.items():
-            for dimension, axis in enumerate(axes):
-                if axis != group and leaves[leaf].shape[dimension] == size:
-                    yield (
-                        _with_axis(spec, leaf, dimension, group),
-                        f"{leaf!r} axis {dimension} should be in it, and is declared "
-                        f"{axis!r}",
-                    )
-        for leaf, dimension in spec.groups[group]:
-            if spec.axes[leaf][dimension] == group:
-                yield (
-                    _with_axis(spec, leaf, dimension, None),
-                    f"{leaf!r} axis {dimension} should not be in it",
-                )
+    def holds(self, spec: PermutationSpec, perms: Perms) -> bool:
+        """Whether these permutations leave the outputs where they are."""
+        return self.movement(spec, perms) <= self._tolerance
 
-
-def _with_axis(
-    spec: PermutationSpec, leaf: str, dimension: int, axis: Axis
-) -> PermutationSpec:
-    axes = list(spec.axes[leaf])
-    axes[dimension] = axis
-    return replace(spec, axes={**spec.axes, leaf: tuple(axes)})
+    def derived(self) -> tuple[PermutationSpec, str]:
+        """What the model's operations say, and why that may be too little."""
+        arguments = (self._eager, self.variables, self._inputs)
+        try:
+            return derive(*arguments, strict=True), ""
+        except PermutationSpecError as doubt:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is told with the cause
+                return derive(*arguments), str(doubt)
 
 
 def _cause(
-    check: _Check, spec: PermutationSpec, perms: Perms, group: str, tolerance: float
-) -> str:
-    for edited, what in check.single_edits(spec, group, len(perms[group])):
-        # An edit may leave a group without any leaf; its permutation is just not used.
-        if check.movement(edited, perms) <= tolerance:
-            return what
-    members = ", ".join(f"{leaf!r} axis {d}" for leaf, d in spec.groups[group])
-    return f"no single leaf explains it; it permutes {members}"
+    check: _Check, spec: PermutationSpec, perms: Perms, key: Key[Array, ""]
+) -> tuple[list[str], str]:
+    """The groups at fault, and what to say of them."""
+    derived, doubt = check.derived()
+    wrong = _mistakes(check, spec, derived, key)
+    by_derive = _groups(wrong, perms), _listed(wrong)
+    if wrong and not doubt:
+        return by_derive
+    still = identity(spec, check.variables)
+    for group in perms:
+        alone = {**still, group: perms[group]}
+        if check.holds(spec, alone):
+            continue
+        for mistake in _single_mistakes(check, spec, group, len(perms[group])):
+            # A group may be left without any leaf; its permutation is just not used.
+            if check.holds(mended(spec, [mistake]), alone):
+                return [group], str(mistake)
+        if not wrong:
+            members = ", ".join(f"{leaf!r} axis {d}" for leaf, d in spec.groups[group])
+            return [group], f"no single leaf explains it; it permutes {members}"
+    if wrong:
+        return by_derive[0], f"{by_derive[1]} (though {doubt})"
+    return list(perms), "no group does so alone"
+
+
+def _mistakes(
+    check: _Check, spec: PermutationSpec, derived: PermutationSpec, key: Key[Array, ""]
+) -> list[Mistake]:
+    """How the spec departs from what was derived, if mending that helps."""
+    wrong = mistakes(spec, derived, check.variables)
+    right = mended(spec, wrong)
+    sizes = group_sizes(derived, check.variables) | group_sizes(spec, check.variables)
+    right = replace(right, sizes={group: sizes[group] for group in right.groups})
+    perms = random(right, check.variables, key)
+    return wrong if check.holds(right, perms) else []
+
+
+def _single_mistakes(
+    check: _Check, spec: PermutationSpec, group: str, size: int
+) -> Iterator[Mistake]:
+    """All that can be wrong about whether one axis belongs to a group."""
+    # What may be missing comes first: taking a group its last axis "mends" it, too.
+    leaves = flatten(check.variables)
+    for leaf, axes in spec.axes.items():
+        for dimension, axis in enumerate(axes):
+            if axis != group and leaves[leaf].shape[dimension] == size:
+                yield Mistake(leaf, dimension, axis, group)
+    for leaf, dimension in spec.groups[group]:
+        if spec.axes[leaf][dimension] == group:
+            yield Mistake(leaf, dimension, group, None)
+
+
+def _groups(wrong: list[Mistake], groups: Container[str]) -> list[str]:
+    """The groups that mistakes are about."""
+    axes = [axis for mistake in wrong for axis in (mistake.declared, mistake.right)]
+    named = dict.fromkeys(group for axis in axes for group in axis_groups(axis))
+    return [group for group in named if group in groups]
+
+
+def _listed(wrong: list[Mistake], at_most: int = 10) -> str:
+    more = [f"and {len(wrong) - at_most} more"] if len(wrong) > at_most else []
+    return "; ".join([*map(str, wrong[:at_most]), *more])
 
 
 def _without_constants(variables: PyTree, key: Key[Array, ""]) -> PyTree:
