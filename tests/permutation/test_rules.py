@@ -63,6 +63,14 @@ def loop(h, step, n: int = 3, start=jnp.zeros_like):
     return lax.scan(lambda c, _: (step(c), None), start(h), None, length=n)[0]
 
 
+def recurrence(h, kernel):
+    def step(state, inputs):
+        state = jnp.tanh(state @ kernel + inputs)
+        return state, state
+
+    return lax.scan(step, jnp.zeros(UNITS), h)[1]
+
+
 @jax.custom_vjp
 def gate(h):
     return h * jnp.tanh(h)
@@ -388,9 +396,7 @@ ROWS = {
         (("a",),),
     ),
     "a recurrence over the batch": Row(
-        lambda h, k: lax.scan(
-            lambda c, t: ((c := jnp.tanh(c @ k + t)), c), jnp.zeros(UNITS), h
-        )[1],
+        recurrence,
         *moved(),
         ((UNITS, UNITS),),
         (("a", "a"),),
