@@ -19,6 +19,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import pandas as pd  # noqa: E402
 
+from dimat_jax.algorithms import ALIGNING, WATCHING  # noqa: E402
 from dimat_jax.config import substance  # noqa: E402
 from dimat_jax.errors import UserError  # noqa: E402
 from dimat_jax.metrics import read_rows  # noqa: E402
@@ -33,8 +34,13 @@ Frame = Any
 _REPEATS = ("seed",)
 # The fields that make a panel of the figure; the others make a line.
 _PANELS = ["partition", "topology"]
-# What says nothing of the algorithms that do not align.
-_DIMAT_ONLY = ("merge.frame", "merge.stay", "merge.match_data", "merge.match_samples")
+# Fields that say nothing of other algorithms than these.
+_READ_BY = {
+    "merge.frame": ALIGNING,
+    "merge.stay": ALIGNING,
+    "merge.match_data": WATCHING,
+    "merge.match_samples": WATCHING,
+}
 _PHASES = ("pretrained", "merged", "trained")
 
 
@@ -79,8 +85,8 @@ def load(directories: Sequence[str | Path]) -> tuple[Frame, list[str]]:
         field: name if last.count(name) == 1 else field
         for field, name in zip(fields, last, strict=True)
     }
-    for field in set(fields).intersection(_DIMAT_ONLY):
-        table.loc[table.algorithm != "dimat", field] = ""
+    for field in set(fields).intersection(_READ_BY):
+        table.loc[~table.algorithm.isin(_READ_BY[field]), field] = ""
     described: Frame = table[[*fields, *_REPEATS]].rename(columns=short)
     evaluations: Frame = pd.concat(frames, ignore_index=True).join(described, on="run")
     return evaluations, list(short.values())
