@@ -7,9 +7,9 @@ inputs or outputs cannot be permuted; the rest are the groups.
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 from jaxtyping import Array
@@ -21,9 +21,10 @@ from dimat_jax.permutation.spec import (
     PermutationSpecError,
     Product,
 )
-from dimat_jax.permutation.taps import choose_taps, show
-from dimat_jax.permutation.trace import Trace, Value, constant, operations, watch
+from dimat_jax.permutation.taps import Tap, choose_taps, show
+from dimat_jax.permutation.trace import Trace, Value, constant, watch
 from dimat_jax.permutation.units import (
+    Axes,
     Known,
     Units,
     atoms,
@@ -75,8 +76,8 @@ def derive(
 
     Weights and activations are followed through contractions, convolutions, elementwise
     operations, reductions, reshapes, concatenations and control flow. An operation that
-    is not known fixes the axes that it touches. What is found holds for every value of
-    the weights; `verify` checks it on some.
+    is not known fixes the axes that it touches, with a warning that names them. What is
+    found holds for every value of the weights; `verify` checks it on some.
 
     Args:
         forward: `forward(variables, inputs) -> outputs`, traceable by JAX, any pytrees.
@@ -91,13 +92,90 @@ def derive(
     Returns:
         spec, without taps; or `(spec, activations)` with taps that
         `activations(variables, inputs) -> {tap: array}` shows: what goes into the
-        contractions that use a group's units. It may be jitted, vmapped, and called
-        with other batch sizes.
+        contractions that use a group's units. It may be vmapped, called with other
+        batch sizes, and should be jitted: it traces the model to find its way.
 
     Raises:
         PermutationSpecError: a leaf that is no array; or, if strict, an operation
-            without a rule.
+            without a rule. `activations` does, if the inputs are of a kind with which
+            the model has other units.
     """
+    reading = _read(forward, variables, inputs)
+    if message := reading.complaint():
+        if strict:
+            raise PermutationSpecError(message)
+        warnings.warn(message, stacklevel=2)
+    if not with_activations:
+        return reading.spec({})
+    spec = reading.spec(reading.taps())
+
+    def activations(variables, inputs):
+        again = _read(forward, variables, inputs)
+        taps = again.taps()
+        if again.spec(taps) != spec:
+            raise PermutationSpecError(
+                "the model has other units, or shows them elsewhere, with these inputs "
+                "than with those that its spec was derived with; derive it again with "
+                "inputs like these"
+            )
+        arguments = jax.tree.leaves((variables, inputs))
+        seen = watch(again.jaxpr, arguments, {tap.place for tap in taps.values()})
+        return {name: show(tap, seen[tap.place]) for name, tap in taps.items()}
+
+    return spec, activations
+
+
+class _Reading(NamedTuple):
+    """What was read of a model.
+
+    Attributes:
+        jaxpr: the model's, closed.
+        trace: through it.
+        axes: of the leaves.
+        names: of the groups.
+    """
+
+    jaxpr: Any
+    trace: Trace
+    axes: dict[str, Axes]
+    names: dict[Units, str]
+
+    def spec(self, taps: Mapping[str, Tap]) -> PermutationSpec:
+        axes = {
+            path: tuple(_axis(axis, self.names) for axis in axes)
+            for path, axes in self.axes.items()
+        }
+        # Where an axis of its own tells a group's size, the spec need not.
+        plain = {axis for leaf_axes in axes.values() for axis in leaf_axes}
+        sizes = {n: atom.size for atom, n in self.names.items() if n not in plain}
+        return PermutationSpec(axes, {t: tap.axes for t, tap in taps.items()}, sizes)
+
+    def taps(self) -> dict[str, Tap]:
+        declare = partial(_axis, names=self.names)
+        return choose_taps(self.trace, self.names.values(), declare, _inputs(self.axes))
+
+    def complaint(self) -> str:
+        """Which axes are fixed only because of operations without a rule."""
+        costs: dict[str, list[str]] = {}
+        for path, axes in self.axes.items():
+            for d, axis in enumerate(axes):
+                reasons = axis.root().fixed if axis is not None else frozenset()
+                if reasons and reasons <= self.trace.not_known:
+                    for name in reasons:
+                        costs.setdefault(name, []).append(f"{path!r} axis {d}")
+        return "; ".join(
+            f"derive does not know the operation {name!r}, and fixes what it touches: "
+            f"{', '.join(sorted(axes))}"
+            for name, axes in sorted(costs.items())
+        )
+
+
+def _inputs(leaves: Collection[str]) -> int:
+    """The source that all inputs are (see `Value`): the one behind all leaves."""
+    return 1 << len(leaves)
+
+
+def _read(forward: Forward, variables: PyTree, inputs: PyTree) -> _Reading:
     leaves = flatten(variables)
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -106,60 +184,29 @@ def derive(
                 "variables from what is not traced first"
             )
     closed = jax.make_jaxpr(forward)(variables, inputs)
-    n_inputs = len(jax.tree.leaves(inputs))
-    # The last source stands for all inputs.
-    arguments = [
-        Value([unknown(size) for size in leaf.shape], 1 << n)
-        for n, leaf in enumerate(leaves.values())
-    ] + [
-        Value(fixed_axes(var.aval.shape, "an input"), 1 << len(leaves))
-        for var in closed.jaxpr.invars[len(closed.jaxpr.invars) - n_inputs :]
+    axes = {p: [unknown(size) for size in leaf.shape] for p, leaf in leaves.items()}
+    arguments = [Value(axes[path], 1 << n) for n, path in enumerate(leaves)] + [
+        Value(fixed_axes(var.aval.shape, "an input"), _inputs(leaves))
+        for var in closed.jaxpr.invars[len(leaves) :]
     ]
     trace = Trace()
     outputs = trace.read(closed.jaxpr, [*map(constant, closed.consts), *arguments])
     alive = 0
-    for axes, sources in outputs:
-        alive |= sources
-        _fix_all(axes, "an output")
-    axes_of = {path: value.axes for path, value in zip(leaves, arguments, strict=False)}
-    for n, axes in enumerate(axes_of.values()):
+    for value in outputs:
+        alive |= value.sources
+        _fix_all(value.axes, "an output")
+    for n, path in enumerate(leaves):
         if not alive >> n & 1:  # no output depends on it, so nothing can be said
-            _fix_all(axes, "unused")
-    for axes in axes_of.values():
-        for axis in axes:
+            _fix_all(axes[path], "unused")
+    for leaf_axes in axes.values():
+        for axis in leaf_axes:
             _fix_what_no_spec_can_say(axis)
-    _complain(trace, axes_of, strict)
 
     used = [list(leaves)[n] for n in trace.first_used if n < len(leaves)]
     # Kernels first; they say more than the bias that is added to them.
-    used.sort(key=lambda path: len(axes_of[path]) < 2)
-    names = _names({path: axes_of[path] for path in [*used, *leaves]})
-    spec_axes = {
-        path: tuple(_axis(axis, names) for axis in axes)
-        for path, axes in axes_of.items()
-    }
-    # Where an axis of its own tells a group's size, the spec need not.
-    plain = {axis for axes in spec_axes.values() for axis in axes}
-    sizes = {name: atom.size for atom, name in names.items() if name not in plain}
-    if not with_activations:
-        return PermutationSpec(spec_axes, sizes=sizes)
-    declare = partial(_axis, names=names)
-    taps = choose_taps(trace, names.values(), declare, inputs=1 << len(leaves))
-    spec = PermutationSpec(spec_axes, {t: tap.axes for t, tap in taps.items()}, sizes)
-    traced = list(operations(closed.jaxpr))
-
-    def activations(variables, inputs):
-        again = jax.make_jaxpr(forward)(variables, inputs)
-        if list(operations(again.jaxpr)) != traced:
-            raise PermutationSpecError(
-                "the model does other operations on these inputs than on those that "
-                "its spec was derived with; derive it again with inputs like these"
-            )
-        arguments = jax.tree.leaves((variables, inputs))
-        seen = watch(again, arguments, {tap.place for tap in taps.values()})
-        return {name: show(tap, seen[tap.place]) for name, tap in taps.items()}
-
-    return spec, activations
+    used.sort(key=lambda path: len(axes[path]) < 2)
+    names = _names({path: axes[path] for path in [*used, *leaves]})
+    return _Reading(closed, trace, axes, names)
 
 
 def _fix_all(axes: Sequence[Known], reason: str) -> None:
@@ -179,28 +226,6 @@ def _fix_what_no_spec_can_say(units: Known) -> None:
             for part in factor.parts:
                 _fix_what_no_spec_can_say(part)
         moving = moving or any(atoms(factor))
-
-
-def _complain(
-    trace: Trace, axes_of: Mapping[str, Sequence[Known]], strict: bool
-) -> None:
-    """Tells which axes are fixed only because of operations without a rule."""
-    costs: dict[str, list[str]] = {}
-    for path, axes in axes_of.items():
-        for d, axis in enumerate(axes):
-            reasons = axis.root().fixed if axis is not None else frozenset()
-            if reasons and reasons <= trace.not_known:
-                for name in reasons:
-                    costs.setdefault(name, []).append(f"{path!r} axis {d}")
-    if costs:
-        message = "; ".join(
-            f"derive does not know the operation {name!r}, and fixes what it touches: "
-            f"{', '.join(sorted(axes))}"
-            for name, axes in sorted(costs.items())
-        )
-        if strict:
-            raise PermutationSpecError(message)
-        warnings.warn(message, stacklevel=3)
 
 
 def _names(axes_of: Mapping[str, Sequence[Known]]) -> dict[Units, str]:

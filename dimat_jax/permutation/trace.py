@@ -7,7 +7,7 @@ of the output).
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array
 from dimat_jax.permutation.rules import RULES
 from dimat_jax.permutation.units import (
     Axes,
+    atoms,
     fix,
     fixed,
     fixed_axes,
@@ -26,7 +27,7 @@ from dimat_jax.permutation.units import (
     unknown,
 )
 
-__all__ = ["Place", "Trace", "Value", "operations", "watch"]
+__all__ = ["Place", "Trace", "Value", "constant", "watch"]
 
 Jaxpr = Any  # jax.extend.core.Jaxpr, whose attributes type checkers do not know
 Place = tuple[int, ...]
@@ -144,9 +145,16 @@ class Trace:
     def _no_rule(self, eqn, inputs: list[Axes]) -> list[Axes]:
         name = eqn.primitive.name
         self.not_known.add(name)
-        for axis in itertools.chain(*inputs):
-            fix(axis, name)
-        return [fixed_axes(atom.aval.shape, name) for atom in eqn.outvars]
+        touched = [axis for axis in itertools.chain(*inputs) if axis is not None]
+        # What it makes of fixed axes would be fixed in any case.
+        reasons = {name}
+        if not any(any(atoms(axis)) for axis in touched):
+            reasons = reasons.union(*(axis.root().fixed for axis in touched))
+        results = [fixed_axes(atom.aval.shape, name) for atom in eqn.outvars]
+        for axis in itertools.chain(touched, *results):
+            for reason in reasons:
+                fix(axis, reason)
+        return results
 
     def _scan(self, eqn, inputs: list[Value], place: Place | None) -> list[Value]:
         n_constants, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
@@ -243,16 +251,6 @@ def _called(eqn) -> Jaxpr | None:
 
 def _constants(closed: Jaxpr) -> list[Value]:
     return [constant(array) for array in closed.consts]
-
-
-def operations(jaxpr: Jaxpr) -> Iterator[str]:
-    """The names of all operations that a place can lead to, in order."""
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        if eqn.primitive.name == "scan":
-            yield from operations(eqn.params["jaxpr"].jaxpr)
-        elif (called := _called(eqn)) is not None:
-            yield from operations(called.jaxpr)
 
 
 def watch(
