@@ -377,4 +377,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     _define_flags()
-    program.run(main)
+    program.run(main, resumes=False)

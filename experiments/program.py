@@ -18,8 +18,13 @@ from dimat_jax.errors import NonFiniteError, UserError
 __all__ = ["expect_no", "run"]
 
 
-def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Parses absl's flags, runs `main` with the other arguments, and exits."""
+def run(main: Callable[[list[str]], Any], *, resumes: bool = True) -> NoReturn:
+    """Parses absl's flags, runs `main` with the other arguments, and exits.
+
+    Args:
+        main: the program.
+        resumes: whether the same command goes on where it was interrupted.
+    """
     # Orbax tells every step of every save; --verbosity=0 brings it back.
     logging.set_verbosity(logging.WARNING)
     # The runs of a sweep, and a run that resumes, compile the same programs.
@@ -34,7 +39,8 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     except NonFiniteError as error:
         _end(1, f"error: {error}")
     except KeyboardInterrupt:
-        _end(130, "interrupted; the same command goes on from the last checkpoint")
+        goes_on = "; the same command goes on from the last checkpoint"
+        _end(130, "interrupted" + (goes_on if resumes else ""))
     sys.exit(0)
 
 
