@@ -158,8 +158,8 @@ def part(seen, weight, rng):
 
 
 def padding(seen, weight, rng):
-    config = [tuple(int(n) for n in rng.integers(0, 2, 3)) for _ in seen[-1].shape]
-    return lax.pad(seen[-1], jnp.float32(1), config)
+    config = rng.integers(0, 2, (seen[-1].ndim, 3)).tolist()
+    return lax.pad(seen[-1], jnp.float32(1), [(lo, hi, gap) for lo, hi, gap in config])
 
 
 def reshape(seen, weight, rng):
