@@ -1,8 +1,10 @@
 """How much of whom: mixing matrices, and mixing stacked agents with them.
 
-A mixing matrix W has a row for each receiver: agent i moves to sum_j W[i, j] x_j.
+A mixing matrix W has a row for each receiver: agent i moves to sum_j W[i, j] x_j. For a
+topology that changes over time it is a stack `[period, agents, agents]`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,42 +13,78 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dimat_jax.errors import UserError
-from dimat_jax.topology import Adjacency
+from dimat_jax.topology import Adjacency, Schedule
 from dimat_jax.tree import PyTree, is_inexact
 
 __all__ = [
     "MIXINGS",
     "MixingError",
+    "MixingMatrix",
+    "check_mixing_matrix",
+    "column_stochastic",
+    "fastest",
+    "is_column_stochastic",
     "is_doubly_stochastic",
+    "lazy",
     "metropolis_hastings",
     "mix",
+    "row_stochastic",
     "spectral_gap",
     "uniform",
 ]
 
-MixingMatrix = Float[np.ndarray, "agents agents"]
+MixingMatrix = Float[np.ndarray, "*period agents agents"]
+Rule = Callable[[Adjacency], MixingMatrix]
 
 
 class MixingError(UserError):
     """A graph that a mixing rule does not fit, or a matrix that is no mixing matrix."""
 
 
+def _at_every_time(rule: Rule) -> Callable[[Adjacency | Schedule], MixingMatrix]:
+    """Makes a rule for one graph into one for a stack of them, too."""
+
+    @functools.wraps(rule)
+    def mixing(adjacency):
+        if adjacency.ndim == 2:
+            return rule(adjacency)
+        return np.stack([rule(graph) for graph in adjacency])
+
+    return mixing
+
+
+@_at_every_time
 def uniform(adjacency: Adjacency) -> MixingMatrix:
     """1 / (max degree + 1) to every neighbour, the rest to oneself; float64.
 
     On a regular graph that is 1 / (degree + 1) for oneself too: 1/N when fully
-    connected, 1/3 on a ring. Doubly stochastic on every undirected graph.
+    connected, 1/3 on a ring. On others these are the max-degree weights. Doubly
+    stochastic on every undirected graph, and on directed ones in which everyone sends
+    to as many as they receive from.
+
+    Raises:
+        MixingError: a directed graph in which that is not so.
     """
-    _require_undirected(adjacency, "uniform")
-    degree = adjacency.sum(axis=1)
-    return _with_remainder_on_diagonal(adjacency / (degree.max(initial=0) + 1))
+    received, sent = adjacency.sum(axis=1), adjacency.sum(axis=0)
+    if (received != sent).any():
+        agent = int(np.argmax(received != sent))
+        raise MixingError(
+            f"uniform weights need agents who send to as many as they receive from, "
+            f"but agent {agent} receives from {received[agent]} and sends to "
+            f"{sent[agent]}; column_stochastic weights (with push-sum) do not need that"
+        )
+    return _with_remainder_on_diagonal(adjacency / (received.max(initial=0) + 1))
 
 
+@_at_every_time
 def metropolis_hastings(adjacency: Adjacency) -> MixingMatrix:
     """1 / (1 + max(degree_i, degree_j)) on every edge, the rest to oneself; float64.
 
     Doubly stochastic on every undirected graph, and no agent needs to know more than
     its neighbours' degrees (Xiao, Boyd & Lall 2006).
+
+    Raises:
+        MixingError: a directed graph.
     """
     _require_undirected(adjacency, "metropolis_hastings")
     degree = adjacency.sum(axis=1)
@@ -55,9 +93,82 @@ def metropolis_hastings(adjacency: Adjacency) -> MixingMatrix:
     )
 
 
-MIXINGS: dict[str, Callable[[Adjacency], MixingMatrix]] = {
+@_at_every_time
+def lazy(adjacency: Adjacency) -> MixingMatrix:
+    """(I + W) / 2 with uniform W: half of everyone stays; float64.
+
+    Its eigenvalues are at least 0, which D2 (Tang et al. 2018) and consensus on
+    bipartite graphs ask for.
+
+    Raises:
+        MixingError: as `uniform`.
+    """
+    return (np.eye(len(adjacency)) + uniform(adjacency)) / 2
+
+
+@_at_every_time
+def column_stochastic(adjacency: Adjacency) -> MixingMatrix:
+    """Every sender splits itself evenly over its receivers and itself; float64.
+
+    Columns sum to 1, rows need not: what push-sum takes on directed graphs (Assran et
+    al. 2019, section 3).
+    """
+    sent = adjacency | np.eye(len(adjacency), dtype=bool)
+    return sent / sent.sum(axis=0)
+
+
+@_at_every_time
+def row_stochastic(adjacency: Adjacency) -> MixingMatrix:
+    """Every receiver takes the mean of what it has and gets; float64.
+
+    Rows sum to 1, columns need not: the average over agents is not preserved.
+    """
+    received = adjacency | np.eye(len(adjacency), dtype=bool)
+    return received / received.sum(axis=1, keepdims=True)
+
+
+@_at_every_time
+def fastest(adjacency: Adjacency) -> MixingMatrix:
+    """The symmetric weights of the largest spectral gap; float64.
+
+    Minimises the spectral norm of W - 11^T / N over symmetric W on the graph's edges
+    with rows that sum to 1 (Xiao & Boyd 2004, equation 17), a semidefinite program.
+    Some weights may be negative. Takes the optional package cvxpy.
+
+    Raises:
+        MixingError: a directed graph, cvxpy is not installed, or it finds no solution.
+    """
+    _require_undirected(adjacency, "fastest")
+    try:
+        import cvxpy
+    except ImportError as error:
+        raise MixingError(
+            "fastest weights need cvxpy: pip install 'dimat_jax[sdp]'"
+        ) from error
+    n_agents = len(adjacency)
+    if not adjacency.any():
+        return np.eye(n_agents)
+    W = cvxpy.Variable((n_agents, n_agents), symmetric=True)
+    outside = ~(adjacency | np.eye(n_agents, dtype=bool))
+    constraints = [cvxpy.sum(W, axis=1) == 1, cvxpy.multiply(outside, W) == 0]
+    mean = np.full((n_agents, n_agents), 1 / n_agents)
+    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sigma_max(W - mean)), constraints)
+    problem.solve(solver=cvxpy.CLARABEL)
+    if W.value is None:
+        raise MixingError(f"the fastest weights were not found: {problem.status}")
+    # What the solver leaves of its tolerance: exactly symmetric, exactly on the edges.
+    weights = np.where(adjacency, (W.value + W.value.T) / 2, 0.0)
+    return _with_remainder_on_diagonal(weights)
+
+
+MIXINGS: dict[str, Callable[[Adjacency | Schedule], MixingMatrix]] = {
     "uniform": uniform,
+    "max_degree": uniform,
     "metropolis_hastings": metropolis_hastings,
+    "lazy": lazy,
+    "column_stochastic": column_stochastic,
+    "row_stochastic": row_stochastic,
+    "fastest": fastest,
 }
 
 
@@ -74,12 +185,36 @@ def _require_undirected(adjacency: Adjacency, rule: str) -> None:
         )
 
 
+def check_mixing_matrix(mixing_matrix: np.ndarray) -> MixingMatrix:
+    """A matrix that somebody made themselves, if its rows or its columns sum to 1.
+
+    Raises:
+        MixingError: neither does; it names the first row.
+    """
+    matrix = np.asarray(mixing_matrix, np.float64)
+    rows, columns = matrix.sum(axis=-1), matrix.sum(axis=-2)
+    if not np.allclose(rows, 1, atol=1e-6) and not np.allclose(columns, 1, atol=1e-6):
+        agent = int(np.argmax(np.abs(rows - 1).reshape(-1, rows.shape[-1]).max(axis=0)))
+        raise MixingError(
+            "a mixing matrix's rows or columns (or both) sum to 1; here neither do, "
+            f"and row {agent} sums to {rows.reshape(-1, rows.shape[-1])[0, agent]:g}"
+        )
+    return matrix
+
+
 def is_doubly_stochastic(mixing_matrix: MixingMatrix, tolerance: float = 1e-6) -> bool:
     """Whether rows and columns sum to 1 and no weight is negative."""
     return bool(
+        is_column_stochastic(mixing_matrix, tolerance)
+        and is_column_stochastic(np.swapaxes(mixing_matrix, -1, -2), tolerance)
+    )
+
+
+def is_column_stochastic(mixing_matrix: MixingMatrix, tolerance: float = 1e-6) -> bool:
+    """Whether columns sum to 1 and no weight is negative."""
+    return bool(
         (mixing_matrix >= -tolerance).all()
-        and np.allclose(mixing_matrix.sum(axis=0), 1, atol=tolerance)
-        and np.allclose(mixing_matrix.sum(axis=1), 1, atol=tolerance)
+        and np.allclose(mixing_matrix.sum(axis=-2), 1, atol=tolerance)
     )
 
 
@@ -87,11 +222,15 @@ def spectral_gap(mixing_matrix: MixingMatrix) -> float:
     """1 - |lambda_2|, lambda_2 the eigenvalue of second largest modulus.
 
     0: some agents never hear of each other; 1: consensus in a single step. The paper's
-    rho is |lambda_2|^2.
+    rho is |lambda_2|^2. Of a stack `[period, agents, agents]` it is the gap of the
+    product W_period ... W_2 W_1, which a whole period does.
     """
-    if len(mixing_matrix) == 1:
+    whole = np.asarray(mixing_matrix, np.float64)
+    if whole.ndim == 3:
+        whole = functools.reduce(lambda product, W: W @ product, whole)
+    if len(whole) == 1:
         return 1.0
-    moduli = np.sort(np.abs(np.linalg.eigvals(np.asarray(mixing_matrix, np.float64))))
+    moduli = np.sort(np.abs(np.linalg.eigvals(whole)))
     # Rounding may put an eigenvalue of modulus 1 a hair above it.
     return float(np.clip(1 - moduli[-2], 0.0, 1.0))
 

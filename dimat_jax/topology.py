@@ -1,10 +1,17 @@
 """Who talks to whom: communication graphs as adjacency matrices.
 
 `adjacency[i, j]` says that agent i receives from agent j. There are no self-loops: an
-agent always has its own weights.
+agent always has its own weights. A topology that changes over time is a stack
+`[period, agents, agents]`, which is gone through again and again.
+
+`TOPOLOGIES[name](n_agents)` builds one; some take more: their signatures say what.
 """
 
+import json
+import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -15,13 +22,22 @@ from dimat_jax.errors import UserError
 __all__ = [
     "TOPOLOGIES",
     "Adjacency",
+    "Schedule",
     "TopologyError",
-    "from_graph",
     "components",
+    "from_graph",
     "is_connected",
+    "is_undirected",
+    "read_matrix",
+    "schedule",
+    "union",
 ]
 
 Adjacency = Bool[np.ndarray, "agents agents"]
+Schedule = Bool[np.ndarray, "period agents agents"]
+
+# How often to draw a random graph before giving up on a connected one.
+_DRAWS = 1000
 
 
 class TopologyError(UserError):
@@ -39,33 +55,192 @@ def from_graph(graph: nx.Graph) -> Adjacency:
     return matrix
 
 
-def _fully_connected(n_agents: int) -> nx.Graph:
-    return nx.complete_graph(n_agents)
+def fully_connected(n_agents: int) -> Adjacency:
+    """Everyone with everyone."""
+    return from_graph(nx.complete_graph(_at_least_one(n_agents)))
 
 
-def _ring(n_agents: int) -> nx.Graph:
+def ring(n_agents: int) -> Adjacency:
+    """Everyone with two neighbours."""
     # networkx gives a cycle of one node a self-loop, which `from_graph` drops.
-    return nx.cycle_graph(n_agents)
+    return from_graph(nx.cycle_graph(_at_least_one(n_agents)))
 
 
-def _disconnected(n_agents: int) -> nx.Graph:
-    return nx.empty_graph(n_agents)
+def path(n_agents: int) -> Adjacency:
+    """A ring that is cut open."""
+    return from_graph(nx.path_graph(_at_least_one(n_agents)))
 
 
-def _named(build: Callable[[int], nx.Graph]) -> Callable[[int], Adjacency]:
-    def topology(n_agents: int) -> Adjacency:
-        if n_agents < 1:
-            raise TopologyError(f"expected at least 1 agent, got {n_agents}")
-        return from_graph(build(n_agents))
-
-    return topology
+def star(n_agents: int) -> Adjacency:
+    """Everyone with agent 0, the hub."""
+    return from_graph(nx.star_graph(_at_least_one(n_agents) - 1))
 
 
-TOPOLOGIES: dict[str, Callable[[int], Adjacency]] = {
-    "fully_connected": _named(_fully_connected),
-    "ring": _named(_ring),
-    "disconnected": _named(_disconnected),
+def bipartite(n_agents: int) -> Adjacency:
+    """Everyone with the two hubs, agents 0 and 1, who do not talk to each other."""
+    hubs = min(2, _at_least_one(n_agents) - 1)
+    return from_graph(nx.complete_bipartite_graph(hubs, n_agents - hubs))
+
+
+def torus(n_agents: int) -> Adjacency:
+    """A grid, as square as can be, whose opposite sides meet; a ring for a prime."""
+    rows = next(
+        rows
+        for rows in range(math.isqrt(_at_least_one(n_agents)), 0, -1)
+        if n_agents % rows == 0
+    )
+    return from_graph(nx.grid_2d_graph(rows, n_agents // rows, periodic=True))
+
+
+def hypercube(n_agents: int) -> Adjacency:
+    """Agents whose numbers differ in one bit.
+
+    Raises:
+        TopologyError: the number of agents is no power of two.
+    """
+    dimensions = _at_least_one(n_agents).bit_length() - 1
+    if n_agents != 2**dimensions:
+        raise TopologyError(
+            f"a hypercube has 1, 2, 4, 8, ... agents, but there are {n_agents}"
+        )
+    agents = np.arange(n_agents)
+    differing = agents[:, None] ^ agents
+    return np.isin(differing, 2 ** np.arange(dimensions))
+
+
+def exponential(n_agents: int) -> Adjacency:
+    """Directed: agent j sends to j + 1, j + 2, j + 4, ... (modulo n).
+
+    About log2(n) neighbours, and a spectral gap that hardly shrinks as n grows (Assran
+    et al. 2019; Ying et al. 2021, arXiv 2110.13363).
+    """
+    return union(one_peer_exponential(n_agents))
+
+
+def one_peer_exponential(n_agents: int) -> Schedule:
+    """Directed, and changing: j sends to j + 1, then to j + 2, then to j + 4, ...
+
+    Each agent has one neighbour at a time. If n is a power of two, agents that average
+    with it reach exact consensus after one period, log2(n) (Ying et al. 2021).
+    """
+    agents = np.arange(_at_least_one(n_agents))
+    hops = [2**k for k in range(max((n_agents - 1).bit_length(), 1))]
+    offset = (agents[:, None] - agents) % n_agents
+    return np.stack([(offset == hop % n_agents) & (offset > 0) for hop in hops])
+
+
+def random_regular(
+    n_agents: int, *, degree: int | None = None, seed: int = 0
+) -> Adjacency:
+    """A random connected graph in which everyone has `degree` neighbours.
+
+    None stands for the least degree above the ring's: 3, or 4 for an odd number of
+    agents, as far as there are so many others.
+
+    Raises:
+        TopologyError: there is no such graph.
+    """
+    _at_least_one(n_agents)
+    if degree is None:
+        degree = min(3 + n_agents % 2, n_agents - 1)
+    possible = 0 <= degree < n_agents and degree * n_agents % 2 == 0
+    # Pairs, or nobody to talk to: these are connected for the fewest agents only.
+    if not possible or degree < min(2, n_agents - 1):
+        raise TopologyError(
+            f"there is no connected graph of {n_agents} agents with {degree} "
+            "neighbours each; the degree must be at least 2, below the number of "
+            "agents, and even if that is odd"
+        )
+    return _connected(lambda s: nx.random_regular_graph(degree, n_agents, s), seed)
+
+
+def erdos_renyi(
+    n_agents: int, *, edge_probability: float = 0.5, seed: int = 0
+) -> Adjacency:
+    """Every pair with the same probability; drawn anew until the graph is connected.
+
+    Raises:
+        TopologyError: no probability, or one too small to find a connected graph.
+    """
+    if not 0 <= edge_probability <= 1:
+        raise TopologyError(
+            f"edge_probability must be from 0 to 1, got {edge_probability}"
+        )
+    _at_least_one(n_agents)
+    return _connected(
+        lambda s: nx.gnp_random_graph(n_agents, edge_probability, s), seed
+    )
+
+
+def disconnected(n_agents: int) -> Adjacency:
+    """Nobody with anybody."""
+    return from_graph(nx.empty_graph(_at_least_one(n_agents)))
+
+
+def from_file(n_agents: int, *, file: str | os.PathLike[str] = "") -> Schedule:
+    """Any graph, or a stack of them: an adjacency or a mixing matrix in a file.
+
+    Whatever is not 0 off the diagonal is an edge.
+
+    Raises:
+        TopologyError: the file cannot be read, or is not for so many agents.
+    """
+    edges = schedule(read_matrix(file, n_agents) != 0)
+    return edges & ~np.eye(n_agents, dtype=bool)
+
+
+TOPOLOGIES: dict[str, Callable[..., Adjacency | Schedule]] = {
+    "fully_connected": fully_connected,
+    "ring": ring,
+    "path": path,
+    "star": star,
+    "bipartite": bipartite,
+    "torus": torus,
+    "hypercube": hypercube,
+    "exponential": exponential,
+    "one_peer_exponential": one_peer_exponential,
+    "random_regular": random_regular,
+    "erdos_renyi": erdos_renyi,
+    "disconnected": disconnected,
+    "file": from_file,
 }
+
+
+def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
+    """A matrix `[agents, agents]`, or a stack of them, from a .json or .npy file.
+
+    Raises:
+        TopologyError: the file cannot be read, holds something else, or is not for so
+            many agents.
+    """
+    file = Path(file)
+    try:
+        if file.suffix == ".npy":
+            matrix = np.load(file, allow_pickle=False)
+        elif file.suffix == ".json":
+            matrix = np.array(json.loads(file.read_text()), np.float64)
+        else:
+            raise TopologyError(f"expected a .json or .npy file, got {str(file)!r}")
+    except (OSError, ValueError, TypeError) as error:
+        raise TopologyError(f"{file} cannot be read: {error}") from error
+    if matrix.ndim not in (2, 3) or matrix.shape[-2:] != (n_agents, n_agents):
+        raise TopologyError(
+            f"{file} holds an array of shape {list(matrix.shape)}; expected "
+            f"[{n_agents}, {n_agents}], or a stack of such"
+        )
+    if matrix.dtype.kind not in "biuf" or not np.isfinite(matrix).all():
+        raise TopologyError(f"{file} holds entries that are no finite numbers")
+    return matrix
+
+
+def schedule(adjacency: np.ndarray) -> np.ndarray:
+    """`[period, agents, agents]`, of period 1 for what does not change."""
+    return adjacency if adjacency.ndim == 3 else adjacency[None]
+
+
+def union(adjacency: Adjacency | Schedule) -> Adjacency:
+    """All edges that there ever are."""
+    return np.asarray(schedule(adjacency).any(axis=0))
 
 
 def components(adjacency: Adjacency) -> list[list[int]]:
@@ -74,8 +249,30 @@ def components(adjacency: Adjacency) -> list[list[int]]:
     return sorted(sorted(component) for component in nx.connected_components(graph))
 
 
-def is_connected(adjacency: Adjacency) -> bool:
-    """Whether information from every agent can reach every other."""
+def is_connected(adjacency: Adjacency | Schedule) -> bool:
+    """Whether information from every agent can reach every other, in time."""
     return nx.is_strongly_connected(
-        nx.from_numpy_array(adjacency.T, create_using=nx.DiGraph)
+        nx.from_numpy_array(union(adjacency).T, create_using=nx.DiGraph)
+    )
+
+
+def is_undirected(adjacency: Adjacency | Schedule) -> bool:
+    """Whether whoever sends receives, at any time."""
+    return bool((adjacency == np.swapaxes(adjacency, -1, -2)).all())
+
+
+def _at_least_one(n_agents: int) -> int:
+    if n_agents < 1:
+        raise TopologyError(f"expected at least 1 agent, got {n_agents}")
+    return n_agents
+
+
+def _connected(draw: Callable[[int], nx.Graph], seed: int) -> Adjacency:
+    rng = np.random.default_rng(seed)
+    for _ in range(_DRAWS):
+        adjacency = from_graph(draw(int(rng.integers(2**31))))
+        if is_connected(adjacency):
+            return adjacency
+    raise TopologyError(
+        f"{_DRAWS} random graphs in a row were not connected; ask for more edges"
     )

@@ -1,3 +1,5 @@
+import json
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -8,42 +10,156 @@ from dimat_jax.topology import (
     components,
     from_graph,
     is_connected,
+    is_undirected,
+    schedule,
+    union,
 )
 
 SIZES = range(1, 9)
 
-# What each undirected topology promises for n agents: everyone's degree, connectivity.
-UNDIRECTED = {
-    "fully_connected": (lambda n: n - 1, lambda n: True),
-    "ring": (lambda n: min(2, n - 1), lambda n: True),
-    "disconnected": (lambda n: 0, lambda n: n == 1),
+# What each undirected topology promises for n agents: the degrees, sorted.
+DEGREES = {
+    "fully_connected": lambda n: [n - 1] * n,
+    "ring": lambda n: [min(2, n - 1)] * n,
+    "path": lambda n: [1, 1] + [2] * (n - 2) if n > 1 else [0],
+    "star": lambda n: [1] * (n - 1) + [n - 1],
+    "bipartite": lambda n: (
+        sorted([2] * (n - 2) + [n - 2] * 2) if n > 2 else [n - 1] * n
+    ),
+    "torus": lambda n: [{4: 2, 6: 3, 8: 3}.get(n, min(2, n - 1))] * n,
+    "hypercube": lambda n: [n.bit_length() - 1] * n,
+    "random_regular": lambda n: [min(3 + n % 2, n - 1)] * n,
+    "disconnected": lambda n: [0] * n,
 }
+DIRECTED = {"exponential", "one_peer_exponential"}
+BUILT = [name for name in TOPOLOGIES if name != "file"]
 
-all_topologies = pytest.mark.parametrize("name", TOPOLOGIES)
-all_sizes = pytest.mark.parametrize("n_agents", SIZES)
+every_topology = pytest.mark.parametrize("name", BUILT)
+every_size = pytest.mark.parametrize("n_agents", SIZES)
+
+
+def build(name, n_agents):
+    if name == "hypercube" and n_agents not in (1, 2, 4, 8):
+        pytest.skip("a hypercube has 1, 2, 4, 8, ... agents")
+    return TOPOLOGIES[name](n_agents)
 
 
 def test_what_every_topology_promises_is_known_here():
-    assert UNDIRECTED.keys() == TOPOLOGIES.keys()
+    assert {*DEGREES, *DIRECTED, "erdos_renyi", "file"} == TOPOLOGIES.keys()
 
 
-@all_topologies
-@all_sizes
+@every_topology
+@every_size
 def test_an_adjacency_is_square_and_boolean_without_self_loops(name, n_agents):
-    adjacency = TOPOLOGIES[name](n_agents)
-    assert adjacency.shape == (n_agents, n_agents)
-    assert adjacency.dtype == np.bool_
-    assert not adjacency.diagonal().any()
+    stack = schedule(build(name, n_agents))
+    assert stack.shape[1:] == (n_agents, n_agents)
+    assert stack.dtype == np.bool_
+    assert not np.diagonal(stack, axis1=1, axis2=2).any()
 
 
-@pytest.mark.parametrize("name", UNDIRECTED)
-@all_sizes
+@every_topology
+@every_size
+def test_every_topology_but_one_is_connected(name, n_agents):
+    adjacency = build(name, n_agents)
+    assert is_connected(adjacency) == (name != "disconnected" or n_agents == 1)
+    assert is_undirected(adjacency) or name in DIRECTED
+
+
+@pytest.mark.parametrize("name", DEGREES)
+@every_size
 def test_undirected_topologies_have_the_degrees_they_promise(name, n_agents):
-    adjacency = TOPOLOGIES[name](n_agents)
-    degree, connected = UNDIRECTED[name]
+    adjacency = build(name, n_agents)
     np.testing.assert_array_equal(adjacency, adjacency.T)
-    np.testing.assert_array_equal(adjacency.sum(axis=1), degree(n_agents))
-    assert is_connected(adjacency) == connected(n_agents)
+    assert sorted(adjacency.sum(axis=1)) == DEGREES[name](n_agents)
+
+
+def test_a_bipartite_graph_has_two_hubs_who_do_not_talk_to_each_other():
+    adjacency = TOPOLOGIES["bipartite"](6)
+    assert adjacency[:2, 2:].all() and not adjacency[:2, :2].any()
+    assert not adjacency[2:, 2:].any()
+
+
+def test_in_a_hypercube_neighbours_differ_in_one_bit():
+    adjacency = TOPOLOGIES["hypercube"](8)
+    for i, j in np.argwhere(adjacency):
+        assert int(i ^ j).bit_count() == 1
+    with pytest.raises(TopologyError, match="1, 2, 4, 8, ... agents, but there are 6"):
+        TOPOLOGIES["hypercube"](6)
+
+
+@pytest.mark.parametrize("n_agents", [2, 5, 8, 16])
+def test_one_peer_exponential_graphs_send_to_one_agent_at_a_time(n_agents):
+    stack = TOPOLOGIES["one_peer_exponential"](n_agents)
+    agents = np.arange(n_agents)
+    for k, adjacency in enumerate(stack):
+        receivers = np.argmax(adjacency, axis=0)  # of each sender
+        np.testing.assert_array_equal(receivers, (agents + 2**k) % n_agents)
+        np.testing.assert_array_equal(adjacency.sum(axis=1), 1)
+    np.testing.assert_array_equal(union(stack), TOPOLOGIES["exponential"](n_agents))
+
+
+@pytest.mark.parametrize("n_agents", [2, 4, 8, 16])
+def test_one_period_of_a_one_peer_exponential_graph_averages_powers_of_two(n_agents):
+    product = np.eye(n_agents)
+    for adjacency in TOPOLOGIES["one_peer_exponential"](n_agents):
+        product = (adjacency + np.eye(n_agents)) / 2 @ product
+    np.testing.assert_allclose(product, 1 / n_agents)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("random_regular", {"degree": 4}), ("erdos_renyi", {"edge_probability": 0.4})],
+)
+def test_random_graphs_are_decided_by_their_seed(name, options):
+    first, again, other = (TOPOLOGIES[name](11, seed=s, **options) for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize(("n_agents", "degree"), [(5, 3), (4, 4), (6, 1), (6, 0)])
+def test_a_regular_graph_that_cannot_be_is_refused(n_agents, degree):
+    with pytest.raises(TopologyError, match=f"{n_agents} agents with {degree} neigh"):
+        TOPOLOGIES["random_regular"](n_agents, degree=degree)
+
+
+def test_a_random_graph_that_is_never_connected_is_given_up():
+    with pytest.raises(TopologyError, match="1000 random graphs in a row were not"):
+        TOPOLOGIES["erdos_renyi"](5, edge_probability=0.0)
+    with pytest.raises(TopologyError, match="from 0 to 1, got 1.5"):
+        TOPOLOGIES["erdos_renyi"](5, edge_probability=1.5)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npy"])
+def test_any_matrix_in_a_file_is_a_graph(tmp_path, suffix):
+    matrix = np.array([[0.5, 0.5, 0], [0, 1, 0], [0.2, 0, 0.8]])
+    file = tmp_path / f"graph{suffix}"
+    if suffix == ".npy":
+        np.save(file, matrix)
+    else:
+        file.write_text(json.dumps(matrix.tolist()))
+    (adjacency,) = TOPOLOGIES["file"](3, file=file)
+    receivers, senders = np.nonzero(adjacency)
+    assert set(zip(receivers, senders, strict=True)) == {(0, 1), (2, 0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("graph.txt", "[[0]]", "expected a .json or .npy file"),
+        ("graph.json", "[[0, 1]", "cannot be read"),
+        ("graph.json", "[[0, 1], [1]]", "cannot be read"),
+        ("graph.json", "[[0, 1], [1, 0]]", r"shape \[2, 2\]; expected \[3, 3\]"),
+        ("graph.json", "[[0,1,0],[1,0,NaN],[0,1,0]]", "no finite numbers"),
+        ("graph.npy", "[[0]]", "cannot be read"),
+        (None, "", "cannot be read"),
+    ],
+)
+def test_a_file_that_holds_no_graph_says_why(tmp_path, name, content, message):
+    file = tmp_path / (name or "missing.json")
+    if name:
+        file.write_text(content)
+    with pytest.raises(TopologyError, match=message):
+        TOPOLOGIES["file"](3, file=file)
 
 
 @pytest.mark.parametrize("n_agents", [3, 5, 8])
@@ -55,7 +171,7 @@ def test_on_a_ring_neighbours_are_next_to_each_other(n_agents):
     )
 
 
-@all_topologies
+@every_topology
 @pytest.mark.parametrize("n_agents", [0, -1])
 def test_there_must_be_an_agent(name, n_agents):
     with pytest.raises(TopologyError, match=f"at least 1 agent, got {n_agents}"):

@@ -2,7 +2,7 @@
 
 A partition gives every agent its shard, a sorted array of sample indices; every sample
 is in exactly one shard. A new partition is a function of `(labels, n_agents, *, seed)`
-in `PARTITIONS`.
+in `PARTITIONS`; what else it takes are keywords with defaults.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,9 @@ class PartitionError(UserError):
     """A partition that is unknown, or that leaves an agent without samples."""
 
 
-def partition(name: str, labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
+def partition(
+    name: str, labels: Labels, n_agents: int, *, seed: int, **options: float
+) -> list[Shard]:
     """Splits samples among agents.
 
     Args:
@@ -30,13 +32,16 @@ def partition(name: str, labels: Labels, n_agents: int, *, seed: int) -> list[Sh
         labels: int[samples], the class of every sample.
         n_agents: how many shards to make.
         seed: decides which samples go where, as far as the partition leaves it open.
+        **options: what this partition takes beyond that.
 
     Returns:
         For each agent int64[shard], sorted; shards may differ in length.
 
     Raises:
         PartitionError: `name` is unknown, `labels` are not int[samples], `n_agents` is
-            below 1 or above the number of samples, or an agent would get no samples.
+            below 1 or above the number of samples, an option has no such value, or an
+            agent would get no samples.
+        TypeError: an option that this partition does not take.
     """
     if name not in PARTITIONS:
         raise PartitionError(f"unknown partition {name!r}; {nearest(name, PARTITIONS)}")
@@ -50,7 +55,7 @@ def partition(name: str, labels: Labels, n_agents: int, *, seed: int) -> list[Sh
             f"expected 1 to {len(labels)} agents (one sample each), got {n_agents}"
         )
     # int64, since NumPy refuses `% n_agents` where a narrow type cannot hold it.
-    shards = PARTITIONS[name](labels.astype(np.int64), n_agents, seed=seed)
+    shards = PARTITIONS[name](labels.astype(np.int64), n_agents, seed=seed, **options)
     empty = [agent for agent, shard in enumerate(shards) if not len(shard)]
     if empty:
         raise PartitionError(
@@ -91,9 +96,81 @@ def by_class(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
     return shards
 
 
+def dirichlet(
+    labels: Labels, n_agents: int, *, seed: int, alpha: float = 0.5
+) -> list[Shard]:
+    """Every class is split in proportions from a symmetric Dirichlet distribution.
+
+    The smaller alpha, the fewer agents hold most of a class (Hsu et al. 2019, arXiv
+    1909.06335, with the roles of classes and agents as most later work has them). An
+    agent that would go away empty gets one sample of the largest shard.
+    """
+    rng = np.random.default_rng(seed)
+    _check_alpha(alpha)
+    parts: list[list[np.ndarray]] = [[] for _ in range(n_agents)]
+    for label in np.unique(labels):
+        samples = rng.permutation(np.flatnonzero(labels == label))
+        bounds = _bounds(_proportions(rng, n_agents, alpha), len(samples))
+        for agent, part in enumerate(np.split(samples, bounds)):
+            parts[agent].append(part)
+    return _none_empty([np.concatenate(part) for part in parts])
+
+
+def classes_per_agent(
+    labels: Labels, n_agents: int, *, seed: int, classes: int = 2
+) -> list[Shard]:
+    """Every agent holds that many classes, every class is shared out evenly.
+
+    Which ones is random, but all classes have the same number of holders, up to one.
+
+    Raises:
+        PartitionError: there are not so many classes, or together the agents would
+            not hold all of them.
+    """
+    present = np.unique(labels)
+    if not 1 <= classes <= len(present):
+        raise PartitionError(
+            f"an agent holds from 1 to all {len(present)} classes, not {classes}"
+        )
+    if n_agents * classes < len(present):
+        raise PartitionError(
+            f"{n_agents} agents with {classes} classes each cannot hold all "
+            f"{len(present)} classes; every sample must be somebody's"
+        )
+    rng = np.random.default_rng(seed)
+    # Places at a round table: everyone takes the next few, so none takes one twice.
+    order = rng.permutation(present)
+    holders: dict[int, list[int]] = {int(label): [] for label in present}
+    for place in range(n_agents * classes):
+        holders[int(order[place % len(order)])].append(place // classes)
+    parts: list[list[np.ndarray]] = [[] for _ in range(n_agents)]
+    for label, agents in holders.items():
+        samples = rng.permutation(np.flatnonzero(labels == label))
+        for turn, agent in enumerate(agents):
+            parts[agent].append(samples[turn :: len(agents)])
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def quantity_skew(
+    labels: Labels, n_agents: int, *, seed: int, alpha: float = 0.5
+) -> list[Shard]:
+    """IID samples, but shards whose sizes are from a symmetric Dirichlet distribution.
+
+    An agent that would go away empty gets one sample of the largest shard.
+    """
+    rng = np.random.default_rng(seed)
+    _check_alpha(alpha)
+    samples = rng.permutation(len(labels))
+    bounds = _bounds(_proportions(rng, n_agents, alpha), len(samples))
+    return _none_empty(np.split(samples, bounds))
+
+
 PARTITIONS: dict[str, Callable[..., list[Shard]]] = {
     "iid": iid,
     "by_class": by_class,
+    "dirichlet": dirichlet,
+    "classes_per_agent": classes_per_agent,
+    "quantity_skew": quantity_skew,
 }
 
 
@@ -103,3 +180,32 @@ def class_counts(
     """How many samples of each class, from 0 to the largest label, each agent has."""
     n_classes = int(labels.max()) + 1
     return np.stack([np.bincount(labels[s], minlength=n_classes) for s in shards])
+
+
+def _check_alpha(alpha: float) -> None:
+    if not 0 < alpha < np.inf:
+        raise PartitionError(f"alpha must be above 0, and finite, got {alpha}")
+
+
+def _proportions(rng: np.random.Generator, n_agents: int, alpha: float) -> np.ndarray:
+    """A Dirichlet sample, float64[agents]."""
+    # In logarithms, for small alpha: Gamma(a) is Gamma(a + 1) U^(1/a), and all of them
+    # may be too small for a float.
+    logs = np.log(rng.gamma(alpha + 1, size=n_agents))
+    logs += np.log(rng.uniform(size=n_agents)) / alpha
+    weights = np.exp(logs - logs.max())
+    return weights / weights.sum()
+
+
+def _bounds(proportions: np.ndarray, n_samples: int) -> np.ndarray:
+    """Where to cut so many samples."""
+    return np.rint(np.cumsum(proportions)[:-1] * n_samples).astype(np.int64)
+
+
+def _none_empty(shards: list[np.ndarray]) -> list[Shard]:
+    """Gives one sample of the largest shard to each empty one; sorts all."""
+    for agent, shard in enumerate(shards):
+        if not len(shard):
+            largest = max(range(len(shards)), key=lambda a: len(shards[a]))
+            shards[agent], shards[largest] = np.split(shards[largest], [1])
+    return [np.sort(shard) for shard in shards]

@@ -16,8 +16,11 @@ labels_of = st.lists(
 ).map(lambda labels: np.array(labels, np.int32))
 seeds = st.integers(0, 2**32)
 
+# "classes_per_agent" refuses what it cannot share out.
+SPLITS_ANYTHING = sorted(PARTITIONS.keys() - {"classes_per_agent"})
 
-@pytest.mark.parametrize("name", PARTITIONS)
+
+@pytest.mark.parametrize("name", SPLITS_ANYTHING)
 @given(labels=labels_of, n_agents=st.integers(1, 12), seed=seeds)
 def test_every_sample_is_in_exactly_one_sorted_shard(name, labels, n_agents, seed):
     shards = PARTITIONS[name](labels, n_agents, seed=seed)
@@ -30,7 +33,7 @@ def test_every_sample_is_in_exactly_one_sorted_shard(name, labels, n_agents, see
     )
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("name", SPLITS_ANYTHING)
 @given(labels=labels_of, n_agents=st.integers(1, 12), seed=seeds)
 def test_the_seed_alone_decides(name, labels, n_agents, seed):
     np.random.seed(0)
@@ -44,7 +47,7 @@ def test_the_seed_alone_decides(name, labels, n_agents, seed):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", PARTITIONS)
+@pytest.mark.parametrize("name", SPLITS_ANYTHING)
 @given(labels=labels_of, n_agents=st.integers(1, 12), seed=seeds)
 def test_no_agent_is_left_empty_without_an_error(name, labels, n_agents, seed):
     if all(map(len, PARTITIONS[name](labels, n_agents, seed=seed))):
@@ -54,7 +57,9 @@ def test_no_agent_is_left_empty_without_an_error(name, labels, n_agents, seed):
             partition(name, labels, n_agents, seed=seed)
 
 
-@pytest.mark.parametrize(("name", "n_agents"), [("iid", 5), ("by_class", 20)])
+@pytest.mark.parametrize(
+    ("name", "n_agents"), [("iid", 5), ("by_class", 20), ("classes_per_agent", 7)]
+)
 def test_another_seed_gives_other_shards_of_the_same_sizes(name, n_agents):
     labels = np.repeat(np.arange(10), 30)
     first, second = (partition(name, labels, n_agents, seed=s) for s in (0, 1))
@@ -110,6 +115,73 @@ def test_by_class_takes_labels_of_a_narrow_type():
     np.testing.assert_array_equal(np.concatenate(shards), labels)
 
 
+@pytest.mark.parametrize("name", ["dirichlet", "quantity_skew"])
+@pytest.mark.parametrize("alpha", [1e-6, 0.01, 0.5, 100.0])
+@pytest.mark.parametrize("n_agents", [1, 5, 40])
+def test_no_alpha_leaves_an_agent_empty(name, alpha, n_agents):
+    labels = np.random.default_rng(0).integers(0, 10, 200)
+    for seed in range(5):
+        shards = partition(name, labels, n_agents, seed=seed, alpha=alpha)
+        assert min(map(len, shards)) > 0
+        np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(200))
+
+
+def test_a_small_alpha_gives_classes_to_few_and_a_large_one_to_all():
+    labels = np.repeat(np.arange(10), 500)
+
+    def largest_share(alpha):
+        shards = partition("dirichlet", labels, 5, seed=0, alpha=alpha)
+        return (class_counts(labels, shards).max(axis=0) / 500).mean()
+
+    assert largest_share(0.01) > 0.9
+    assert largest_share(1e4) < 0.22
+    assert largest_share(0.01) > largest_share(0.5) > largest_share(10)
+
+
+def test_dirichlet_proportions_have_the_moments_they_should():
+    # Mean 1/N; variance (1/N)(1 - 1/N) / (N alpha + 1).
+    labels = np.repeat(np.arange(400), 100)
+    shares = class_counts(labels, partition("dirichlet", labels, 4, seed=0)) / 100
+    np.testing.assert_allclose(shares.mean(axis=1), 1 / 4, atol=0.05)
+    np.testing.assert_allclose(shares.var(axis=1), (3 / 16) / 3, rtol=0.2)
+
+
+def test_quantity_skew_is_iid_in_shards_of_different_sizes():
+    labels = np.tile(np.arange(2), 5000)
+    shards = partition("quantity_skew", labels, 4, seed=1, alpha=0.3)
+    sizes = np.array([len(shard) for shard in shards])
+    assert sizes.max() > 3 * sizes.min()
+    shards = [shard for shard in shards if len(shard) > 1000]
+    assert len(shards) > 1
+    for shard in shards:
+        assert abs(labels[shard].mean() - 0.5) < 0.05
+
+
+@given(
+    n_classes=st.integers(1, 9), n_agents=st.integers(1, 12), data=st.data(), seed=seeds
+)
+def test_every_agent_holds_its_classes_and_shares_them_evenly(
+    n_classes, n_agents, data, seed
+):
+    least = -(-n_classes // n_agents)
+    classes = data.draw(st.integers(least, n_classes))
+    labels = np.random.default_rng(seed).permutation(
+        np.arange(30 * n_classes) % n_classes
+    )
+    shards = partition(
+        "classes_per_agent", labels, n_agents, seed=seed, classes=classes
+    )
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(shards)), np.arange(len(labels))
+    )
+    counts = class_counts(labels, shards)
+    np.testing.assert_array_equal((counts > 0).sum(axis=1), classes)
+    holders = (counts > 0).sum(axis=0)
+    assert np.ptp(holders) <= 1
+    for column in counts.T:
+        assert np.ptp(column[column > 0]) <= 1
+
+
 def test_class_counts_has_a_column_for_every_label_up_to_the_largest():
     labels = np.array([0, 3, 3, 1])
     counts = class_counts(labels, [np.array([0, 1]), np.array([2, 3])])
@@ -119,8 +191,13 @@ def test_class_counts_has_a_column_for_every_label_up_to_the_largest():
 @pytest.mark.parametrize(
     ("name", "labels", "n_agents", "message"),
     [
-        ("byclass", [0, 1], 2, r"'byclass'; allowed: by_class, iid; .* 'by_class'\?"),
-        ("other", [0, 1], 2, r"'other'; allowed: by_class, iid$"),
+        (
+            "byclass",
+            [0, 1],
+            2,
+            "'byclass'; allowed: by_class, .*; .* 'by_class'",
+        ),
+        ("other", [0, 1], 2, r"'other'; allowed: by_class, .*, quantity_skew$"),
         ("iid", [0, 1], 0, "expected 1 to 2 agents .* got 0"),
         ("iid", [0, 1], 3, "expected 1 to 2 agents .* got 3"),
         ("iid", [[0, 1]], 1, r"expected labels int\[samples\], got int64\[1, 2\]"),
@@ -134,3 +211,20 @@ def test_class_counts_has_a_column_for_every_label_up_to_the_largest():
 def test_what_cannot_be_split_says_why(name, labels, n_agents, message):
     with pytest.raises(PartitionError, match=message):
         partition(name, np.array(labels), n_agents, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dirichlet", {"alpha": 0.0}, "alpha must be above 0, and finite, got 0.0"),
+        ("dirichlet", {"alpha": float("nan")}, "alpha must be above 0"),
+        ("quantity_skew", {"alpha": -1.0}, "alpha must be above 0"),
+        ("classes_per_agent", {"classes": 0}, "from 1 to all 4 classes, not 0"),
+        ("classes_per_agent", {"classes": 5}, "from 1 to all 4 classes, not 5"),
+        ("classes_per_agent", {"classes": 1}, "3 agents with 1 classes each cannot"),
+    ],
+)
+def test_an_option_that_makes_no_partition_says_why(name, options, message):
+    labels = np.tile(np.arange(4), 10)
+    with pytest.raises(PartitionError, match=message):
+        partition(name, labels, 3, seed=0, **options)
