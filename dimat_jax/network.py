@@ -225,15 +225,17 @@ _PRESENCE, _ROUND, _STEP = range(3)
 
 
 class Messages(NamedTuple):
-    """What one agent sends one neighbour, as trees of `jax.ShapeDtypeStruct`.
+    """What one agent sends another, as trees of `jax.ShapeDtypeStruct`.
 
     Attributes:
-        step: with every local step; None where nothing is sent.
-        round: with every communication; None where nothing is sent.
+        step: to each neighbour, with every local step; None where nothing is sent.
+        round: to each neighbour, with every communication; None where nothing is.
+        server: to a server, and back, with every communication; None without one.
     """
 
     step: PyTree = None
     round: PyTree = None
+    server: PyTree = None
 
 
 @dataclasses.dataclass
@@ -256,3 +258,9 @@ class Ledger:
         edges = int(adjacency.sum())
         self.bytes_sent += times * edges * nbytes(message)
         self.comm_rounds += times * edges / len(adjacency)
+
+    def record_server(self, message: PyTree, present: int, n_agents: int) -> None:
+        """Books what those who are present exchange with a server: one round."""
+        if jax.tree.leaves(message):
+            self.bytes_sent += 2 * present * nbytes(message)
+            self.comm_rounds += present / n_agents

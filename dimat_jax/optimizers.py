@@ -6,14 +6,15 @@ want of data, does not stop it: see `with_clocks_of`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dimat_jax.tree import PyTree
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "with_clocks_of"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "scale_by_dadam", "with_clocks_of"]
 
 Schedule = Callable[[Any], Any] | float
 
@@ -27,8 +28,20 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "nesterov": lambda schedule, *, momentum, weight_decay: _decayed(
         optax.sgd(schedule, momentum=momentum, nesterov=True), weight_decay
     ),
+    # v <- beta v - alpha g: unlike "momentum", what was once learnt at a high rate goes
+    # on at that rate. CDMSGD's (Jiang et al. 2017).
+    "heavy_ball": lambda schedule, *, momentum, weight_decay: _decayed(
+        optax.chain(
+            optax.scale_by_learning_rate(schedule), optax.trace(decay=momentum)
+        ),
+        weight_decay,
+    ),
     "adam": lambda schedule, *, momentum, weight_decay: _decayed(
         optax.adam(schedule), weight_decay
+    ),
+    "dadam": lambda schedule, *, momentum, weight_decay: _decayed(
+        optax.chain(scale_by_dadam(), optax.scale_by_learning_rate(schedule)),
+        weight_decay,
     ),
     "adamw": lambda schedule, *, momentum, weight_decay: optax.adamw(
         schedule, weight_decay=weight_decay
@@ -37,8 +50,55 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 """`OPTIMIZERS[name](schedule, momentum=..., weight_decay=...)`.
 
 Weight decay is decoupled in adamw, and an L2 term of the gradient in all others.
-`momentum` is the coefficient of momentum and nesterov.
+`momentum` is the coefficient of momentum, nesterov and heavy_ball.
 """
+
+
+class DadamState(NamedTuple):
+    """Moments, each like the params.
+
+    Attributes:
+        mean: m, of the gradient.
+        square: v, of its square.
+        largest: v hat, which v decides while it grows.
+    """
+
+    mean: PyTree
+    square: PyTree
+    largest: PyTree
+
+
+def scale_by_dadam(
+    b1: float = 0.9, b2: float = 0.999, b3: float = 0.0, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """The step of DAdam, without bias correction.
+
+        m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g^2
+        v_hat <- b3 v_hat + (1 - b3) max(v_hat, v),    step m / (sqrt(v_hat) + eps)
+
+    (Nazari et al. 2022, arXiv 1901.09109, Algorithm 1; with b3 = 0 the second moment is
+    AMSGrad's.)
+    """
+
+    def init(params) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return DadamState(zeros, zeros, zeros)
+
+    def update(updates, state, params=None) -> Any:
+        del params
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
+        square = jax.tree.map(
+            lambda v, g: b2 * v + (1 - b2) * g**2, state.square, updates
+        )
+        largest = jax.tree.map(
+            lambda top, v: b3 * top + (1 - b3) * jnp.maximum(top, v),
+            state.largest,
+            square,
+        )
+        steps = jax.tree.map(lambda m, top: m / (jnp.sqrt(top) + eps), mean, largest)
+        return steps, DadamState(mean, square, largest)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _decayed(tx: optax.GradientTransformation, weight_decay: float):

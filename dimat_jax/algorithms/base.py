@@ -17,7 +17,7 @@ from dimat_jax.data.pipeline import Batch, Samples
 from dimat_jax.network import Messages, Network
 from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.permutation import Perms, PermutationSpec, permute_leaf
-from dimat_jax.tree import PyTree, map_with_path
+from dimat_jax.tree import PyTree, map_with_path, take
 
 __all__ = [
     "Algorithm",
@@ -27,9 +27,13 @@ __all__ = [
     "State",
     "Task",
     "Variables",
+    "descend",
     "gradient",
     "keep_idle",
+    "moved",
+    "one_agent",
     "permute_opt_state",
+    "permute_params",
 ]
 
 Variables = dict[str, PyTree]
@@ -118,7 +122,10 @@ class Gradient(NamedTuple):
 def gradient(
     task: Task, variables: Variables, batch: Batch, key: Key[Array, ""]
 ) -> Gradient:
-    """One agent's gradient with respect to its params. The key is consumed."""
+    """One agent's gradient with respect to its params. The key is consumed.
+
+    An agent whose batch holds no example has a gradient of 0, and nothing is updated.
+    """
 
     def loss(params):
         return task.loss({**variables, "params": params}, batch, key)
@@ -126,6 +133,8 @@ def gradient(
     (_, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
         variables["params"]
     )
+    idle = jax.tree.map(jnp.zeros_like, grads), {k: variables[k] for k in model_state}
+    grads, model_state = keep_idle(batch, (grads, model_state), idle)
     return Gradient(grads, model_state, {**metrics, "examples": batch.mask.sum()})
 
 
@@ -136,6 +145,45 @@ def keep_idle(batch: Batch, new: PyTree, old: PyTree) -> PyTree:
     """
     busy, idle = batch.mask.any(), with_clocks_of(old, new)
     return jax.tree.map(lambda n, o: jnp.where(busy, n, o), new, idle)
+
+
+def descend(
+    tx: optax.GradientTransformation,
+    batch: Batch,
+    direction: PyTree,
+    opt_state: optax.OptState,
+    params: PyTree,
+) -> tuple[PyTree, optax.OptState]:
+    """One agent's optimizer step: what is to be added to its params, and its state.
+
+    Args:
+        tx: the optimizer.
+        batch: without an example there is no step.
+        direction: the gradient, or what an algorithm has in place of it.
+        opt_state: the optimizer's state.
+        params: where the agent stands.
+    """
+    updates, new = tx.update(direction, opt_state, params)
+    still = jax.tree.map(jnp.zeros_like, updates)
+    return keep_idle(batch, (updates, new), (still, opt_state))
+
+
+def moved(variables: Variables, updates: PyTree) -> Variables:
+    """Variables whose params took a step; one agent's, or stacked."""
+    return {**variables, "params": optax.apply_updates(variables["params"], updates)}
+
+
+def one_agent(stacked: PyTree) -> PyTree:
+    """One agent's part of a stacked tree, as `jax.ShapeDtypeStruct`s: a message."""
+    return jax.eval_shape(lambda tree: take(tree, 0), stacked)
+
+
+def permute_params(spec: PermutationSpec, perms: Perms, params: PyTree) -> PyTree:
+    """Permutes one agent's tree that is shaped like its params, e.g. a momentum."""
+    return map_with_path(
+        lambda path, leaf: permute_leaf(spec.axes[f"params/{path}"], perms, leaf),
+        params,
+    )
 
 
 def permute_opt_state(

@@ -14,8 +14,9 @@ from dimat_jax.algorithms.base import (
     Algorithm,
     Task,
     Variables,
+    descend,
     gradient,
-    keep_idle,
+    moved,
     permute_opt_state,
 )
 from dimat_jax.network import Messages
@@ -42,13 +43,12 @@ def local(
         placement: where the agents live.
     """
 
-    def descend(state: LocalState, batch, key):
-        params = state.variables["params"]
-        grads, model_state, metrics = gradient(task, state.variables, batch, key)
-        updates, opt_state = tx.update(grads, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
-        variables = {**state.variables, **model_state, "params": params}
-        return keep_idle(batch, LocalState(variables, opt_state), state), metrics
+    def train(state: LocalState, batch, key):
+        variables, opt_state = state
+        grads, model_state, metrics = gradient(task, variables, batch, key)
+        updates, opt_state = descend(tx, batch, grads, opt_state, variables["params"])
+        variables = moved({**variables, **model_state}, updates)
+        return LocalState(variables, opt_state), metrics
 
     def align(state: LocalState, perms) -> LocalState:
         variables, opt_state = state
@@ -67,7 +67,7 @@ def local(
 
     def step(state, batch, network, key):
         del network
-        return placement.per_agent(descend)(state, batch, placement.keys(key))
+        return placement.per_agent(train)(state, batch, placement.keys(key))
 
     return Algorithm(
         init=init,

@@ -1,0 +1,94 @@
+"""D2: decentralized SGD whose agents' data may differ as they like.
+
+    x_i(t+1)  =  sum_j W_ij (2 x_j(t) - x_j(t-1) + u_j(t) - u_j(t-1)),    u = -alpha g
+
+(D2, Tang et al. 2018, arXiv 1803.07068, Algorithm 1; x(1) = W (x(0) + u(0)).) What an
+agent's gradient has in common from step to step cancels, so the variance between the
+agents' data does not matter. It is kept here as the increment
+
+    s(t) = x(t) - x(t-1) - u(t-1),    s(0) = 0,    x(t+1) = W (x(t) + s(t) + u(t)).
+
+W has to be symmetric, its eigenvalues above -1/3 (Assumption 1), and always the same.
+"""
+
+import jax
+import numpy as np
+import optax
+
+from dimat_jax.algorithms.base import Algorithm, Task, descend, gradient, one_agent
+from dimat_jax.algorithms.local import LocalState, local
+from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.mixing import mix
+from dimat_jax.network import Links, Messages, NetworkError
+from dimat_jax.placement import Placement
+
+__all__ = ["check_links", "d2"]
+
+
+def d2(task: Task, tx: optax.GradientTransformation, placement: Placement) -> Algorithm:
+    """Gossip with every local step; see `check_links` for what W is to be.
+
+    Args:
+        task: what to learn.
+        tx: makes the step; plain SGD is the paper's.
+        placement: where the agents live.
+    """
+
+    def adapt(state: MemoryState, batch, key):
+        (variables, opt_state), memory = state
+        grads, model_state, metrics = gradient(task, variables, batch, key)
+        updates, opt_state = descend(tx, batch, grads, opt_state, variables["params"])
+        ahead = jax.tree.map(
+            lambda x, s, u: x + s + u,
+            variables["params"],
+            memory["increment"],
+            updates,
+        )
+        sent = {**variables, **model_state, "params": ahead}
+        return sent, updates, opt_state, metrics
+
+    def step(state, batch, network, key):
+        sent, updates, opt_state, metrics = placement.per_agent(adapt)(
+            state, batch, placement.keys(key)
+        )
+        variables = mix(network.W, sent)
+        increment = jax.tree.map(
+            lambda new, old, u: new - old - u,
+            variables["params"],
+            state.local.variables["params"],
+            updates,
+        )
+        local_state = LocalState(variables, opt_state)
+        return MemoryState(local_state, {"increment": increment}), metrics
+
+    return remembering(
+        local(task, tx, placement),
+        task,
+        placement,
+        memories=["increment"],
+        step=step,
+        messages=lambda state: Messages(step=one_agent(state.local.variables)),
+    )
+
+
+def check_links(links: Links) -> None:
+    """Checks D2's assumptions on the network.
+
+    Raises:
+        NetworkError: it changes over time, or W is not symmetric, not doubly
+            stochastic, or has an eigenvalue of -1/3 or less.
+    """
+    if links.changes:
+        raise NetworkError(
+            "d2 needs the same network at every step: no changing topology, no "
+            "dropout, no lossy links"
+        )
+    (W,) = links.mixing_matrix
+    if not np.allclose(W, W.T) or not links.doubly_stochastic:
+        raise NetworkError("d2 needs a symmetric, doubly stochastic mixing matrix")
+    least = float(np.linalg.eigvalsh(W).min())
+    if least <= -1 / 3 + 1e-9:
+        raise NetworkError(
+            f"d2 needs a mixing matrix whose eigenvalues are above -1/3, but the least "
+            f"is {least:.4f}; mixing='lazy', (I + W) / 2, has none below 0"
+        )

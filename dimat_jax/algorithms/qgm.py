@@ -1,0 +1,101 @@
+"""Quasi-global momentum: a momentum of where the network goes, not of local gradients.
+
+    x_i(t+1/2)  =  x_i(t) - alpha (beta m_i(t) + g_i(t))
+    x_i(t+1)    =  sum_j W_ij x_j(t+1/2)
+    m_i(t+1)    =  mu m_i(t) + (1 - mu) (x_i(t) - x_i(t+1)) / alpha
+
+(QG-DSGDm, Lin et al. 2021, arXiv 2102.04761, Algorithm 1, with mu = beta as there.) A
+local momentum amplifies what is particular to an agent's data; differences of mixed
+params do not.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from dimat_jax.algorithms.base import (
+    Algorithm,
+    Task,
+    descend,
+    gradient,
+    moved,
+    one_agent,
+)
+from dimat_jax.algorithms.local import LocalState, local
+from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.mixing import mix
+from dimat_jax.network import Messages
+from dimat_jax.placement import Placement
+
+__all__ = ["qgm"]
+
+
+def qgm(
+    task: Task,
+    tx: optax.GradientTransformation,
+    placement: Placement,
+    *,
+    momentum: float = 0.9,
+) -> Algorithm:
+    """Gossip with every local step. W is to be doubly stochastic.
+
+    Args:
+        task: what to learn.
+        tx: plain SGD, whose step is -alpha times what it gets: alpha, scheduled or
+            not, is read off its step.
+        placement: where the agents live.
+        momentum: beta, and mu; from 0 to below 1.
+
+    Raises:
+        ValueError: a momentum out of range.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be from 0 to below 1, got {momentum}")
+
+    def adapt(state: MemoryState, batch, key):
+        (variables, opt_state), memory = state
+        grads, model_state, metrics = gradient(task, variables, batch, key)
+        direction = jax.tree.map(
+            lambda g, m: g + momentum * m, grads, memory["momentum"]
+        )
+        params = variables["params"]
+        rate = _learning_rate(tx, opt_state, params)
+        updates, opt_state = descend(tx, batch, direction, opt_state, params)
+        variables = moved({**variables, **model_state}, updates)
+        return LocalState(variables, opt_state), rate, metrics
+
+    def step(state, batch, network, key):
+        before = state.local.variables["params"]
+        local_state, rate, metrics = placement.per_agent(adapt)(
+            state, batch, placement.keys(key)
+        )
+        variables = mix(network.W, local_state.variables)
+
+        @placement.per_agent
+        def remember(old, new, memory, rate):
+            def blend(x, mixed, m):
+                # A schedule may end at 0; then nothing moves, and nothing is learnt.
+                speed = (x - mixed) / jnp.where(rate > 0, rate, 1)
+                return jnp.where(rate > 0, momentum * m + (1 - momentum) * speed, m)
+
+            return jax.tree.map(blend, old, new, memory)
+
+        memory = remember(before, variables["params"], state.memory["momentum"], rate)
+        local_state = local_state._replace(variables=variables)
+        return MemoryState(local_state, {"momentum": memory}), metrics
+
+    return remembering(
+        local(task, tx, placement),
+        task,
+        placement,
+        memories=["momentum"],
+        step=step,
+        messages=lambda state: Messages(step=one_agent(state.local.variables)),
+    )
+
+
+def _learning_rate(tx: optax.GradientTransformation, opt_state, params) -> Array:
+    """What plain SGD multiplies a gradient with, the sign apart."""
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
+    return -jax.tree.leaves(updates)[0].ravel()[0].astype(jnp.float32)

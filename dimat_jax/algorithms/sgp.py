@@ -1,0 +1,102 @@
+"""Stochastic gradient push: gossip over directed, changing graphs.
+
+    x_i  <-  sum_j P_ij (x_j + u_j),    w_i  <-  sum_j P_ij w_j,    z_i = x_i / w_i
+
+with gradients, and everything else that looks at the model, at z (SGP, Assran et al.
+2019, arXiv 1811.10792, Algorithm 1; push-sum, Kempe et al. 2003). The columns of P have
+to sum to 1, its rows need not: what is pushed is conserved, and dividing by the weight
+w takes out that some agents receive more than others. The step u is the local
+optimizer's, taken at z: with momentum it is the paper's Algorithm 2 (of its appendix).
+"""
+
+from typing import NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, Float
+
+from dimat_jax.algorithms.base import (
+    Algorithm,
+    Task,
+    descend,
+    gradient,
+    moved,
+    one_agent,
+)
+from dimat_jax.algorithms.local import LocalState, local
+from dimat_jax.mixing import mix
+from dimat_jax.network import Messages
+from dimat_jax.placement import Placement
+from dimat_jax.tree import PyTree, is_inexact
+
+__all__ = ["SgpState", "sgp"]
+
+
+class SgpState(NamedTuple):
+    """Stacked: every leaf is `[agents, ...]`.
+
+    Attributes:
+        local: with x, params and running statistics, in place of variables.
+        weight: w, float32; its mean over agents stays 1.
+    """
+
+    local: LocalState
+    weight: Float[Array, " agents"]
+
+
+def sgp(
+    task: Task, tx: optax.GradientTransformation, placement: Placement
+) -> Algorithm:
+    """Gossip with every local step. W is to be column-stochastic.
+
+    Args:
+        task: what to learn.
+        tx: makes the step.
+        placement: where the agents live.
+    """
+    alone = local(task, tx, placement)
+
+    def adapt(state: SgpState, batch, key):
+        (pushed, opt_state), weight = state
+        debiased = _scaled(pushed, 1 / weight)
+        grads, model_state, metrics = gradient(task, debiased, batch, key)
+        updates, opt_state = descend(tx, batch, grads, opt_state, debiased["params"])
+        pushed = moved({**pushed, **_scaled(model_state, weight)}, updates)
+        return pushed, opt_state, metrics
+
+    def step(state, batch, network, key):
+        keys = placement.keys(key)
+        pushed, opt_state, metrics = placement.per_agent(adapt)(state, batch, keys)
+        pushed, weight = mix(network.W, (pushed, state.weight))
+        return SgpState(LocalState(pushed, opt_state), weight), metrics
+
+    def restarted(local_state: LocalState) -> SgpState:
+        return SgpState(local_state, placement.zeros() + 1)
+
+    @jax.jit
+    def debiased(state: SgpState):
+        divide = placement.per_agent(lambda x, w: _scaled(x, 1 / w))
+        return divide(state.local.variables, state.weight)
+
+    return Algorithm(
+        init=lambda variables: restarted(alone.init(variables)),
+        step=step,
+        communicate=alone.communicate,
+        variables=debiased,
+        with_variables=lambda state, variables: restarted(
+            state.local._replace(variables=variables)
+        ),
+        aligned=lambda state, perms: state._replace(
+            local=alone.aligned(state.local, perms)
+        ),
+        messages=lambda state: Messages(
+            step=one_agent((state.local.variables, state.weight))
+        ),
+    )
+
+
+def _scaled(variables: PyTree, factor: Float[Array, ""]) -> PyTree:
+    """One agent's variables times a number; counters stay as they are."""
+    return jax.tree.map(
+        lambda x: (factor * x).astype(x.dtype) if is_inexact(x) else x, variables
+    )
