@@ -25,7 +25,7 @@ FLOORS = [
     ["data"],
     ["models"],
     ["matching"],
-    ["optimizers"],
+    ["optimizers", "compression"],
     ["algorithms"],
     ["evaluate"],
     ["config"],

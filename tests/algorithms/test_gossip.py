@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dimat_jax.algorithms import Task
-from dimat_jax.algorithms.base import MergeData
+from dimat_jax.algorithms import MergeData, Task
 from dimat_jax.algorithms.cdsgd import cdsgd
+from dimat_jax.algorithms.cga import cga, project
+from dimat_jax.algorithms.choco import choco
 from dimat_jax.algorithms.d2 import check_links, d2
 from dimat_jax.algorithms.dsgt import dsgt
 from dimat_jax.algorithms.fedavg import fedavg
 from dimat_jax.algorithms.qgm import qgm
 from dimat_jax.algorithms.sgp import sgp
+from dimat_jax.compression import int8, none, sign, top_k
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.mixing import MIXINGS, column_stochastic, lazy, row_stochastic, uniform
 from dimat_jax.network import Faults, Links, NetworkError
@@ -175,6 +177,92 @@ def test_quasi_global_momentum_is_its_papers(graph):
     assert_same(path, reference.qgm(gradient, W, START, ALPHA, 0.8))
 
 
+UNDIRECTED = ["ring", "star", "fully_connected"]
+
+
+@pytest.mark.parametrize("graph", UNDIRECTED)
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_cga_is_its_papers(graph, beta):
+    network = links(graph)
+    tx = optimizer("heavy_ball" if beta else "sgd", momentum=beta)
+    algorithm = cga(TASK, tx, PLACEMENT, adjacency=network.adjacency[0])
+    path = run(algorithm, network, N_STEPS)
+    W = matrices(network, N_STEPS)
+    assert_same(path, reference.cga(gradient, W, START, ALPHA, beta))
+
+
+@pytest.mark.parametrize("graph", UNDIRECTED)
+def test_choco_is_its_papers(graph):
+    def largest(x):
+        kept = np.abs(x) >= np.sort(np.abs(x))[-1]
+        return np.where(kept, x, 0)
+
+    network = links(graph)
+    algorithm = choco(
+        TASK,
+        optimizer(),
+        PLACEMENT,
+        adjacency=network.adjacency[0],
+        compressor=top_k(1 / DIM),
+        gamma=0.3,
+    )
+    path = run(algorithm, network, N_STEPS)
+    W = matrices(network, N_STEPS)
+    assert_same(path, reference.choco(gradient, W, START, ALPHA, 0.3, largest))
+
+
+def test_choco_without_compression_and_with_a_full_step_is_adapt_then_combine():
+    network = links()
+    algorithm = choco(
+        TASK,
+        optimizer(),
+        PLACEMENT,
+        adjacency=network.adjacency[0],
+        compressor=none(),
+        gamma=1.0,
+    )
+    W = matrices(network, N_STEPS)
+    assert_same(
+        run(algorithm, network, N_STEPS),
+        reference.adapt_then_combine(gradient, W, START, ALPHA),
+    )
+
+
+# CGA's quadratic program ==============================================================
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_projection_is_an_independent_solvers(seed):
+    rng = np.random.default_rng(seed)
+    n_others, size = rng.integers(1, 5), rng.integers(2, 30)
+    gradients = rng.standard_normal((n_others + 1, size)) + rng.standard_normal(size)
+    gradients *= 10.0 ** rng.uniform(-4, 2)
+    own, others = gradients[0], gradients[1:]
+    expected = reference.projected(own, list(others))
+    found = project(
+        {"a": jnp.asarray(own, jnp.float32)},
+        [{"a": jnp.asarray(other, jnp.float32)} for other in others],
+        jnp.ones(n_others, bool),
+    )["a"]
+    scale = np.abs(gradients).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * scale)
+    # Nobody objects, ...
+    assert (gradients @ found).min() > -1e-3 * scale**2
+    # ... who does not count.
+    unheard = project(
+        {"a": jnp.asarray(own, jnp.float32)},
+        [{"a": jnp.asarray(other, jnp.float32)} for other in others],
+        jnp.zeros(n_others, bool),
+    )["a"]
+    np.testing.assert_allclose(unheard, own, rtol=1e-5)
+
+
+def test_no_gradient_at_all_projects_to_none():
+    zeros = {"a": jnp.zeros(4)}
+    found = project(zeros, [zeros], jnp.ones(1, bool))
+    np.testing.assert_array_equal(found["a"], zeros["a"])
+
+
 # What theory promises =================================================================
 
 
@@ -250,6 +338,61 @@ def test_push_sum_survives_losses_on_directed_graphs(graph):
     assert error(run(sgp(TASK, tx, PLACEMENT), network, 3000)) < 0.1
 
 
+def test_compressed_gossip_comes_as_near_as_plain_gossip_does():
+    plain = error(run(cdsgd(TASK, optimizer(), PLACEMENT), links(), 800))
+    for compressor in (top_k(1 / DIM), int8(), sign()):
+        algorithm = choco(
+            TASK,
+            optimizer(),
+            PLACEMENT,
+            adjacency=TOPOLOGIES["ring"](N_AGENTS),
+            compressor=compressor,
+            gamma=0.3,
+        )
+        assert error(run(algorithm, links(), 800)) < 3 * plain
+
+
+def test_choco_preserves_the_mean_on_lossy_links():
+    still = optimizer(rate=0.0)
+    network = links("ring", "uniform", Faults(edge_loss=0.4))
+    algorithm = choco(
+        TASK,
+        still,
+        PLACEMENT,
+        adjacency=network.adjacency[0],
+        compressor=top_k(1 / DIM),
+        gamma=0.3,
+    )
+    path = run(algorithm, network, 600)
+    np.testing.assert_allclose(path[-1].mean(axis=0), START.mean(axis=0), atol=1e-4)
+    assert np.ptp(path[-1], axis=0).max() < 1e-2
+
+
+def test_cga_takes_steps_that_no_neighbours_data_object_to():
+    # Agents who disagree strongly: CDSGD's fixed point is far from everybody's good.
+    network = links("fully_connected")
+    adjacency = network.adjacency[0]
+    x = run(cga(TASK, optimizer(), PLACEMENT, adjacency=adjacency), network, 1)
+    start = START.astype(np.float32)
+    moved = x[1] - uniform(adjacency) @ start
+    for i in range(N_AGENTS):
+        for j in range(N_AGENTS):
+            assert gradient(j, start[i]) @ moved[i] < 1e-4
+
+
+@pytest.mark.parametrize("compressor", [top_k(1 / DIM), sign(), int8()])
+def test_compressed_cross_gradients_come_as_near_as_exact_ones(compressor):
+    network = links()
+    adjacency = network.adjacency[0]
+    exact = cga(TASK, optimizer(), PLACEMENT, adjacency=adjacency)
+    compressed = cga(
+        TASK, optimizer(), PLACEMENT, adjacency=adjacency, compressor=compressor
+    )
+    ends = [run(algorithm, network, 300)[-1] for algorithm in (exact, compressed)]
+    assert np.isfinite(ends[1]).all()
+    assert np.abs(ends[1] - ends[0]).max() < 0.3 * np.abs(START - ends[0]).max()
+
+
 # Invariants ===========================================================================
 
 ALGORITHMS = {
@@ -260,7 +403,15 @@ ALGORITHMS = {
     "d2": lambda: d2(TASK, optimizer(), PLACEMENT),
     "dsgt": lambda: dsgt(TASK, optimizer(), PLACEMENT),
     "qgm": lambda: qgm(TASK, optimizer(), PLACEMENT),
+    "cga": lambda: cga(TASK, optimizer(), PLACEMENT, adjacency=RING),
+    "compcga": lambda: cga(
+        TASK, optimizer(), PLACEMENT, adjacency=RING, compressor=sign()
+    ),
+    "choco": lambda: choco(
+        TASK, optimizer(), PLACEMENT, adjacency=RING, compressor=top_k(0.4)
+    ),
 }
+RING = TOPOLOGIES["ring"](N_AGENTS)
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
 
 
@@ -310,7 +461,7 @@ def test_a_merge_restarts_what_it_makes_meaningless(name):
         algorithm.variables(restarted)["params"]["x"], merged["params"]["x"]
     )
     assert jax.tree.structure(restarted) == jax.tree.structure(state)
-    if name in ("d2", "dsgt", "qgm", "sgp"):
+    if name not in ("cdsgd", "cdmsgd", "cdadam"):
         fresh = algorithm.init(merged)
         kept = ("local",)
         for field in restarted._fields:
@@ -325,7 +476,14 @@ def test_a_merge_restarts_what_it_makes_meaningless(name):
 
 @pytest.mark.parametrize(
     ("name", "vectors", "scalars"),
-    [("cdsgd", 1, 0), ("sgp", 1, 1), ("d2", 1, 0), ("dsgt", 2, 0), ("qgm", 1, 0)],
+    [
+        ("cdsgd", 1, 0),
+        ("sgp", 1, 1),
+        ("d2", 1, 0),
+        ("dsgt", 2, 0),
+        ("qgm", 1, 0),
+        ("cga", 2, 0),
+    ],
 )
 def test_messages_are_what_is_mixed(name, vectors, scalars):
     algorithm = ALGORITHMS[name]()

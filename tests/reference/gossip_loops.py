@@ -6,6 +6,7 @@ the list of x after every step, x(0) first.
 """
 
 import numpy as np
+from scipy.optimize import nnls
 
 
 def gradients(gradient, x):
@@ -89,4 +90,36 @@ def qgm(gradient, W, x, alpha, beta):
         half = path[-1] - alpha * (beta * m + gradients(gradient, path[-1]))
         path.append(mixing @ half)
         m = beta * m + (1 - beta) * (path[-2] - path[-1]) / alpha
+    return path
+
+
+def projected(own, others):
+    """Esfandiari et al. 2021, equation 5: G' u + g for the best u >= 0."""
+    G = np.stack([own, *others])
+    u, _ = nnls(G.T, -own)
+    return G.T @ u + own
+
+
+def cga(gradient, W, x, alpha, beta):
+    """Esfandiari et al. 2021, Algorithm 1."""
+    path, v = [x], np.zeros_like(x)
+    for mixing in W:
+        x, direction = path[-1], np.zeros_like(v)
+        for i in range(len(x)):
+            others = [
+                gradient(j, x[i]) for j in range(len(x)) if j != i and mixing[i, j] > 0
+            ]
+            direction[i] = projected(gradient(i, x[i]), others)
+        v = beta * v - alpha * direction
+        path.append(mixing @ x + v)
+    return path
+
+
+def choco(gradient, W, x, alpha, gamma, compress):
+    """Koloskova, Stich & Jaggi 2019, Algorithm 2."""
+    path, known = [x], np.zeros_like(x)
+    for mixing in W:
+        half = path[-1] - alpha * gradients(gradient, path[-1])
+        known = known + np.stack([compress(d) for d in half - known])
+        path.append(half + gamma * (mixing @ known - known))
     return path

@@ -1,0 +1,170 @@
+"""Cross-gradient aggregation: a direction that no neighbour's data objects to.
+
+    g_ij  =  the gradient of agent j's loss at x_i (j has received x_i, and sends g_ij)
+    u     =  argmin_{u >= 0}  1/2 u' G G' u + (G g_i)' u,    G = (g_ij)_j, with g_ii
+    g~_i  =  G' u + g_i
+    v_i  <-  beta v_i - alpha g~_i,    x_i  <-  sum_j W_ij x_j + v_i
+
+(CGA, Esfandiari et al. 2021, arXiv 2103.02051, Algorithm 1.) The quadratic program
+projects g_i onto the directions with <g~, g_ij> >= 0 for all j: a step that descends on
+the neighbours' data as well. It is the dual, so u >= 0; one for each agent, over the
+whole gradient. Its minimum is that of |G' u + g_i|: a non-negative least-squares
+problem.
+
+Compressed (CompCGA, section 3.3 there), cross-gradients are what is sent compressed,
+and what was lost is added to the next ones.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool
+
+from dimat_jax.algorithms.base import (
+    Algorithm,
+    Task,
+    descend,
+    gradient,
+    moved,
+    one_agent,
+)
+from dimat_jax.algorithms.exchange import Exchange
+from dimat_jax.algorithms.local import LocalState, local
+from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.compression import Compressor, none, with_feedback
+from dimat_jax.mixing import mix
+from dimat_jax.network import Links, Messages, NetworkError
+from dimat_jax.placement import Placement
+from dimat_jax.topology import Adjacency, is_undirected
+from dimat_jax.tree import PyTree, take
+
+__all__ = ["cga", "check_links", "project"]
+
+_ITERATIONS = 1000
+
+
+def cga(
+    task: Task,
+    tx: optax.GradientTransformation,
+    placement: Placement,
+    *,
+    adjacency: Adjacency,
+    compressor: Compressor = none(),  # noqa: B008
+) -> Algorithm:
+    """Gossip and cross-gradients with every local step; W is to be doubly stochastic.
+
+    Running statistics are those of an agent's own model on its own data, averaged like
+    the params. A neighbour that is away, or has no examples, does not object.
+
+    Args:
+        task: what to learn.
+        tx: makes a step of the projected gradient; `OPTIMIZERS["heavy_ball"]` is the
+            paper's.
+        placement: where the agents live.
+        adjacency: all edges that there ever are; undirected, for gradients travel back.
+        compressor: of the cross-gradients.
+    """
+    exchange = Exchange.over(adjacency, placement.slots)
+    slots = range(exchange.neighbours.shape[1])
+
+    @placement.per_agent
+    def own_gradient(variables, batch, key):
+        return gradient(task, variables, batch, key)
+
+    @placement.per_agent
+    def aggregate(own, crossed, residuals, active, key):
+        lost = []
+        for k, residual in enumerate(residuals):
+            sent, missing = with_feedback(
+                compressor, crossed[k], residual, jax.random.fold_in(key, k)
+            )
+            crossed[k] = sent
+            lost.append(missing)
+        return project(own, crossed, active), lost
+
+    @placement.per_agent
+    def adapt(direction, state, batch):
+        updates, opt_state = descend(
+            tx, batch, direction, state.opt_state, state.variables["params"]
+        )
+        return updates, opt_state
+
+    def step(state: MemoryState, batch, network, key):
+        gradient_key, compression_key = jax.random.split(key)
+        keys = placement.keys(gradient_key)
+        variables = state.local.variables
+        own = own_gradient(variables, batch, keys)
+        returned = [
+            own_gradient(take(variables, exchange.neighbours[:, k]), batch, keys).grads
+            for k in slots
+        ]
+        crossed = [exchange.answers(returned, k) for k in slots]
+        residuals = [state.memory[name] for name in state.memory]
+        direction, lost = aggregate(
+            own.grads,
+            crossed,
+            residuals,
+            exchange.active(network.active_edges),
+            placement.keys(compression_key),
+        )
+        updates, opt_state = adapt(direction, state.local, batch)
+        variables = mix(network.W, {**variables, **own.model_state})
+        memory = dict(zip(state.memory, lost, strict=True))
+        local_state = LocalState(moved(variables, updates), opt_state)
+        return MemoryState(local_state, memory), own.metrics
+
+    def messages(state):
+        variables = one_agent(state.local.variables)
+        return Messages(step=(variables, compressor.message(variables["params"])))
+
+    return remembering(
+        local(task, tx, placement),
+        task,
+        placement,
+        memories=[] if compressor.lossless else [f"lost{k}" for k in slots],
+        step=step,
+        messages=messages,
+    )
+
+
+def project(
+    own: PyTree, others: list[PyTree], active: Bool[Array, " others"]
+) -> PyTree:
+    """The least change of a gradient to which no other gradient objects.
+
+    Args:
+        own: g, one agent's gradient; it is one of the constraints itself.
+        others: what its neighbours' data say of its model, each like `own`.
+        active: which of them count.
+
+    Returns:
+        g~ = G' u + g, with <g~, g_j> >= 0 for every row of G, up to the solver's
+        tolerance.
+    """
+    flat, unravel = ravel_pytree(own)
+    rows = [flat, *(ravel_pytree(other)[0] for other in others)]
+    G = jnp.stack(rows) * jnp.concatenate([jnp.ones(1), active])[:, None]
+    # Directions alone matter to the constraints, and their span to the solver.
+    lengths = jnp.linalg.norm(G, axis=1, keepdims=True)
+    Q, R = jnp.linalg.qr((G / jnp.where(lengths > 0, lengths, 1)).T)
+    target = -(Q.T @ flat) / jnp.where(lengths[0] > 0, lengths[0], 1)
+    u = optax.nnls(R, target, _ITERATIONS)
+    u = _polished(R, target, u)
+    return unravel(flat + lengths[0] * (Q @ (R @ u)))
+
+
+def _polished(A: Array, b: Array, u: Array) -> Array:
+    """An almost least-squares solution, made exact on its support if that helps."""
+    support = u > 1e-4 * u.max(initial=0)
+    exact = jnp.linalg.lstsq(A * support, b)[0] * support
+    better = jnp.linalg.norm(A @ exact - b) <= jnp.linalg.norm(A @ u - b)
+    return jnp.where(better & (exact >= 0).all(), exact, u)
+
+
+def check_links(links: Links) -> None:
+    """Raises NetworkError where gradients have no way back."""
+    if not is_undirected(links.adjacency):
+        raise NetworkError(
+            "cga needs an undirected network: who receives a model sends gradients back"
+        )
