@@ -1,11 +1,10 @@
-"""What the network is like from round to round, and what has crossed it."""
+"""What the network is like, from round to round and from step to step."""
 
 import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -17,14 +16,11 @@ from dimat_jax.mixing import (
     is_doubly_stochastic,
 )
 from dimat_jax.topology import Adjacency, Schedule, is_undirected, schedule
-from dimat_jax.tree import PyTree, nbytes
 
 __all__ = [
     "Absence",
     "Faults",
-    "Ledger",
     "Links",
-    "Messages",
     "Network",
     "NetworkError",
     "static",
@@ -222,45 +218,3 @@ class Links:
 
 # Draws for different purposes do not depend on each other.
 _PRESENCE, _ROUND, _STEP = range(3)
-
-
-class Messages(NamedTuple):
-    """What one agent sends another, as trees of `jax.ShapeDtypeStruct`.
-
-    Attributes:
-        step: to each neighbour, with every local step; None where nothing is sent.
-        round: to each neighbour, with every communication; None where nothing is.
-        server: to a server, and back, with every communication; None without one.
-    """
-
-    step: PyTree = None
-    round: PyTree = None
-    server: PyTree = None
-
-
-@dataclasses.dataclass
-class Ledger:
-    """Bytes and rounds so far, in Python numbers (they outgrow int32).
-
-    Attributes:
-        bytes_sent: over all links, in both directions.
-        comm_rounds: as the paper counts: one exchange with one neighbour is one round;
-            the mean over agents where their degrees differ.
-    """
-
-    bytes_sent: int = 0
-    comm_rounds: float = 0.0
-
-    def record(self, message: PyTree, adjacency: Adjacency, times: int = 1) -> None:
-        """Books `times` exchanges of one message along every edge."""
-        if not jax.tree.leaves(message):
-            return
-        edges = int(adjacency.sum())
-        self.bytes_sent += times * edges * nbytes(message)
-        self.comm_rounds += times * edges / len(adjacency)
-
-    def record_server(self, message: PyTree, present: int, n_agents: int) -> None:
-        """Books what those who are present exchange with a server: one round."""
-        if jax.tree.leaves(message):
-            self.bytes_sent += 2 * present * nbytes(message)
-            self.comm_rounds += present / n_agents

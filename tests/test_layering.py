@@ -19,6 +19,7 @@ FLOORS = [
     ["topology"],
     ["mixing"],
     ["network"],
+    ["ledger"],
     ["permutation"],
     ["merge"],
     ["checkpoint", "metrics"],
