@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dimat_jax.errors import UserError
-from dimat_jax.topology import Adjacency, Schedule
+from dimat_jax.topology import Adjacency, Schedule, components, schedule
 from dimat_jax.tree import PyTree, is_inexact
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MixingMatrix",
     "check_mixing_matrix",
     "column_stochastic",
+    "columns_sum_to_one",
     "fastest",
     "is_column_stochastic",
     "is_doubly_stochastic",
@@ -29,6 +30,7 @@ __all__ = [
     "metropolis_hastings",
     "mix",
     "row_stochastic",
+    "rows_sum_to_one",
     "spectral_gap",
     "uniform",
 ]
@@ -132,33 +134,52 @@ def fastest(adjacency: Adjacency) -> MixingMatrix:
     """The symmetric weights of the largest spectral gap; float64.
 
     Minimises the spectral norm of W - 11^T / N over symmetric W on the graph's edges
-    with rows that sum to 1 (Xiao & Boyd 2004, equation 17), a semidefinite program.
-    Some weights may be negative. Takes the optional package cvxpy.
+    with rows that sum to 1 (Xiao & Boyd 2004, equation 17), a semidefinite program; in
+    a graph that is not connected, for every component. Some weights may be negative.
+    Takes the optional package cvxpy.
 
     Raises:
         MixingError: a directed graph, cvxpy is not installed, or it finds no solution.
     """
     _require_undirected(adjacency, "fastest")
+    weights = np.zeros(adjacency.shape)
+    for component in components(adjacency):
+        own = np.ix_(component, component)
+        weights[own] = _fastest_connected(adjacency[own])
+    return _with_remainder_on_diagonal(weights)
+
+
+def _fastest_connected(adjacency: Adjacency) -> MixingMatrix:
+    """The weights of a connected graph's edges; 0 off them."""
+    n_agents = len(adjacency)
+    if adjacency.sum() == n_agents * (n_agents - 1):
+        return adjacency / n_agents  # everyone with everyone: consensus in one step
     try:
-        import cvxpy
+        import cvxpy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MixingError(
             "fastest weights need cvxpy: pip install 'dimat_jax[sdp]'"
         ) from error
-    n_agents = len(adjacency)
-    if not adjacency.any():
-        return np.eye(n_agents)
-    W = cvxpy.Variable((n_agents, n_agents), symmetric=True)
-    outside = ~(adjacency | np.eye(n_agents, dtype=bool))
-    constraints = [cvxpy.sum(W, axis=1) == 1, cvxpy.multiply(outside, W) == 0]
-    mean = np.full((n_agents, n_agents), 1 / n_agents)
-    problem = cvxpy.Problem(cvxpy.Minimize(cvxpy.sigma_max(W - mean)), constraints)
-    problem.solve(solver=cvxpy.CLARABEL)
-    if W.value is None:
+    # W = I - sum_e w_e (e_i - e_j)(e_i - e_j)^T: symmetric with rows that sum to 1.
+    ends = np.argwhere(np.triu(adjacency))
+    edges = np.arange(len(ends))
+    incidence = np.zeros((n_agents, len(ends)))
+    incidence[ends[:, 0], edges], incidence[ends[:, 1], edges] = 1, -1
+    weights, norm = cvxpy.Variable(len(ends)), cvxpy.Variable()
+    identity = np.eye(n_agents)
+    away = identity - incidence @ cvxpy.diag(weights) @ incidence.T - 1 / n_agents
+    problem = cvxpy.Problem(
+        cvxpy.Minimize(norm), [away << norm * identity, away >> -norm * identity]
+    )
+    try:
+        problem.solve(solver=cvxpy.CLARABEL)
+    except cvxpy.SolverError as error:
+        raise MixingError(f"the fastest weights were not found: {error}") from error
+    if weights.value is None:
         raise MixingError(f"the fastest weights were not found: {problem.status}")
-    # What the solver leaves of its tolerance: exactly symmetric, exactly on the edges.
-    weights = np.where(adjacency, (W.value + W.value.T) / 2, 0.0)
-    return _with_remainder_on_diagonal(weights)
+    matrix = np.zeros((n_agents, n_agents))
+    matrix[ends[:, 0], ends[:, 1]] = weights.value
+    return matrix + matrix.T
 
 
 MIXINGS: dict[str, Callable[[Adjacency | Schedule], MixingMatrix]] = {
@@ -185,36 +206,93 @@ def _require_undirected(adjacency: Adjacency, rule: str) -> None:
         )
 
 
-def check_mixing_matrix(mixing_matrix: np.ndarray) -> MixingMatrix:
-    """A matrix that somebody made themselves, if its rows or its columns sum to 1.
+def check_mixing_matrix(
+    mixing_matrix: np.ndarray, adjacency: Adjacency | Schedule | None = None
+) -> MixingMatrix:
+    """A mixing matrix that somebody made themselves, or a stack of them, as float64.
+
+    Args:
+        mixing_matrix: rows or columns (or both), at all times the same, sum to 1.
+            Weights may be negative.
+        adjacency: if given, the graph that it is to be for. The periods are equal, or
+            the matrix is one for all times; there are weights on edges alone.
 
     Raises:
-        MixingError: neither does; it names the first row.
+        MixingError: it is not so; the message names the row, or the entry.
     """
     matrix = np.asarray(mixing_matrix, np.float64)
-    rows, columns = matrix.sum(axis=-1), matrix.sum(axis=-2)
-    if not np.allclose(rows, 1, atol=1e-6) and not np.allclose(columns, 1, atol=1e-6):
-        agent = int(np.argmax(np.abs(rows - 1).reshape(-1, rows.shape[-1]).max(axis=0)))
+    shape = list(matrix.shape)
+    if matrix.ndim not in (2, 3) or shape[-1] != shape[-2] or not matrix.size:
+        raise MixingError(
+            f"a mixing matrix is [agents, agents], or a stack of such; got {shape}"
+        )
+    if not np.isfinite(matrix).all():
+        raise MixingError("a mixing matrix holds finite numbers")
+    if not rows_sum_to_one(matrix) and not columns_sum_to_one(matrix):
+        rows = schedule(matrix).sum(axis=-1)
+        time, agent = np.argwhere(~np.isclose(rows, 1, atol=_TOLERANCE))[0]
         raise MixingError(
             "a mixing matrix's rows or columns (or both) sum to 1; here neither do, "
-            f"and row {agent} sums to {rows.reshape(-1, rows.shape[-1])[0, agent]:g}"
+            f"and row {agent} sums to {rows[time, agent]:g}{_at(time, matrix)}"
         )
+    if adjacency is not None:
+        _check_support(matrix, adjacency)
     return matrix
 
 
-def is_doubly_stochastic(mixing_matrix: MixingMatrix, tolerance: float = 1e-6) -> bool:
+def _check_support(matrix: MixingMatrix, adjacency: Adjacency | Schedule) -> None:
+    weights, edges = schedule(matrix), schedule(adjacency)
+    if weights.shape[1:] != edges.shape[1:] or len(weights) not in (1, len(edges)):
+        raise MixingError(
+            f"a mixing matrix of shape {list(matrix.shape)} does not fit a topology "
+            f"of shape {list(adjacency.shape)}"
+        )
+    stray = np.argwhere((weights != 0) & ~edges & ~np.eye(edges.shape[-1], dtype=bool))
+    if len(stray):
+        time, receiver, sender = stray[0]
+        weight = weights[time % len(weights), receiver, sender]
+        raise MixingError(
+            f"the mixing matrix has a weight of {weight:g} in row {receiver}, column "
+            f"{sender}{_at(time, adjacency)}, but agent {receiver} does not receive "
+            f"from agent {sender}"
+        )
+
+
+def _at(time: int, stack: np.ndarray) -> str:
+    return f" at time {time}" if stack.ndim == 3 else ""
+
+
+# For matrices that were written down in decimals, or in float32.
+_TOLERANCE = 1e-6
+
+
+def rows_sum_to_one(mixing_matrix: MixingMatrix, tolerance: float = _TOLERANCE) -> bool:
+    """Whether consensus, once reached, stays; at all times, for a stack."""
+    return columns_sum_to_one(np.swapaxes(mixing_matrix, -1, -2), tolerance)
+
+
+def columns_sum_to_one(
+    mixing_matrix: MixingMatrix, tolerance: float = _TOLERANCE
+) -> bool:
+    """Whether mixing preserves the sum over agents; at all times, for a stack."""
+    return bool((np.abs(mixing_matrix.sum(axis=-2) - 1) <= tolerance).all())
+
+
+def is_doubly_stochastic(
+    mixing_matrix: MixingMatrix, tolerance: float = _TOLERANCE
+) -> bool:
     """Whether rows and columns sum to 1 and no weight is negative."""
-    return bool(
-        is_column_stochastic(mixing_matrix, tolerance)
-        and is_column_stochastic(np.swapaxes(mixing_matrix, -1, -2), tolerance)
+    return is_column_stochastic(mixing_matrix, tolerance) and rows_sum_to_one(
+        mixing_matrix, tolerance
     )
 
 
-def is_column_stochastic(mixing_matrix: MixingMatrix, tolerance: float = 1e-6) -> bool:
+def is_column_stochastic(
+    mixing_matrix: MixingMatrix, tolerance: float = _TOLERANCE
+) -> bool:
     """Whether columns sum to 1 and no weight is negative."""
-    return bool(
-        (mixing_matrix >= -tolerance).all()
-        and np.allclose(mixing_matrix.sum(axis=-2), 1, atol=tolerance)
+    return bool((mixing_matrix >= -tolerance).all()) and columns_sum_to_one(
+        mixing_matrix, tolerance
     )
 
 

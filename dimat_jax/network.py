@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float
 from dimat_jax.errors import UserError
 from dimat_jax.mixing import (
     MixingMatrix,
-    is_column_stochastic,
-    is_doubly_stochastic,
+    check_mixing_matrix,
+    columns_sum_to_one,
+    rows_sum_to_one,
 )
-from dimat_jax.topology import Adjacency, Schedule, is_undirected, schedule
+from dimat_jax.topology import Adjacency, Schedule, is_undirected, schedule, union
 
 __all__ = [
     "Absence",
@@ -60,7 +61,7 @@ def _filled_up(W, active_edges, present, *, slots: int) -> Network:
 
 
 class NetworkError(UserError):
-    """Faults that a network's mixing weights cannot stand; the message says why."""
+    """A network that its use, or its faults, do not allow; the message says why."""
 
 
 class Absence(NamedTuple):
@@ -85,7 +86,7 @@ class Faults:
         dropout: with this probability an agent is away for a round.
         edge_loss: with this probability a link fails in an exchange. In an undirected
             network it fails in both directions, in a directed one in its own.
-        absences: who is away when, beyond that.
+        absences: who is away when, beyond that; as `Absence`s or as plain triples.
         seed: of the draws.
     """
 
@@ -101,7 +102,9 @@ class Faults:
                 raise NetworkError(
                     f"{name} is a probability, from 0 to below 1; got {probability}"
                 )
-        for agent, start, stop in self.absences:
+        absences = tuple(Absence(*absence) for absence in self.absences)
+        object.__setattr__(self, "absences", absences)
+        for agent, start, stop in absences:
             if agent < 0 or start < 1 or (stop is not None and stop <= start):
                 raise NetworkError(
                     "an absence is (agent, first round away, round it is back for), "
@@ -117,17 +120,27 @@ class Faults:
 class Links:
     """The network over time: who is there, which links work, and what W is then.
 
-    In an undirected network the mixing rule is applied to the graph of those who are
-    there, and a link that fails gives its weight back to both ends: rows go on to sum
-    to 1, and so do columns where they did. In a directed network whatever is not
-    delivered stays with its sender: columns go on to sum to 1, rows do not.
+    Where an agent is away in an undirected network, a mixing rule is applied to the
+    graph of those who are there. Whatever else is not delivered (a link fails, W is a
+    ready matrix, the network is directed) is made up for on the diagonal, so that what
+    summed to 1 goes on to do so: the weight stays with the sender where columns sum to
+    1, and goes to the receiver where only rows do. On an undirected network with
+    symmetric weights both are the same: both ends of the link get it back.
 
     Args:
         adjacency: `[agents, agents]`, or `[period, agents, agents]`.
-        mixing: a rule, e.g. of `MIXINGS`.
+        mixing: a rule, e.g. of `MIXINGS`, or a matrix: `[agents, agents]` or a stack of
+            the adjacency's period.
         faults: how the network misbehaves.
 
+    Attributes:
+        adjacency: `[period, agents, agents]`.
+        mixing_matrix: `[period, agents, agents]`, if everyone is there and no link
+            fails.
+        faults: as given.
+
     Raises:
+        MixingError: the rule does not fit the graph, or the matrix does not.
         NetworkError: faults in a directed network whose columns do not sum to 1, or an
             absence of an agent that there is not.
     """
@@ -135,14 +148,21 @@ class Links:
     def __init__(
         self,
         adjacency: Adjacency | Schedule,
-        mixing: Callable[[Adjacency | Schedule], MixingMatrix],
+        mixing: Callable[[Adjacency | Schedule], MixingMatrix] | MixingMatrix,
         faults: Faults = Faults(),  # noqa: B008
     ):
-        self.adjacency = schedule(adjacency)
+        self.adjacency = schedule(np.asarray(adjacency, bool))
         self.faults = faults
-        self.mixing_matrix = schedule(mixing(self.adjacency))
-        self._mixing = mixing
+        self._rule = mixing if callable(mixing) else None
+        matrix = mixing(self.adjacency) if callable(mixing) else mixing
+        self.mixing_matrix = np.broadcast_to(
+            check_mixing_matrix(matrix, self.adjacency), self.adjacency.shape
+        )
         self._undirected = is_undirected(self.adjacency)
+        # Some rules are programs of their own; the same few are away again and again.
+        self._weights = functools.lru_cache(1024)(self._weights_of)
+        # Local steps are many, and their networks few unless links fail.
+        self._network = functools.lru_cache(64)(self._network_of)
         n_agents = self.adjacency.shape[-1]
         for absence in faults.absences:
             if absence.agent >= n_agents:
@@ -153,7 +173,7 @@ class Links:
         if (
             faults.any
             and not self._undirected
-            and not is_column_stochastic(self.mixing_matrix)
+            and not columns_sum_to_one(self.mixing_matrix)
         ):
             raise NetworkError(
                 "where agents drop out of a directed network, or its links fail, a "
@@ -161,59 +181,108 @@ class Links:
                 "to 1 (column_stochastic weights, and push-sum)"
             )
 
+    @functools.cached_property
+    def edges(self) -> Adjacency:
+        """All edges that there ever are."""
+        return union(self.adjacency)
+
     @property
     def changes(self) -> bool:
         """Whether one round's network may differ from another's."""
         return self.faults.any or len(self.adjacency) > 1
 
-    @property
+    @functools.cached_property
     def doubly_stochastic(self) -> bool:
-        """Whether rows and columns of W sum to 1, all the time."""
-        stays = self._undirected or not self.faults.any
-        return stays and is_doubly_stochastic(self.mixing_matrix)
+        """Whether rows and columns of W sum to 1, whatever fails.
+
+        Weights may be negative: those of `fastest` are, on some graphs.
+        """
+        if self.faults.any and not (self._undirected and self._symmetric):
+            return False
+        return self.column_stochastic and all(map(rows_sum_to_one, self._matrices))
+
+    @functools.cached_property
+    def column_stochastic(self) -> bool:
+        """Whether columns of W sum to 1, whatever fails. Weights may be negative."""
+        return all(map(columns_sum_to_one, self._matrices))
+
+    @property
+    def _symmetric(self) -> bool:
+        return all(np.allclose(W, W.T, rtol=0, atol=1e-6) for W in self._matrices)
+
+    @functools.cached_property
+    def _matrices(self) -> list[MixingMatrix]:
+        """W at every time, and where somebody is away."""
+        matrices = list(self.mixing_matrix)
+        some_away = bool(self.faults.dropout or self.faults.absences)
+        if self._reapplies and some_away and self.edges.any():
+            # A rule's sums may be 1 on regular graphs alone, which those who are left
+            # do not form. On the least irregular graph it shows.
+            irregular = np.zeros_like(self.edges)
+            for agent in range(min(2, len(irregular) - 1)):
+                irregular[agent, agent + 1] = irregular[agent + 1, agent] = True
+            matrices.append(self._weights(irregular.tobytes()))
+        return matrices
+
+    @property
+    def _reapplies(self) -> bool:
+        """Whether the mixing rule is applied anew to those who are there."""
+        return self._undirected and self._rule is not None
 
     def present(self, round_number: int) -> Bool[np.ndarray, " agents"]:
         """Who is there in a round. Rounds count from 1."""
-        n_agents = self.adjacency.shape[-1]
-        rng = np.random.default_rng([self.faults.seed, _PRESENCE, round_number])
-        present = rng.random(n_agents) >= self.faults.dropout
+        present = np.ones(self.adjacency.shape[-1], bool)
+        if self.faults.dropout:
+            rng = np.random.default_rng([self.faults.seed, _PRESENCE, round_number])
+            present = rng.random(len(present)) >= self.faults.dropout
         for agent, start, stop in self.faults.absences:
             if start <= round_number < (stop or np.inf):
                 present[agent] = False
         return present
 
     def at_round(self, round_number: int, slots: int) -> Network:
-        """The network that a round's communication has. Rounds count from 1."""
-        return self._network(round_number - 1, round_number, _ROUND, slots)
+        """The network that a round's communication has. Rounds count from 1.
+
+        Networks that are the same are one object, as far as they are remembered: where
+        links do not fail, one for all steps between two changes.
+        """
+        return self._at(round_number - 1, round_number, _ROUND, slots)
 
     def at_step(self, step: int, round_number: int, slots: int) -> Network:
-        """The network that a local step of a round has. Steps count from 0."""
-        return self._network(step, round_number, _STEP, slots)
+        """The network that a local step of a round has, as `at_round`.
 
-    def _network(
-        self, time: int, round_number: int, purpose: int, slots: int
-    ) -> Network:
-        phase, present = time % len(self.adjacency), self.present(round_number)
-        adjacency, W = self.adjacency[phase], self.mixing_matrix[phase]
-        lost = adjacency & ~(present & present[:, None])
-        if self._undirected and lost.any():
-            W = self._weights((adjacency & ~lost).tobytes())
+        Steps count from 0, and go on counting from round to round.
+        """
+        return self._at(step, round_number, _STEP, slots)
+
+    def _at(self, time: int, round_number: int, purpose: int, slots: int) -> Network:
+        adjacency = self.adjacency[phase := time % len(self.adjacency)]
+        failed = np.zeros_like(adjacency)
         if self.faults.edge_loss:
             rng = np.random.default_rng([self.faults.seed, purpose, time])
-            failed = rng.random(adjacency.shape) < self.faults.edge_loss
+            failed = adjacency & (rng.random(adjacency.shape) < self.faults.edge_loss)
             if self._undirected:
                 failed = np.triu(failed) | np.triu(failed).T
-            lost |= adjacency & failed
-        undelivered = np.where(lost, W, 0.0)
-        back = undelivered.sum(axis=1 if self._undirected else 0)
-        W = W - undelivered + np.diag(back)
-        return _filled_up(W, adjacency & ~lost, present, slots=slots)
+        present = self.present(round_number)
+        return self._network(phase, present.tobytes(), failed.tobytes(), slots)
 
-    # Some rules are programs of their own; the same few are away again and again.
-    @functools.lru_cache(maxsize=1024)  # noqa: B019
-    def _weights(self, adjacency: bytes) -> MixingMatrix:
+    def _network_of(
+        self, phase: int, present: bytes, failed: bytes, slots: int
+    ) -> Network:
+        adjacency, W = self.adjacency[phase], self.mixing_matrix[phase]
+        there = np.frombuffer(present, bool)
+        reachable = adjacency & there & there[:, None]
+        if self._reapplies and (reachable != adjacency).any():
+            W = self._weights(reachable.tobytes())
+        active = reachable & ~np.frombuffer(failed, bool).reshape(adjacency.shape)
+        undelivered = np.where(adjacency & ~active, W, 0.0)
+        back = undelivered.sum(axis=0 if columns_sum_to_one(W) else 1)
+        return _filled_up(W - undelivered + np.diag(back), active, there, slots=slots)
+
+    def _weights_of(self, adjacency: bytes) -> MixingMatrix:
+        assert self._rule is not None
         shape = self.adjacency.shape[1:]
-        return self._mixing(np.frombuffer(adjacency, bool).reshape(shape))
+        return self._rule(np.frombuffer(adjacency, bool).reshape(shape))
 
 
 # Draws for different purposes do not depend on each other.

@@ -221,9 +221,10 @@ def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
             matrix = np.array(json.loads(file.read_text()), np.float64)
         else:
             raise TopologyError(f"expected a .json or .npy file, got {str(file)!r}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise TopologyError(f"{file} cannot be read: {error}") from error
-    if matrix.ndim not in (2, 3) or matrix.shape[-2:] != (n_agents, n_agents):
+    fits = matrix.ndim in (2, 3) and matrix.shape[-2:] == (n_agents, n_agents)
+    if not fits or not matrix.size:
         raise TopologyError(
             f"{file} holds an array of shape {list(matrix.shape)}; expected "
             f"[{n_agents}, {n_agents}], or a stack of such"
@@ -243,9 +244,10 @@ def union(adjacency: Adjacency | Schedule) -> Adjacency:
     return np.asarray(schedule(adjacency).any(axis=0))
 
 
-def components(adjacency: Adjacency) -> list[list[int]]:
+def components(adjacency: Adjacency | Schedule) -> list[list[int]]:
     """The (weakly) connected components, each sorted, in the order of their least."""
-    graph = nx.from_numpy_array(adjacency | adjacency.T)
+    edges = union(adjacency)
+    graph = nx.from_numpy_array(edges | edges.T)
     return sorted(sorted(component) for component in nx.connected_components(graph))
 
 
