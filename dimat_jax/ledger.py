@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,22 +29,17 @@ class Messages(NamedTuple):
         step: to each neighbour, with every local step.
         round: to each neighbour, with every communication.
         server: to a server, and back, with every communication.
-        whole: where `round` holds compressed differences: the uncompressed form. A
-            neighbour that a message did not reach is sent what it missed together with
-            the next message that reaches it, at most `whole` in all. Empty: every
-            message stands for itself, and nothing is caught up on.
-        matching: of the edges that work in a round, the bytes of matching data that
-            cross every link, `[receiver, sender]`. None: there are none.
+        whole: where `round` holds compressed differences: the uncompressed form, which
+            agents send when they first meet. A neighbour that a message did not reach
+            is sent what it missed together with the next message that reaches it, at
+            most `whole` in all. Empty: every message stands for itself, and nothing is
+            caught up on.
     """
 
     step: Message = {}
     round: Message = {}
     server: Message = {}
     whole: Message = {}
-    matching: (
-        Callable[[Bool[np.ndarray, "agents agents"]], Int[np.ndarray, "agents agents"]]
-        | None
-    ) = None
 
 
 @dataclasses.dataclass
@@ -61,7 +55,8 @@ class Ledger:
         by_kind: bytes by kind; also "matching", and "missed": what was caught up on.
         by_link: bytes `[receiver][sender]`.
         server_bytes: bytes to a server and from it, which are in no link.
-        missed: `[receiver][sender]` how many messages the receiver has yet to be sent.
+        missed: `[receiver][sender]` how many messages the receiver has yet to be sent;
+            None: it was never sent any.
     """
 
     n_agents: int
@@ -69,11 +64,12 @@ class Ledger:
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
     by_link: list[list[int]] = dataclasses.field(default_factory=list)
     server_bytes: int = 0
-    missed: list[list[int]] = dataclasses.field(default_factory=list)
+    missed: list[list[int | None]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
-        self.by_link = self.by_link or self._zeros()
-        self.missed = self.missed or self._zeros()
+        agents = range(self.n_agents)
+        self.by_link = self.by_link or [[0 for _ in agents] for _ in agents]
+        self.missed = self.missed or [[None for _ in agents] for _ in agents]
         self._measured: tuple[Messages, _Sizes] | None = None
 
     @property
@@ -103,6 +99,7 @@ class Ledger:
         active_edges: Adjacency,
         present: Bool[np.ndarray, " agents"],
         edges: Adjacency,
+        matching: Int[np.ndarray, "agents agents"] | None = None,
     ) -> None:
         """Books what one communication sends.
 
@@ -112,16 +109,17 @@ class Ledger:
             present: who is there.
             edges: all edges that there ever are. Whoever is present has news for all
                 its receivers, now or when the edge works again; who is absent has none.
+            matching: bytes of matching data that cross every link, `[receiver,
+                sender]`.
         """
         sizes, links = self._sizes(messages), self._links(active_edges)
         self._exchange(sizes.round, links, 1)
         if sizes.whole:
             announced = self._own(edges) & self._own(present)
             self._catch_up(sizes, links, self._links(announced))
-        if messages.matching is not None:
-            matched = np.asarray(messages.matching(self._own(active_edges)))
-            for receiver, sender in self._links(matched != 0):
-                size = int(matched[receiver, sender])
+        if matching is not None:
+            for receiver, sender in self._links(matching != 0):
+                size = int(matching[receiver, sender])
                 self._send("matching", receiver, sender, size)
         if sizes.server:
             clients = int(self._own(present).sum())
@@ -157,11 +155,14 @@ class Ledger:
             missed = self.missed[receiver][sender]
             self.missed[receiver][sender] = 0
             # The message itself is booked already, however large `whole` is.
-            extra = min(missed * size, sizes.whole - size)
-            if missed and extra > 0:
+            extra = sizes.whole - size
+            if missed is not None:
+                extra = min(missed * size, extra)
+            if extra > 0:
                 self._send("missed", receiver, sender, extra)
         for receiver, sender in set(announced) - set(links):
-            self.missed[receiver][sender] += 1
+            if (missed := self.missed[receiver][sender]) is not None:
+                self.missed[receiver][sender] = missed + 1
 
     def _send(self, kind: str, receiver: int, sender: int, size: int) -> None:
         self._book(kind, size)
@@ -184,9 +185,6 @@ class Ledger:
         """(receiver, sender)s, as Python ints: indexing with them is much faster."""
         receivers, senders = np.nonzero(self._own(edges))
         return list(zip(receivers.tolist(), senders.tolist(), strict=True))
-
-    def _zeros(self) -> list[list[int]]:
-        return [[0] * self.n_agents for _ in range(self.n_agents)]
 
 
 class _Sizes(NamedTuple):
