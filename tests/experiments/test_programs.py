@@ -12,6 +12,7 @@ import pytest
 
 from dimat_jax.metrics import read_rows
 from experiments import report
+from experiments.runs import load
 from experiments.sweep import load_runs
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def finished(tmp_path_factory, environment) -> tuple[Path, str]:
 def test_train_prints_a_line_for_every_evaluation_and_names_its_files(finished):
     workdir, printed = finished
     assert printed.count("test accuracy") == 1 + 2 * 3
-    for name in ("report.md", "report.csv", "accuracy.png"):
+    for name in ("report.md", "report.csv", "accuracy.png", "bytes.png"):
         assert f"wrote {workdir / name}" in printed
         assert (workdir / name).stat().st_size > 0
     assert "\r" not in printed  # no progress bar without a terminal
@@ -171,12 +172,12 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
         assert json.loads((workdir / name / "summary.json").read_text())["round"] == 2
     # One set of agents for each seed.
     assert len(list((workdir / "pretrained").iterdir())) == 2
-    evaluations, fields = report.load([workdir])
-    assert fields == ["algorithm"]
-    tables = report.tables(evaluations, fields)
-    summary, by_round = tables.values()
+    runs = load([workdir])
+    assert runs.fields == ["algorithm"]
+    summary, by_round = report.tables(runs).values()
     assert list(summary.index) == ["dimat", "wa"]
     assert all("±" in cell for cell in summary["trained (last round)"])
+    evaluations = runs.evaluations
     mean = evaluations[
         (evaluations.algorithm == "wa")
         & (evaluations.phase == "merged")

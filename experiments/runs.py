@@ -1,0 +1,268 @@
+"""Reads runs, and finds what they are to be compared by."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from dimat_jax.algorithms import ALIGNING, MERGING, WATCHING
+from dimat_jax.config import default_config, substance
+from dimat_jax.data.partition import PARTITIONS
+from dimat_jax.errors import UserError
+from dimat_jax.metrics import read_rows
+from dimat_jax.topology import TOPOLOGIES
+
+__all__ = ["PHASES", "SENT", "Frame", "Partition", "Runs", "describe", "load"]
+
+# A pandas.DataFrame. Its indexing may return nearly anything, as type checkers see it.
+Frame = Any
+
+# Of evaluations, in the order in which a round goes through them.
+PHASES = ("pretrained", "merged", "trained")
+# Begins the names of their columns of bytes by kind.
+SENT = "bytes_sent."
+
+
+# A config's fields as text, by their paths.
+Fields = Mapping[str, str]
+
+
+def _is(field: str, values: Collection[str]) -> Callable[[Fields], bool]:
+    """Whether a field has one of some values."""
+    return lambda fields: fields[field] in values
+
+
+def _takes(
+    field: str, registry: Mapping[str, Callable[..., Any]], option: str
+) -> Callable[[Fields], bool]:
+    """Whether what a field names takes an option."""
+    functions = registry.items()
+    return _is(
+        field, [name for name, f in functions if option in signature(f).parameters]
+    )
+
+
+# What runs are repeated over, not compared by.
+_REPEATS = "seed"
+# Fields, or whole sections, that make a panel of a figure; the others make a line.
+_PANELS = (
+    "topology",
+    "graph",
+    "data.partition",
+    "data.alpha",
+    "data.classes",
+    "pretrain.partition",
+)
+# Who reads a field, or a whole section; what is not here, everyone does.
+_READ_BY: dict[str, Callable[[Fields], bool]] = {
+    "merge": _is("algorithm", MERGING),
+    "merge.frame": _is("algorithm", ALIGNING),
+    "merge.stay": _is("algorithm", ALIGNING),
+    "merge.match_data": _is("algorithm", WATCHING),
+    "merge.match_samples": _is("algorithm", WATCHING),
+    "data.alpha": _takes("data.partition", PARTITIONS, "alpha"),
+    "data.classes": _takes("data.partition", PARTITIONS, "classes"),
+    "graph.degree": _takes("topology", TOPOLOGIES, "degree"),
+    "graph.edge_probability": _takes("topology", TOPOLOGIES, "edge_probability"),
+}
+# What tells partitions of the same name apart.
+_SPLIT_BY = ("data.name", "data.train_size", "agents", "data.alpha", "data.classes")
+
+
+class Partition(NamedTuple):
+    """Who holds what.
+
+    Attributes:
+        title: what distinguishes it from the others.
+        counts: `[agents][classes]`, how many samples of each class an agent has.
+        classes: the classes' names; None: their numbers will do.
+    """
+
+    title: str
+    counts: Sequence[Sequence[int]]
+    classes: Sequence[str] | None = None
+
+
+class Runs(NamedTuple):
+    """Runs to be compared.
+
+    Attributes:
+        evaluations: a row for each evaluation: the metrics (bytes of each kind as
+            "bytes_sent.KIND"), the run's folder as "run", its seed, and the fields.
+        panels: the config fields that say what problem is solved, and on which graph,
+            as far as that varies.
+        lines: the algorithm, and all else that varies among the runs of an algorithm.
+            A field is blank where it is of no use.
+        settings: a row for each algorithm, a column for each field that varies with
+            the algorithm alone.
+        partitions: all that differ, those of further seeds last.
+    """
+
+    evaluations: Frame
+    panels: list[str]
+    lines: list[str]
+    settings: Frame
+    partitions: list[Partition]
+
+    @property
+    def fields(self) -> list[str]:
+        """All that the runs are compared by."""
+        return [*self.panels, *self.lines]
+
+
+def describe(fields: Sequence[str], values: Sequence[Any]) -> str:
+    """Fields in a few words; values that do not speak for themselves with their names.
+
+    Blank ones are left out.
+    """
+
+    def speaks(field: str, value: str) -> bool:
+        is_word = value.isidentifier() and value not in ("True", "False", "None")
+        return is_word and not field.startswith("pretrain.")
+
+    return ", ".join(
+        value if speaks(field, value) else f"{field} {value}"
+        for field, value in zip(fields, map(str, values), strict=True)
+        if value
+    )
+
+
+def load(directories: Sequence[str | Path]) -> Runs:
+    """Reads all runs in or below some folders, finished or not.
+
+    Raises:
+        UserError: a folder that does not exist, or holds no run.
+    """
+    evaluations, configs = _read(directories)
+    read = _read_only(configs)
+    panels, lines, settings = _varying(read)
+    fields = [*panels, *lines]
+    short = _short_names([*fields, *settings])
+    # Nothing is there to read where a field is blank.
+    described: Frame = read[[*fields, _REPEATS]].fillna("").rename(columns=short)
+    by_algorithm = read.groupby("algorithm", sort=False)[settings].first()
+    return Runs(
+        evaluations.join(described, on="run"),
+        [short[field] for field in panels],
+        [short[field] for field in lines],
+        by_algorithm.fillna("").rename(columns=short),
+        _partitions(read),
+    )
+
+
+def _read(directories: Sequence[str | Path]) -> tuple[Frame, Frame]:
+    """All evaluations, and the config of each run: its fields as text, by their paths.
+
+    Fields that the config of an older run lacks have their defaults.
+    """
+    frames, configs = [], {}
+    defaults = substance(json.loads(default_config().to_json()))
+    for directory in map(Path, directories):
+        runs = [
+            path.parent
+            for path in directory.rglob("metrics.jsonl")
+            if path.with_name("config.json").exists()
+        ]
+        if not runs:
+            raise UserError(f"no run (no metrics.jsonl) in or below {directory}")
+        # In the order in which they were started: a sweep's own.
+        for run in sorted(runs, key=lambda run: (run / "config.json").stat().st_mtime):
+            if rows := read_rows(run):  # a run that has just started has none
+                config = json.loads((run / "config.json").read_text())
+                fields = defaults | substance(config)
+                configs[str(run)] = {name: str(value) for name, value in fields.items()}
+                frames.append(_evaluations(rows).assign(run=str(run)))
+    if not frames:
+        raise UserError(
+            f"no run in {', '.join(map(str, directories))} got anywhere yet"
+        )
+    evaluations: Frame = pd.concat(frames, ignore_index=True)
+    sent = evaluations.filter(like=SENT)
+    # Kinds that only other runs know; older runs know none.
+    told = sent.sum(axis=1) == evaluations.bytes_sent_total
+    evaluations[list(sent)] = sent.mask(sent.isna() & told.to_frame().to_numpy(), 0)
+    return evaluations, pd.DataFrame.from_dict(configs, orient="index").fillna("")
+
+
+def _evaluations(rows: list[dict[str, Any]]) -> Frame:
+    """A run's rows, with the bytes of each kind in columns of their own."""
+    # Who sent whom how much is too much for a table.
+    nested = ["bytes_sent_by_kind", "bytes_sent_by_link"]
+    kinds = pd.DataFrame([row.get("bytes_sent_by_kind", {}) for row in rows])
+    frame = pd.DataFrame(rows).drop(columns=nested, errors="ignore")
+    return frame.join(kinds.add_prefix(SENT))
+
+
+def _read_only(configs: Frame) -> Frame:
+    """Without the fields that a run does not read: they are missing."""
+    kept = configs.copy()
+    for field in configs:
+        section = field.partition(".")[0]
+        if is_read := _READ_BY.get(field) or _READ_BY.get(section):
+            kept[field] = configs[field].where(configs.apply(is_read, axis=1))
+    return kept
+
+
+def _varying(read: Frame) -> tuple[list[str], list[str], list[str]]:
+    """The fields that make panels, those that make lines, and algorithms' settings."""
+    panels, lines, settings = [], ["algorithm"], []
+    values = read.groupby("algorithm").nunique()
+    for field in read.columns.difference(["algorithm", _REPEATS], sort=False):
+        if read[field].nunique() < 2:
+            continue
+        if field in _PANELS or field.partition(".")[0] in _PANELS:
+            panels.append(field)
+        elif values[field].max() < 2:
+            settings.append(field)
+        else:
+            lines.append(field)
+    return panels, lines, settings
+
+
+def _short_names(fields: Sequence[str]) -> dict[str, str]:
+    """By path: "data.partition" is "partition" where only one field ends like that."""
+    endings = {field: field.rsplit(".", 1)[-1] for field in fields}
+    # What is told of pre-training, the rounds have too; and a name names anything.
+    endings |= {
+        field: field
+        for field, ending in endings.items()
+        if field.startswith("pretrain.") or ending == "name"
+    }
+    times = Counter(endings.values())
+    return {
+        field: ending if times[ending] == 1 else field
+        for field, ending in endings.items()
+    }
+
+
+def _partitions(configs: Frame) -> list[Partition]:
+    """What the runs' partition.json hold, once each; older runs have none."""
+    known = configs.columns.intersection(_SPLIT_BY)
+    varying = [field for field in known if configs[field].nunique() > 1]
+    fields = ["partition", *_short_names(varying).values()]
+    found: dict[str, tuple[Partition, str]] = {}
+    for run, config in configs.iterrows():
+        path = Path(run) / "partition.json"
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text())
+        counts = content["counts"]
+        if len(counts) > 1:  # there is nothing to see where one agent has all
+            title = describe(
+                fields, [content["partition"], *config[varying].fillna("")]
+            )
+            partition = Partition(title, counts, content["classes"])
+            found.setdefault(json.dumps(counts), (partition, config[_REPEATS]))
+    alike = Counter(partition.title for partition, _ in found.values())
+    before, ranked = Counter(), []
+    for partition, seed in found.values():
+        title = partition.title
+        if alike[title] > 1:
+            partition = partition._replace(title=f"{title}, {_REPEATS} {seed}")
+        ranked.append((before[title], partition))
+        before[title] += 1
+    return [partition for _, partition in sorted(ranked, key=lambda pair: pair[0])]

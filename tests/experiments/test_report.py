@@ -1,0 +1,499 @@
+"""Reports on runs that were never run: what is compared, counted and drawn."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import figures, report
+from experiments.runs import Partition, Runs, describe, load
+
+END, AFTER, BY_ROUND, BY_KIND, AWAY, SETTINGS = (
+    "Mean test accuracy at the end (%), and MB sent",
+    "Right after the last communication (%), and MB sent",
+    "Right after the merge, by round (%)",
+    "MB sent, by kind",
+    "Agents that were away, in the rounds evaluated",
+    "Settings by algorithm",
+)
+
+
+# Files that are written in the same instant have the same time.
+SECONDS = itertools.count(1_700_000_000)
+
+
+def nested(fields: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for path, value in fields.items():
+        *sections, name = path.split(".")
+        section = config
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return config
+
+
+def evaluation(
+    number: int, phase: str, accuracy: float, sent: dict[str, int] | None, **metrics
+) -> dict[str, Any]:
+    row = {
+        "round": number,
+        "phase": phase,
+        "test_accuracy": [accuracy - 0.125, accuracy + 0.125],
+        "test_accuracy_mean": accuracy,
+        "bytes_sent_total": sum((sent or {}).values()),
+        "comm_rounds_total": 2.0 * number,
+        "seconds_total": 1.0,
+        **metrics,
+    }
+    if sent is not None:
+        row["bytes_sent_by_kind"] = sent
+        row["bytes_sent_by_link"] = [[0, 7], [7, 0]]
+    return row
+
+
+def write_run(
+    folder: Path,
+    *,
+    accuracy: float = 0.5,
+    rounds: int = 2,
+    sent: dict[str, int] | None = None,
+    present: list[list[bool]] | None = None,
+    partition: dict[str, Any] | None = None,
+    **fields: Any,
+) -> None:
+    """A run that sends `sent` with every round, and gains 1/100 when it trains.
+
+    A field's dots are double underscores.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {name.replace("__", "."): value for name, value in fields.items()}
+    config = folder / "config.json"
+    config.write_text(json.dumps(nested(fields)))
+    time = next(SECONDS)
+    os.utime(config, (time, time))
+    kinds = sent or {}
+    rows = [evaluation(0, "pretrained", 0.25, dict.fromkeys(kinds, 0))]
+    for number in range(1, rounds + 1):
+        total = {kind: number * size for kind, size in kinds.items()}
+        extra = {"present": present[number - 1]} if present else {}
+        rows += [
+            evaluation(number, "merged", accuracy, total, **extra),
+            evaluation(number, "trained", accuracy + 0.01, total, **extra),
+        ]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines)
+    if partition is not None:
+        (folder / "partition.json").write_text(json.dumps(partition))
+
+
+def by_class(*counts: list[int], name: str = "by_class") -> dict[str, Any]:
+    return {"partition": name, "classes": None, "counts": list(counts)}
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> Iterator[list[Any]]:
+    """The figures that are drawn, left open until the test ends."""
+    kept: list[Any] = []
+    close = figures.plt.close
+    monkeypatch.setattr(figures.plt, "close", kept.append)
+    yield kept
+    for figure in kept:
+        close(figure)
+
+
+def lines_of(axis) -> dict[str, Any]:
+    return {
+        line.get_label(): line
+        for line in axis.lines
+        if not line.get_label().startswith("_")
+    }
+
+
+def labels(runs: Runs) -> list[str]:
+    groups = runs.evaluations.groupby(runs.lines, sort=False)
+    return [describe(runs.lines, name) for name, _ in groups]
+
+
+# --- What is compared -----------------------------------------------------------------
+
+
+def test_what_varies_with_the_algorithm_alone_is_its_setting_and_not_compared(tmp_path):
+    for name, rate in (("cdsgd", 0.1), ("sgp", 0.1), ("wa", 0.001)):
+        for topology in ("ring", "star"):
+            write_run(
+                tmp_path / f"{name}-{topology}",
+                algorithm=name,
+                topology=topology,
+                optimizer__learning_rate=rate,
+                mixing="column_stochastic" if name == "sgp" else "uniform",
+            )
+    runs = load([tmp_path])
+    assert (runs.panels, runs.lines) == (["topology"], ["algorithm"])
+    settings = report.tables(runs)[SETTINGS]
+    assert settings.to_dict() == {
+        "mixing": {"cdsgd": "uniform", "sgp": "column_stochastic", "wa": "uniform"},
+        "learning_rate": {"cdsgd": "0.1", "sgp": "0.1", "wa": "0.001"},
+    }
+
+
+def test_what_varies_within_an_algorithm_is_compared(tmp_path):
+    for name, rate in (("cdsgd", 0.1), ("cdsgd", 0.01), ("sgp", 0.1)):
+        path = tmp_path / f"{name}-{rate}"
+        write_run(path, algorithm=name, optimizer__learning_rate=rate)
+    runs = load([tmp_path])
+    assert runs.lines == ["algorithm", "learning_rate"]
+    assert labels(runs) == [
+        "cdsgd, learning_rate 0.1",
+        "cdsgd, learning_rate 0.01",
+        "sgp, learning_rate 0.1",
+    ]
+    assert SETTINGS not in report.tables(runs)
+
+
+def test_a_field_is_blank_for_those_who_do_not_read_it(tmp_path):
+    for name, frame in (("dimat", "own"), ("dimat", "joint"), ("wa", "own")):
+        write_run(tmp_path / f"{name}-{frame}", algorithm=name, merge__frame=frame)
+    runs = load([tmp_path])
+    assert runs.lines == ["algorithm", "frame"]
+    assert labels(runs) == ["dimat, own", "dimat, joint", "wa"]
+
+
+def test_a_field_that_varies_only_among_those_who_do_not_read_it_is_left_out(tmp_path):
+    for frame in ("own", "joint"):
+        write_run(tmp_path / frame, algorithm="wa", merge__frame=frame)
+        write_run(
+            tmp_path / f"{frame}-local", algorithm="local", data__alpha=len(frame)
+        )
+    runs = load([tmp_path])
+    assert runs.fields == ["algorithm"] and runs.settings.empty
+
+
+def test_partitions_and_graphs_make_panels_with_their_parameters(tmp_path):
+    for name, fields in {
+        "iid": {"data__partition": "iid"},
+        "much": {"data__partition": "dirichlet", "data__alpha": 0.1},
+        "little": {"data__partition": "dirichlet", "data__alpha": 10.0},
+    }.items():
+        write_run(tmp_path / name, algorithm="wa", accuracy=len(name) / 10, **fields)
+    runs = load([tmp_path])
+    assert (runs.panels, runs.lines) == (["partition", "alpha"], ["algorithm"])
+    assert list(report.tables(runs)[END].iloc[0].items()) == [
+        ("iid", "31.0 (0 MB)"),
+        ("dirichlet, alpha 0.1", "41.0 (0 MB)"),
+        ("dirichlet, alpha 10.0", "61.0 (0 MB)"),
+    ]
+
+
+def test_a_short_name_that_two_fields_share_is_written_out(tmp_path):
+    for number in (1, 2):
+        write_run(
+            tmp_path / str(number),
+            algorithm="wm",
+            pretrain__optimizer__learning_rate=number / 10,
+            merge__batch_size=number,
+            eval__batch_size=number,
+        )
+    assert load([tmp_path]).lines == [
+        "algorithm",
+        "pretrain.optimizer.learning_rate",
+        "merge.batch_size",
+        "eval.batch_size",
+    ]
+
+
+def test_an_older_run_has_the_defaults_of_fields_that_it_lacks(tmp_path):
+    write_run(tmp_path / "new", algorithm="wa", data__partition="iid", topology="ring")
+    write_run(tmp_path / "old", algorithm="local")
+    runs = load([tmp_path])
+    assert runs.fields == ["algorithm"] and runs.settings.empty
+    assert not runs.partitions
+
+
+# --- The tables -----------------------------------------------------------------------
+
+
+def test_the_grid_has_a_row_for_each_line_and_a_column_for_each_panel(tmp_path):
+    for topology, mb in (("ring", 1_240_000), ("star", 150_000_000)):
+        for name, accuracy in (("wa", 0.5), ("dimat", 0.75)):
+            if (name, topology) != ("dimat", "star"):
+                write_run(
+                    tmp_path / f"{name}-{topology}",
+                    algorithm=name,
+                    topology=topology,
+                    accuracy=accuracy,
+                    sent={"params": mb},
+                )
+    tables = report.tables(load([tmp_path]))
+    assert tables[END].to_dict("index") == {
+        "wa": {"ring": "51.0 (2.48 MB)", "star": "51.0 (300 MB)"},
+        "dimat": {"ring": "76.0 (2.48 MB)", "star": ""},
+    }
+    assert tables[AFTER].loc["wa", "ring"] == "50.0 (2.48 MB)"
+
+
+def test_the_grid_tells_how_far_seeds_deviate(tmp_path):
+    for seed, accuracy in ((0, 0.5), (1, 0.6)):
+        for topology in ("ring", "star"):
+            write_run(
+                tmp_path / f"{topology}{seed}",
+                algorithm="wa",
+                topology=topology,
+                seed=seed,
+                accuracy=accuracy,
+            )
+    write_run(tmp_path / "one", algorithm="local", topology="ring")
+    grid = report.tables(load([tmp_path]))[END]
+    assert grid.loc["wa", "star"] == "56.0 ± 7.1 (0 MB)"
+    assert grid.loc["local", "ring"] == "51.0 (0 MB)"
+
+
+def test_there_is_no_grid_of_a_single_panel(tmp_path):
+    for name in ("wa", "dimat"):
+        write_run(tmp_path / name, algorithm=name)
+    assert not {END, AFTER} & set(report.tables(load([tmp_path])))
+
+
+def test_of_a_hundred_rounds_twenty_are_shown_the_first_and_the_last_among_them(
+    tmp_path,
+):
+    write_run(tmp_path, algorithm="wa", rounds=100)
+    shown = list(report.tables(load([tmp_path]))[BY_ROUND])
+    assert len(shown) == 20 and shown[0] == 1 and shown[-1] == 100
+    assert set(np.diff(shown)) == {5, 6}
+
+
+def test_bytes_by_kind_are_columns_and_a_table(tmp_path):
+    sent = {"params": 1_000_000, "matching": 250_000}
+    write_run(tmp_path / "dimat", algorithm="dimat", sent=sent)
+    write_run(tmp_path / "wa", algorithm="wa", sent={"params": 1_000_000})
+    write_run(tmp_path / "local", algorithm="local", sent={})
+    runs = load([tmp_path])
+    kinds = runs.evaluations[["bytes_sent.params", "bytes_sent.matching"]]
+    assert (kinds.sum(axis=1) == runs.evaluations.bytes_sent_total).all()
+    assert kinds.notna().to_numpy().all()
+    assert not [name for name in runs.evaluations if "link" in name]
+    assert report.tables(runs)[BY_KIND].to_dict("index") == {
+        "dimat": {"params": 2.0, "matching": 0.5},
+        "wa": {"params": 2.0, "matching": 0.0},
+        "local": {"params": 0.0, "matching": 0.0},
+    }
+
+
+def test_there_is_no_table_by_kind_where_all_is_of_one_kind(tmp_path):
+    write_run(tmp_path, algorithm="wa", sent={"params": 8, "matching": 0})
+    assert BY_KIND not in report.tables(load([tmp_path]))
+
+
+def test_kinds_are_missing_where_an_older_run_does_not_tell_them(tmp_path):
+    write_run(tmp_path / "new", algorithm="wa", sent={"params": 4, "matching": 4})
+    write_run(tmp_path / "old", algorithm="wm", sent={"params": 8})
+    metrics = tmp_path / "old" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for row in rows:
+        del row["bytes_sent_by_kind"], row["bytes_sent_by_link"]
+    metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    table = report.tables(load([tmp_path]))[BY_KIND]
+    assert table.loc["wm"].isna().all() and table.loc["wa"].notna().all()
+
+
+def test_missed_agent_rounds_are_counted_once_a_round(tmp_path):
+    everyone, one = [True, True], [True, False]
+    write_run(tmp_path / "wa", algorithm="wa", rounds=3, present=[everyone, one, one])
+    write_run(tmp_path / "wm", algorithm="wm", rounds=3, present=[everyone] * 3)
+    write_run(tmp_path / "old", algorithm="local")
+    assert report.tables(load([tmp_path]))[AWAY].to_dict("index") == {
+        "wa": {"agent-rounds missed": 2, "of": 6, "share (%)": 33.3}
+    }
+
+
+def test_nobody_was_away_is_not_worth_a_table(tmp_path):
+    write_run(tmp_path, algorithm="wa", present=[[True, True]] * 2)
+    assert AWAY not in report.tables(load([tmp_path]))
+
+
+# --- Who holds what -------------------------------------------------------------------
+
+
+def test_equal_partitions_are_shown_once_and_those_of_further_seeds_last(tmp_path):
+    for algorithm in ("wa", "dimat"):
+        for seed in (0, 1):
+            for alpha in (0.1, 1.0):
+                counts = [[seed, int(10 * alpha)], [3, 4]]
+                write_run(
+                    tmp_path / f"{algorithm}-{seed}-{alpha}",
+                    algorithm=algorithm,
+                    seed=seed,
+                    data__partition="dirichlet",
+                    data__alpha=alpha,
+                    partition=by_class(*counts, name="dirichlet"),
+                )
+    write_run(tmp_path / "class", algorithm="wa", partition=by_class([9, 0], [0, 9]))
+    assert [partition.title for partition in load([tmp_path]).partitions] == [
+        "dirichlet, alpha 0.1, seed 0",
+        "dirichlet, alpha 1.0, seed 0",
+        "by_class",
+        "dirichlet, alpha 0.1, seed 1",
+        "dirichlet, alpha 1.0, seed 1",
+    ]
+
+
+def test_what_one_agent_has_alone_is_no_partition(tmp_path):
+    write_run(tmp_path, algorithm="centralized", partition=by_class([5, 5]))
+    assert not load([tmp_path]).partitions
+
+
+def test_a_seventh_partition_is_mentioned_and_not_drawn(tmp_path, drawn):
+    for seed in range(7):
+        write_run(
+            tmp_path / str(seed),
+            algorithm="wa",
+            seed=seed,
+            partition=by_class([seed, 1], [1, 1]),
+        )
+    report.write([tmp_path], tmp_path)
+    picture = drawn[-1]
+    assert picture.get_suptitle() == "6 of 7 partitions"
+    titles = [axis.get_title() for axis in picture.axes]
+    assert [t for t in titles if t] == [f"by_class, seed {seed}" for seed in range(6)]
+
+
+def test_a_small_partition_has_numbers_and_white_where_there_is_nothing(
+    tmp_path, drawn
+):
+    counts = np.zeros((5, 10), int)
+    counts[np.arange(10) % 5, np.arange(10)] = np.arange(1, 11)
+    path = tmp_path / "small.png"
+    names = [f"class {label}" for label in range(10)]
+    figures.partition_figure(counts.tolist(), path, "by_class", names)
+    axis = drawn[0].axes[0]
+    assert sorted(int(text.get_text()) for text in axis.texts) == list(range(1, 11))
+    assert (axis.images[0].get_array().mask == (counts == 0)).all()
+    assert [label.get_text() for label in axis.get_xticklabels()] == names
+    assert axis.get_title() == "by_class" and path.stat().st_size > 0
+
+
+def test_a_large_partition_has_neither_numbers_nor_a_hundred_names(tmp_path, drawn):
+    counts = np.random.default_rng(0).integers(0, 50, (40, 100))
+    names = list(map(str, range(100)))
+    figures.partition_figure(
+        counts.tolist(), tmp_path / "large.png", "dirichlet", names
+    )
+    axis = drawn[0].axes[0]
+    assert not axis.texts
+    for ticks in (axis.get_xticks(), axis.get_yticks()):
+        assert len(ticks) <= 12 and (ticks == ticks.round()).all()
+
+
+def test_a_class_that_nobody_has_and_a_partition_of_nothing_can_be_drawn(tmp_path):
+    path = tmp_path / "empty.png"
+    two = [Partition("a", [[0, 0], [0, 0]]), Partition("b", [[1], [0], [2]])]
+    figures.partition_figures(two, path)
+    assert path.stat().st_size > 0
+
+
+# --- Accuracy, over rounds and over bytes ---------------------------------------------
+
+
+def test_who_sends_nothing_is_a_dashed_line_at_its_end(tmp_path, drawn):
+    write_run(tmp_path / "wa", algorithm="wa", sent={"params": 3_000_000})
+    write_run(tmp_path / "local", algorithm="local", accuracy=0.7, sent={})
+    figures.bytes_figure(load([tmp_path]), tmp_path / "bytes.png")
+    axis = drawn[0].axes[0]
+    wa, local = lines_of(axis)["wa"], lines_of(axis)["local"]
+    assert list(wa.get_xdata()) == [3, 3, 6, 6]  # MB; the agents alone sent nothing
+    np.testing.assert_allclose(wa.get_ydata(), [50, 51, 50, 51])
+    assert wa.get_linestyle() == "-" and local.get_linestyle() == "--"
+    np.testing.assert_allclose(local.get_ydata(), 71)
+    assert axis.get_xscale() == "log"
+
+
+def test_a_line_is_the_mean_over_seeds(tmp_path, drawn):
+    for seed, size in ((0, 1_000_000), (1, 3_000_000)):
+        write_run(
+            tmp_path / str(seed),
+            algorithm="wa",
+            seed=seed,
+            accuracy=0.5 + seed / 10,
+            sent={"params": size},
+        )
+    runs = load([tmp_path])
+    figures.bytes_figure(runs, tmp_path / "bytes.png")
+    figures.accuracy_figure(runs, tmp_path / "accuracy.png")
+    over_bytes, over_rounds = (lines_of(figure.axes[0])["wa"] for figure in drawn)
+    assert list(over_bytes.get_xdata()) == [2, 2, 4, 4]
+    assert list(over_rounds.get_xdata()) == [0, 0, 1, 1, 2]
+    np.testing.assert_allclose(over_rounds.get_ydata(), [25, 55, 56, 55, 56])
+
+
+def test_a_line_looks_the_same_in_every_panel_and_both_figures(tmp_path, drawn):
+    for topology, names in (("ring", ("wa", "wm", "dimat")), ("star", ("dimat", "wa"))):
+        for name in names:
+            write_run(
+                tmp_path / f"{topology}-{name}",
+                algorithm=name,
+                topology=topology,
+                sent={"params": 1},
+            )
+    runs = load([tmp_path])
+    figures.accuracy_figure(runs, tmp_path / "accuracy.png")
+    figures.bytes_figure(runs, tmp_path / "bytes.png")
+    panels = [axis for figure in drawn for axis in figure.axes]
+    assert [p.get_title() for p in panels] == ["ring", "star"] * 2
+    for name in ("dimat", "wa"):
+        assert len({lines_of(panel)[name].get_color() for panel in panels}) == 1
+
+
+@pytest.mark.parametrize(("n_lines", "beside"), [(6, False), (7, True), (25, True)])
+def test_lines_differ_and_many_have_their_legend_beside(
+    tmp_path, drawn, n_lines, beside
+):
+    for number in range(n_lines):
+        write_run(tmp_path / str(number), algorithm="wa", mixing=f"rule{number}")
+    figures.accuracy_figure(load([tmp_path]), tmp_path / "accuracy.png")
+    axis = drawn[0].axes[0]
+    looks = {
+        (line.get_color(), str(line.get_linestyle()))
+        for line in lines_of(axis).values()
+    }
+    assert len(looks) == n_lines
+    assert bool(drawn[0].legends) == beside
+    assert (axis.get_legend() is None) == beside
+    legend = drawn[0].legends[0] if beside else axis.get_legend()
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == [f"wa, rule{number}" for number in range(n_lines)]
+
+
+# --- The files ------------------------------------------------------------------------
+
+
+def test_a_report_has_the_figures_that_there_is_something_to_show_in(tmp_path):
+    silent, talking = tmp_path / "silent", tmp_path / "talking"
+    write_run(silent, algorithm="local")
+    write_run(
+        talking,
+        algorithm="wa",
+        sent={"params": 1},
+        partition=by_class([1, 0], [0, 1]),
+    )
+    always = ["report.md", "report.csv", "accuracy.png"]
+    for folder, names in (
+        (silent, always),
+        (talking, [*always, "bytes.png", "partition.png"]),
+    ):
+        files = report.write([folder], folder)
+        assert [path.name for path in files] == names
+        assert all(path.stat().st_size > 0 for path in files)
+
+
+def test_a_value_that_does_not_speak_for_itself_has_its_name_before_it():
+    fields = ["algorithm", "stay", "frame", "flip", "pretrain.partition", "file"]
+    values = ["dimat", "0.1", "", "True", "iid", "a/b.json"]
+    assert describe(fields, values) == (
+        "dimat, stay 0.1, flip True, pretrain.partition iid, file a/b.json"
+    )
