@@ -201,5 +201,5 @@ class _Sizes(NamedTuple):
             sizes = {kind: nbytes(tree) for kind, tree in message.items()}
             return {kind: size for kind, size in sizes.items() if size}
 
-        step, round, server, whole = map(by_kind, messages[:4])
+        step, round, server, whole = map(by_kind, messages)
         return _Sizes(step, round, server, sum(whole.values()))

@@ -259,7 +259,7 @@ def _check_support(matrix: MixingMatrix, adjacency: Adjacency | Schedule) -> Non
 
 
 def _at(time: int, stack: np.ndarray) -> str:
-    return f" at time {time}" if stack.ndim == 3 else ""
+    return f" at time {time}" if len(schedule(stack)) > 1 else ""
 
 
 # For matrices that were written down in decimals, or in float32.

@@ -1,3 +1,4 @@
+import sys
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from dimat_jax.mixing import (
     MixingError,
     check_mixing_matrix,
     column_stochastic,
+    columns_sum_to_one,
     fastest,
     is_column_stochastic,
     is_doubly_stochastic,
@@ -20,6 +22,7 @@ from dimat_jax.mixing import (
     metropolis_hastings,
     mix,
     row_stochastic,
+    rows_sum_to_one,
     spectral_gap,
     uniform,
 )
@@ -192,9 +195,35 @@ def test_fastest_weights_are_symmetric_and_beat_the_others():
     np.testing.assert_allclose(fastest(star)[star], expected[star], atol=1e-5)
 
 
-def test_nobody_to_talk_to_has_fastest_weights_too():
+def test_fastest_weights_of_separate_components_are_those_of_each():
     pytest.importorskip("cvxpy")
+    path, star = TOPOLOGIES["path"](4), TOPOLOGIES["star"](5)
+    apart = np.zeros((10, 10), bool)
+    apart[:4, :4], apart[4:9, 4:9] = path, star
+    matrix = fastest(apart)
+    np.testing.assert_allclose(matrix[:4, :4], fastest(path), atol=1e-12)
+    np.testing.assert_allclose(matrix[4:9, 4:9], fastest(star), atol=1e-12)
+    assert matrix[9, 9] == 1
+
+
+def test_fastest_weights_may_be_negative_and_still_sum_to_one():
+    pytest.importorskip("cvxpy")
+    matrix = fastest(TOPOLOGIES["star"](5))
+    assert matrix[0, 0] == pytest.approx(-1 / 3, abs=1e-4)
+    assert rows_sum_to_one(matrix) and columns_sum_to_one(matrix)
+    assert not is_doubly_stochastic(matrix)
+
+
+def test_where_everyone_or_nobody_is_a_neighbour_fastest_weights_need_no_solver(
+    monkeypatch,
+):
+    monkeypatch.setitem(sys.modules, "cvxpy", None)  # importing it fails
+    for n_agents in (1, 2, 5, 40):
+        everyone = fastest(TOPOLOGIES["fully_connected"](n_agents))
+        np.testing.assert_allclose(everyone, 1 / n_agents, rtol=1e-12)
     np.testing.assert_array_equal(fastest(TOPOLOGIES["disconnected"](3)), np.eye(3))
+    with pytest.raises(MixingError, match=r"pip install 'dimat_jax\[sdp\]'"):
+        fastest(TOPOLOGIES["ring"](5))
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
@@ -211,8 +240,43 @@ def test_a_matrix_of_ones_own_has_rows_or_columns_that_sum_to_one():
     rows = np.array([[0.5, 0.5], [0.0, 1.0]])
     for matrix in (rows, rows.T, np.stack([rows, np.eye(2)])):
         np.testing.assert_array_equal(check_mixing_matrix(matrix), matrix)
-    with pytest.raises(MixingError, match="row 1 sums to 0.9"):
-        check_mixing_matrix(np.array([[0.5, 0.5], [0.3, 0.6]]))
+    wrong = np.array([[0.5, 0.5], [0.3, 0.6]])
+    with pytest.raises(MixingError, match="row 1 sums to 0.9$"):
+        check_mixing_matrix(wrong)
+    with pytest.raises(MixingError, match="row 1 sums to 0.9 at time 2"):
+        check_mixing_matrix(np.stack([np.eye(2), rows, wrong]))
+    # Now the rows, now the columns: nothing is preserved from time to time.
+    with pytest.raises(MixingError, match="row 0 sums to 0.5 at time 1"):
+        check_mixing_matrix(np.stack([rows, rows.T]))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.ones((2, 3)) / 3, r"or a stack of such; got \[2, 3\]"),
+        (np.ones(1), r"got \[1\]"),
+        (np.ones((0, 2, 2)), r"got \[0, 2, 2\]"),
+        ([[1, 0], [np.nan, 1]], "holds finite numbers"),
+    ],
+)
+def test_what_cannot_be_a_mixing_matrix_says_why(matrix, message):
+    with pytest.raises(MixingError, match=message):
+        check_mixing_matrix(matrix)
+
+
+def test_a_matrix_has_weights_on_edges_alone():
+    ring, stack = TOPOLOGIES["ring"](4), TOPOLOGIES["one_peer_exponential"](4)
+    check_mixing_matrix(np.eye(4), ring)
+    check_mixing_matrix(np.eye(4), stack)
+    check_mixing_matrix(uniform(stack), stack)
+    with pytest.raises(MixingError, match="of 0.25 in row 0, column 2, but agent 0 do"):
+        check_mixing_matrix(np.full((4, 4), 0.25), ring)
+    swapped = uniform(stack[::-1])
+    with pytest.raises(MixingError, match="column 2 at time 0, but agent 0 does not r"):
+        check_mixing_matrix(swapped, stack)
+    for matrix, shape in ((np.eye(3), r"\[3, 3\]"), (np.stack([np.eye(4)] * 3), "3")):
+        with pytest.raises(MixingError, match=f"{shape}.* does not fit a topology"):
+            check_mixing_matrix(matrix, stack)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +289,15 @@ def test_a_matrix_of_ones_own_has_rows_or_columns_that_sum_to_one():
 )
 def test_what_is_not_doubly_stochastic_is_told(matrix):
     assert not is_doubly_stochastic(np.array(matrix))
+
+
+def test_sums_are_told_apart_for_every_time_of_a_stack():
+    rows = np.array([[0.5, 0.5], [0.0, 1.0]])
+    negative = np.array([[1.5, -0.5], [-0.5, 1.5]])
+    assert rows_sum_to_one(rows) and not columns_sum_to_one(rows)
+    assert columns_sum_to_one(rows.T) and not rows_sum_to_one(rows.T)
+    assert rows_sum_to_one(np.stack([rows, negative]))
+    assert not columns_sum_to_one(np.stack([negative, rows]))
 
 
 # The spectral gap

@@ -3,9 +3,12 @@ import jax.numpy as jnp
 import networkx as nx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dimat_jax.mixing import (
     MIXINGS,
+    MixingError,
     column_stochastic,
     is_column_stochastic,
     is_doubly_stochastic,
@@ -199,11 +202,196 @@ def test_faults_in_a_directed_network_need_push_sum():
     assert Links(one_way, row_stochastic).changes is False
 
 
-def test_what_stays_doubly_stochastic_is_told():
-    ring, directed = TOPOLOGIES["ring"](5), TOPOLOGIES["exponential"](5)
-    faults = Faults(edge_loss=0.1)
-    assert Links(ring, uniform).doubly_stochastic
-    assert Links(ring, uniform, faults).doubly_stochastic
-    assert Links(directed, uniform).doubly_stochastic
-    assert not Links(directed, uniform, faults).doubly_stochastic
-    assert not Links(TOPOLOGIES["star"](5), row_stochastic).doubly_stochastic
+def test_what_is_the_same_is_one_network():
+    still = Links(TOPOLOGIES["ring"](5), uniform)
+    first = still.at_round(1, 6)
+    assert still.at_round(9, 6) is first and still.at_step(17, 3, 6) is first
+    assert still.at_round(1, 5) is not first
+    changing = Links(TOPOLOGIES["one_peer_exponential"](6), uniform)
+    at_times = [changing.at_step(time, 1, 6) for time in range(6)]
+    assert all(at_times[time] is at_times[time + 3] for time in range(3))
+    assert len({id(network) for network in at_times}) == 3
+    away = Links(TOPOLOGIES["ring"](5), uniform, Faults(absences=(Absence(2, 3, 5),)))
+    rounds = [away.at_round(number, 5) for number in range(1, 7)]
+    assert rounds[0] is rounds[1] is rounds[4] is rounds[5] is away.at_step(0, 1, 5)
+    assert rounds[2] is rounds[3] is away.at_step(99, 4, 5)
+    assert rounds[2] is not rounds[0]
+
+
+def test_all_edges_that_there_ever_are_are_known():
+    links = Links(TOPOLOGIES["one_peer_exponential"](6), uniform)
+    np.testing.assert_array_equal(links.edges, TOPOLOGIES["exponential"](6))
+    ring = TOPOLOGIES["ring"](5)
+    np.testing.assert_array_equal(Links(ring, uniform).edges, ring)
+
+
+def test_each_fault_is_drawn_by_itself():
+    def seen(**faults):
+        links = Links(TOPOLOGIES["fully_connected"](6), uniform, Faults(**faults))
+        networks = [links.at_round(number, 6) for number in range(1, 20)]
+        return [np.stack(field) for field in list(zip(*networks, strict=True))[1:]]
+
+    _, away = seen(dropout=0.4)
+    working, _ = seen(edge_loss=0.4)
+    both, present = seen(dropout=0.4, edge_loss=0.4)
+    np.testing.assert_array_equal(present, away)
+    there = present[:, :, None] & present[:, None, :]
+    np.testing.assert_array_equal(both, working & there)
+    # And absences come on top.
+    _, fewer = seen(dropout=0.4, absences=[(0, 1, 11)])
+    np.testing.assert_array_equal(fewer[:, 1:], away[:, 1:])
+    assert not fewer[:10, 0].any()
+    np.testing.assert_array_equal(fewer[10:, 0], away[10:, 0])
+
+
+# What sums to 1, whatever fails
+
+
+FAULTS = {
+    "none": Faults(),
+    "dropout": Faults(dropout=0.4, seed=2),
+    "absence": Faults(absences=(Absence(1, 2, 9),)),
+    "edge loss": Faults(edge_loss=0.4, seed=3),
+    "all": Faults(0.3, 0.3, (Absence(0, 1, 5),), seed=4),
+}
+ALWAYS, ALL_THERE, NO_FAULTS = list(FAULTS), ["none", "edge loss"], ["none"]
+# With which faults rows and columns sum to 1, and with which columns do.
+SUMS = {
+    ("ring", "uniform"): (ALWAYS, ALWAYS),
+    ("star", "uniform"): (ALWAYS, ALWAYS),
+    ("star", "metropolis_hastings"): (ALWAYS, ALWAYS),
+    ("torus", "lazy"): (ALWAYS, ALWAYS),
+    # Regular graphs are not once somebody is away.
+    ("ring", "column_stochastic"): (ALL_THERE, ALWAYS),
+    ("ring", "row_stochastic"): (ALL_THERE, ALL_THERE),
+    ("star", "column_stochastic"): ([], ALWAYS),
+    ("star", "row_stochastic"): ([], []),
+    # A sender of a directed network keeps what was not delivered.
+    ("exponential", "uniform"): (NO_FAULTS, ALWAYS),
+    ("exponential", "column_stochastic"): (NO_FAULTS, ALWAYS),
+    ("one_peer_exponential", "lazy"): (NO_FAULTS, ALWAYS),
+    ("one_peer_exponential", "column_stochastic"): (NO_FAULTS, ALWAYS),
+    ("disconnected", "column_stochastic"): (ALWAYS, ALWAYS),
+}
+
+
+@pytest.mark.parametrize("faults", FAULTS)
+@pytest.mark.parametrize(("topology", "mixing"), SUMS)
+def test_what_sums_to_one_is_told_and_does(topology, mixing, faults):
+    links = Links(TOPOLOGIES[topology](6), MIXINGS[mixing], FAULTS[faults])
+    doubly, columns = (faults in when for when in SUMS[topology, mixing])
+    assert (links.doubly_stochastic, links.column_stochastic) == (doubly, columns)
+    matrices = np.stack([links.at_round(number, 6).W for number in range(1, 25)])
+    assert (matrices >= 0).all()
+    assert is_column_stochastic(matrices) == columns
+    assert is_doubly_stochastic(matrices) == doubly
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 7),
+    seed=st.integers(0, 2**31),
+    case=st.sampled_from(
+        ["undirected, rows", "undirected, columns", "directed, columns"]
+    ),
+)
+def test_what_summed_to_one_goes_on_to_do_so(n, seed, case):
+    adjacency = np.random.default_rng(seed).random((2, n, n)) < 0.5
+    if case.startswith("undirected"):
+        adjacency |= np.swapaxes(adjacency, 1, 2)
+    adjacency &= ~np.eye(n, dtype=bool)
+    rule, axis = (row_stochastic, 1) if "rows" in case else (column_stochastic, 0)
+    links = Links(adjacency, rule, Faults(dropout=0.3, edge_loss=0.3, seed=seed))
+    for step in range(6):
+        W, edges, present = map(np.asarray, links.at_step(step, 1 + step, n))
+        np.testing.assert_allclose(W.sum(axis=axis), 1, rtol=1e-6)
+        np.testing.assert_array_equal(W > 0, edges | np.eye(n, dtype=bool))
+        np.testing.assert_array_equal(W[~present], np.eye(n)[~present])
+        np.testing.assert_array_equal(W[:, ~present], np.eye(n)[:, ~present])
+
+
+def test_push_sum_goes_on_over_one_peer_at_a_time_whatever_fails():
+    stack = TOPOLOGIES["one_peer_exponential"](8)
+    faults = Faults(dropout=0.3, edge_loss=0.3, absences=(Absence(5, 3, 20),), seed=1)
+    links = Links(stack, column_stochastic, faults)
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=8), np.ones(8)
+    mean, spread = x.mean(), x.std()
+    for step in range(400):
+        W, edges, _ = links.at_step(step, 1 + step // 5, 8)
+        assert not (np.asarray(edges) & ~stack[step % 3]).any()
+        x, w = np.asarray(W, np.float64) @ x, np.asarray(W, np.float64) @ w
+    assert w.std() > 0.1
+    np.testing.assert_allclose(x / w, mean, atol=1e-4 * spread)
+
+
+def test_a_rule_that_makes_no_mixing_matrix_is_refused():
+    ring = TOPOLOGIES["ring"](4)
+    with pytest.raises(MixingError, match="rows or columns .* row 0 sums to 2"):
+        Links(ring, lambda adjacency: adjacency.astype(np.float64))
+
+
+# Ready matrices
+
+# Rows and columns sum to 1; fastest-mixing weights of some graphs are negative, too.
+NEGATIVE = np.array([[-0.25, 0.5, 0.75], [0.5, 0.5, 0.0], [0.75, 0.0, 0.25]])
+
+
+def path_around_agent_0():
+    return (NEGATIVE != 0) & ~np.eye(3, dtype=bool)
+
+
+def test_a_ready_matrix_is_taken_as_it_is():
+    adjacency = TOPOLOGIES["ring"](5)
+    by_rule, ready = Links(adjacency, uniform), Links(adjacency, uniform(adjacency))
+    for one, other in zip(by_rule.at_round(2, 7), ready.at_round(2, 7), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert ready.doubly_stochastic
+
+
+def test_negative_weights_may_sum_to_one_as_well():
+    for faults in (Faults(), Faults(edge_loss=0.5), Faults(dropout=0.5)):
+        links = Links(path_around_agent_0(), NEGATIVE, faults)
+        assert links.doubly_stochastic and links.column_stochastic
+        for number in range(1, 15):
+            W = np.asarray(links.at_round(number, 3).W)
+            np.testing.assert_allclose(W.sum(axis=0), 1, rtol=1e-6)
+            np.testing.assert_array_equal(W, W.T)
+
+
+def test_a_ready_matrix_gives_the_weights_of_the_absent_back():
+    faults = Faults(absences=(Absence(2, start=2),))
+    W = Links(path_around_agent_0(), NEGATIVE, faults).at_round(2, 3).W
+    np.testing.assert_allclose(W, [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
+    # Agent 0 sends to agents 1 and 2, they to each other.
+    adjacency = np.array([[0, 0, 0], [1, 0, 1], [1, 1, 0]], bool)
+    directed = np.array([[0.2, 0.0, 0.0], [0.5, 0.6, 0.3], [0.3, 0.4, 0.7]])
+    W = Links(adjacency, directed, faults).at_round(2, 3).W
+    np.testing.assert_allclose(W, [[0.5, 0, 0], [0.5, 1, 0], [0, 0, 1]])
+
+
+def test_a_stack_of_matrices_goes_along_with_its_topology():
+    stack = TOPOLOGIES["one_peer_exponential"](4)
+    matrices = uniform(stack)
+    links = Links(stack, matrices)
+    for time in range(4):
+        np.testing.assert_allclose(links.at_step(time, 1, 4).W, matrices[time % 2])
+    # A matrix for all times has weights on what edges there always are.
+    always = np.stack([TOPOLOGIES["ring"](4), TOPOLOGIES["fully_connected"](4)])
+    links = Links(always, uniform(always[0]))
+    np.testing.assert_array_equal(links.at_step(0, 1, 4).W, links.at_step(1, 1, 4).W)
+    with pytest.raises(MixingError, match=r"\[3, 4, 4\] does not fit a topology of"):
+        Links(stack, uniform(np.stack([stack[0]] * 3)))
+
+
+def test_a_matrix_that_is_none_of_the_graphs_is_refused_with_the_entry():
+    ring = TOPOLOGIES["ring"](5)
+    with pytest.raises(MixingError, match="weight of 0.2 in row 0, column 2, but age"):
+        Links(ring, np.full((5, 5), 0.2))
+    stack = TOPOLOGIES["one_peer_exponential"](4)
+    with pytest.raises(MixingError, match="row 0, column 3 at time 1, but agent 0 do"):
+        Links(stack, uniform(stack[0]))
+    one_way, rows = np.array([[0, 0], [1, 0]], bool), np.array([[1, 0], [0.5, 0.5]])
+    Links(one_way, rows)
+    with pytest.raises(NetworkError, match="the columns of W have to sum to 1"):
+        Links(one_way, rows, Faults(dropout=0.1))

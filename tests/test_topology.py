@@ -150,7 +150,9 @@ def test_any_matrix_in_a_file_is_a_graph(tmp_path, suffix):
         ("graph.json", "[[0, 1], [1]]", "cannot be read"),
         ("graph.json", "[[0, 1], [1, 0]]", r"shape \[2, 2\]; expected \[3, 3\]"),
         ("graph.json", "[[0,1,0],[1,0,NaN],[0,1,0]]", "no finite numbers"),
+        ("graph.json", "[]", r"shape \[0\]; expected"),
         ("graph.npy", "[[0]]", "cannot be read"),
+        ("graph.npy", "", "cannot be read"),
         (None, "", "cannot be read"),
     ],
 )
@@ -214,6 +216,20 @@ def test_components_are_sorted_and_in_the_order_of_their_least():
     graph = nx.empty_graph(7)
     graph.add_edges_from([(5, 2), (4, 0), (0, 6)])
     assert components(from_graph(graph)) == [[0, 4, 6], [1], [2, 5], [3]]
+
+
+def test_components_of_a_changing_topology_are_those_of_all_its_edges():
+    stack = np.zeros((2, 5, 5), bool)
+    stack[0, 0, 3] = stack[1, 3, 4] = True
+    assert components(stack) == [[0, 3, 4], [1], [2]]
+
+
+def test_a_stack_of_no_graphs_is_refused(tmp_path):
+    np.save(tmp_path / "none.npy", np.zeros((0, 3, 3)))
+    with pytest.raises(
+        TopologyError, match=r"shape \[0, 3, 3\]; expected \[3, 3\], or"
+    ):
+        TOPOLOGIES["file"](3, file=tmp_path / "none.npy")
 
 
 def test_a_directed_graph_is_connected_only_if_there_is_a_way_back():
