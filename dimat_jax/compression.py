@@ -117,7 +117,7 @@ def sign() -> Compressor:
     return _leafwise(compress, lambda leaf: -(-math.prod(leaf.shape) // 8) + 4)
 
 
-def top_k(fraction: float = 0.01) -> Compressor:
+def top_k(fraction: float = 0.1) -> Compressor:
     """The largest numbers of every leaf: eight bytes each, its place included."""
     _check(fraction)
 
@@ -131,7 +131,7 @@ def top_k(fraction: float = 0.01) -> Compressor:
     return _leafwise(compress, lambda leaf: 8 * _count(leaf, fraction))
 
 
-def random_k(fraction: float = 0.01) -> Compressor:
+def random_k(fraction: float = 0.1) -> Compressor:
     """Numbers at random places: four bytes each, and a seed that tells the places."""
     _check(fraction)
 

@@ -6,17 +6,33 @@ result; the config is locked, so a misspelt field is an error.
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dimat_jax.algorithms import ALGORITHMS, OptStatePolicy
+from dimat_jax.algorithms import (
+    ALGORITHMS,
+    BETWEEN_MERGES,
+    MERGING,
+    OptStatePolicy,
+    needs,
+)
+from dimat_jax.algorithms.cdsgd import Order
 from dimat_jax.algorithms.frames import MEETINGS
+from dimat_jax.arguments import (
+    Config,
+    ConfigError,
+    compressor,
+    faults,
+    model_arguments,
+    needed,
+    optimizer_name,
+)
+from dimat_jax.compression import COMPRESSORS, CompressionError
 from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.data.sources import SOURCES
-from dimat_jax.errors import UserError, nearest
+from dimat_jax.errors import nearest
 from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import MODELS, ModelError
 from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
@@ -28,12 +44,8 @@ __all__ = [
     "ConfigError",
     "check",
     "default_config",
-    "model_arguments",
     "substance",
 ]
-
-Config = Any
-"""An `ml_collections.ConfigDict`, whose fields type checkers cannot know."""
 
 # Where things are, how fast they go and what is kept. These fields change no result:
 # a run may resume with others, and runs are not compared by them.
@@ -51,10 +63,6 @@ MATCH_DATA = ("own", "proxy", "global")
 BN_DATA = ("own", "proxy", "global", "none")
 
 
-class ConfigError(UserError):
-    """A config that cannot be run: which field, what it holds, what is allowed."""
-
-
 def default_config() -> Config:
     """All fields, locked. Sizes that count examples take 0 for "all of them"."""
     config = ConfigDict(
@@ -64,7 +72,26 @@ def default_config() -> Config:
             "init": "different",  # different | same: the agents' initial weights
             "algorithm": "dimat",
             "topology": "ring",
-            "mixing": "uniform",
+            "mixing": "uniform",  # or file
+            "graph": {  # for the topologies and weights that take them
+                "degree": 0,  # of random_regular; 0: the least above the ring's
+                "edge_probability": 0.5,  # of erdos_renyi
+                "file": "",  # a matrix, .json or .npy: its edges, its weights, or both
+            },
+            "faults": {  # from the first round on
+                "dropout": 0.0,  # the probability that an agent is away for a round
+                "edge_loss": 0.0,  # ... that a link fails in an exchange
+                "absences": "",  # "3:1-4, 0:6-": 3 in rounds 1 to 4, 0 from 6 on
+            },
+            "gossip": {  # for the algorithms that take them
+                "order": "combine_then_adapt",  # or adapt_then_combine; cdsgd
+                "momentum": 0.9,  # qgm
+                "gamma": 0.5,  # the consensus step size of choco
+            },
+            "compression": {  # of messages, for the algorithms that compress
+                "name": "",  # "": the algorithm's own
+                "fraction": 0.1,  # what top_k and random_k keep
+            },
             "batch_size": 100,  # of each agent's local steps
             "rounds": 100,  # a round: communicate, evaluate, train
             "local_epochs": 2,  # local training in a round: epochs ...
@@ -76,6 +103,8 @@ def default_config() -> Config:
                 "train_size": 0,
                 "test_size": 0,
                 "partition": "iid",
+                "alpha": 0.5,  # of dirichlet and quantity_skew
+                "classes": 2,  # of each agent, for classes_per_agent
             },
             "augmentation": {
                 "flip": False,  # left to right, with probability 1/2
@@ -88,11 +117,12 @@ def default_config() -> Config:
                 "stem": "",  # cifar | imagenet; "": its own
                 "dtype": "float32",  # of the computation; weights are float32
             },
-            "optimizer": _optimizer(),  # in the rounds
+            "optimizer": _optimizer(""),  # in the rounds
             "pretrain": {  # alone, before the rounds
                 "epochs": 100,
                 "batch_size": 100,
-                "optimizer": _optimizer(),
+                "optimizer": _optimizer("adam"),
+                "partition": "",  # of the data; "": the same as in the rounds
                 "checkpoint_every": 10,  # epochs
                 "cache_dir": "",  # where runs share pre-trained agents; "": nowhere
             },
@@ -101,6 +131,7 @@ def default_config() -> Config:
                 "stay": 0.0,  # a unit moves only for a gain above this
                 "opt_state": "reset",  # reset | keep | merge
                 "restarts": 1,  # of weight matching, from which the best is taken
+                "inner": "local",  # between merges: or gossip with every step, too
                 "match_data": "proxy",  # own | proxy | global; of no concern to wm
                 "match_samples": 1000,  # of each agent (own), or shared by all
                 "bn_data": "proxy",  # own | proxy | global | none
@@ -125,11 +156,11 @@ def default_config() -> Config:
     return config.lock()
 
 
-def _optimizer() -> dict[str, Any]:
+def _optimizer(name: str) -> dict[str, Any]:
     return {
-        "name": "adam",
+        "name": name,  # "": the algorithm's own
         "learning_rate": 1e-3,
-        "momentum": 0.9,  # of momentum and nesterov
+        "momentum": 0.9,  # of momentum, nesterov and heavy_ball
         "weight_decay": 0.0,
         "schedule": "constant",
         "decay": 0.981,  # a factor for each epoch, of exponential
@@ -145,12 +176,18 @@ def check(config: Config) -> None:
     _one_of(config, "init", INITS)
     _one_of(config, "algorithm", ALGORITHMS)
     _one_of(config, "topology", TOPOLOGIES)
-    _one_of(config, "mixing", MIXINGS)
+    _one_of(config, "mixing", [*MIXINGS, "file"])
     _one_of(config, "data.name", SOURCES)
     _one_of(config, "data.partition", PARTITIONS)
+    _one_of(config, "pretrain.partition", ["", *PARTITIONS])
     _check_model(config)
+    _one_of(config, "merge.inner", BETWEEN_MERGES)
+    _check_algorithm(config)
+    _check_graph(config)
+    faults(config)
+    _one_of(config, "optimizer.name", ["", *OPTIMIZERS])
+    _one_of(config, "pretrain.optimizer.name", OPTIMIZERS)
     for optimizer in ("optimizer", "pretrain.optimizer"):
-        _one_of(config, f"{optimizer}.name", OPTIMIZERS)
         _one_of(config, f"{optimizer}.schedule", SCHEDULES)
         _at_least(config, f"{optimizer}.learning_rate", 0)
         _at_least(config, f"{optimizer}.weight_decay", 0)
@@ -196,14 +233,6 @@ def check(config: Config) -> None:
         )
 
 
-def model_arguments(config: Config) -> dict[str, Any]:
-    """What `MODELS[config.model.name]` is told: its own defaults for what is empty."""
-    fields = config.model.to_dict()
-    del fields["name"]
-    fields["dtype"] = jnp.dtype(fields["dtype"])
-    return {name: value for name, value in fields.items() if value != ""}
-
-
 def substance(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A config's fields by dotted path, without `CIRCUMSTANCES`.
 
@@ -233,6 +262,75 @@ def _one_of(config: Config, field: str, allowed: Iterable[str]) -> None:
     value = _get(config, field)
     if value not in allowed:
         raise ConfigError(f"config.{field} is {value!r}; {nearest(value, allowed)}")
+
+
+def _check_algorithm(config: Config) -> None:
+    """What an algorithm would ignore, or would not be itself with, is refused."""
+    name, wants = config.algorithm, needed(config)
+    if config.merge.inner != "local":
+        if name not in MERGING:
+            raise ConfigError(
+                f"config.merge.inner is {config.merge.inner!r}, but {name} does not "
+                f"merge; {', '.join(sorted(MERGING))} do"
+            )
+        name = f"{name} with {config.merge.inner} between merges"
+    if not wants.other_optimizers and optimizer_name(config) != wants.optimizer:
+        raise ConfigError(
+            f"config.optimizer.name is {config.optimizer.name!r}, but {name} is what "
+            f"it is with {wants.optimizer!r} only"
+        )
+    _one_of(config, "gossip.order", get_args(Order))
+    _refuse_unread(config, "gossip", wants.options, name)
+    _one_of(config, "compression.name", ["", *COMPRESSORS])
+    chosen = config.compression.name
+    if chosen not in ("", "none") and wants.compressor is None:
+        compressing = sorted(n for n in ALGORITHMS if needs(n).compressor)
+        raise ConfigError(
+            f"config.compression.name is {chosen!r}, but {name} sends everything as it "
+            f"is; {', '.join(compressing)} compress"
+        )
+    chosen = chosen or wants.compressor or "none"
+    make = COMPRESSORS[chosen]
+    _refuse_unread(config, "compression", {"name", *_takes(make)}, chosen)
+    try:
+        lossless = compressor(config).lossless
+    except CompressionError as error:
+        raise ConfigError(f"config.compression: {error}") from None
+    if config.algorithm in MERGING and config.merge.opt_state == "merge":
+        if not lossless:
+            raise ConfigError(
+                f"config.merge.opt_state is 'merge', but with compression {chosen!r} "
+                "moments do not survive; it must be 'keep' or 'reset'"
+            )
+
+
+def _check_graph(config: Config) -> None:
+    takes = _takes(TOPOLOGIES[config.topology])
+    whose = f"topology={config.topology!r}"
+    if config.mixing == "file":
+        takes |= {"file"}
+        whose += " with mixing='file'"
+    _refuse_unread(config, "graph", takes, whose)
+    partitions = [config.data.partition, config.pretrain.partition or "iid"]
+    used = set().union(*(_takes(PARTITIONS[name]) for name in partitions))
+    others = set(config.data) - {"alpha", "classes"}
+    _refuse_unread(config, "data", {*used, *others}, f"partition={partitions[0]!r}")
+
+
+def _takes(function: Callable) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _refuse_unread(
+    config: Config, section: str, read: Iterable[str], whose: str
+) -> None:
+    """Refuses fields that were changed, and that nobody would look at."""
+    defaults = default_config()[section]
+    for field, value in config[section].items():
+        if field not in read and value != defaults[field]:
+            raise ConfigError(
+                f"config.{section}.{field} is {value!r}, but {whose} does not read it"
+            )
 
 
 def _check_model(config: Config) -> None:

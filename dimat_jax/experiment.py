@@ -1,7 +1,9 @@
 """From a config to the parts that a run is made of."""
 
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,23 +17,34 @@ from dimat_jax.algorithms import (
     WATCHING,
     Algorithm,
     MergeData,
-    MergeOptions,
     Options,
     Task,
+    check_links,
 )
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.local import local
-from dimat_jax.config import Config, ConfigError, check, model_arguments
+from dimat_jax.arguments import (
+    Config,
+    ConfigError,
+    compressor,
+    faults,
+    gossip_options,
+    merge_options,
+    model_arguments,
+    optimizer_name,
+    options_for,
+)
+from dimat_jax.config import check
 from dimat_jax.data import sources
-from dimat_jax.data.partition import partition
+from dimat_jax.data.partition import PARTITIONS, Shard, partition
 from dimat_jax.data.pipeline import Reader, Sampler, Samples, draw_own, place_pool
 from dimat_jax.evaluate import Evaluator
-from dimat_jax.mixing import MIXINGS
+from dimat_jax.mixing import MIXINGS, check_mixing_matrix
 from dimat_jax.models import classifier
-from dimat_jax.network import static
+from dimat_jax.network import Links, Network
 from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
 from dimat_jax.placement import place
-from dimat_jax.topology import TOPOLOGIES
+from dimat_jax.topology import TOPOLOGIES, read_matrix
 from dimat_jax.tree import stack
 
 __all__ = ["Experiment"]
@@ -50,6 +63,7 @@ class Experiment:
     def __init__(self, config: Config):
         check(config)
         self.config = config
+        self._last_placed: tuple[Any, Any] = (None, None)
         # The ceiling: one model, which sees all data.
         n_agents = 1 if config.algorithm == "centralized" else config.agents
         self.dataset = sources.load(
@@ -60,21 +74,18 @@ class Experiment:
             test_size=config.data.test_size or None,
             seed=config.seed,
         )
-        labels = self.dataset.train.labels
-        self.shards = partition(
-            config.data.partition, labels, n_agents, seed=config.seed
-        )
-        self.adjacency = TOPOLOGIES[config.topology](n_agents)
-        self.mixing_matrix = MIXINGS[config.mixing](self.adjacency)
+        self.shards = self._partition(config.data.partition, n_agents)
+        pretrain_shards = self.shards
+        if config.pretrain.partition:
+            pretrain_shards = self._partition(config.pretrain.partition, n_agents)
+        self.links = _links(config, n_agents)
+        check_links(config.algorithm, self.links, merge_options(config))
         self._check_sizes()
 
         devices = jax.devices()
         if devices[0].platform == "cpu":
             devices = devices[: config.placement.cpu_devices]
         self.placement = place(n_agents, devices, config.placement.batching)
-        self.network = self.placement.replicate(
-            static(self.mixing_matrix, self.adjacency, self.placement.slots)
-        )
         self.model = models.MODELS[config.model.name](
             n_classes=self.dataset.n_classes, **model_arguments(config)
         )
@@ -86,7 +97,7 @@ class Experiment:
         )
         self.sampler = Sampler(self.shards, config.batch_size, self.seeds("order"))
         self.pretrain_sampler = Sampler(
-            self.shards, config.pretrain.batch_size, self.seeds("pretrain_order")
+            pretrain_shards, config.pretrain.batch_size, self.seeds("pretrain_order")
         )
         self.pretrain_steps = (
             config.pretrain.epochs * self.pretrain_sampler.steps_per_epoch
@@ -97,6 +108,7 @@ class Experiment:
         self.pretrain_algorithm = local(
             self.task,
             _optimizer(
+                config.pretrain.optimizer.name,
                 config.pretrain.optimizer,
                 self.pretrain_sampler.steps_per_epoch,
                 self.pretrain_steps,
@@ -106,20 +118,40 @@ class Experiment:
         self.algorithm: Algorithm = ALGORITHMS[config.algorithm](
             self.task,
             _optimizer(
+                optimizer_name(config),
                 config.optimizer,
                 self.sampler.steps_per_epoch,
                 config.rounds * self.local_steps,
             ),
             self.placement,
             Options(
-                merge=MergeOptions(
-                    frame=config.merge.frame,
-                    stay=config.merge.stay,
-                    opt_state=config.merge.opt_state,
-                    restarts=config.merge.restarts,
-                )
+                merge=merge_options(config),
+                gossip=gossip_options(config),
+                compressor=compressor(config),
+                edges=self.links.edges,
+                examples=[len(shard) for shard in self.shards],
             ),
         )
+
+    def _partition(self, name: str, n_agents: int) -> list[Shard]:
+        options = options_for(self.config, "data", PARTITIONS[name])
+        labels, seed = self.dataset.train.labels, self.config.seed
+        return partition(name, labels, n_agents, seed=seed, **options)
+
+    def network_at_round(self, round_number: int) -> Network:
+        """The network that a round's communication has. Rounds count from 1."""
+        return self._placed(self.links.at_round(round_number, self.placement.slots))
+
+    def network_at_step(self, step: int, round_number: int) -> Network:
+        """The network of a local step of a round; steps count from the first round."""
+        slots = self.placement.slots
+        return self._placed(self.links.at_step(step, round_number, slots))
+
+    def _placed(self, network: Network) -> Network:
+        """On all devices; what is there already is not sent again."""
+        if network is not self._last_placed[0]:
+            self._last_placed = network, self.placement.replicate(network)
+        return self._last_placed[1]
 
     @cached_property
     def train_pool(self):
@@ -257,8 +289,21 @@ _PURPOSES = (
 )
 
 
+def _links(config: Config, n_agents: int) -> Links:
+    make = TOPOLOGIES[config.topology]
+    options = options_for(config, "graph", make)
+    if "degree" in options:
+        options["degree"] = options["degree"] or None
+    if "seed" in inspect.signature(make).parameters:
+        options["seed"] = config.seed
+    mixing = MIXINGS.get(config.mixing)
+    if mixing is None:  # file
+        mixing = check_mixing_matrix(read_matrix(config.graph.file, n_agents))
+    return Links(make(n_agents, **options), mixing, faults(config))
+
+
 def _optimizer(
-    config: Config, steps_per_epoch: int, total_steps: int
+    name: str, config: Config, steps_per_epoch: int, total_steps: int
 ) -> optax.GradientTransformation:
     schedule = SCHEDULES[config.schedule](
         config.learning_rate,
@@ -266,6 +311,6 @@ def _optimizer(
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
     )
-    return OPTIMIZERS[config.name](
+    return OPTIMIZERS[name](
         schedule, momentum=config.momentum, weight_decay=config.weight_decay
     )

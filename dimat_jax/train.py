@@ -30,10 +30,12 @@ from dimat_jax.algorithms import ALIGNING, Algorithm
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.checkpoint import Checkpoints
 from dimat_jax.config import Config, ConfigError, default_config, substance
+from dimat_jax.data.partition import class_counts, table
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
+from dimat_jax.ledger import Ledger
 from dimat_jax.metrics import MetricsWriter, read_rows, write_json
-from dimat_jax.network import Ledger
+from dimat_jax.network import Network
 from dimat_jax.trainer import Trainer
 from dimat_jax.tree import PyTree
 
@@ -45,29 +47,29 @@ class Progress:
     """How far a run has come. Everything else follows from the config.
 
     Attributes:
+        ledger: what was sent.
         epoch: pre-training epochs done.
         round: rounds done.
         step: local steps done, pre-training included.
         rows: rows of metrics.jsonl written.
         seconds: wall time, over all the times that the run was started.
-        ledger: what was sent.
     """
 
+    ledger: Ledger
     epoch: int = 0
     round: int = 0
     step: int = 0
     rows: int = 0
     seconds: float = 0.0
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "ledger": self.ledger.record()}
 
     @staticmethod
     def of(record: dict[str, Any]) -> "Progress":
         """The inverse of `record`."""
-        return Progress(**{**record, "ledger": Ledger(**record["ledger"])})
+        return Progress(**{**record, "ledger": Ledger.of(record["ledger"])})
 
 
 def run(
@@ -98,6 +100,12 @@ def run(
         if config.algorithm in ALIGNING:
             experiment.verify_spec()
         workdir.mkdir(parents=True, exist_ok=True)
+        counts = class_counts(experiment.dataset.train.labels, experiment.shards)
+        write_json(
+            workdir / "partition.json",
+            {"partition": config.data.partition, "classes": None, "counts": counts},
+        )
+        say(table(counts))
         write_json(workdir / "config.json", _as_dict(config))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     started = _Run(experiment, workdir, checkpoints, say)
@@ -172,7 +180,7 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         """Does all that is left to do."""
         experiment, config, progress = self.experiment, self.config, self.progress
-        algorithm, adjacency = self.algorithm, experiment.adjacency
+        algorithm, ledger = self.algorithm, progress.ledger
         pretrained = progress.epoch == config.pretrain.epochs
         state = self.restored
         if state is None or not pretrained:
@@ -186,17 +194,28 @@ class _Run:
         for number in range(progress.round + 1, config.rounds + 1):
             evaluating = number % config.eval.every == 0 or number == config.rounds
             key = jax.random.fold_in(experiment.key("communicate"), number)
+            network = experiment.network_at_round(number)
             state, metrics = algorithm.communicate(
-                state, experiment.merge_data(number), experiment.network, key
+                state, experiment.merge_data(number), network, key
             )
-            progress.ledger.record(messages.round, adjacency)
+            ledger.record_round(
+                messages,
+                active_edges=np.asarray(network.active_edges),
+                present=np.asarray(network.present),
+                edges=experiment.links.edges,
+                matching=metrics.pop("matching_bytes", None),
+            )
             if evaluating:
                 self._evaluate("merged", number, state, metrics)
 
+            def network_at(step: int, number: int = number) -> Network:
+                network = experiment.network_at_step(step, number)
+                ledger.record_steps(messages, np.asarray(network.active_edges))
+                return network
+
             state, metrics = trainer.train(
-                state, (number - 1) * steps, steps, self.bar.update
+                state, (number - 1) * steps, steps, network_at, self.bar.update
             )
-            progress.ledger.record(messages.step, adjacency, times=steps)
             progress.step += steps
             progress.round = number
             if evaluating:
@@ -250,11 +269,18 @@ class _Run:
             experiment.key("pretrain"),
         )
         steps = experiment.pretrain_sampler.steps_per_epoch
+
+        def alone(step: int) -> Network:
+            del step  # nobody asks what the network is like
+            return experiment.network_at_round(1)
+
         for epoch in range(progress.epoch, options.epochs):
             if epoch > progress.epoch and epoch % options.checkpoint_every == 0:
                 progress.epoch, progress.step = epoch, epoch * steps
                 self._save(epoch, state)
-            state, metrics = trainer.train(state, epoch * steps, steps, self.bar.update)
+            state, metrics = trainer.train(
+                state, epoch * steps, steps, alone, self.bar.update
+            )
         return algorithm.variables(state), metrics
 
     def _evaluate(
@@ -270,6 +296,7 @@ class _Run:
                 f"the test loss of agent(s) {agents} is not finite in round {number} "
                 f"(phase {phase!r})"
             )
+        ledger = self.progress.ledger
         self.writer.write(
             {
                 "round": number,
@@ -281,8 +308,11 @@ class _Run:
                 "test_loss": loss,
                 "test_loss_mean": loss.mean(),
                 "consensus_distance": distance,
-                "bytes_sent_total": self.progress.ledger.bytes_sent,
-                "comm_rounds_total": self.progress.ledger.comm_rounds,
+                "bytes_sent_total": ledger.bytes_sent,
+                "bytes_sent_by_kind": ledger.by_kind,
+                "bytes_sent_by_link": ledger.by_link,
+                "comm_rounds_total": ledger.comm_rounds,
+                "present": self.experiment.links.present(number),
                 "seconds_total": self._seconds(),
                 **metrics,
             }
@@ -312,7 +342,7 @@ class _Run:
         """The state and the progress of the newest checkpoint, if there is one."""
         found = _restore(self.experiment, self.checkpoints)
         if found is None:
-            return None, Progress()
+            return None, Progress(Ledger(self.experiment.placement.n_agents))
         _, state, progress = found
         return self.experiment.placement.put(state), progress
 

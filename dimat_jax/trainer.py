@@ -13,6 +13,7 @@ from dimat_jax.algorithms.base import State
 from dimat_jax.data.pipeline import Augmentation, Sampler, load
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
+from dimat_jax.network import Network
 
 __all__ = ["Trainer"]
 
@@ -61,9 +62,17 @@ class Trainer:
         state: State,
         first_step: int,
         n_steps: int,
+        network_at: Callable[[int], Network],
         tick: Callable[[], Any] = lambda: None,
     ) -> tuple[State, dict[str, np.ndarray]]:
-        """Takes steps; `first_step` counts from the beginning of the phase.
+        """Takes steps.
+
+        Args:
+            state: where the agents stand; given up.
+            first_step: counts from the beginning of the phase.
+            n_steps: how many.
+            network_at: the network of every step.
+            tick: is called after every step.
 
         Returns:
             the state, and each agent's mean "train_loss" and "train_accuracy" over
@@ -82,7 +91,7 @@ class Trainer:
                 experiment.train_pool,
                 indices,
                 mask,
-                experiment.network,
+                network_at(number),
                 np.uint32(number),
             )
             tick()

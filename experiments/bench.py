@@ -43,12 +43,17 @@ def _seconds_per_step(config: Config) -> float:
     trainer = Trainer(
         experiment, experiment.algorithm, experiment.sampler, experiment.key("rounds")
     )
-    state, _ = trainer.train(state, 0, 1)
+
+    def network_at(step):
+        return experiment.network_at_step(step, 1)
+
+    state, _ = trainer.train(state, 0, 1, network_at)
     times = []
     for repeat in range(_REPEATS.value):
         start = time.perf_counter()
         # Returns once the losses are on the host.
-        state, _ = trainer.train(state, 1 + repeat * _STEPS.value, _STEPS.value)
+        first = 1 + repeat * _STEPS.value
+        state, _ = trainer.train(state, first, _STEPS.value, network_at)
         times.append((time.perf_counter() - start) / _STEPS.value)
     return float(np.median(times))
 
@@ -58,10 +63,12 @@ def merge(config: Config) -> dict[str, Any]:
     experiment = Experiment(config)
     state = experiment.algorithm.init(experiment.initial_variables())
     phases, totals = [], []
-    for number in range(1 + _REPEATS.value):
+    for number in range(1, 2 + _REPEATS.value):
+        data = experiment.merge_data(number)
+        network = experiment.network_at_round(number)
         start = time.perf_counter()
         state, metrics = experiment.algorithm.communicate(
-            state, experiment.merge_data(number), experiment.network, jax.random.key(0)
+            state, data, network, jax.random.key(0)
         )
         jax.block_until_ready(state)
         totals.append(time.perf_counter() - start)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dimat_jax import train
-from dimat_jax.config import model_arguments
+from dimat_jax.arguments import model_arguments
 from dimat_jax.data.dataset import Dataset
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment

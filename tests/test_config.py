@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from dimat_jax.config import ConfigError, check, default_config, model_arguments
+from dimat_jax.arguments import ConfigError, model_arguments
+from dimat_jax.config import check, default_config
 from dimat_jax.models import MODELS
 from dimat_jax.models.resnet import ResNet
 

@@ -29,6 +29,7 @@ FLOORS = [
     ["optimizers", "compression"],
     ["algorithms"],
     ["evaluate"],
+    ["arguments"],
     ["config"],
     ["experiment"],
     ["trainer"],

@@ -14,7 +14,8 @@ import optax
 from jaxtyping import Array, Key
 
 from dimat_jax.data.pipeline import Batch, Samples
-from dimat_jax.network import Messages, Network
+from dimat_jax.ledger import Messages
+from dimat_jax.network import Network
 from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.permutation import Perms, PermutationSpec, permute_leaf
 from dimat_jax.tree import PyTree, map_with_path, take

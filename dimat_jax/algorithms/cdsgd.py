@@ -28,8 +28,8 @@ from dimat_jax.algorithms.base import (
     one_agent,
 )
 from dimat_jax.algorithms.local import LocalState, local
+from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
-from dimat_jax.network import Messages
 from dimat_jax.placement import Placement
 
 __all__ = ["Order", "cdsgd"]

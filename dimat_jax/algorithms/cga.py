@@ -33,13 +33,13 @@ from dimat_jax.algorithms.exchange import Exchange
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
 from dimat_jax.compression import Compressor, none, with_feedback
+from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
-from dimat_jax.network import Links, Messages, NetworkError
 from dimat_jax.placement import Placement
-from dimat_jax.topology import Adjacency, is_undirected
+from dimat_jax.topology import Adjacency
 from dimat_jax.tree import PyTree, take
 
-__all__ = ["cga", "check_links", "project"]
+__all__ = ["cga", "project"]
 
 _ITERATIONS = 1000
 
@@ -116,7 +116,8 @@ def cga(
 
     def messages(state):
         variables = one_agent(state.local.variables)
-        return Messages(step=(variables, compressor.message(variables["params"])))
+        gradients = compressor.message(variables["params"])
+        return Messages(step={**variables, "gradients": gradients})
 
     return remembering(
         local(task, tx, placement),
@@ -160,11 +161,3 @@ def _polished(A: Array, b: Array, u: Array) -> Array:
     exact = jnp.linalg.lstsq(A * support, b)[0] * support
     better = jnp.linalg.norm(A @ exact - b) <= jnp.linalg.norm(A @ u - b)
     return jnp.where(better & (exact >= 0).all(), exact, u)
-
-
-def check_links(links: Links) -> None:
-    """Raises NetworkError where gradients have no way back."""
-    if not is_undirected(links.adjacency):
-        raise NetworkError(
-            "cga needs an undirected network: who receives a model sends gradients back"
-        )

@@ -27,12 +27,12 @@ from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
 from dimat_jax.compression import Compressor
 from dimat_jax.errors import UserError
+from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
-from dimat_jax.network import Links, Messages, NetworkError
 from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
 
-__all__ = ["check_links", "choco"]
+__all__ = ["choco"]
 
 
 def choco(
@@ -122,12 +122,3 @@ def choco(
         step=step,
         messages=messages,
     )
-
-
-def check_links(links: Links) -> None:
-    """Raises NetworkError where the mean over agents would not be preserved."""
-    for W in links.mixing_matrix:
-        if abs(W - W.T).max() > 1e-9:
-            raise NetworkError(
-                "choco needs symmetric mixing matrices (of an undirected network)"
-            )

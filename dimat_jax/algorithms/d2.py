@@ -16,10 +16,12 @@ import numpy as np
 import optax
 
 from dimat_jax.algorithms.base import Algorithm, Task, descend, gradient, one_agent
+from dimat_jax.algorithms.conditions import symmetric
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
-from dimat_jax.network import Links, Messages, NetworkError
+from dimat_jax.network import Links, NetworkError
 from dimat_jax.placement import Placement
 
 __all__ = ["check_links", "d2"]
@@ -71,7 +73,7 @@ def d2(task: Task, tx: optax.GradientTransformation, placement: Placement) -> Al
     )
 
 
-def check_links(links: Links) -> None:
+def check_links(name: str, links: Links) -> None:
     """Checks D2's assumptions on the network.
 
     Raises:
@@ -80,15 +82,13 @@ def check_links(links: Links) -> None:
     """
     if links.changes:
         raise NetworkError(
-            "d2 needs the same network at every step: no changing topology, no "
+            f"{name} needs the same network at every step: no changing topology, no "
             "dropout, no lossy links"
         )
-    (W,) = links.mixing_matrix
-    if not np.allclose(W, W.T) or not links.doubly_stochastic:
-        raise NetworkError("d2 needs a symmetric, doubly stochastic mixing matrix")
-    least = float(np.linalg.eigvalsh(W).min())
+    symmetric(name, links)
+    least = float(np.linalg.eigvalsh(links.mixing_matrix[0]).min())
     if least <= -1 / 3 + 1e-9:
         raise NetworkError(
-            f"d2 needs a mixing matrix whose eigenvalues are above -1/3, but the least "
-            f"is {least:.4f}; mixing='lazy', (I + W) / 2, has none below 0"
+            f"{name} needs a mixing matrix whose eigenvalues are above -1/3, but the "
+            f"least is {least:.4f}; mixing='lazy', (I + W) / 2, has none below 0"
         )

@@ -15,8 +15,8 @@ import optax
 from dimat_jax.algorithms.base import Algorithm, Task, gradient, moved, one_agent
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
-from dimat_jax.network import Messages
 from dimat_jax.placement import Placement
 
 __all__ = ["dsgt"]
@@ -65,6 +65,8 @@ def dsgt(
         memories=["tracker", "gradient"],
         step=step,
         messages=lambda state: Messages(
-            step=one_agent((state.local.variables, state.memory["tracker"]))
+            step=one_agent(
+                {**state.local.variables, "tracker": state.memory["tracker"]}
+            )
         ),
     )

@@ -15,8 +15,8 @@ import optax
 
 from dimat_jax.algorithms.base import Algorithm, Task, one_agent
 from dimat_jax.algorithms.local import local
+from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
-from dimat_jax.network import Messages
 from dimat_jax.placement import Placement
 
 __all__ = ["fedavg"]

@@ -3,11 +3,12 @@
 A hidden layer's units have no order of their own; a frame is an agent's choice of one.
 A `Meeting` brings the exchanged part of every state together over the network:
 
-    meet(state, network, match) -> (state, merged)
+    meet(state, announced, network, match) -> (state, announced, merged)
 
-`match(state, edges, joint)` finds the permutations along edges (see `match_edges`);
-`merged` is what becomes of the exchanged part; the returned state lives in the frame
-that `merged` lives in.
+`announced` is the state as the neighbours know it, where messages lose something; None:
+they know it as it is. `match(state, edges, joint)` finds the permutations along edges
+(see `match_edges`); `merged` is what becomes of the exchanged part; the returned states
+live in the frame that `merged` lives in.
 """
 
 from collections.abc import Callable
@@ -27,21 +28,23 @@ from dimat_jax.permutation import Perms
 from dimat_jax.topology import Adjacency, components
 from dimat_jax.tree import PyTree, is_inexact, stack, take
 
-__all__ = ["MEETINGS", "Meeting", "same_frame"]
+__all__ = ["MEETINGS", "Meeting", "same_frame", "spanning_forest"]
 
 Match = Callable[[State, Edges, bool], EdgePerms]
-Meeting = Callable[[State, Network, Match], tuple[State, PyTree]]
+Meeting = Callable[
+    [State, State | None, Network, Match], tuple[State, State | None, PyTree]
+]
 Exchanged = Callable[[State], PyTree]
 
 
 def same_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
     """x_i <- sum_j W_ij x_j: no permutations (weight averaging)."""
     del inner
-    average = jax.jit(lambda state, W: mix(W, exchanged(state)))
+    average = _averaging(exchanged)
 
-    def meet(state, network, match):
+    def meet(state, announced, network, match):
         del match
-        return state, average(state, network.W)
+        return state, announced, average(state, announced, network.W)
 
     return meet
 
@@ -52,13 +55,7 @@ def own_frame(inner: Algorithm, exchanged: Exchanged, joint: bool = False) -> Me
     One assignment problem for each edge and group (DIMAT, arXiv 2404.08079, eq. 4).
     """
 
-    @jax.jit
-    def own_share(state, W):
-        def weigh(leaf):
-            weights = jnp.diagonal(W).reshape(-1, *[1] * (leaf.ndim - 1))
-            return (weights * leaf).astype(leaf.dtype) if is_inexact(leaf) else leaf
-
-        return jax.tree.map(weigh, exchanged(state))
+    own_share = jax.jit(lambda state, W: _own_share(W, exchanged(state)))
 
     @jax.jit
     def receive(merged, state, W, perms, wave):
@@ -74,15 +71,16 @@ def own_frame(inner: Algorithm, exchanged: Exchanged, joint: bool = False) -> Me
 
         return jax.tree.map(add, merged, sent)
 
-    def meet(state, network, match):
+    def meet(state, announced, network, match):
+        known = state if announced is None else announced
         edges = np.argwhere(network.active_edges)
         merged = own_share(state, network.W)
         if len(edges):
-            perms = match(state, edges, joint)
+            perms = match(known, edges, joint)
             for wave in waves(edges, len(network.present)):
                 stacked = _stack_wave(perms, wave)
-                merged = receive(merged, state, network.W, stacked, wave)
-        return state, merged
+                merged = receive(merged, known, network.W, stacked, wave)
+        return state, announced, merged
 
     return meet
 
@@ -103,15 +101,18 @@ def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
     component, so N - 1 edges are matched, and everybody's P_j is the same for all.
     """
     align = jax.jit(inner.aligned)
-    average = jax.jit(lambda state, W: mix(W, exchanged(state)))
+    average = _averaging(exchanged)
 
-    def meet(state, network, match):
+    def meet(state, announced, network, match):
         slots = len(network.present)
-        tree = _spanning_forest(np.asarray(network.active_edges))
+        tree = spanning_forest(np.asarray(network.active_edges))
         if tree:
-            perms = match(state, np.array(tree), False)
-            state = align(state, _to_roots(tree, perms, slots))
-        return state, average(state, network.W)
+            known = state if announced is None else announced
+            to_roots = _to_roots(tree, match(known, np.array(tree), False), slots)
+            state = align(state, to_roots)
+            if announced is not None:
+                announced = align(announced, to_roots)
+        return state, announced, average(state, announced, network.W)
 
     return meet
 
@@ -123,7 +124,7 @@ MEETINGS: dict[str, Callable[[Algorithm, Exchanged], Meeting]] = {
 }
 
 
-def _spanning_forest(adjacency: Adjacency) -> list[tuple[int, int]]:
+def spanning_forest(adjacency: Adjacency) -> list[tuple[int, int]]:
     """Edges (parent, child) away from each component's least agent, breadth first."""
     graph = nx.from_numpy_array(adjacency | adjacency.T)
     return [
@@ -131,6 +132,33 @@ def _spanning_forest(adjacency: Adjacency) -> list[tuple[int, int]]:
         for component in components(adjacency)
         for edge in nx.bfs_edges(graph, component[0], sort_neighbors=sorted)
     ]
+
+
+def _averaging(exchanged: Exchanged):
+    """sum_j W_ij x_j, of oneself as one is and of the others as they are known."""
+
+    @jax.jit
+    def average(state, announced, W):
+        if announced is None:
+            return mix(W, exchanged(state))
+        heard = mix(W - jnp.diag(jnp.diagonal(W)), exchanged(announced))
+        return jax.tree.map(
+            lambda own, others: own + others if is_inexact(own) else own,
+            _own_share(W, exchanged(state)),
+            heard,
+        )
+
+    return average
+
+
+def _own_share(W, stacked: PyTree) -> PyTree:
+    """W_ii x_i; counters stay as they are."""
+
+    def weigh(leaf):
+        weights = jnp.diagonal(W).reshape(-1, *[1] * (leaf.ndim - 1))
+        return (weights * leaf).astype(leaf.dtype) if is_inexact(leaf) else leaf
+
+    return jax.tree.map(weigh, stacked)
 
 
 def _to_roots(tree: list[tuple[int, int]], perms: EdgePerms, slots: int) -> Perms:

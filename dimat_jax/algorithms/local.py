@@ -12,6 +12,7 @@ import optax
 from dimat_jax import permutation
 from dimat_jax.algorithms.base import (
     Algorithm,
+    State,
     Task,
     Variables,
     descend,
@@ -19,10 +20,10 @@ from dimat_jax.algorithms.base import (
     moved,
     permute_opt_state,
 )
-from dimat_jax.network import Messages
+from dimat_jax.ledger import Messages
 from dimat_jax.placement import Placement
 
-__all__ = ["LocalState", "local"]
+__all__ = ["LocalState", "local", "local_part", "with_opt_state"]
 
 
 class LocalState(NamedTuple):
@@ -30,6 +31,17 @@ class LocalState(NamedTuple):
 
     variables: Variables
     opt_state: optax.OptState
+
+
+def local_part(state: State) -> LocalState:
+    """What `local` has of a state: itself, or, where there is more, its `local`."""
+    return state if isinstance(state, LocalState) else state.local
+
+
+def with_opt_state(state: State, opt_state: optax.OptState) -> State:
+    """A state with another optimizer's state in its `local_part`."""
+    part = local_part(state)._replace(opt_state=opt_state)
+    return part if isinstance(state, LocalState) else state._replace(local=part)
 
 
 def local(

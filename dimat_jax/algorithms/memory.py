@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dimat_jax.algorithms.base import Algorithm, State, Task, permute_params
 from dimat_jax.algorithms.local import LocalState
-from dimat_jax.network import Messages
+from dimat_jax.ledger import Messages
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
 

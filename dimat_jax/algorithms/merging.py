@@ -5,6 +5,9 @@
 P_ij permutes agent j's hidden units onto agent i's (DIMAT, arXiv 2404.08079, equation
 4 and Algorithms 1 to 3): by their activations (DIMAT) or by their weights (WM). Without
 the permutations it is weight averaging (WA).
+
+Weights are normalised by what arrives: where links fail in a directed network, or W is
+column-stochastic, an agent takes the average of what it has.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dimat_jax.algorithms.base import Algorithm, MergeData, State, Task, Variables
+from dimat_jax.algorithms.announcing import announcing
+from dimat_jax.algorithms.base import (
+    Algorithm,
+    MergeData,
+    Metrics,
+    State,
+    Task,
+    Variables,
+    one_agent,
+)
 from dimat_jax.algorithms.edges import (
     ActivationMatcher,
     EdgePerms,
@@ -24,14 +36,18 @@ from dimat_jax.algorithms.edges import (
     match_edges,
 )
 from dimat_jax.algorithms.frames import MEETINGS, same_frame
+from dimat_jax.algorithms.local import LocalState, local_part, with_opt_state
+from dimat_jax.algorithms.traffic import matching_bytes
+from dimat_jax.compression import Compressor, none
 from dimat_jax.data.pipeline import Samples
+from dimat_jax.errors import UserError
 from dimat_jax.matching.assignment import check_stay
 from dimat_jax.merge import add_batch
 from dimat_jax.network import Network
 from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.placement import Placement
 from dimat_jax.stopwatch import Stopwatch
-from dimat_jax.tree import PyTree, take
+from dimat_jax.tree import PyTree, nbytes, take
 
 __all__ = ["OptStatePolicy", "Recalibrator", "merging"]
 
@@ -48,11 +64,13 @@ def merging(
     stay: float = 0.0,
     opt_state: OptStatePolicy = "reset",
     restarts: int = 1,
+    compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
     """Adds a merge, once a round, to an algorithm that has no rounds of its own.
 
     Args:
-        inner: how agents train between merges, e.g. `local`.
+        inner: how agents train between merges: `local`, or gossip with every step,
+            which mixes weights as they are, and so is at its best in one frame for all.
         task: what they learn.
         placement: where they live.
         match: by what networks are aligned before they are averaged; None: they are
@@ -66,9 +84,11 @@ def merging(
         opt_state: what becomes of the optimizer at a merge: "reset" it (learning-rate
             schedules go on), "keep" it, or "merge" it like the weights.
         restarts: how often weights are matched from another start; the best counts.
+        compressor: of what is sent; see `announcing`.
 
     Raises:
         ValueError: an unknown frame or policy, `stay` < 0, or `restarts` < 1.
+        UserError: optimizers are to be merged, and messages to be compressed.
     """
     if frame not in MEETINGS:
         raise ValueError(f"frame is one of {sorted(MEETINGS)}, got {frame!r}")
@@ -78,18 +98,19 @@ def merging(
         )
     check_stay(stay)
 
-    def exchanged(state: State) -> PyTree:
+    def exchanged(state: State) -> LocalState:
         """The part of a state that is sent, aligned and averaged."""
-        return state if opt_state == "merge" else inner.variables(state)
+        optimizer = local_part(state).opt_state if opt_state == "merge" else ()
+        return LocalState(inner.variables(state), optimizer)
 
     @partial(jax.jit, out_shardings=placement.sharding)
-    def absorb(state: State, merged: PyTree) -> State:
+    def absorb(state: State, merged: LocalState) -> State:
         """The state that goes on training from what was merged."""
+        if opt_state == "reset":
+            return with_clocks_of(inner.init(merged.variables), state)
         if opt_state == "merge":
-            return merged
-        if opt_state == "keep":
-            return inner.with_variables(state, merged)
-        return with_clocks_of(inner.init(merged), state)
+            state = with_opt_state(state, merged.opt_state)
+        return inner.with_variables(state, merged.variables)
 
     meet, matcher = same_frame(inner, exchanged), None
     # Without hidden units there is nothing to align (a linear model, a convex problem).
@@ -104,10 +125,12 @@ def merging(
     if task.batch_statistics is not None:
         recalibrate = Recalibrator(task.batch_statistics, placement)
 
-    def communicate(state, data: MergeData, network: Network, key):
+    def merge_round(state, announced, data: MergeData, network: Network, key):
         stopwatch = Stopwatch()
         key, match_key = jax.random.split(key)
-        matched = {"moved_units": 0.0}
+        network = _averaged(network)
+        active = np.asarray(network.active_edges)
+        matched: Metrics = {"moved_units": 0.0}
 
         def match_along(state, edges, joint):
             assert matcher is not None  # only frames that align ask
@@ -124,27 +147,56 @@ def merging(
             )
             matched["moved_units"] = _moved_units(perms)
             matched["match_similarity"] = similarity
+            units = [len(perm) for perm in next(iter(perms.values())).values()]
+            if matcher.both_ways(data):
+                edges = edges[edges[:, 0] < edges[:, 1]]
+            matched["matching_bytes"] = matching_bytes(
+                frame,
+                active,
+                pairs=edges,
+                perms=4 * sum(units),
+                scores=4 * sum(n**2 for n in units) if match == "activations" else 0,
+                weights=nbytes(one_agent(inner.variables(state))),
+            )
             return perms
 
         state, metrics = inner.communicate(state, data, network, key)
         with stopwatch("mix") as block:
-            state, merged = meet(state, network, match_along)
+            state, announced, merged = meet(state, announced, network, match_along)
             state = block(absorb(state, merged))
         if recalibrate is not None and data.recalibrate is not None:
             with stopwatch("recalibration") as block:
                 variables = recalibrate(inner.variables(state), data.recalibrate)
                 state = block(inner.with_variables(state, variables))
-        return state, {
-            **metrics,
-            **matched,
-            "merge_seconds": stopwatch.seconds,
-        }
+        metrics = {**metrics, **matched, "merge_seconds": stopwatch.seconds}
+        return state, announced, metrics
+
+    def communicate(state, data, network, key):
+        state, _, metrics = merge_round(state, None, data, network, key)
+        return state, metrics
 
     def messages(state):
-        one_agent = jax.eval_shape(lambda s: take(exchanged(s), 0), state)
-        return inner.messages(state)._replace(round=one_agent)
+        variables, optimizer = jax.eval_shape(lambda s: take(exchanged(s), 0), state)
+        whole = {**variables, "optimizer": optimizer}
+        return inner.messages(state)._replace(round=whole)
 
-    return inner._replace(communicate=communicate, messages=messages)
+    merged = inner._replace(communicate=communicate, messages=messages)
+    if compressor.lossless:
+        return merged
+    if opt_state == "merge":
+        raise UserError(
+            "moments do not survive compression (a second moment that is lost turns "
+            "up as a large step): compressed merging needs opt_state 'keep' or 'reset'"
+        )
+    return announcing(merged, placement, merge_round=merge_round, compressor=compressor)
+
+
+def _averaged(network: Network) -> Network:
+    """A network whose weights sum to 1 for every receiver."""
+    received = np.asarray(network.W, np.float64).sum(axis=1)
+    if np.allclose(received, 1, atol=1e-6):
+        return network
+    return network._replace(W=network.W / received[:, None].astype(np.float32))
 
 
 class Recalibrator:

@@ -24,8 +24,8 @@ from dimat_jax.algorithms.base import (
 )
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
-from dimat_jax.network import Messages
 from dimat_jax.placement import Placement
 
 __all__ = ["qgm"]
@@ -97,5 +97,10 @@ def qgm(
 
 def _learning_rate(tx: optax.GradientTransformation, opt_state, params) -> Array:
     """What plain SGD multiplies a gradient with, the sign apart."""
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
-    return -jax.tree.leaves(updates)[0].ravel()[0].astype(jnp.float32)
+
+    def step_for(like):
+        updates, _ = tx.update(jax.tree.map(like, params), opt_state, params)
+        return jax.tree.leaves(updates)[0].ravel()[0].astype(jnp.float32)
+
+    # The difference of two: weight decay adds the same to both.
+    return step_for(jnp.zeros_like) - step_for(jnp.ones_like)

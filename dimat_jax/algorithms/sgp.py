@@ -24,8 +24,8 @@ from dimat_jax.algorithms.base import (
     one_agent,
 )
 from dimat_jax.algorithms.local import LocalState, local
+from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
-from dimat_jax.network import Messages
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree, is_inexact
 
@@ -90,7 +90,7 @@ def sgp(
             local=alone.aligned(state.local, perms)
         ),
         messages=lambda state: Messages(
-            step=one_agent((state.local.variables, state.weight))
+            step=one_agent({**state.local.variables, "push_sum_weight": state.weight})
         ),
     )
 

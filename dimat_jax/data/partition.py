@@ -9,13 +9,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int, Int64
+from tabulate import tabulate
 
 from dimat_jax.errors import UserError, nearest
 
-__all__ = ["PARTITIONS", "PartitionError", "class_counts", "partition"]
+__all__ = ["PARTITIONS", "PartitionError", "class_counts", "partition", "table"]
 
 Labels = Int[np.ndarray, " samples"]
 Shard = Int64[np.ndarray, " shard"]
+
+# More columns than these do not fit into a terminal's 80.
+_CLASSES_IN_A_TABLE = 10
 
 
 class PartitionError(UserError):
@@ -180,6 +184,21 @@ def class_counts(
     """How many samples of each class, from 0 to the largest label, each agent has."""
     n_classes = int(labels.max()) + 1
     return np.stack([np.bincount(labels[s], minlength=n_classes) for s in shards])
+
+
+def table(counts: Int64[np.ndarray, "agents classes"]) -> str:
+    """Who holds what, as text: `class_counts`, or, of many classes, what stands out."""
+    n_agents, n_classes = counts.shape
+    totals = counts.sum(axis=1)
+    if n_classes <= _CLASSES_IN_A_TABLE:
+        columns = {str(label): counts[:, label] for label in range(n_classes)}
+    else:
+        columns = {
+            "classes": (counts > 0).sum(axis=1),
+            "largest class": counts.argmax(axis=1),
+            "its samples": counts.max(axis=1),
+        }
+    return tabulate({"agent": range(n_agents), "samples": totals, **columns}, "keys")
 
 
 def _check_alpha(alpha: float) -> None:

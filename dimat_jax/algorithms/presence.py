@@ -1,0 +1,41 @@
+"""Agents that are away: they learn nothing, hear nothing, and stay as they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dimat_jax.algorithms.base import Algorithm, State
+from dimat_jax.network import Network
+from dimat_jax.optimizers import with_clocks_of
+from dimat_jax.placement import Placement
+
+__all__ = ["attended"]
+
+
+def attended(algorithm: Algorithm, placement: Placement) -> Algorithm:
+    """An algorithm in which whoever is not `network.present` keeps its state.
+
+    W and active_edges must leave the absent out already, as those of `Links` do.
+    Learning-rate clocks go on: schedules count everybody's steps.
+    """
+
+    def keep_absent(network: Network, new: State, old: State) -> State:
+        def choose(n, o):
+            return jnp.where(network.present.reshape(-1, *[1] * (n.ndim - 1)), n, o)
+
+        return jax.tree.map(choose, new, with_clocks_of(old, new))
+
+    keep_absent_jitted = jax.jit(keep_absent, out_shardings=placement.sharding)
+
+    def step(state, batch, network, key):
+        batch = batch._replace(mask=batch.mask & network.present[:, None])
+        new, metrics = algorithm.step(state, batch, network, key)
+        return keep_absent(network, new, state), metrics
+
+    def communicate(state, data, network, key):
+        new, metrics = algorithm.communicate(state, data, network, key)
+        if not np.asarray(network.present)[: placement.n_agents].all():
+            new = keep_absent_jitted(network, new, state)
+        return new, metrics
+
+    return algorithm._replace(step=step, communicate=communicate)
