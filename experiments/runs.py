@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from dimat_jax.algorithms import ALIGNING, MERGING, WATCHING
+from dimat_jax.algorithms import (
+    ALIGNING,
+    MERGING,
+    WATCHING,
+    GossipOptions,
+    Needs,
+    needs,
+)
+from dimat_jax.compression import COMPRESSORS
 from dimat_jax.config import default_config, substance
 from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.errors import UserError
@@ -26,7 +34,6 @@ PHASES = ("pretrained", "merged", "trained")
 # Begins the names of their columns of bytes by kind.
 SENT = "bytes_sent."
 
-
 # A config's fields as text, by their paths.
 Fields = Mapping[str, str]
 
@@ -37,26 +44,36 @@ def _is(field: str, values: Collection[str]) -> Callable[[Fields], bool]:
 
 
 def _takes(
-    field: str, registry: Mapping[str, Callable[..., Any]], option: str
+    option: str, registry: Mapping[str, Callable[..., Any]], *named_by: str
 ) -> Callable[[Fields], bool]:
-    """Whether what a field names takes an option."""
+    """Whether anything that is named by some fields takes an option."""
     functions = registry.items()
-    return _is(
-        field, [name for name, f in functions if option in signature(f).parameters]
-    )
+    names = [name for name, f in functions if option in signature(f).parameters]
+    return lambda fields: any(fields[field] in names for field in named_by)
 
 
+def _needs(fields: Fields) -> Needs:
+    """What a run's algorithm needs."""
+    return needs(fields["algorithm"], fields["merge.inner"])
+
+
+def _has_option(option: str) -> Callable[[Fields], bool]:
+    """Whether an algorithm reads one of `GossipOptions`."""
+    return lambda fields: option in _needs(fields).options
+
+
+# What an empty field stands for.
+_OWN: dict[str, Callable[[Fields], str | None]] = {
+    "optimizer.name": lambda fields: _needs(fields).optimizer,
+    "compression.name": lambda fields: _needs(fields).compressor,
+    "pretrain.partition": lambda fields: fields["data.partition"],
+}
 # What runs are repeated over, not compared by.
 _REPEATS = "seed"
+# Fields that name a partition.
+_PARTITIONED_BY = ("data.partition", "pretrain.partition")
 # Fields, or whole sections, that make a panel of a figure; the others make a line.
-_PANELS = (
-    "topology",
-    "graph",
-    "data.partition",
-    "data.alpha",
-    "data.classes",
-    "pretrain.partition",
-)
+_PANELS = ("topology", "graph", *_PARTITIONED_BY, "data.alpha", "data.classes")
 # Who reads a field, or a whole section; what is not here, everyone does.
 _READ_BY: dict[str, Callable[[Fields], bool]] = {
     "merge": _is("algorithm", MERGING),
@@ -64,10 +81,14 @@ _READ_BY: dict[str, Callable[[Fields], bool]] = {
     "merge.stay": _is("algorithm", ALIGNING),
     "merge.match_data": _is("algorithm", WATCHING),
     "merge.match_samples": _is("algorithm", WATCHING),
-    "data.alpha": _takes("data.partition", PARTITIONS, "alpha"),
-    "data.classes": _takes("data.partition", PARTITIONS, "classes"),
-    "graph.degree": _takes("topology", TOPOLOGIES, "degree"),
-    "graph.edge_probability": _takes("topology", TOPOLOGIES, "edge_probability"),
+    **{f"gossip.{option}": _has_option(option) for option in GossipOptions._fields},
+    "compression": lambda fields: _needs(fields).compressor is not None,
+    "compression.fraction": _takes("fraction", COMPRESSORS, "compression.name"),
+    "data.alpha": _takes("alpha", PARTITIONS, *_PARTITIONED_BY),
+    "data.classes": _takes("classes", PARTITIONS, *_PARTITIONED_BY),
+    "graph.degree": _takes("degree", TOPOLOGIES, "topology"),
+    "graph.edge_probability": _takes("edge_probability", TOPOLOGIES, "topology"),
+    "graph.file": lambda fields: "file" in (fields["topology"], fields["mixing"]),
 }
 # What tells partitions of the same name apart.
 _SPLIT_BY = ("data.name", "data.train_size", "agents", "data.alpha", "data.classes")
@@ -94,7 +115,7 @@ class Runs(NamedTuple):
         evaluations: a row for each evaluation: the metrics (bytes of each kind as
             "bytes_sent.KIND"), the run's folder as "run", its seed, and the fields.
         panels: the config fields that say what problem is solved, and on which graph,
-            as far as that varies.
+            as far as these vary.
         lines: the algorithm, and all else that varies among the runs of an algorithm.
             A field is blank where it is of no use.
         settings: a row for each algorithm, a column for each field that varies with
@@ -199,11 +220,14 @@ def _evaluations(rows: list[dict[str, Any]]) -> Frame:
 
 def _read_only(configs: Frame) -> Frame:
     """Without the fields that a run does not read: they are missing."""
-    kept = configs.copy()
-    for field in configs:
+    told = configs.copy()
+    for field, own in _OWN.items():
+        told[field] = told[field].where(told[field] != "", told.apply(own, axis=1))
+    kept = told.copy()
+    for field in told:
         section = field.partition(".")[0]
         if is_read := _READ_BY.get(field) or _READ_BY.get(section):
-            kept[field] = configs[field].where(configs.apply(is_read, axis=1))
+            kept[field] = told[field].where(told.apply(is_read, axis=1))
     return kept
 
 
@@ -215,7 +239,9 @@ def _varying(read: Frame) -> tuple[list[str], list[str], list[str]]:
         if read[field].nunique() < 2:
             continue
         if field in _PANELS or field.partition(".")[0] in _PANELS:
-            panels.append(field)
+            # Most runs pre-train on the partition that they go on with.
+            if not any(read[field].equals(read[panel]) for panel in panels):
+                panels.append(field)
         elif values[field].max() < 2:
             settings.append(field)
         else:

@@ -65,7 +65,8 @@ def finished(tmp_path_factory, environment) -> tuple[Path, str]:
 def test_train_prints_a_line_for_every_evaluation_and_names_its_files(finished):
     workdir, printed = finished
     assert printed.count("test accuracy") == 1 + 2 * 3
-    for name in ("report.md", "report.csv", "accuracy.png", "bytes.png"):
+    tables, figures = ("md", "csv"), ("accuracy", "bytes", "partition")
+    for name in (*(f"report.{t}" for t in tables), *(f"{f}.png" for f in figures)):
         assert f"wrote {workdir / name}" in printed
         assert (workdir / name).stat().st_size > 0
     assert "\r" not in printed  # no progress bar without a terminal
@@ -174,8 +175,9 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
     assert len(list((workdir / "pretrained").iterdir())) == 2
     runs = load([workdir])
     assert runs.fields == ["algorithm"]
-    summary, by_round = report.tables(runs).values()
+    summary, by_round, by_kind = report.tables(runs).values()
     assert list(summary.index) == ["dimat", "wa"]
+    assert list(by_kind.matching > 0) == [True, False]
     assert all("±" in cell for cell in summary["trained (last round)"])
     evaluations = runs.evaluations
     mean = evaluations[

@@ -138,6 +138,8 @@ def test_what_varies_with_the_algorithm_alone_is_its_setting_and_not_compared(tm
     settings = report.tables(runs)[SETTINGS]
     assert settings.to_dict() == {
         "mixing": {"cdsgd": "uniform", "sgp": "column_stochastic", "wa": "uniform"},
+        # Their own, which their configs leave empty.
+        "optimizer.name": {"cdsgd": "sgd", "sgp": "sgd", "wa": "adam"},
         "learning_rate": {"cdsgd": "0.1", "sgp": "0.1", "wa": "0.001"},
     }
 
@@ -174,6 +176,45 @@ def test_a_field_that_varies_only_among_those_who_do_not_read_it_is_left_out(tmp
     assert runs.fields == ["algorithm"] and runs.settings.empty
 
 
+def test_compression_is_told_of_those_who_compress(tmp_path):
+    for name, fields in {
+        "cdsgd": {},
+        "choco": {},
+        "int8": {"compression__name": "int8"},
+        "top_k": {"compression__name": "top_k", "compression__fraction": 0.5},
+    }.items():
+        algorithm = name if name == "cdsgd" else "choco"
+        write_run(tmp_path / name, algorithm=algorithm, **fields)
+    runs = load([tmp_path])
+    assert runs.lines == ["algorithm", "compression.name", "fraction"]
+    assert labels(runs) == [
+        "cdsgd",
+        "choco, top_k, fraction 0.1",
+        "choco, int8",
+        "choco, top_k, fraction 0.5",
+    ]
+
+
+def test_an_option_of_the_gossip_between_merges_is_the_mergers_too(tmp_path):
+    for momentum in (0.5, 0.9):
+        for algorithm in ("qgm", "dimat", "cdsgd"):
+            write_run(
+                tmp_path / f"{algorithm}{momentum}",
+                algorithm=algorithm,
+                gossip__momentum=momentum,
+                merge__inner="qgm",
+            )
+    runs = load([tmp_path])
+    assert runs.lines == ["algorithm", "momentum"]
+    assert labels(runs) == [
+        "qgm, momentum 0.5",
+        "dimat, momentum 0.5",
+        "cdsgd",
+        "qgm, momentum 0.9",
+        "dimat, momentum 0.9",
+    ]
+
+
 def test_partitions_and_graphs_make_panels_with_their_parameters(tmp_path):
     for name, fields in {
         "iid": {"data__partition": "iid"},
@@ -188,6 +229,28 @@ def test_partitions_and_graphs_make_panels_with_their_parameters(tmp_path):
         ("dirichlet, alpha 0.1", "41.0 (0 MB)"),
         ("dirichlet, alpha 10.0", "61.0 (0 MB)"),
     ]
+
+
+def test_the_partition_for_pretraining_is_told_where_it_is_not_always_the_same(
+    tmp_path,
+):
+    for name in ("iid", "by_class"):
+        write_run(tmp_path / name, algorithm="wa", data__partition=name)
+    assert load([tmp_path]).panels == ["partition"]
+    write_run(
+        tmp_path / "both",
+        algorithm="wa",
+        data__partition="by_class",
+        pretrain__partition="iid",
+        data__alpha=3.0,  # which neither of them takes
+    )
+    runs = load([tmp_path])
+    assert runs.panels == ["partition", "pretrain.partition"]
+    assert set(report.tables(runs)[END]) == {
+        "iid, pretrain.partition iid",
+        "by_class, pretrain.partition by_class",
+        "by_class, pretrain.partition iid",
+    }
 
 
 def test_a_short_name_that_two_fields_share_is_written_out(tmp_path):
