@@ -1,14 +1,23 @@
-"""What `config.model` asks for, and what is refused before any data is loaded."""
+"""What configs ask for, and what is refused before any data is loaded."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import pytest
 
-from dimat_jax.arguments import ConfigError, model_arguments
+from dimat_jax.algorithms import ALGORITHMS
+from dimat_jax.arguments import (
+    ConfigError,
+    absences,
+    compressor,
+    faults,
+    model_arguments,
+    optimizer_name,
+)
 from dimat_jax.config import check, default_config
 from dimat_jax.models import MODELS
 from dimat_jax.models.resnet import ResNet
+from dimat_jax.network import Absence
 
 
 def config_of(**fields: Any):
@@ -63,3 +72,114 @@ def test_a_width_may_be_an_integer():
 def test_a_model_that_cannot_be_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         check(config_of(**fields))
+
+
+def changed(**fields: Any):
+    """The default config with fields changed by dotted path ("__" for ".")."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in fields.items()}
+    )
+    return config
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_is_itself_by_default(name):
+    config = changed(algorithm=name)
+    check(config)
+    own = {"cdmsgd": "heavy_ball", "cdadam": "dadam", "dimat": "adam", "d2": "sgd"}
+    if name in own:
+        assert optimizer_name(config) == own[name]
+    assert compressor(config).lossless == (name not in ("choco", "compcga"))
+
+
+def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
+    config = changed(algorithm="dimat", merge__inner="cdmsgd")
+    check(config)
+    assert optimizer_name(config) == "heavy_ball"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"algorithm": "cdsdg"},
+            "config.algorithm is 'cdsdg'; .* did you mean 'cdsgd'",
+        ),
+        (
+            {"algorithm": "cdmsgd", "optimizer__name": "adam"},
+            "config.optimizer.name is 'adam', but cdmsgd is what it is with 'heavy_b",
+        ),
+        ({"algorithm": "d2", "optimizer__name": "momentum"}, "d2 .* with 'sgd' only"),
+        (
+            {"algorithm": "wa", "merge__inner": "cdadam", "optimizer__name": "sgd"},
+            "wa with cdadam between merges is what it is with 'dadam' only",
+        ),
+        ({"algorithm": "cdsgd", "merge__inner": "sgp"}, "cdsgd does not merge"),
+        ({"merge__inner": "fedavg"}, "config.merge.inner is 'fedavg'; "),
+        (
+            {"algorithm": "sgp", "gossip__order": "adapt_then_combine"},
+            "config.gossip.order is 'adapt_then_combine', but sgp does not read it",
+        ),
+        ({"algorithm": "cdsgd", "gossip__order": "both"}, "config.gossip.order is"),
+        ({"algorithm": "dimat", "gossip__momentum": 0.5}, "dimat does not read it"),
+        (
+            {"algorithm": "cdsgd", "compression__name": "int8"},
+            "cdsgd sends everything as it is; choco, compcga, dimat, wa, wm compress",
+        ),
+        (
+            {"algorithm": "choco", "compression__fraction": 0.0},
+            "config.compression: the fraction that is kept",
+        ),
+        (
+            {"compression__name": "int8", "compression__fraction": 0.5},
+            "config.compression.fraction is 0.5, but int8 does not read it",
+        ),
+        (
+            {"compression__name": "int8", "merge__opt_state": "merge"},
+            "moments do not survive; it must be 'keep' or 'reset'",
+        ),
+        ({"graph__degree": 4}, "config.graph.degree is 4, but topology='ring' does"),
+        ({"graph__file": "W.npy"}, "config.graph.file is 'W.npy', but topology='ring'"),
+        ({"data__alpha": 0.1}, "config.data.alpha is 0.1, but partition='iid' does"),
+        (
+            {"data__partition": "dirichlet", "data__classes": 3},
+            "config.data.classes is 3",
+        ),
+        ({"pretrain__partition": "by_clas"}, "config.pretrain.partition is 'by_clas'"),
+        ({"faults__dropout": 1.0}, "config.faults: dropout is a probability"),
+        ({"faults__edge_loss": -0.1}, "config.faults: edge_loss is a probability"),
+        ({"faults__absences": "3:4-1"}, "config.faults: an absence is"),
+        ({"faults__absences": "3-4"}, "expected agent:first-last or agent:first-"),
+    ],
+)
+def test_what_would_be_ignored_or_cannot_be_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        check(changed(**fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mixing": "file", "graph__file": "W.npy"},
+        {"topology": "random_regular", "graph__degree": 4},
+        {"data__partition": "dirichlet", "data__alpha": 0.1},
+        {
+            "data__partition": "by_class",
+            "pretrain__partition": "quantity_skew",
+            "data__alpha": 0.1,
+        },
+        {"algorithm": "cdsgd", "gossip__order": "adapt_then_combine"},
+        {"merge__inner": "choco", "gossip__gamma": 0.2, "compression__name": "int8"},
+    ],
+)
+def test_what_is_read_may_be_changed(fields):
+    check(changed(**fields))
+
+
+def test_absences_are_written_as_rounds_from_first_to_last():
+    assert absences("") == ()
+    assert absences("3:1-4, 0:6-") == (Absence(3, 1, 5), Absence(0, 6, None))
+    drawn = faults(changed(faults__absences="1:2-2", faults__dropout=0.2, seed=3))
+    assert drawn.absences == (Absence(1, 2, 3),)
+    assert (drawn.dropout, drawn.seed) == (0.2, 3)

@@ -24,6 +24,7 @@ from dimat_jax.algorithms.base import (
 )
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.errors import UserError
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
 from dimat_jax.placement import Placement
@@ -48,10 +49,10 @@ def qgm(
         momentum: beta, and mu; from 0 to below 1.
 
     Raises:
-        ValueError: a momentum out of range.
+        UserError: a momentum out of range.
     """
     if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be from 0 to below 1, got {momentum}")
+        raise UserError(f"momentum must be from 0 to below 1, got {momentum}")
 
     def adapt(state: MemoryState, batch, key):
         (variables, opt_state), memory = state
