@@ -86,7 +86,7 @@ def default_config() -> Config:
             "gossip": {  # for the algorithms that take them
                 "order": "combine_then_adapt",  # or adapt_then_combine; cdsgd
                 "momentum": 0.9,  # qgm
-                "gamma": 0.5,  # the consensus step size of choco
+                "gamma": 1.0,  # the consensus step of choco; less for top_k, random_k
             },
             "compression": {  # of messages, for the algorithms that compress
                 "name": "",  # "": the algorithm's own

@@ -128,7 +128,7 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
             "cdsgd sends everything as it is; choco, compcga, dimat, wa, wm compress",
         ),
         (
-            {"algorithm": "choco", "compression__fraction": 0.0},
+            {"compression__name": "top_k", "compression__fraction": 0.0},
             "config.compression: the fraction that is kept",
         ),
         (

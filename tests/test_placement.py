@@ -25,8 +25,8 @@ from dimat_jax.algorithms.local import local
 from dimat_jax.data.pipeline import Batch, Reader, place_pool
 from dimat_jax.data.sources import Split
 from dimat_jax.evaluate import Evaluator
-from dimat_jax.mixing import mix, uniform
 from dimat_jax.ledger import Messages
+from dimat_jax.mixing import mix, uniform
 from dimat_jax.network import Network, static
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.placement import Batching, Placement, place, request_cpu_devices

@@ -81,7 +81,7 @@ class GossipOptions(NamedTuple):
 
     order: Order = "combine_then_adapt"
     momentum: float = 0.9
-    gamma: float = 0.5
+    gamma: float = 1.0
 
 
 class Options(NamedTuple):
@@ -209,7 +209,7 @@ NEEDS: dict[str, Needs] = {
     ),
     "cga": Needs(undirected, "heavy_ball"),
     "compcga": Needs(undirected, "heavy_ball", compressor="sign"),
-    "choco": Needs(symmetric, "sgd", options=frozenset({"gamma"}), compressor="top_k"),
+    "choco": Needs(symmetric, "sgd", options=frozenset({"gamma"}), compressor="int8"),
     "fedavg": Needs(optimizer="sgd"),
     "dimat": Needs(compressor="none"),
     "wm": Needs(compressor="none"),

@@ -42,7 +42,7 @@ def choco(
     *,
     adjacency: Adjacency,
     compressor: Compressor,
-    gamma: float = 0.5,
+    gamma: float = 1.0,
 ) -> Algorithm:
     """Gossip of compressed params with every local step.
 
@@ -54,7 +54,8 @@ def choco(
         placement: where the agents live.
         adjacency: all edges that there ever are; undirected.
         compressor: Q.
-        gamma: the consensus step size; the more Q loses, the smaller.
+        gamma: the consensus step size; the more Q loses, the smaller: 1 does for int8,
+            while top_k of a tenth needs less than a half.
 
     Raises:
         UserError: gamma is not above 0 and at most 1.

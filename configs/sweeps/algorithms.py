@@ -1,0 +1,71 @@
+"""Every algorithm, ring and fully connected, IID and by class, on digits.
+
+    python -m experiments.sweep --sweep=configs/sweeps/algorithms.py --workdir=DIR
+
+All runs start from the same five agents, trained alone, and go on for 10 rounds of two
+epochs; merging algorithms communicate once a round, gossip with every step. Each has
+the learning rate of a grid that did best over the four cells, the same in all of them
+(experiments/RESULTS.md tells the grid). 76 runs, about 6 minutes on 2 CPU cores.
+"""
+
+from itertools import product
+
+from configs import quickstart
+
+GOSSIP = {
+    "cdsgd": 0.3,
+    "cdmsgd": 0.1,
+    "cdadam": 0.003,
+    "sgp": 0.3,
+    "d2": 0.3,
+    "dsgt": 0.3,
+    "qgm": 0.1,
+    "cga": 0.1,
+    "compcga": 0.1,
+    "choco": 0.3,
+    "fedavg": 0.3,
+}
+"""Learning rates; the optimizer is the algorithm's own."""
+
+
+def get_config(line: str):
+    """The config of one line of the comparison, e.g. "cdsgd" or "dimat-own"."""
+    name, _, form = line.partition("-")
+    config = quickstart.get_config(name)
+    if name in GOSSIP:
+        config.optimizer.learning_rate = GOSSIP[name]
+    if name == "d2":
+        # Its own condition: no eigenvalue of W may be -1/3 or less.
+        config.mixing = "lazy"
+    if form in ("own", "joint"):
+        config.merge.frame = form
+        config.merge.stay = 0.0
+    if form == "cdsgd":
+        config.merge.inner = form
+        config.optimizer.learning_rate = GOSSIP[form]
+    return config
+
+
+LINES = (
+    "centralized",
+    "local",
+    "dimat-reference",
+    "dimat-own",
+    "wm-joint",
+    "wa",
+    *GOSSIP,
+    "dimat-cdsgd",
+)
+
+
+def get_runs():
+    """The runs, by name."""
+    runs = {}
+    for partition, topology, line in product(
+        ("iid", "by_class"), ("ring", "fully_connected"), LINES
+    ):
+        config = get_config(line)
+        config.topology = topology
+        config.data.partition = partition
+        runs[f"{partition}-{topology}-{line}"] = config
+    return runs

@@ -1,0 +1,149 @@
+"""From config fields to networks, partitions and what an algorithm is told."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configs import quickstart
+from configs.sweeps import algorithms as every_algorithm
+from dimat_jax import train
+from dimat_jax.config import check
+from dimat_jax.errors import UserError
+from dimat_jax.experiment import Experiment
+from dimat_jax.metrics import read_rows
+from dimat_jax.mixing import MixingError, lazy
+from dimat_jax.network import NetworkError
+from dimat_jax.topology import TOPOLOGIES, TopologyError, is_connected
+
+
+def small(algorithm: str = "local", **changes: Any):
+    """The quickstart, made smaller. Fields are changed by dotted path."""
+    config = quickstart.get_config(algorithm)
+    fields = {
+        "rounds": 2,
+        "local_epochs": 1,
+        "data.train_size": 200,
+        "data.test_size": 50,
+        "pretrain.epochs": 1,
+        **{name.replace("__", "."): value for name, value in changes.items()},
+    }
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def test_a_graph_and_its_weights_may_come_from_a_file(tmp_path):
+    W = lazy(TOPOLOGIES["path"](5))
+    file = tmp_path / "W.npy"
+    np.save(file, W)
+    both = Experiment(small(topology="file", mixing="file", graph__file=str(file)))
+    np.testing.assert_array_equal(both.links.edges, TOPOLOGIES["path"](5))
+    np.testing.assert_allclose(both.links.mixing_matrix[0], W)
+
+    file = tmp_path / "W.json"
+    file.write_text(json.dumps(W.tolist()))
+    edges = Experiment(small(topology="file", graph__file=str(file)))
+    np.testing.assert_array_equal(edges.links.edges, TOPOLOGIES["path"](5))
+    assert edges.links.mixing_matrix[0, 0, 1] == pytest.approx(1 / 3)
+    weights = small(topology="ring", mixing="file", graph__file=str(file))
+    np.testing.assert_allclose(Experiment(weights).links.mixing_matrix[0], W)
+
+
+def test_a_file_that_does_not_fit_is_refused(tmp_path):
+    file = tmp_path / "W.npy"
+    np.save(file, np.eye(4))
+    with pytest.raises(TopologyError, match=r"\[4, 4\]; expected \[5, 5\]"):
+        Experiment(small(topology="file", graph__file=str(file)))
+    np.save(file, lazy(TOPOLOGIES["ring"](5)))
+    with pytest.raises(MixingError, match="agent 0 does not receive from agent 4"):
+        Experiment(small(topology="path", mixing="file", graph__file=str(file)))
+
+
+def test_random_graphs_follow_the_seed():
+    def edges(**changes):
+        return Experiment(small(agents=10, **changes)).links.edges
+
+    regular = edges(topology="random_regular", graph__degree=4, seed=1)
+    assert (regular.sum(axis=1) == 4).all()
+    again = edges(topology="random_regular", graph__degree=4, seed=1)
+    np.testing.assert_array_equal(regular, again)
+    assert (edges(topology="random_regular", graph__degree=4) != regular).any()
+    sparse = edges(topology="erdos_renyi", graph__edge_probability=0.3)
+    assert is_connected(sparse) and sparse.sum() < 90
+
+
+def test_pre_training_may_have_another_partition():
+    config = small(
+        data__partition="by_class",
+        pretrain__partition="dirichlet",
+        data__alpha=0.05,
+        data__train_size=0,
+    )
+    experiment = Experiment(config)
+    labels = experiment.dataset.train.labels
+    assert [set(labels[s]) for s in experiment.shards] == [{c, c + 5} for c in range(5)]
+    alone = [set(labels[shard]) for shard in experiment.pretrain_sampler._shards]
+    assert alone != [{c, c + 5} for c in range(5)]
+    sizes = sorted(len(shard) for shard in experiment.pretrain_sampler._shards)
+    assert sizes[0] < sizes[-1] / 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"algorithm": "d2", "agents": 4}, "the least is -0.3333; mixing='lazy'"),
+        ({"algorithm": "d2", "faults__dropout": 0.1}, "no dropout"),
+        ({"algorithm": "cdsgd", "mixing": "row_stochastic", "topology": "star"}, "sgp"),
+        ({"algorithm": "choco", "topology": "exponential"}, "undirected"),
+        ({"algorithm": "cga", "topology": "one_peer_exponential"}, "undirected"),
+        (
+            {"algorithm": "dimat", "topology": "exponential"},
+            "dimat with frame='reference' needs an undirected network",
+        ),
+        ({"faults__absences": "7:1-"}, "only agents 0 to 4"),
+        (
+            {"algorithm": "wa", "merge__inner": "d2", "faults__edge_loss": 0.1},
+            "d2 needs the same network",
+        ),
+    ],
+)
+def test_a_network_that_an_algorithm_cannot_use_is_refused(fields, reason):
+    with pytest.raises(NetworkError, match=reason):
+        Experiment(small(**fields))
+
+
+def test_who_is_away_learns_nothing_and_sends_nothing(tmp_path):
+    config = small("wa", faults__absences="1:1-1, 3:2-", optimizer__name="sgd")
+    train.run(config, tmp_path, lambda line: None)
+    rows = read_rows(tmp_path)
+    assert [row["present"] for row in rows] == [
+        [True] * 5,
+        *[[True, False, True, True, True]] * 2,
+        *[[True, True, True, False, True]] * 2,
+    ]
+    first, second = rows[0], rows[2]
+    assert second["test_loss"][1] == first["test_loss"][1]
+    assert second["test_loss"][0] != first["test_loss"][0]
+    assert rows[4]["test_loss"][3] == rows[3]["test_loss"][3] == rows[2]["test_loss"][3]
+    # A ring without one agent is a path of four: six messages instead of ten.
+    sent = np.array(second["bytes_sent_by_link"])
+    assert (sent > 0).sum() == 6 and not sent[1].any() and not sent[:, 1].any()
+    partition = json.loads((tmp_path / "partition.json").read_text())
+    assert np.shape(partition["counts"]) == (5, 10)
+    assert np.sum(partition["counts"]) == 200
+
+
+def test_the_sweep_over_all_algorithms_can_be_run():
+    runs = every_algorithm.get_runs()
+    assert len(runs) == 4 * len(every_algorithm.LINES)
+    for config in runs.values():
+        check(config)
+
+
+def test_options_that_are_out_of_range_are_bad_input():
+    for changes in ({"gossip__momentum": 1.0}, {"gossip__momentum": -0.1}):
+        with pytest.raises(UserError, match="momentum must be"):
+            Experiment(small("qgm", optimizer__name="", **changes))
+    with pytest.raises(UserError, match="gamma must be"):
+        Experiment(small("choco", gossip__gamma=0.0))
