@@ -5,35 +5,24 @@ each operation tells which axes hold the same units (`rules`). What is reachable
 inputs or outputs cannot be permuted; the rest are the groups.
 """
 
-import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
 from jaxtyping import Array
 
-from dimat_jax.permutation.spec import (
-    Axis,
-    Concat,
-    PermutationSpec,
-    PermutationSpecError,
-    Product,
+from dimat_jax.permutation.declare import (
+    declare,
+    fix_what_cannot_be_declared,
+    name_groups,
 )
+from dimat_jax.permutation.spec import PermutationSpec, PermutationSpecError
 from dimat_jax.permutation.taps import Tap, choose_taps, show
-from dimat_jax.permutation.trace import Trace, Value, constant, watch
-from dimat_jax.permutation.units import (
-    Axes,
-    Known,
-    Units,
-    atoms,
-    factors,
-    fix,
-    fixed_axes,
-    product,
-    unknown,
-)
+from dimat_jax.permutation.trace import Trace, Value, constant
+from dimat_jax.permutation.units import Axes, Known, Units, fix, fixed_axes, unknown
+from dimat_jax.permutation.watch import watch
 from dimat_jax.tree import PyTree, flatten
 
 __all__ = ["derive"]
@@ -142,7 +131,7 @@ class _Reading(NamedTuple):
 
     def spec(self, taps: Mapping[str, Tap]) -> PermutationSpec:
         axes = {
-            path: tuple(_axis(axis, self.names) for axis in axes)
+            path: tuple(declare(axis, self.names) for axis in axes)
             for path, axes in self.axes.items()
         }
         # Where an axis of its own tells a group's size, the spec need not.
@@ -151,8 +140,12 @@ class _Reading(NamedTuple):
         return PermutationSpec(axes, {t: tap.axes for t, tap in taps.items()}, sizes)
 
     def taps(self) -> dict[str, Tap]:
-        declare = partial(_axis, names=self.names)
-        return choose_taps(self.trace, self.names.values(), declare, _inputs(self.axes))
+        return choose_taps(
+            self.trace,
+            self.names.values(),
+            partial(declare, names=self.names),
+            _inputs(self.axes),
+        )
 
     def complaint(self) -> str:
         """Which axes are fixed only because of operations without a rule."""
@@ -200,89 +193,15 @@ def _read(forward: Forward, variables: PyTree, inputs: PyTree) -> _Reading:
             _fix_all(axes[path], "unused")
     for leaf_axes in axes.values():
         for axis in leaf_axes:
-            _fix_what_no_spec_can_say(axis)
+            fix_what_cannot_be_declared(axis)
 
     used = [list(leaves)[n] for n in trace.first_used if n < len(leaves)]
     # Kernels first; they say more than the bias that is added to them.
     used.sort(key=lambda path: len(axes[path]) < 2)
-    names = _names({path: axes[path] for path in [*used, *leaves]})
+    names = name_groups({path: axes[path] for path in [*used, *leaves]})
     return _Reading(closed, trace, axes, names)
 
 
 def _fix_all(axes: Sequence[Known], reason: str) -> None:
     for axis in axes:
         fix(axis, reason)
-
-
-def _fix_what_no_spec_can_say(units: Known) -> None:
-    """A concatenation as the inner factor of units that are permuted, too."""
-    if units is None:
-        return
-    moving = False
-    for factor in factors(units.root()):
-        if factor.kind == "concat":
-            if moving:
-                fix(factor, "a structure that no spec can declare")
-            for part in factor.parts:
-                _fix_what_no_spec_can_say(part)
-        moving = moving or any(atoms(factor))
-
-
-def _names(axes_of: Mapping[str, Sequence[Known]]) -> dict[Units, str]:
-    """Names every group after the first leaf, and its last axis, that it permutes."""
-    names: dict[Units, str] = {}
-    for path, axes in axes_of.items():
-        for d, axis in reversed(list(enumerate(axes))):
-            new = [a for a in dict.fromkeys(atoms(axis)) if a not in names]
-            for n, atom in enumerate(new):
-                names[atom] = f"{path}:{d}" + (f".{n}" if len(new) > 1 else "")
-    return names
-
-
-def _axis(units: Known, names: Mapping[Units, str]) -> Axis:
-    """What a spec says of an axis."""
-    if units is None or not any(atom in names for atom in atoms(units)):
-        return None
-    node = units.root()
-    match node.kind:
-        case "atom":
-            return names[node]
-        case "concat":
-            return _concat_axis(node.parts, names)
-        case _:
-            return _product_axis(factors(node), names)
-
-
-def _concat_axis(parts: Iterable[Units], names: Mapping[Units, str]) -> Concat:
-    """A concatenation that is not nested, and has no fixed parts side by side."""
-    flat: list[tuple[Axis, int]] = []
-    for part in parts:
-        axis, size = _axis(part, names), part.root().size
-        for inner in axis.parts if isinstance(axis, Concat) else [(axis, size)]:
-            if inner[0] is None and flat and flat[-1][0] is None:
-                inner = (None, flat.pop()[1] + inner[1])
-            flat.append(inner)
-    return Concat(*flat)
-
-
-def _product_axis(parts: list[Units], names: Mapping[Units, str]) -> Axis:
-    """A product; one with a concatenation inside is a concatenation of products."""
-    outer: list[int | str] = []
-    for n, factor in enumerate(parts):
-        axis = _axis(factor, names)
-        if isinstance(axis, Concat):
-            # What is further out is fixed, so every repetition is spelt out.
-            inner = parts[n + 1 :]
-            inner_sizes = [f.size for f in inner]
-            once = [
-                product([part, *inner], [part.root().size, *inner_sizes])
-                for part in factor.parts
-            ]
-            n_times = math.prod(size for size in outer if isinstance(size, int))
-            return _concat_axis([p for p in once if p is not None] * n_times, names)
-        assert axis is None or isinstance(axis, str)
-        if axis is None and outer and isinstance(outer[-1], int):
-            outer[-1] *= factor.size
-        else:
-            outer.append(axis or factor.size)
-    return Product(*outer)

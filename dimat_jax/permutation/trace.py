@@ -1,4 +1,4 @@
-"""Following a model's axes through its jaxpr, and watching what it computes on the way.
+"""Following the axes of a model's variables through its jaxpr.
 
 A `Place` tells where in a jaxpr a value occurs: the numbers of the equations that lead
 to it, from the outermost jaxpr inwards, and last the number of the operand (or, as ~n,
@@ -7,14 +7,13 @@ of the output).
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from dimat_jax.permutation.rules import RULES
 from dimat_jax.permutation.units import (
@@ -27,7 +26,7 @@ from dimat_jax.permutation.units import (
     unknown,
 )
 
-__all__ = ["Place", "Trace", "Value", "constant", "watch"]
+__all__ = ["Jaxpr", "Place", "Trace", "Value", "called_by", "constant"]
 
 Jaxpr = Any  # jax.extend.core.Jaxpr, whose attributes type checkers do not know
 Place = tuple[int, ...]
@@ -104,7 +103,7 @@ class Trace:
 
     def _operation(self, eqn, inputs: list[Value], place: Place | None) -> list[Value]:
         name = eqn.primitive.name
-        if (called := _called(eqn)) is not None:
+        if (called := called_by(eqn)) is not None:
             return self.read(called.jaxpr, [*_constants(called), *inputs], place)
         match name:
             case "scan":
@@ -241,7 +240,7 @@ def _closed_loop(carry: list[Value], outputs: list[Value]) -> list[Value]:
     ]
 
 
-def _called(eqn) -> Jaxpr | None:
+def called_by(eqn) -> Jaxpr | None:
     """The closed jaxpr that an equation just calls, if it is one that does."""
     if eqn.primitive.name not in _CALLS:
         return None
@@ -251,72 +250,3 @@ def _called(eqn) -> Jaxpr | None:
 
 def _constants(closed: Jaxpr) -> list[Value]:
     return [constant(array) for array in closed.consts]
-
-
-def watch(
-    closed: Jaxpr, arguments: Sequence[Any], places: Iterable[Place]
-) -> dict[Place, Array]:
-    """Runs a closed jaxpr, and shows the values at some places.
-
-    What a scan computes at each of its steps is stacked on a leading axis.
-    """
-    wanted = {place: place for place in places}
-    return _run(closed.jaxpr, [*closed.consts, *arguments], wanted)[1]
-
-
-def _run(
-    jaxpr: Jaxpr, arguments: Sequence[Any], wanted: Mapping[Place, Place]
-) -> tuple[list[Any], dict[Place, Any]]:
-    """`wanted`: the places in this jaxpr, and what they are called in the whole."""
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True))
-    seen: dict[Place, Any] = {}
-
-    def value_of(atom) -> Any:
-        return atom.val if isinstance(atom, jex.core.Literal) else known[atom]
-
-    for number, eqn in enumerate(jaxpr.eqns):
-        inputs = [value_of(atom) for atom in eqn.invars]
-        here = {p[1:]: whole for p, whole in wanted.items() if p[0] == number}
-        inside = {place: whole for place, whole in here.items() if len(place) > 1}
-        if not inside:
-            outputs = _evaluate(eqn, inputs)
-        elif eqn.primitive.name == "scan":
-            outputs, shown = _run_scan(eqn, inputs, inside)
-            seen |= shown
-        else:
-            called: Any = _called(eqn)
-            outputs, shown = _run(called.jaxpr, [*called.consts, *inputs], inside)
-            seen |= shown
-        known.update(zip(eqn.outvars, outputs, strict=True))
-        for place, whole in here.items():
-            if len(place) == 1:
-                seen[whole] = [*inputs, *reversed(outputs)][place[0]]
-    return [value_of(atom) for atom in jaxpr.outvars], seen
-
-
-def _evaluate(eqn, inputs: list[Any]) -> list[Any]:
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Some versions of JAX give what is to be called apart from the other params.
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    outputs = eqn.primitive.bind(*functions, *inputs, **params)
-    return outputs if eqn.primitive.multiple_results else [outputs]
-
-
-def _run_scan(eqn, inputs: list[Any], wanted: Mapping[Place, Place]):
-    n_constants, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    body = eqn.params["jaxpr"]
-
-    def step(carry, slices):
-        arguments = [*body.consts, *inputs[:n_constants], *carry, *slices]
-        outputs, seen = _run(body.jaxpr, arguments, wanted)
-        return outputs[:n_carry], (outputs[n_carry:], seen)
-
-    rest = inputs[n_constants:]
-    carry, (stacked, seen) = jax.lax.scan(
-        step,
-        rest[:n_carry],
-        rest[n_carry:],
-        length=eqn.params["length"],
-        reverse=eqn.params["reverse"],
-    )
-    return [*carry, *stacked], seen
