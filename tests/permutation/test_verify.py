@@ -367,6 +367,18 @@ def test_a_forward_in_eval_mode_alone_is_accepted():
     verify(SPECS["mlp"], forward(MLP), subject("mlp").fresh, inputs, key())
 
 
+def test_units_that_are_no_single_group_are_described_as_what_they_are():
+    def forward(variables, x):
+        units = (x @ variables["first"]).reshape(-1, 2, 2)
+        return jax.nn.standardize(units).reshape(-1, 4) @ variables["second"]
+
+    with pytest.raises(PermutationSpecError, match="group 'units'") as error:
+        verify(TWO_LAYERS, forward, WEIGHTS, X, key())
+    product = Product("first:1.0", "first:1.1")
+    assert says(error, "first", 1, "units", product)
+    assert says(error, "second", 0, "units", product)
+
+
 # What derive cannot follow ============================================================
 
 
@@ -407,6 +419,22 @@ def test_its_one_mistake_is_named(wrong):
         verify(spec, three_layers, THREE_WEIGHTS, X, key())
     assert says(error, "scale", 0, wrong, "a")
     assert str(error.value).count("is declared") == 1
+
+
+@pytest.mark.parametrize("function", [jnp.tanh, hidden], ids=["known", "unknown"])
+def test_rounding_is_not_blamed_on_a_leaf(function):
+    # A sum depends on the order of its terms, in its last digits. What derive cannot
+    # follow, it fixes; so what it does find can be relied on.
+    spec = PermutationSpec({"w": (None, "units"), "bias": (None,)})
+    variables = {"w": normal(4, 1000), "bias": normal(5)}
+
+    def forward(variables, x):
+        return (x @ variables["w"]).sum(axis=-1) + function(variables["bias"])
+
+    verify(spec, forward, variables, X, key())
+    with pytest.raises(PermutationSpecError, match="rounding.*float32") as error:
+        verify(spec, forward, variables, X, key(), tolerance=1e-12)
+    assert not any(name in str(error.value) for name in ("'w'", "'units'", "'bias'"))
 
 
 def test_of_several_mistakes_there_it_is_said_that_derive_does_not_know_all():
