@@ -8,7 +8,9 @@ import pytest
 
 from configs import quickstart
 from configs.sweeps import algorithms as every_algorithm
+from configs.sweeps import compression, faults, graphs
 from dimat_jax import train
+from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.config import check
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
@@ -134,11 +136,16 @@ def test_who_is_away_learns_nothing_and_sends_nothing(tmp_path):
     assert np.sum(partition["counts"]) == 200
 
 
-def test_the_sweep_over_all_algorithms_can_be_run():
+@pytest.mark.parametrize("sweep", [every_algorithm, compression, faults, graphs])
+def test_a_sweeps_runs_can_be_run(sweep):
+    for config in sweep.get_runs().values():
+        check(config)
+
+
+def test_the_sweep_over_all_algorithms_leaves_none_out():
     runs = every_algorithm.get_runs()
     assert len(runs) == 4 * len(every_algorithm.LINES)
-    for config in runs.values():
-        check(config)
+    assert {config.algorithm for config in runs.values()} == ALGORITHMS.keys()
 
 
 def test_options_that_are_out_of_range_are_bad_input():
