@@ -35,6 +35,7 @@ from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.metrics import MetricsWriter, read_rows, write_json
+from dimat_jax.mixing import spectral_gap
 from dimat_jax.network import Network
 from dimat_jax.trainer import Trainer
 from dimat_jax.tree import PyTree
@@ -330,6 +331,8 @@ class _Run:
             **rows[-1],
             # Also what the merge alone made of the agents, before they trained on.
             **{f"last_{row['phase']}": row for row in rows},
+            # Without faults, over a period.
+            "spectral_gap": spectral_gap(self.experiment.links.mixing_matrix),
             "seconds_total": self._seconds(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "versions": {"dimat_jax": dimat_jax.__version__, "jax": jax.__version__},

@@ -8,7 +8,7 @@ import pytest
 
 from configs import quickstart
 from configs.sweeps import algorithms as every_algorithm
-from configs.sweeps import compression, faults, graphs
+from configs.sweeps import compression, faults, graphs, learning_rates
 from dimat_jax import train
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.config import check
@@ -136,7 +136,9 @@ def test_who_is_away_learns_nothing_and_sends_nothing(tmp_path):
     assert np.sum(partition["counts"]) == 200
 
 
-@pytest.mark.parametrize("sweep", [every_algorithm, compression, faults, graphs])
+@pytest.mark.parametrize(
+    "sweep", [every_algorithm, compression, faults, graphs, learning_rates]
+)
 def test_a_sweeps_runs_can_be_run(sweep):
     for config in sweep.get_runs().values():
         check(config)

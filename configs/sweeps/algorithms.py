@@ -5,7 +5,7 @@
 All runs start from the same five agents, trained alone, and go on for 10 rounds of two
 epochs; merging algorithms communicate once a round, gossip with every step. Each has
 the learning rate of a grid that did best over the four cells, the same in all of them
-(experiments/RESULTS.md tells the grid). 72 runs, about 6 minutes on 2 CPU cores.
+(configs/sweeps/learning_rates.py). 72 runs, about 6 minutes on 2 CPU cores.
 """
 
 from itertools import product
