@@ -15,6 +15,8 @@ Compressed (CompCGA, section 3.3 there), cross-gradients are what is sent compre
 and what was lost is added to the next ones.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -76,11 +78,12 @@ def cga(
     def aggregate(own, crossed, residuals, active, key):
         lost = []
         for k, residual in enumerate(residuals):
-            sent, missing = with_feedback(
+            crossed[k], missing = with_feedback(
                 compressor, crossed[k], residual, jax.random.fold_in(key, k)
             )
-            crossed[k] = sent
-            lost.append(missing)
+            # Who is not heard has sent nothing, and lost nothing.
+            keep = functools.partial(jnp.where, active[k])
+            lost.append(jax.tree.map(keep, missing, residual))
         return project(own, crossed, active), lost
 
     @placement.per_agent
