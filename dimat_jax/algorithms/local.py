@@ -71,10 +71,11 @@ def local(
             ),
         )
 
+    init_stacked = jax.jit(
+        placement.per_agent(tx.init), out_shardings=placement.sharding
+    )
+
     def init(variables):
-        init_stacked = jax.jit(
-            placement.per_agent(tx.init), out_shardings=placement.sharding
-        )
         return LocalState(variables, init_stacked(variables["params"]))
 
     def step(state, batch, network, key):
