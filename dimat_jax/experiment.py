@@ -129,6 +129,7 @@ class Experiment:
                 gossip=gossip_options(config),
                 compressor=compressor(config),
                 edges=self.links.edges,
+                changing=self.links.changes,
                 examples=[len(shard) for shard in self.shards],
             ),
         )

@@ -92,6 +92,7 @@ class Options(NamedTuple):
         gossip: for those that gossip with every step.
         compressor: of what is sent, for those that compress.
         edges: all edges that there ever are, for those that keep something for each.
+        changing: whether the network may change, or messages may not arrive.
         examples: how many each agent holds, for fedavg; None: all as many.
     """
 
@@ -99,6 +100,7 @@ class Options(NamedTuple):
     gossip: GossipOptions = GossipOptions()
     compressor: Compressor = none()
     edges: Adjacency | None = None
+    changing: bool = True
     examples: Sequence[int] | None = None
 
 
@@ -155,8 +157,8 @@ _BUILDERS: dict[str, Builder] = {
         task,
         tx,
         placement,
-        adjacency=_edges(options),
         compressor=options.compressor,
+        lossy_edges=_edges(options) if options.changing else None,
         gamma=options.gossip.gamma,
     ),
     "fedavg": lambda task, tx, placement, options: fedavg(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from dimat_jax.algorithms.base import (
     Algorithm,
@@ -43,7 +43,9 @@ from dimat_jax.tree import PyTree, take
 
 __all__ = ["cga", "project"]
 
-_ITERATIONS = 1000
+# Of the first-order solver that pivoting begins with; of pivoting.
+_ITERATIONS = 100
+_TOLERANCE, _PATIENCE = 1e-6, 3
 
 
 def cga(
@@ -103,12 +105,14 @@ def cga(
             for k in slots
         ]
         crossed = [exchange.answers(returned, k) for k in slots]
+        # Who has no examples has no objections, and nothing to send.
+        answering = network.active_edges & batch.mask.any(axis=1)
         residuals = [state.memory[name] for name in state.memory]
         direction, lost = aggregate(
             own.grads,
             crossed,
             residuals,
-            exchange.active(network.active_edges),
+            exchange.active(answering),
             placement.keys(compression_key),
         )
         updates, opt_state = adapt(direction, state.local, batch)
@@ -153,14 +157,36 @@ def project(
     lengths = jnp.linalg.norm(G, axis=1, keepdims=True)
     Q, R = jnp.linalg.qr((G / jnp.where(lengths > 0, lengths, 1)).T)
     target = -(Q.T @ flat) / jnp.where(lengths[0] > 0, lengths[0], 1)
-    u = optax.nnls(R, target, _ITERATIONS)
-    u = _polished(R, target, u)
-    return unravel(flat + lengths[0] * (Q @ (R @ u)))
+    return unravel(flat + lengths[0] * (Q @ (R @ _non_negative(R, target))))
 
 
-def _polished(A: Array, b: Array, u: Array) -> Array:
-    """An almost least-squares solution, made exact on its support if that helps."""
-    support = u > 1e-4 * u.max(initial=0)
-    exact = jnp.linalg.lstsq(A * support, b)[0] * support
-    better = jnp.linalg.norm(A @ exact - b) <= jnp.linalg.norm(A @ u - b)
-    return jnp.where(better & (exact >= 0).all(), exact, u)
+def _non_negative(A: Float[Array, "n n"], b: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The u >= 0 that minimises |A u - b|, for columns of A of length 0 or 1.
+
+    A first-order solver hardly moves where columns are nearly collinear, as gradients
+    are. So its answer is only where block principal pivoting begins, which is exact: it
+    solves for a support, and exchanges what is wrong about it (Portugal, Judice &
+    Vicente 1994; Kim & Park 2011).
+    """
+
+    def wrong_about(support, u):
+        slope = A.T @ (A @ u - b)
+        return jnp.where(support, u < -_TOLERANCE, slope < -_TOLERANCE)
+
+    def exchange(_, state):
+        support, best, fewest, patience = state
+        u = jnp.linalg.lstsq(A * support, b)[0] * support
+        wrong = wrong_about(support, u)
+        count = wrong.sum()
+        # All at once, as long as that helps; else the last one, which cannot cycle.
+        patience = jnp.where(count < fewest, _PATIENCE, patience - 1)
+        last = jnp.cumsum(wrong) == count
+        flipped = wrong & ((patience > 0) | last)
+        allowed = jnp.maximum(u, 0)
+        better = jnp.linalg.norm(A @ allowed - b) < jnp.linalg.norm(A @ best - b)
+        best = jnp.where(better, allowed, best)
+        return support ^ flipped, best, jnp.minimum(count, fewest), patience
+
+    start = optax.nnls(A, b, _ITERATIONS)
+    state = (start > 0, start, len(b) + 1, _PATIENCE)
+    return jax.lax.fori_loop(0, 3 * len(b), exchange, state)[1]

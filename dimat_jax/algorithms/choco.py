@@ -5,13 +5,13 @@
     x_i(t+1)    =  x_i(t+1/2) + gamma sum_j W_ij (x^_j - x^_i)
 
 (Koloskova, Stich & Jaggi 2019, arXiv 1902.00340, Algorithm 2.) x^_i is what others know
-of agent i. It is kept here for every edge, as what that neighbour knows: where a link
-fails, the neighbour goes on with what it knew, and so does the agent. In a network that
-does not fail all of an agent's x^ are the same, and it is the paper's algorithm; in any
-other the mean over agents is preserved all the same, for W is symmetric.
+of agent i. Where a message may not arrive it is kept for every edge, as what that
+neighbour knows: where a link fails, the neighbour goes on with what it knew, and so
+does the agent. The mean over agents is preserved all the same, for W is symmetric.
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dimat_jax.algorithms.base import (
@@ -40,8 +40,8 @@ def choco(
     tx: optax.GradientTransformation,
     placement: Placement,
     *,
-    adjacency: Adjacency,
     compressor: Compressor,
+    lossy_edges: Adjacency | None = None,
     gamma: float = 1.0,
 ) -> Algorithm:
     """Gossip of compressed params with every local step.
@@ -52,8 +52,9 @@ def choco(
         task: what to learn.
         tx: makes the step; plain SGD is the paper's.
         placement: where the agents live.
-        adjacency: all edges that there ever are; undirected.
         compressor: Q.
+        lossy_edges: where messages may not arrive, or the network changes: all edges
+            that there ever are, undirected. None: everything always arrives.
         gamma: the consensus step size; the more Q loses, the smaller: 1 does for int8,
             while top_k of a tenth needs less than a half.
 
@@ -62,14 +63,76 @@ def choco(
     """
     if not 0 < gamma <= 1:
         raise UserError(f"gamma must be above 0 and at most 1, got {gamma}")
-    exchange = Exchange.over(adjacency, placement.slots)
-    names = [f"known{k}" for k in range(exchange.neighbours.shape[1])]
 
     def adapt(state: LocalState, batch, key):
         variables, opt_state = state
         grads, model_state, metrics = gradient(task, variables, batch, key)
         updates, opt_state = descend(tx, batch, grads, opt_state, variables["params"])
         return moved({**variables, **model_state}, updates), opt_state, metrics
+
+    if lossy_edges is None:
+        names, gossip = ["known"], _reliable(placement, compressor, gamma)
+    else:
+        exchange = Exchange.over(lossy_edges, placement.slots)
+        names = [f"known{k}" for k in range(exchange.neighbours.shape[1])]
+        gossip = _by_edge(placement, compressor, gamma, exchange, names)
+
+    def step(state: MemoryState, batch, network, key):
+        gradient_key, compression_key = jax.random.split(key)
+        variables, opt_state, metrics = placement.per_agent(adapt)(
+            state.local, batch, placement.keys(gradient_key)
+        )
+        params, known = gossip(
+            variables["params"], state.memory, network, placement.keys(compression_key)
+        )
+        mixed = mix(network.W, {**variables, "params": {}})
+        local_state = LocalState({**mixed, "params": params}, opt_state)
+        return MemoryState(local_state, known), metrics
+
+    def messages(state):
+        variables = one_agent(state.local.variables)
+        params = compressor.message(variables["params"])
+        return Messages(step={**variables, "params": params})
+
+    return remembering(
+        local(task, tx, placement),
+        task,
+        placement,
+        memories=names,
+        step=step,
+        messages=messages,
+    )
+
+
+def _reliable(placement: Placement, compressor: Compressor, gamma: float):
+    """One x^ for each agent, which all its neighbours know."""
+
+    @placement.per_agent
+    def tell(params, known, key):
+        difference = jax.tree.map(jnp.subtract, params, known)
+        return jax.tree.map(jnp.add, known, compressor.compress(difference, key))
+
+    def gossip(params, memory, network, keys):
+        known = tell(params, memory["known"], keys)
+        params = jax.tree.map(
+            lambda x, heard, mine: x + gamma * (heard - mine),
+            params,
+            mix(network.W, known),
+            known,
+        )
+        return params, {"known": known}
+
+    return gossip
+
+
+def _by_edge(
+    placement: Placement,
+    compressor: Compressor,
+    gamma: float,
+    exchange: Exchange,
+    names: list[str],
+):
+    """One x^ for each agent and neighbour."""
 
     @placement.per_agent
     def tell(params, known, active, key):
@@ -95,31 +158,12 @@ def choco(
             )
         return params
 
-    def step(state: MemoryState, batch, network, key):
-        gradient_key, compression_key = jax.random.split(key)
-        variables, opt_state, metrics = placement.per_agent(adapt)(
-            state.local, batch, placement.keys(gradient_key)
-        )
+    def gossip(params, memory, network, keys):
         active = exchange.active(network.active_edges)
-        params = variables["params"]
-        known = tell(params, state.memory, active, placement.keys(compression_key))
+        known = tell(params, memory, active, keys)
         told = [known[name] for name in names]
         heard = [exchange.answers(told, k) for k in range(len(names))]
         weights = exchange.weights(network.W) * active
-        mixed = mix(network.W, {**variables, "params": {}})
-        variables = {**mixed, "params": meet(params, known, heard, weights)}
-        return MemoryState(LocalState(variables, opt_state), known), metrics
+        return meet(params, known, heard, weights), known
 
-    def messages(state):
-        variables = one_agent(state.local.variables)
-        params = compressor.message(variables["params"])
-        return Messages(step={**variables, "params": params})
-
-    return remembering(
-        local(task, tx, placement),
-        task,
-        placement,
-        memories=names,
-        step=step,
-        messages=messages,
-    )
+    return gossip

@@ -40,7 +40,7 @@ def d2(task: Task, tx: optax.GradientTransformation, placement: Placement) -> Al
     """
 
     def adapt(state: MemoryState, batch, key):
-        (variables, opt_state), memory = state
+        (variables, opt_state), memory, _ = state
         grads, model_state, metrics = gradient(task, variables, batch, key)
         updates, opt_state = descend(tx, batch, grads, opt_state, variables["params"])
         ahead = jax.tree.map(

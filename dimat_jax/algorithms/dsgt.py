@@ -1,12 +1,16 @@
 """Gradient tracking: every agent follows an estimate of the network's mean gradient.
 
     y_i(t)    =  sum_j W_ij y_j(t-1) + g_i(t) - g_i(t-1),    y(-1) = g(-1) = 0
-    x_i(t+1)  =  sum_j W_ij x_j(t) - alpha y_i(t)
+    x_i(t+1)  =  sum_j W_ij (x_j(t) - alpha y_j(t))
 
-(DSGT, Pu & Nedic 2021, arXiv 1805.11454; DIGing, Nedic et al. 2017.) The mean of y over
-agents is the mean of their gradients, at any time and however W changes, as long as it
-is doubly stochastic; so the agents' optimum is that of all data together.
+(DSGT, Pu & Nedic 2021, arXiv 1805.11454, equation 3.) The mean of y over agents is the
+mean of their gradients, at any time and however W changes, as long as it is doubly
+stochastic; so the agents' optimum is that of all data together. Where an agent leaves
+or returns, what it tracked is not in balance with the others any more: then all who are
+there start anew, from their gradients.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +31,8 @@ def dsgt(
 ) -> Algorithm:
     """Gossip of params and trackers with every step. W is to be doubly stochastic.
 
+    An agent without examples has a gradient of 0.
+
     Args:
         task: what to learn.
         tx: makes a step along the tracker; plain SGD is the paper's.
@@ -34,39 +40,58 @@ def dsgt(
     """
 
     def track(state: MemoryState, heard, batch, key):
-        (variables, opt_state), memory = state
+        (variables, opt_state), memory, marks = state
         grads, model_state, metrics = gradient(task, variables, batch, key)
-        # Without an example the gradient counts as unchanged.
-        grads = jax.tree.map(
-            lambda new, old: jnp.where(batch.mask.any(), new, old),
-            grads,
-            memory["gradient"],
-        )
         tracker = jax.tree.map(
             lambda y, new, old: y + new - old, heard, grads, memory["gradient"]
         )
         updates, opt_state = tx.update(tracker, opt_state, variables["params"])
         memory = {"tracker": tracker, "gradient": grads}
-        variables = {**variables, **model_state}
-        return updates, MemoryState(LocalState(variables, opt_state), memory), metrics
+        variables = moved({**variables, **model_state}, updates)
+        return MemoryState(LocalState(variables, opt_state), memory, marks), metrics
 
     def step(state, batch, network, key):
         heard = mix(network.W, state.memory["tracker"])
-        updates, state, metrics = placement.per_agent(track)(
+        state, metrics = placement.per_agent(track)(
             state, heard, batch, placement.keys(key)
         )
-        variables = moved(mix(network.W, state.local.variables), updates)
+        variables = mix(network.W, state.local.variables)
         return state._replace(local=state.local._replace(variables=variables)), metrics
 
-    return remembering(
+    def everyone():
+        agents = jnp.arange(placement.slots) < placement.n_agents
+        company = jnp.broadcast_to(agents, (placement.slots, placement.slots))
+        return {"company": jax.device_put(company, placement.sharding)}
+
+    @partial(jax.jit, out_shardings=placement.sharding)
+    def meet(state: MemoryState, present):
+        others = (state.marks["company"] != present).any(axis=1)
+        changed = (others & present).any()
+        tracker = jax.tree.map(
+            lambda y, g: jnp.where(changed, g, y),
+            state.memory["tracker"],
+            state.memory["gradient"],
+        )
+        company = jnp.broadcast_to(present, state.marks["company"].shape)
+        return state._replace(
+            memory={**state.memory, "tracker": tracker}, marks={"company": company}
+        )
+
+    def communicate(state, data, network, key):
+        del data, key
+        return meet(state, network.present), {}
+
+    tracking = remembering(
         local(task, tx, placement),
         task,
         placement,
         memories=["tracker", "gradient"],
         step=step,
+        marks=everyone,
         messages=lambda state: Messages(
             step=one_agent(
                 {**state.local.variables, "tracker": state.memory["tracker"]}
             )
         ),
     )
+    return tracking._replace(communicate=communicate)

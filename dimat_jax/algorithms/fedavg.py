@@ -4,10 +4,12 @@
 
 once a round, over the agents that are there, weighted by how many examples they hold;
 in between everyone trains alone (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1).
-No graph is asked: everyone talks to the server.
+No graph is asked: everyone talks to the server. Who was away is given the average, and
+is counted again when it has trained from one.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import optax
 
 from dimat_jax.algorithms.base import Algorithm, Task, one_agent
 from dimat_jax.algorithms.local import local
+from dimat_jax.algorithms.memory import MemoryState, remembering
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
 from dimat_jax.placement import Placement
@@ -39,26 +42,45 @@ def fedavg(
         placement: where the agents live.
         examples: how many each agent holds; None: all as many.
     """
-    alone = local(task, tx, placement)
     held = jnp.zeros(placement.slots)
     held = held.at[: placement.n_agents].set(
         jnp.ones(placement.n_agents) if examples is None else jnp.asarray(examples)
     )
 
-    @jax.jit
-    def average(variables, present):
-        shares = jnp.where(present, held, 0)
+    alone = local(task, tx, placement)
+
+    @partial(jax.jit, out_shardings=placement.sharding)
+    def average(state: MemoryState, present):
+        turn = state.marks["turn"]
+        latest = jnp.where(present, turn, -1).max()
+        shares = jnp.where(present & (turn == latest), held, 0)
         shares = shares / jnp.maximum(shares.sum(), 1)
         # Who is away hears nothing, and keeps what it has.
         W = jnp.where(present[:, None], shares, jnp.eye(placement.slots))
-        return mix(W, variables)
+        variables = mix(W, state.local.variables)
+        return state._replace(
+            local=alone.with_variables(state.local, variables),
+            marks={"turn": jnp.where(present, latest + 1, turn)},
+        )
 
     def communicate(state, data, network, key):
         del data, key
-        variables = average(alone.variables(state), network.present)
-        return alone.with_variables(state, variables), {}
+        return average(state, network.present), {}
 
-    return alone._replace(
-        communicate=communicate,
-        messages=lambda state: Messages(server=one_agent(alone.variables(state))),
+    def step(state: MemoryState, batch, network, key):
+        local_state, metrics = alone.step(state.local, batch, network, key)
+        return state._replace(local=local_state), metrics
+
+    def turns():
+        return {"turn": jnp.zeros(placement.slots, int, device=placement.sharding)}
+
+    federated = remembering(
+        alone,
+        task,
+        placement,
+        memories=[],
+        step=step,
+        marks=turns,
+        messages=lambda state: Messages(server=one_agent(state.local.variables)),
     )
+    return federated._replace(communicate=communicate)

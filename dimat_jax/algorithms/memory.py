@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from dimat_jax.algorithms.base import Algorithm, State, Task, permute_params
 from dimat_jax.algorithms.local import LocalState
@@ -25,10 +26,13 @@ class MemoryState(NamedTuple):
     Attributes:
         local: variables and optimizer.
         memory: trees like the params, by name.
+        marks: what is in no frame, and no merge changes, e.g. when an agent was last
+            there.
     """
 
     local: LocalState
     memory: dict[str, PyTree]
+    marks: dict[str, Array] = {}
 
 
 def remembering(
@@ -39,6 +43,7 @@ def remembering(
     memories: Sequence[str],
     step: Callable,
     messages: Callable[[State], Messages],
+    marks: Callable[[], dict[str, Array]] = dict,
 ) -> Algorithm:
     """An algorithm on `MemoryState`s.
 
@@ -49,14 +54,17 @@ def remembering(
         memories: their names.
         step: as `Algorithm.step`.
         messages: as `Algorithm.messages`.
+        marks: makes those of the start.
     """
 
-    def restarted(local_state: LocalState) -> MemoryState:
+    def restarted(local_state: LocalState, marks: dict[str, Array]) -> MemoryState:
         params = local_state.variables["params"]
-        return MemoryState(
-            local_state,
-            {name: jax.tree.map(jnp.zeros_like, params) for name in memories},
-        )
+        zeros = {name: jax.tree.map(jnp.zeros_like, params) for name in memories}
+        return MemoryState(local_state, zeros, marks)
+
+    def communicate(state, data, network, key):
+        local_state, metrics = alone.communicate(state.local, data, network, key)
+        return state._replace(local=local_state), metrics
 
     @placement.per_agent
     def permute(perms, memory):
@@ -66,15 +74,17 @@ def remembering(
         }
 
     return Algorithm(
-        init=lambda variables: restarted(alone.init(variables)),
+        init=lambda variables: restarted(alone.init(variables), marks()),
         step=step,
-        communicate=alone.communicate,
+        communicate=communicate,
         variables=lambda state: alone.variables(state.local),
         with_variables=lambda state, variables: restarted(
-            alone.with_variables(state.local, variables)
+            alone.with_variables(state.local, variables), state.marks
         ),
         aligned=lambda state, perms: MemoryState(
-            alone.aligned(state.local, perms), permute(perms, state.memory)
+            alone.aligned(state.local, perms),
+            permute(perms, state.memory),
+            state.marks,
         ),
         messages=messages,
     )

@@ -55,7 +55,7 @@ def qgm(
         raise UserError(f"momentum must be from 0 to below 1, got {momentum}")
 
     def adapt(state: MemoryState, batch, key):
-        (variables, opt_state), memory = state
+        (variables, opt_state), memory, _ = state
         grads, model_state, metrics = gradient(task, variables, batch, key)
         direction = jax.tree.map(
             lambda g, m: g + momentum * m, grads, memory["momentum"]
