@@ -35,7 +35,7 @@ from dimat_jax.data.sources import SOURCES
 from dimat_jax.errors import nearest
 from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import MODELS, ModelError
-from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
+from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, WITH_MOMENTUM
 from dimat_jax.placement import Batching
 from dimat_jax.topology import TOPOLOGIES
 
@@ -184,7 +184,7 @@ def check(config: Config) -> None:
     _one_of(config, "merge.inner", BETWEEN_MERGES)
     _check_algorithm(config)
     _check_graph(config)
-    faults(config)
+    _check_faults(config)
     _one_of(config, "optimizer.name", ["", *OPTIMIZERS])
     _one_of(config, "pretrain.optimizer.name", OPTIMIZERS)
     for optimizer in ("optimizer", "pretrain.optimizer"):
@@ -192,6 +192,7 @@ def check(config: Config) -> None:
         _at_least(config, f"{optimizer}.learning_rate", 0)
         _at_least(config, f"{optimizer}.weight_decay", 0)
         _at_least(config, f"{optimizer}.decay", 0)
+        _check_optimizer(config, optimizer)
     _one_of(config, "merge.frame", MEETINGS)
     _one_of(config, "merge.opt_state", get_args(OptStatePolicy))
     _one_of(config, "merge.match_data", MATCH_DATA)
@@ -304,8 +305,37 @@ def _check_algorithm(config: Config) -> None:
             )
 
 
+def _check_optimizer(config: Config, section: str) -> None:
+    name = _get(config, section).name or optimizer_name(config)
+    schedule = _get(config, section).schedule
+    read = {"name", "learning_rate", "weight_decay", "schedule"}
+    read |= {"momentum"} if name in WITH_MOMENTUM else set()
+    read |= {"decay"} if schedule == "exponential" else set()
+    _refuse_unread(config, section, read, f"{name} with a {schedule} schedule")
+    momentum = _get(config, section).momentum
+    if not 0 <= momentum < 1:
+        raise ConfigError(
+            f"config.{section}.momentum is {momentum}; it must be from 0 to below 1"
+        )
+
+
+def _check_faults(config: Config) -> None:
+    found, name = faults(config), config.algorithm
+    if name == "centralized" and found.any:
+        raise ConfigError("config.faults are of networks, but centralized has none")
+    if found.edge_loss and not needed(config).graph:
+        raise ConfigError(
+            f"config.faults.edge_loss is {found.edge_loss}, but {name} sends nothing "
+            "along the edges of a graph"
+        )
+
+
 def _check_graph(config: Config) -> None:
     takes = _takes(TOPOLOGIES[config.topology])
+    if "file" in (config.topology, config.mixing) and not config.graph.file:
+        raise ConfigError(
+            "config.graph.file is empty; topology='file' and mixing='file' need it"
+        )
     whose = f"topology={config.topology!r}"
     if config.mixing == "file":
         takes |= {"file"}
@@ -325,8 +355,8 @@ def _refuse_unread(
     config: Config, section: str, read: Iterable[str], whose: str
 ) -> None:
     """Refuses fields that were changed, and that nobody would look at."""
-    defaults = default_config()[section]
-    for field, value in config[section].items():
+    defaults = _get(default_config(), section)
+    for field, value in _get(config, section).items():
         if field not in read and value != defaults[field]:
             raise ConfigError(
                 f"config.{section}.{field} is {value!r}, but {whose} does not read it"

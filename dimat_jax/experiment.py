@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from dimat_jax.algorithms import (
     check_links,
 )
 from dimat_jax.algorithms.base import Variables
+from dimat_jax.algorithms.conditions import no_negative_weights
 from dimat_jax.algorithms.local import local
 from dimat_jax.arguments import (
     Config,
@@ -31,6 +31,7 @@ from dimat_jax.arguments import (
     gossip_options,
     merge_options,
     model_arguments,
+    needed,
     optimizer_name,
     options_for,
 )
@@ -39,7 +40,7 @@ from dimat_jax.data import sources
 from dimat_jax.data.partition import PARTITIONS, Shard, partition
 from dimat_jax.data.pipeline import Reader, Sampler, Samples, draw_own, place_pool
 from dimat_jax.evaluate import Evaluator
-from dimat_jax.mixing import MIXINGS, check_mixing_matrix
+from dimat_jax.mixing import MIXINGS, check_mixing_matrix, uniform
 from dimat_jax.models import classifier
 from dimat_jax.network import Links, Network
 from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
@@ -47,7 +48,7 @@ from dimat_jax.placement import place
 from dimat_jax.topology import TOPOLOGIES, read_matrix
 from dimat_jax.tree import stack
 
-__all__ = ["Experiment"]
+__all__ = ["Experiment", "check_network"]
 
 
 class Experiment:
@@ -63,9 +64,9 @@ class Experiment:
     def __init__(self, config: Config):
         check(config)
         self.config = config
-        self._last_placed: tuple[Any, Any] = (None, None)
-        # The ceiling: one model, which sees all data.
-        n_agents = 1 if config.algorithm == "centralized" else config.agents
+        self._placed: dict[int, tuple[Network, Network]] = {}
+        self.links = check_network(config)
+        n_agents = _n_agents(config)
         self.dataset = sources.load(
             config.data.name,
             directory=config.data.dir or None,
@@ -78,8 +79,6 @@ class Experiment:
         pretrain_shards = self.shards
         if config.pretrain.partition:
             pretrain_shards = self._partition(config.pretrain.partition, n_agents)
-        self.links = _links(config, n_agents)
-        check_links(config.algorithm, self.links, merge_options(config))
         self._check_sizes()
 
         devices = jax.devices()
@@ -95,6 +94,8 @@ class Experiment:
             activations=classifier.activations(self.model),
             batch_statistics=classifier.batch_statistics(self.model),
         )
+        if self.task.batch_statistics is not None and needed(config).graph:
+            no_negative_weights(f"{config.algorithm} with BatchNorm", self.links)
         self.sampler = Sampler(self.shards, config.batch_size, self.seeds("order"))
         self.pretrain_sampler = Sampler(
             pretrain_shards, config.pretrain.batch_size, self.seeds("pretrain_order")
@@ -141,18 +142,20 @@ class Experiment:
 
     def network_at_round(self, round_number: int) -> Network:
         """The network that a round's communication has. Rounds count from 1."""
-        return self._placed(self.links.at_round(round_number, self.placement.slots))
+        return self.links.at_round(round_number, self.placement.slots)
 
     def network_at_step(self, step: int, round_number: int) -> Network:
         """The network of a local step of a round; steps count from the first round."""
-        slots = self.placement.slots
-        return self._placed(self.links.at_step(step, round_number, slots))
+        return self.links.at_step(step, round_number, self.placement.slots)
 
-    def _placed(self, network: Network) -> Network:
-        """On all devices; what is there already is not sent again."""
-        if network is not self._last_placed[0]:
-            self._last_placed = network, self.placement.replicate(network)
-        return self._last_placed[1]
+    def placed(self, network: Network) -> Network:
+        """A network on all devices. Of one that comes again it is kept there."""
+        if id(network) not in self._placed:
+            if len(self._placed) == _NETWORKS_KEPT:
+                self._placed.clear()
+            # The key is the network's as long as the network is there.
+            self._placed[id(network)] = network, self.placement.replicate(network)
+        return self._placed[id(network)][1]
 
     @cached_property
     def train_pool(self):
@@ -275,6 +278,9 @@ class Experiment:
                 )
 
 
+# On the devices, so that a few that take turns are sent there once.
+_NETWORKS_KEPT = 64
+
 # Appending is fine; a change of order changes every run.
 _PURPOSES = (
     "init",
@@ -290,7 +296,26 @@ _PURPOSES = (
 )
 
 
+def check_network(config: Config) -> Links:
+    """The network that a config asks for, if its algorithm can use it.
+
+    Raises:
+        UserError: there is no such network, or the algorithm cannot.
+    """
+    links = _links(config, _n_agents(config))
+    check_links(config.algorithm, links, merge_options(config))
+    return links
+
+
+def _n_agents(config: Config) -> int:
+    # The ceiling: one model, which sees all data.
+    return 1 if config.algorithm == "centralized" else config.agents
+
+
 def _links(config: Config, n_agents: int) -> Links:
+    if not needed(config).graph:
+        # Nor need there be one of this name for them.
+        return Links(TOPOLOGIES["disconnected"](n_agents), uniform, faults(config))
     make = TOPOLOGIES[config.topology]
     options = options_for(config, "graph", make)
     if "degree" in options:

@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -31,15 +30,17 @@ __all__ = [
 class Network(NamedTuple):
     """A round's network. Arrays, so that changing them never retraces a program.
 
+    NumPy's where it is made; a jitted step may be given it on the devices.
+
     Attributes:
         W: the mixing matrix, float32; row i holds what agent i makes of the others.
         active_edges: `[i, j]` whether j's message reaches i this round.
         present: which agents take part. The slots that only fill up devices never do.
     """
 
-    W: Float[Array, "agents agents"]
-    active_edges: Bool[Array, "agents agents"]
-    present: Bool[Array, " agents"]
+    W: Float[Array | np.ndarray, "agents agents"]
+    active_edges: Bool[Array | np.ndarray, "agents agents"]
+    present: Bool[Array | np.ndarray, " agents"]
 
 
 def static(mixing_matrix: MixingMatrix, adjacency: Adjacency, slots: int) -> Network:
@@ -57,7 +58,7 @@ def _filled_up(W, active_edges, present, *, slots: int) -> Network:
     full_edges[:n_agents, :n_agents] = active_edges
     full_present = np.zeros(slots, bool)
     full_present[:n_agents] = present
-    return Network(*map(jnp.asarray, (full_W, full_edges, full_present)))
+    return Network(full_W, full_edges, full_present)
 
 
 class NetworkError(UserError):
@@ -230,9 +231,9 @@ class Links:
         return self._undirected and self._rule is not None
 
     def present(self, round_number: int) -> Bool[np.ndarray, " agents"]:
-        """Who is there in a round. Rounds count from 1."""
+        """Who is there in a round. Rounds count from 1; before it everyone is."""
         present = np.ones(self.adjacency.shape[-1], bool)
-        if self.faults.dropout:
+        if self.faults.dropout and round_number > 0:
             rng = np.random.default_rng([self.faults.seed, _PRESENCE, round_number])
             present = rng.random(len(present)) >= self.faults.dropout
         for agent, start, stop in self.faults.absences:

@@ -14,7 +14,13 @@ import optax
 
 from dimat_jax.tree import PyTree
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "scale_by_dadam", "with_clocks_of"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "WITH_MOMENTUM",
+    "scale_by_dadam",
+    "with_clocks_of",
+]
 
 Schedule = Callable[[Any], Any] | float
 
@@ -50,8 +56,12 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 """`OPTIMIZERS[name](schedule, momentum=..., weight_decay=...)`.
 
 Weight decay is decoupled in adamw, and an L2 term of the gradient in all others.
-`momentum` is the coefficient of momentum, nesterov and heavy_ball.
+`momentum` is the coefficient of those `WITH_MOMENTUM`.
 """
+
+
+WITH_MOMENTUM = frozenset({"momentum", "nesterov", "heavy_ball"})
+"""Those whose `momentum` can be chosen."""
 
 
 class DadamState(NamedTuple):

@@ -6,8 +6,8 @@ and lifted to the stack by `per_agent`; what agents do together is plain `jax.nu
 the stack (see `mixing.mix`), and XLA inserts the communication.
 
 Where the number of agents is no multiple of the number of devices, the last slots hold
-copies of the first agents. They train along, for the devices have to do something, but
-they are connected to nobody, and `gather` cuts them off.
+copies of the first agents: what runs on them stays finite. They count as absent, are
+connected to nobody, and `gather` cuts them off.
 """
 
 import dataclasses

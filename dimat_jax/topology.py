@@ -214,13 +214,13 @@ def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
             many agents.
     """
     file = Path(file)
+    if file.suffix not in (".json", ".npy"):
+        raise TopologyError(f"expected a .json or .npy file, got {str(file)!r}")
     try:
         if file.suffix == ".npy":
             matrix = np.load(file, allow_pickle=False)
-        elif file.suffix == ".json":
-            matrix = np.array(json.loads(file.read_text()), np.float64)
         else:
-            raise TopologyError(f"expected a .json or .npy file, got {str(file)!r}")
+            matrix = np.array(json.loads(file.read_text()), np.float64)
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise TopologyError(f"{file} cannot be read: {error}") from error
     fits = matrix.ndim in (2, 3) and matrix.shape[-2:] == (n_agents, n_agents)

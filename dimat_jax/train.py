@@ -32,6 +32,7 @@ from dimat_jax.checkpoint import Checkpoints
 from dimat_jax.config import Config, ConfigError, default_config, substance
 from dimat_jax.data.partition import class_counts, table
 from dimat_jax.errors import NonFiniteError
+from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.metrics import MetricsWriter, read_rows, write_json
@@ -167,6 +168,7 @@ class _Run:
         self.restored, self.progress = self._restore()
         self.writer = MetricsWriter(workdir, keep_rows=self.progress.rows)
         self._started = time.perf_counter() - self.progress.seconds
+        self._evaluated: Evaluation | None = None
         self.bar = tqdm(
             total=experiment.pretrain_steps
             + self.config.rounds * experiment.local_steps,
@@ -207,7 +209,9 @@ class _Run:
                 matching=metrics.pop("matching_bytes", None),
             )
             if evaluating:
-                self._evaluate("merged", number, state, metrics)
+                # Whoever does not communicate is what it was after the last steps.
+                changed = bool(messages.round or messages.server)
+                self._evaluate("merged", number, state, metrics, changed)
 
             def network_at(step: int, number: int = number) -> Network:
                 network = experiment.network_at_step(step, number)
@@ -217,6 +221,7 @@ class _Run:
             state, metrics = trainer.train(
                 state, (number - 1) * steps, steps, network_at, self.bar.update
             )
+            self._evaluated = None
             progress.step += steps
             progress.round = number
             if evaluating:
@@ -285,12 +290,18 @@ class _Run:
         return algorithm.variables(state), metrics
 
     def _evaluate(
-        self, phase: str, number: int, state: State, metrics: dict[str, Any]
+        self,
+        phase: str,
+        number: int,
+        state: State,
+        metrics: dict[str, Any],
+        changed: bool = True,
     ) -> None:
         """Writes a row of metrics.jsonl, and says how the agents do."""
-        accuracy, loss, distance = self.experiment.evaluator(
-            self.algorithm.variables(state)
-        )
+        if changed or self._evaluated is None:
+            variables = self.algorithm.variables(state)
+            self._evaluated = self.experiment.evaluator(variables)
+        accuracy, loss, distance = self._evaluated
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
             raise NonFiniteError(

@@ -91,7 +91,7 @@ class Trainer:
                 experiment.train_pool,
                 indices,
                 mask,
-                network_at(number),
+                experiment.placed(network_at(number)),
                 np.uint32(number),
             )
             tick()

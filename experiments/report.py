@@ -66,7 +66,8 @@ def _by_phase(evaluations: Frame, fields: list[str]) -> Frame:
 def _over_seeds(groups: Any, digits: int) -> Any:
     """Grouped accuracies as text: mean in %, ± deviation where there are several."""
     mean, deviation = (
-        (100 * numbers).map(f"{{:.{digits}f}}".format)
+        # As text even if there is none: what is empty would stay numbers.
+        (100 * numbers).map(f"{{:.{digits}f}}".format).astype(object)
         for numbers in (groups.mean(), groups.std())
     )
     return mean.where(groups.size() == 1, mean + " ± " + deviation)

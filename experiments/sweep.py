@@ -16,6 +16,7 @@ from absl import flags
 from dimat_jax import train
 from dimat_jax.config import Config, check
 from dimat_jax.errors import NonFiniteError, UserError
+from dimat_jax.experiment import check_network
 from dimat_jax.placement import request_cpu_devices
 from experiments import program, report
 
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> None:
     for config in runs.values():
         # Before the first of them runs for hours.
         check(config)
+        check_network(config)
         if _DATA_DIR.value:
             config.data.dir = _DATA_DIR.value
         if not config.pretrain.cache_dir:

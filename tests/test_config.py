@@ -147,6 +147,24 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
             "config.data.classes is 3",
         ),
         ({"pretrain__partition": "by_clas"}, "config.pretrain.partition is 'by_clas'"),
+        ({"topology": "file"}, "config.graph.file is empty"),
+        (
+            {"algorithm": "fedavg", "faults__edge_loss": 0.1},
+            "fedavg sends nothing along the edges of a graph",
+        ),
+        ({"algorithm": "centralized", "faults__dropout": 0.1}, "centralized has none"),
+        (
+            {"algorithm": "qgm", "optimizer__momentum": 0.5},
+            "config.optimizer.momentum is 0.5, but sgd with a constant schedule does",
+        ),
+        ({"optimizer__decay": 0.5}, "config.optimizer.decay is 0.5, but adam"),
+        (
+            {
+                "pretrain__optimizer__name": "momentum",
+                "pretrain__optimizer__momentum": 1,
+            },
+            "config.pretrain.optimizer.momentum is 1; it must be from 0 to below 1",
+        ),
         ({"faults__dropout": 1.0}, "config.faults: dropout is a probability"),
         ({"faults__edge_loss": -0.1}, "config.faults: edge_loss is a probability"),
         ({"faults__absences": "3:4-1"}, "config.faults: an absence is"),

@@ -20,7 +20,7 @@ from dimat_jax.network import NetworkError
 from dimat_jax.topology import TOPOLOGIES, TopologyError, is_connected
 
 
-def small(algorithm: str = "local", **changes: Any):
+def small(algorithm: str = "wa", **changes: Any):
     """The quickstart, made smaller. Fields are changed by dotted path."""
     config = quickstart.get_config(algorithm)
     fields = {
@@ -62,6 +62,25 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):
         Experiment(small(topology="path", mixing="file", graph__file=str(file)))
 
 
+def test_weights_of_which_nothing_can_be_made_are_refused(tmp_path):
+    file = tmp_path / "W.npy"
+    W = np.eye(5)
+    W[:2, :2] = [[0, 0], [1, 1]]
+    np.save(file, W)
+    fields = {"topology": "file", "mixing": "file", "graph__file": str(file)}
+    with pytest.raises(NetworkError, match="the weights of agent 0 sum to 0"):
+        Experiment(small("wa", **fields))
+    np.save(file, np.roll(np.eye(5), 1, axis=0))
+    with pytest.raises(NetworkError, match=r"W\[0, 0\] is 0"):
+        Experiment(small("sgp", optimizer__name="", **fields))
+
+
+@pytest.mark.parametrize("algorithm", ["local", "centralized", "fedavg"])
+def test_who_asks_no_graph_is_refused_none(algorithm):
+    config = small(algorithm, topology="exponential", mixing="metropolis_hastings")
+    assert not Experiment(config).links.edges.any()
+
+
 def test_random_graphs_follow_the_seed():
     def edges(**changes):
         return Experiment(small(agents=10, **changes)).links.edges
@@ -96,6 +115,15 @@ def test_pre_training_may_have_another_partition():
     [
         ({"algorithm": "d2", "agents": 4}, "the least is -0.3333; mixing='lazy'"),
         ({"algorithm": "d2", "faults__dropout": 0.1}, "no dropout"),
+        (
+            {
+                "algorithm": "wa",
+                "topology": "star",
+                "mixing": "fastest",
+                "merge__opt_state": "merge",
+            },
+            "without negative weights",
+        ),
         ({"algorithm": "cdsgd", "mixing": "row_stochastic", "topology": "star"}, "sgp"),
         ({"algorithm": "choco", "topology": "exponential"}, "undirected"),
         ({"algorithm": "cga", "topology": "one_peer_exponential"}, "undirected"),

@@ -10,6 +10,7 @@ runs, about 6 minutes on 2 CPU cores.
 from itertools import product
 
 from configs.sweeps import algorithms
+from dimat_jax.algorithms import NEEDS
 
 
 def get_runs():
@@ -24,6 +25,7 @@ def get_runs():
         config.seed = seed
         config.data.partition = partition
         config.faults.dropout = 0.3
-        config.faults.edge_loss = 0.3
+        # For those who send something along links: a server's are none of these.
+        config.faults.edge_loss = 0.3 if NEEDS[config.algorithm].graph else 0.0
         runs[f"{partition}-{line}-{seed}"] = config
     return runs

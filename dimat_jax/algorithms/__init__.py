@@ -16,7 +16,9 @@ from dimat_jax.algorithms.choco import choco
 from dimat_jax.algorithms.conditions import (
     Condition,
     anything,
+    averaging,
     balanced,
+    no_negative_weights,
     pushing,
     symmetric,
     two_way,
@@ -109,6 +111,7 @@ class Needs(NamedTuple):
 
     Attributes:
         links: the check of the network.
+        graph: whether it looks at the graph at all.
         optimizer: the local optimizer that is its own.
         other_optimizers: whether others will do.
         options: which `GossipOptions` it reads.
@@ -116,6 +119,7 @@ class Needs(NamedTuple):
     """
 
     links: Condition = anything
+    graph: bool = True
     optimizer: str = "adam"
     other_optimizers: bool = True
     options: frozenset[str] = frozenset()
@@ -198,21 +202,26 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
 """`ALGORITHMS[name](task, tx, placement, options=Options())`."""
 
 NEEDS: dict[str, Needs] = {
-    "local": Needs(),
-    "centralized": Needs(),
-    "cdsgd": Needs(balanced, "sgd", options=frozenset({"order"})),
-    "cdmsgd": Needs(balanced, "heavy_ball", other_optimizers=False),
-    "cdadam": Needs(balanced, "dadam", other_optimizers=False),
-    "sgp": Needs(pushing, "sgd"),
-    "d2": Needs(d2_links, "sgd", other_optimizers=False),
-    "dsgt": Needs(balanced, "sgd"),
+    "local": Needs(graph=False),
+    "centralized": Needs(graph=False),
+    "cdsgd": Needs(balanced, optimizer="sgd", options=frozenset({"order"})),
+    "cdmsgd": Needs(balanced, optimizer="heavy_ball", other_optimizers=False),
+    "cdadam": Needs(balanced, optimizer="dadam", other_optimizers=False),
+    "sgp": Needs(pushing, optimizer="sgd"),
+    "d2": Needs(d2_links, optimizer="sgd", other_optimizers=False),
+    "dsgt": Needs(balanced, optimizer="sgd"),
     "qgm": Needs(
-        balanced, "sgd", other_optimizers=False, options=frozenset({"momentum"})
+        balanced,
+        optimizer="sgd",
+        other_optimizers=False,
+        options=frozenset({"momentum"}),
     ),
-    "cga": Needs(undirected, "heavy_ball"),
-    "compcga": Needs(undirected, "heavy_ball", compressor="sign"),
-    "choco": Needs(symmetric, "sgd", options=frozenset({"gamma"}), compressor="int8"),
-    "fedavg": Needs(optimizer="sgd"),
+    "cga": Needs(undirected, optimizer="heavy_ball"),
+    "compcga": Needs(undirected, optimizer="heavy_ball", compressor="sign"),
+    "choco": Needs(
+        symmetric, optimizer="sgd", options=frozenset({"gamma"}), compressor="int8"
+    ),
+    "fedavg": Needs(graph=False, optimizer="sgd"),
     "dimat": Needs(compressor="none"),
     "wm": Needs(compressor="none"),
     "wa": Needs(compressor="none"),
@@ -244,5 +253,8 @@ def check_links(name: str, links: Links, merge: MergeOptions = MergeOptions()) -
     if name in MERGING:
         if name in ALIGNING and merge.frame != "own":
             two_way(f"{name} with frame={merge.frame!r}", links)
+        averaging(name, links)
+        if merge.opt_state == "merge":
+            no_negative_weights(f"{name} with opt_state='merge'", links)
         name = merge.inner
     NEEDS[name].links(name, links)

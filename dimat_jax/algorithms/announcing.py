@@ -2,10 +2,11 @@
 
     q_i  =  Q(x_i - x^_i),    x^_i  <-  x^_i + q_i
 
-x^_i is what the others know of agent i, and what they match and average; what Q loses
-stays in the difference, and is sent later: error feedback (as in CHOCO, Koloskova et
-al. 2019, arXiv 1902.00340, where averaging is of differences, too). The first time that
-two agents meet, they send what they have as it is; after that, who has missed
+x^_i is what the others know of agent i, and what they match and average with their own
+weights as they are; what Q loses stays in the difference, and is sent later: error
+feedback (the estimates are CHOCO's, Koloskova et al. 2019, arXiv 1902.00340; unlike
+there, the mean over agents is not preserved while they are inexact). The first time
+that two agents meet, they send what they have as it is; after that, who has missed
 announcements is sent them with the next. So all know the same x^_i.
 
 Params alone are compressed. Running statistics are few, and would not survive it: what

@@ -10,8 +10,10 @@ from dimat_jax.topology import is_connected, is_undirected
 __all__ = [
     "Condition",
     "anything",
+    "averaging",
     "balanced",
     "connected",
+    "no_negative_weights",
     "pushing",
     "symmetric",
     "two_way",
@@ -54,6 +56,34 @@ def pushing(name: str, links: Links) -> None:
         raise NetworkError(
             f"{name} needs a mixing matrix without negative weights whose columns sum "
             "to 1, e.g. column_stochastic weights"
+        )
+    own = np.diagonal(links.mixing_matrix, axis1=-2, axis2=-1)
+    if (own <= 0).any():
+        agent = int(np.argmax((own <= 0).any(axis=0)))
+        raise NetworkError(
+            f"{name} needs agents that keep a part of what they have, but W[{agent}, "
+            f"{agent}] is {own[:, agent].min():g}"
+        )
+
+
+def averaging(name: str, links: Links) -> None:
+    """Whatever an agent receives has an average: its weights sum to more than 0."""
+    received = links.mixing_matrix.sum(axis=-1)
+    if (received <= 0).any():
+        agent = int(np.argmax((received <= 0).any(axis=0)))
+        raise NetworkError(
+            f"{name} averages what an agent receives, but the weights of agent {agent} "
+            f"sum to {received[:, agent].min():g}"
+        )
+
+
+def no_negative_weights(name: str, links: Links) -> None:
+    """An average of what is not negative is not, either."""
+    if (links.mixing_matrix < 0).any():
+        raise NetworkError(
+            f"{name} needs a mixing matrix without negative weights (fastest weights "
+            "have some, on graphs like a star): averages of variances would not all "
+            "be positive"
         )
 
 

@@ -59,20 +59,21 @@ def dsgt(
         return state._replace(local=state.local._replace(variables=variables)), metrics
 
     def everyone():
-        agents = jnp.arange(placement.slots) < placement.n_agents
-        company = jnp.broadcast_to(agents, (placement.slots, placement.slots))
+        # Without the slots that fill up devices: runs resume on others.
+        company = jnp.ones((placement.slots, placement.n_agents), bool)
         return {"company": jax.device_put(company, placement.sharding)}
 
     @partial(jax.jit, out_shardings=placement.sharding)
     def meet(state: MemoryState, present):
-        others = (state.marks["company"] != present).any(axis=1)
+        agents = present[: placement.n_agents]
+        others = (state.marks["company"] != agents).any(axis=1)
         changed = (others & present).any()
         tracker = jax.tree.map(
             lambda y, g: jnp.where(changed, g, y),
             state.memory["tracker"],
             state.memory["gradient"],
         )
-        company = jnp.broadcast_to(present, state.marks["company"].shape)
+        company = jnp.broadcast_to(agents, state.marks["company"].shape)
         return state._replace(
             memory={**state.memory, "tracker": tracker}, marks={"company": company}
         )

@@ -1,7 +1,8 @@
 """What matching sends beyond the weights that are mixed, in bytes for every link.
 
 Nothing in agents' own frames: a receiver has the weights, and examples to run them on.
-Frames that several agents share have to be agreed upon.
+Frames that several agents share have to be agreed upon. (With compressed messages, who
+has missed some would have to be told how frames have changed, too. That is left out.)
 """
 
 import networkx as nx
