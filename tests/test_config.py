@@ -163,7 +163,7 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
                 "pretrain__optimizer__name": "momentum",
                 "pretrain__optimizer__momentum": 1,
             },
-            "config.pretrain.optimizer.momentum is 1; it must be from 0 to below 1",
+            "config.pretrain.optimizer.momentum is 1.0; it must be from 0 to below 1",
         ),
         ({"faults__dropout": 1.0}, "config.faults: dropout is a probability"),
         ({"faults__edge_loss": -0.1}, "config.faults: edge_loss is a probability"),

@@ -25,7 +25,7 @@ LEARNING_RATES = {
     "cdadam": 0.01,
     "sgp": 0.3,
     "d2": 0.3,
-    "dsgt": 0.1,
+    "dsgt": 0.3,
     "qgm": 0.3,
     "cga": 0.3,
     "compcga": 0.1,
