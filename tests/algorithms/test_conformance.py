@@ -1,10 +1,6 @@
-"""Laws that every registered algorithm keeps, on a convex problem and on a small MLP.
+"""Laws that every registered algorithm keeps, on least squares and on a small MLP."""
 
-The convex problem is least squares on each agent's own examples: no hidden units, so an
-empty permutation spec, and a known optimum.
-"""
-
-import itertools
+import functools
 from typing import Any
 
 import jax
@@ -13,414 +9,507 @@ import numpy as np
 import optax
 import pytest
 
-from dimat_jax import models, permutation
-from dimat_jax.algorithms import (
-    ALGORITHMS,
-    WATCHING,
-    MergeData,
-    MergeOptions,
-    Options,
-    Task,
-)
-from dimat_jax.data.pipeline import Batch, Samples
+from dimat_jax import permutation
+from dimat_jax.algorithms import MergeData, MergeOptions
+from dimat_jax.algorithms.announcing import AnnouncingState
+from dimat_jax.algorithms.local import local_part, with_opt_state
+from dimat_jax.algorithms.memory import MemoryState
+from dimat_jax.data.pipeline import Batch
 from dimat_jax.mixing import MIXINGS
-from dimat_jax.models import classifier
-from dimat_jax.network import Network, static
-from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, with_clocks_of
-from dimat_jax.permutation import PermutationSpec
-from dimat_jax.placement import Placement, place
+from dimat_jax.network import Absence, Faults, Links
+from dimat_jax.optimizers import OPTIMIZERS, with_clocks_of
+from dimat_jax.placement import Placement
 from dimat_jax.topology import TOPOLOGIES
-from dimat_jax.tree import nbytes, take
+from dimat_jax.tree import PyTree, flatten, nbytes, stack, take
+from tests.algorithms.cases import (
+    CASES,
+    KEY,
+    Built,
+    Layout,
+    built,
+    compressor_name,
+    learning_rate,
+    links,
+    make,
+    on_placement,
+    optimizer_name,
+    placed,
+)
+from tests.algorithms.problems import (
+    DIM,
+    N_AGENTS,
+    PROBLEMS,
+    START,
+    convex_variables,
+    least_squares,
+    without_examples,
+)
+from tests.reference import gossip_loops as reference
 
-N_AGENTS, DIM, BATCH = 5, 3, 4
-KEY = jax.random.key(0)
+CONVEX = PROBLEMS["convex"]
+VARIABLES = convex_variables(START)
+EVERYONE = set(CASES)
+# Its server knows no graph.
+ON_GRAPHS = EVERYONE - {"fedavg", "fedavg with adam"}
+# Where agents draw for themselves.
+RANDOM = {name for name in CASES if compressor_name(CASES[name]) == "int8"}
+PUSHING = {name for name in CASES if CASES[name].per_step == "sgp"}
 
 
-def least_squares(variables, batch, key):
-    """Half the mean squared error of a linear model."""
-    del key
-    error = batch.inputs @ variables["params"]["x"] - batch.labels
-    weights = batch.mask / jnp.maximum(batch.mask.sum(), 1)
-    value = 0.5 * (weights * error**2).sum()
-    return value, ({}, {"loss": value, "accuracy": 1 - value})
+def every(names):
+    return pytest.mark.parametrize("name", sorted(names))
 
 
-CONVEX = Task(loss=least_squares, spec=PermutationSpec({"params/x": (None,)}))
-
-
-def adam() -> optax.GradientTransformation:
-    schedule = SCHEDULES["exponential"](
-        0.05, decay=0.9, steps_per_epoch=2, total_steps=10
+def assert_close(one: PyTree, other: PyTree, **tolerance: float) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, **{"rtol": 0, **tolerance}),
+        one,
+        other,
     )
-    return OPTIMIZERS["adam"](schedule, momentum=0.9, weight_decay=0.0)
 
 
-def network(topology: str, placement: Placement) -> Network:
-    adjacency = TOPOLOGIES[topology](placement.n_agents)
-    return static(MIXINGS["uniform"](adjacency), adjacency, placement.slots)
+def assert_equal(one: PyTree, other: PyTree) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def start(placement: Placement, seed: int = 0, same: bool = False):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((placement.n_agents, DIM)).astype(np.float32)
-    return placement.put({"params": {"x": x[:1].repeat(len(x), axis=0) if same else x}})
+# Alone ================================================================================
 
 
-def batches(placement: Placement, n: int, same: bool = False) -> list[Batch]:
-    """Stacked batches; agent 1's last entry is padding, and counts nowhere."""
-    rng = np.random.default_rng(7)
-    agents = placement.n_agents
-    result = []
-    for _ in range(n):
-        inputs = rng.standard_normal((agents, BATCH, DIM)).astype(np.float32)
-        labels = rng.standard_normal((agents, BATCH)).astype(np.float32)
-        mask = np.ones((agents, BATCH), bool)
-        if same:
-            inputs[:], labels[:] = inputs[0], labels[0]
-        elif agents > 1:
-            mask[1, -1] = False
-        result.append(Batch(*placement.put((inputs, labels, mask))))
-    return result
+def value(x, statistics, batch):
+    variables = {"params": {"x": x}, "batch_stats": statistics}
+    loss, (model_state, _) = least_squares(variables, batch, None)
+    return loss, model_state["batch_stats"]
 
 
-def make(name: str, placement: Placement, opt_state: Any = "keep", task=CONVEX):
-    options = Options(MergeOptions(opt_state=opt_state))
-    return ALGORITHMS[name](task, adam(), placement, options)
-
-
-def run(algorithm, variables, data: list[Batch], net: Network, every: int = 2):
-    """Communicates before every `every` steps, as a run does."""
-    step = jax.jit(algorithm.step)
-    state = algorithm.init(variables)
-    for number, batch in enumerate(data):
-        if number % every == 0:
-            state, _ = algorithm.communicate(state, MergeData(), net, KEY)
-        state, _ = step(state, batch, net, jax.random.fold_in(KEY, number))
-    return state
-
-
-def plain_optax(x, data: list[Batch], agent: int) -> np.ndarray:
-    """One agent's training, without anything of ours but the loss."""
-    tx = adam()
-    params: Any = {"x": jnp.asarray(x)}
-    opt_state = tx.init(params)
-    for batch in data:
-        own = take(batch, agent)
-        grads = jax.grad(lambda p, b: least_squares({"params": p}, b, None)[0])(
-            params, own
-        )
-        updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-    return np.asarray(params["x"])
-
-
-@pytest.fixture(params=ALGORITHMS)
-def name(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def placement() -> Placement:
-    return place(N_AGENTS, jax.devices()[:1], "vmap")
-
-
-def test_without_neighbours_agents_train_as_optax_does(name, placement):
-    variables, data = start(placement), batches(placement, 5)
-    algorithm = make(name, placement)
-    state = run(algorithm, variables, data, network("disconnected", placement))
-    trained = placement.gather(algorithm.variables(state))["params"]["x"]
-    initial = placement.gather(variables)["params"]["x"]
-    for agent in range(N_AGENTS):
-        expected = plain_optax(initial[agent], data, agent)
-        np.testing.assert_allclose(trained[agent], expected, atol=1e-6)
-
-
-def test_one_agent_is_plain_optax_training(name):
-    placement = place(1)
-    variables, data = start(placement), batches(placement, 5)
-    algorithm = make(name, placement)
-    state = run(algorithm, variables, data, network("fully_connected", placement))
-    trained = placement.gather(algorithm.variables(state))["params"]["x"][0]
-    initial = placement.gather(variables)["params"]["x"][0]
-    np.testing.assert_allclose(trained, plain_optax(initial, data, 0), atol=1e-6)
-
-
-@pytest.mark.parametrize("opt_state", ["reset", "keep", "merge"])
-def test_identical_agents_with_identical_data_stay_identical(
-    name, placement, opt_state
-):
-    algorithm = make(name, placement, opt_state)
-    data = batches(placement, 4, same=True)
-    state = run(
-        algorithm, start(placement, same=True), data, network("ring", placement)
-    )
-    x = placement.gather(algorithm.variables(state))["params"]["x"]
-    np.testing.assert_allclose(x, x[:1].repeat(N_AGENTS, axis=0), atol=1e-6)
-
-
-@pytest.mark.parametrize("opt_state", ["reset", "keep", "merge"])
-def test_states_keep_their_structure_and_steps_trace_once(name, placement, opt_state):
-    algorithm = make(name, placement, opt_state)
-    traces = 0
+@functools.cache
+def own_step(optimizer_name: str):
+    """A step of optax, without anything of ours but the optimizer and the loss."""
+    tx = OPTIMIZERS[optimizer_name](learning_rate, momentum=0.9, weight_decay=0.0)
 
     @jax.jit
-    def step(state, batch, net, key):
-        nonlocal traces
-        traces += 1
-        return algorithm.step(state, batch, net, key)
+    def step(x, statistics, opt_state, batch):
+        gradient, statistics = jax.grad(value, has_aux=True)(x, statistics, batch)
+        updates, opt_state = tx.update(gradient, opt_state, x)
+        return optax.apply_updates(x, updates), statistics, opt_state
 
-    def signature(tree):
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    return step, tx.init
 
-    state = algorithm.init(start(placement))
-    expected = signature(state)
-    for batch, topology in zip(
-        batches(placement, 3), ("ring", "fully_connected", "disconnected"), strict=True
+
+def alone(name: str, data: list[Batch], agent: int) -> PyTree:
+    """One agent's training."""
+    own = take(VARIABLES, agent)
+    x, statistics = own["params"]["x"], own["batch_stats"]
+    batches = [jax.tree.map(np.asarray, take(batch, agent)) for batch in data]
+    step, init = own_step(optimizer_name(CASES[name]))
+    opt_state = init(x)
+    for batch in batches:
+        x, statistics, opt_state = step(x, statistics, opt_state, batch)
+    if CASES[name].name == "qgm":
+        x = reference.qgm_alone(
+            lambda t, x: jax.grad(value, has_aux=True)(
+                jnp.asarray(x, jnp.float32), statistics, batches[t]
+            )[0],
+            own["params"]["x"],
+            [float(learning_rate(t)) for t in range(len(data))],
+            CASES[name].gossip.momentum,
+        )
+    return {"params": {"x": x}, "batch_stats": statistics}
+
+
+@every(ON_GRAPHS)
+def test_without_neighbours_agents_train_as_each_would_alone(name):
+    subject = built(name)
+    data = CONVEX.batches(subject.placement, 5)
+    state = subject.run(VARIABLES, data, links("disconnected"))
+    trained = subject.variables(state)
+    for agent in range(N_AGENTS):
+        assert_close(take(trained, agent), alone(name, data, agent), atol=2e-6)
+
+
+@every(name for name in EVERYONE if "with adam" not in name)
+def test_one_agent_trains_alone(name):
+    subject = built(name, layout=Layout(n_agents=1))
+    data = CONVEX.batches(subject.placement, 5)
+    network = links("fully_connected", n_agents=1)
+    state = subject.run(CONVEX.variables(1), data, network)
+    trained = take(subject.variables(state), 0)
+    assert_close(trained, alone(name, data, 0), atol=2e-6)
+
+
+# Together =============================================================================
+
+
+class SameDraws(Placement):
+    """A placement whose agents draw the same."""
+
+    def keys(self, key):
+        return jnp.broadcast_to(key, (self.slots,))
+
+
+@functools.cache
+def drawing_the_same(name: str) -> Built:
+    if name not in RANDOM:
+        return built(name)  # as they draw nothing
+    layout = placed(Layout())
+    placement = SameDraws(layout.n_agents, layout.mesh, layout.batching)
+    return on_placement(CASES[name], "convex", placement)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        (name, topology)
+        for name in sorted(EVERYONE)
+        for topology in ("ring", "fully_connected", "one_peer_exponential")
+        if CASES[name].accepts(links(topology))
+    ],
+)
+def test_identical_agents_with_identical_data_stay_identical(name, topology):
+    subject = drawing_the_same(name)
+    same = take(VARIABLES, np.zeros(N_AGENTS, int))
+    data = CONVEX.batches(subject.placement, 4, same=True)
+    trained = subject.variables(subject.run(same, data, links(topology)))
+    assert_close(trained, take(trained, np.zeros(N_AGENTS, int)), atol=1e-6)
+    assert np.abs(trained["params"]["x"] - same["params"]["x"]).max() > 0.01
+
+
+# The mean =============================================================================
+
+# Compressed merging averages what is known of the others, which lags behind.
+KEEPING_THE_MEAN = {
+    name
+    for name in EVERYONE
+    if not (CASES[name].merging and compressor_name(CASES[name]) != "none")
+}
+# A fitting number of agents, and fitting options. One less than there are slots: an
+# agent of the placement that is not in the network takes no part.
+TOPOLOGY_OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    **{topology: (N_AGENTS, {}) for topology in TOPOLOGIES},
+    "hypercube": (4, {}),
+    "torus": (4, {}),
+    "random_regular": (N_AGENTS, {"degree": 2, "seed": 1}),
+    "erdos_renyi": (N_AGENTS, {"edge_probability": 0.4, "seed": 1}),
+}
+# A directed cycle with a chord, and a matrix on it: rows and columns sum to 1.
+DIRECTED = 0.5 * np.eye(5) + 0.3 * np.eye(5)[[1, 2, 3, 4, 0]] + 0.2 * np.eye(5)
+DIRECTED[[0, 2], [0, 2]] -= 0.1
+DIRECTED[[0, 2], [2, 0]] += 0.1
+
+
+@functools.cache
+def nothing() -> Batch:
+    return without_examples(CONVEX.batches(placed(Layout()), 1)[0])
+
+
+@functools.cache
+def on(topology: str, mixing: str) -> Links:
+    n_agents, options = TOPOLOGY_OPTIONS[topology]
+    if topology == "file":
+        adjacency = (DIRECTED != 0) & ~np.eye(5, dtype=bool)
+        rule = None if mixing == "uniform" else MIXINGS[mixing]
+        return Links(adjacency, rule or DIRECTED)
+    return links(topology, mixing, n_agents=n_agents, **options)
+
+
+def weights_for(name: str) -> str:
+    # A ring of four has an eigenvalue of -1/3.
+    return "lazy" if CASES[name].per_step == "d2" else "uniform"
+
+
+@pytest.mark.parametrize(
+    ("name", "topology"),
+    [
+        (name, topology)
+        for name in sorted(KEEPING_THE_MEAN)
+        for topology in TOPOLOGIES
+        if CASES[name].accepts(on(topology, weights_for(name)))
+    ],
+)
+def test_without_gradients_the_mean_is_preserved(name, topology):
+    subject, network = built(name), on(topology, weights_for(name))
+    state = subject.run(VARIABLES, [nothing()] * 4, network)
+    after, there = subject.variables(state), network.present(1)
+    there = np.pad(there, (0, N_AGENTS - len(there)))
+    for leaf, before in zip(
+        jax.tree.leaves(after), jax.tree.leaves(VARIABLES), strict=True
     ):
-        net = network(topology, placement)
-        state, metrics = algorithm.communicate(state, MergeData(), net, KEY)
-        assert signature(state) == expected
-        assert isinstance(metrics, dict)
-        state, metrics = step(state, batch, net, KEY)
-        assert signature(state) == expected
-        assert {"loss", "accuracy", "examples"} <= metrics.keys()
-        assert metrics["loss"].shape == (placement.slots,)
-    assert traces == 1
-
-
-def test_what_is_evaluated_is_what_was_put_in(name, placement):
-    algorithm, variables = make(name, placement), start(placement)
-    state = algorithm.init(variables)
-    jax.tree.map(np.testing.assert_array_equal, algorithm.variables(state), variables)
-    other = start(placement, seed=1)
-    replaced = algorithm.variables(algorithm.with_variables(state, other))
-    jax.tree.map(np.testing.assert_array_equal, replaced, other)
+        mean = before[there].mean(axis=0)
+        np.testing.assert_allclose(leaf[there].mean(axis=0), mean, atol=2e-6)
+        np.testing.assert_array_equal(leaf[~there], before[~there])
+        # And they do talk, whom there is somebody to talk to.
+        heard = network.edges.any() or name.startswith("fedavg")
+        spread = 0.9 if heard and CASES[name].per_step != "local" else 1.01
+        assert leaf[there].std() <= spread * before[there].std()
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_communication_preserves_the_mean(name, placement, topology):
-    algorithm, variables = make(name, placement), start(placement)
-    state = algorithm.init(variables)
-    net = network(topology, placement)
-    state, _ = algorithm.communicate(state, MergeData(), net, KEY)
-    mean = placement.gather(algorithm.variables(state))["params"]["x"].mean(axis=0)
-    expected = placement.gather(variables)["params"]["x"].mean(axis=0)
-    np.testing.assert_allclose(mean, expected, atol=1e-6)
+@every(name for name in PUSHING if not CASES[name].merging)
+def test_push_sum_preserves_the_weighted_mean_on_any_graph(name, topology):
+    subject, network = built(name), on(topology, "column_stochastic")
+    state = subject.run(VARIABLES, [nothing()] * 4, network)
+    w, z = np.asarray(state.weight), subject.variables(state)["params"]["x"]
+    np.testing.assert_allclose(w.sum(), N_AGENTS, rtol=1e-6)
+    np.testing.assert_allclose(w @ z, VARIABLES["params"]["x"].sum(axis=0), atol=5e-6)
+    irregular = topology in ("path", "star", "bipartite", "file", "erdos_renyi")
+    assert (np.abs(w - 1).max() > 0.1) == irregular
 
 
-def test_idle_agents_keep_their_state(name, placement):
-    algorithm = make(name, placement)
-    state = algorithm.init(start(placement))
-    (batch,) = batches(placement, 1)
-    idle = batch._replace(mask=batch.mask.at[2].set(False))
-    new, metrics = jax.jit(algorithm.step)(
-        state, idle, network("disconnected", placement), KEY
-    )
-    # All but the clock: schedules count everybody's steps.
-    kept = with_clocks_of(take(new, 2), take(state, 2))
-    jax.tree.map(np.testing.assert_array_equal, kept, take(state, 2))
-    clocks = optax.tree.get(new, "count", filtering=_is_schedule)
-    assert clocks.tolist() == [1] * N_AGENTS
-    x, before = algorithm.variables(new), algorithm.variables(state)
-    assert not np.allclose(x["params"]["x"][0], before["params"]["x"][0])
+# States ===============================================================================
+
+CHANGING = [
+    links("ring"),
+    links("fully_connected"),
+    links("disconnected"),
+    links("ring", "uniform", Faults(dropout=0.4, edge_loss=0.4)),
+    links("ring", "uniform", Faults(absences=(Absence(2, 1),))),
+]
+
+
+def signature(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@every(EVERYONE)
+def test_states_keep_their_structure_and_steps_trace_once(name):
+    subject = built(name)
+    algorithm, slots = subject.algorithm, subject.placement.slots
+    state = algorithm.init(subject.placement.put(VARIABLES))
+    expected = signature(state)
+    data = CONVEX.batches(subject.placement, len(CHANGING))
+    for number, network in enumerate(CHANGING):
+        now = network.at_round(1, slots)
+        state, metrics = algorithm.communicate(state, MergeData(), now, KEY)
+        assert signature(state) == expected
+        assert isinstance(metrics, dict)
+        now = network.at_step(number, 1, slots)
+        state, metrics = subject.step(state, data[number], now, KEY)
+        assert signature(state) == expected
+        assert {"loss", "accuracy", "examples"} <= metrics.keys()
+        assert metrics["loss"].shape == (slots,)
+        jax.tree.map(lambda x: np.testing.assert_array_less(x, np.inf), state)
+    # In this test, and in all others before.
+    assert len(subject.traces) == 1
+
+
+@every(EVERYONE)
+def test_what_is_evaluated_is_what_was_put_in(name):
+    subject = built(name)
+    state = subject.algorithm.init(subject.placement.put(VARIABLES))
+    assert_equal(subject.variables(state), VARIABLES)
+    other = convex_variables(START[::-1])
+    replaced = subject.algorithm.with_variables(state, subject.placement.put(other))
+    assert_equal(subject.variables(replaced), other)
+
+
+@every(EVERYONE)
+def test_a_merge_restarts_all_but_optimizers_and_what_others_know(name):
+    subject = built(name)
+    state = subject.run(VARIABLES, CONVEX.batches(subject.placement, 3), links("ring"))
+    merged = subject.placement.put(convex_variables(START[::-1]))
+    restarted = subject.algorithm.with_variables(state, merged)
+    fresh = subject.algorithm.init(merged)
+    if isinstance(state, AnnouncingState):
+        assert_equal(restarted.known, state.known)
+        state, restarted, fresh = state.exact, restarted.exact, fresh.exact
+    if isinstance(state, MemoryState):
+        fresh = fresh._replace(marks=state.marks)
+    assert_equal(restarted, with_opt_state(fresh, local_part(state).opt_state))
+
+
+# Who is away ==========================================================================
+
+
+# What some remember is of what happened: of nothing, a gradient of 0, an announcement.
+FORGETTING = {name for name in CASES if CASES[name].per_step in ("qgm", "dsgt")} | {
+    "choco, reliable"
+}
+
+
+# And Adam goes on along the moments of what was tracked.
+@every(EVERYONE - {"dsgt with adam"})
+def test_agents_without_examples_keep_their_params_and_their_optimizers(name):
+    subject = built(name)
+    first, second = CONVEX.batches(subject.placement, 2)
+    network = links("disconnected").at_step(0, 1, subject.placement.slots)
+    state = subject.algorithm.init(subject.placement.put(VARIABLES))
+    state, _ = subject.step(state, first, network, KEY)
+    new, metrics = subject.step(state, without_examples(second, 2), network, KEY)
     assert metrics["examples"].tolist() == [4, 3, 0, 4, 4]
-
-
-def test_the_layout_over_devices_changes_nothing(name):
-    results = []
-    layouts: Any = ((1, "vmap"), (1, "unroll"), (2, "vmap"), (5, "auto"))
-    for devices, batching in layouts:
-        placement = place(N_AGENTS, jax.devices()[:devices], batching)
-        algorithm = make(name, placement, opt_state="merge")
-        data, net = batches(placement, 4), network("ring", placement)
-        state = run(algorithm, start(placement), data, net)
-        results.append(placement.gather(algorithm.variables(state))["params"]["x"])
-    for other in results[1:]:
-        np.testing.assert_allclose(other, results[0], atol=1e-6)
-
-
-def test_messages_are_counted_from_shapes_alone(name, placement):
-    algorithm = make(name, placement, opt_state="merge")
-    state = jax.eval_shape(algorithm.init, start(placement))
-    messages = algorithm.messages(state)
-    sent = {"dimat": 1, "wa": 1, "wm": 1, "local": 0, "centralized": 0}
-    # x and Adam's two moments, float32, and its int32 counters.
-    expected = sent[name] * (3 * 4 * DIM + 2 * 4)
-    assert nbytes(messages.round) == expected
-    assert nbytes(messages.step) == 0
-
-
-MODEL = models.MODELS["mlp"](n_classes=3, hidden=(6, 5))
-MLP = Task(
-    loss=classifier.loss(MODEL),
-    spec=models.permutation_spec(MODEL),
-    activations=classifier.activations(MODEL),
-)
-
-
-def _mlp_agents(placement: Placement):
-    keys = jax.random.split(jax.random.key(3), placement.n_agents)
-    agents = [classifier.init(MODEL, key, np.zeros((1, 2, 2, 1))) for key in keys]
-    return placement.put(jax.tree.map(lambda *x: np.stack(x), *agents))
-
-
-def _mlp_batches(placement: Placement, n: int) -> list[Batch]:
-    rng = np.random.default_rng(0)
-    shape = (placement.n_agents, 8)
-    return [
-        Batch(
-            *placement.put(
-                (
-                    rng.standard_normal((*shape, 2, 2, 1)).astype(np.float32),
-                    rng.integers(0, 3, shape).astype(np.int32),
-                    np.ones(shape, bool),
-                )
-            )
-        )
-        for _ in range(n)
-    ]
-
-
-def test_training_commutes_with_permuting_the_agents_frames(name, placement):
-    """Momenta and all: a field that `aligned` forgets would lead elsewhere."""
-    algorithm = make(name, placement, task=MLP)
-    step = jax.jit(algorithm.step)
-    net = network("disconnected", placement)
-    first, second, third = _mlp_batches(placement, 3)
-    variables = _mlp_agents(placement)
-    perms = jax.vmap(lambda key: permutation.random(MLP.spec, take(variables, 0), key))(
-        jax.random.split(jax.random.key(5), placement.slots)
+    # All but the clock: schedules count everybody's steps.
+    assert clocks(new).tolist() == [2] * N_AGENTS
+    if name not in FORGETTING:
+        kept = with_clocks_of(take(new, 2), take(state, 2))
+        # What D2 remembers is a difference that has been rounded.
+        rounding = 1e-6 if CASES[name].per_step == "d2" else 0
+        assert_close(kept, take(state, 2), atol=rounding)
+    moved = (
+        subject.variables(new)["params"]["x"] != subject.variables(state)["params"]["x"]
     )
+    assert moved.any(axis=1).tolist() == [True, True, False, True, True]
 
-    state, _ = step(algorithm.init(variables), first, net, KEY)
-    aligned = jax.jit(algorithm.aligned)
+
+def clocks(state) -> np.ndarray:
+    def is_clock(path, value):
+        del value
+        return "ScaleByScheduleState" in str(path)
+
+    return np.asarray(optax.tree.get(state, "count", filtering=is_clock))
+
+
+@every(EVERYONE)
+def test_absent_agents_keep_their_whole_state_and_nobody_hears_of_them(name):
+    subject, away = built(name), 2
+    slots = subject.placement.slots
+    # Agent 2 leaves after the first round.
+    network = links("ring", "uniform", Faults(absences=(Absence(away, 2),)))
+    if not CASES[name].accepts(network):  # a changing one
+        assert CASES[name].per_step == "d2"
+    data = CONVEX.batches(subject.placement, 4)
+    before = subject.run(VARIABLES, data[:2], network)
+
+    def second_round(data: list[Batch]):
+        state, path = before, []
+        now = network.at_round(2, slots)
+        state, _ = subject.algorithm.communicate(state, MergeData(), now, KEY)
+        path.append(state)
+        for number, batch in enumerate(data, start=2):
+            now = network.at_step(number, 2, slots)
+            state, metrics = subject.step(state, batch, now, KEY)
+            assert metrics["examples"][away] == 0
+            path.append(state)
+        return path
+
+    path = second_round(data[2:])
+    for state in path:
+        kept = with_clocks_of(take(state, away), take(before, away))
+        assert_equal(kept, take(before, away))
+    assert clocks(path[-1]).tolist() == [4] * N_AGENTS
+    old, new = (subject.variables(s)["params"]["x"] for s in (before, path[-1]))
+    moved = (old != new).any(axis=1)
+    assert moved.tolist() == [True, True, False, True, True]
+
+    others = [
+        batch._replace(inputs=batch.inputs.at[away].multiply(100.0))
+        for batch in data[2:]
+    ]
+    assert_equal(second_round(others)[-1], path[-1])
+
+
+# Layouts ==============================================================================
+
+# One of each kind of communication.
+SPREAD = ("cdsgd", "sgp", "compcga", "choco", "fedavg", "dimat", "wa, int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *((name, Layout(devices=2)) for name in CASES if "with adam" not in name),
+        *((name, Layout(devices=5)) for name in SPREAD),
+        *((name, Layout(batching="unroll")) for name in ("sgp", "wa, int8")),
+    ],
+)
+def test_the_layout_over_devices_changes_nothing(name, layout):
+    """On two devices a sixth slot fills up the second: an agent that is never there."""
+    lossy = links("ring", "uniform", Faults(edge_loss=0.3))
+    tolerant = CASES[name].changing and CASES[name].accepts(lossy)
+    network = lossy if tolerant else links("ring")
+    results = []
+    for one in (built(name), built(name, layout=layout)):
+        data = CONVEX.batches(one.placement, 4)
+        state = one.run(VARIABLES, data, network)
+        results.append((one.variables(state), one.placement.gather(state)))
+    assert_close(results[1], results[0], atol=2e-6)
+
+
+# Messages =============================================================================
+
+# x and the running statistics are float32.
+PARAMS, STATISTICS = 4 * DIM, 4 * DIM
+VARIABLES_SENT = {"params": PARAMS, "batch_stats": STATISTICS}
+SENT_WITH_STEPS = {
+    "local": {},
+    "cdsgd": VARIABLES_SENT,
+    "cdmsgd": VARIABLES_SENT,
+    "cdadam": VARIABLES_SENT,
+    "sgp": {**VARIABLES_SENT, "push_sum_weight": 4},
+    "d2": VARIABLES_SENT,
+    "dsgt": {**VARIABLES_SENT, "tracker": PARAMS},
+    "qgm": VARIABLES_SENT,
+    "cga": {**VARIABLES_SENT, "gradients": PARAMS},
+    "compcga": {**VARIABLES_SENT, "gradients": PARAMS},
+    "choco": VARIABLES_SENT,
+}
+# Signs in one byte, or bytes, with a scale; one number and its place; half of all.
+COMPRESSED = {"sign": 1 + 4, "int8": DIM + 4, "top_k": 8, "float16": 2 * DIM}
+COMPRESSED_KIND = {"choco": "params", "compcga": "gradients"}
+
+
+@every(EVERYONE)
+def test_messages_are_what_is_sent_measured_by_shapes_alone(name):
+    subject, case = built(name), CASES[name]
+    variables = subject.placement.put(VARIABLES)
+    state = jax.eval_shape(subject.algorithm.init, variables)
+    messages = subject.algorithm.messages(state)
+
+    def sizes(message):
+        by_kind = {kind: nbytes(tree) for kind, tree in message.items()}
+        return {kind: size for kind, size in by_kind.items() if size}
+
+    compressor = compressor_name(case)
+    steps = dict(SENT_WITH_STEPS[case.per_step])
+    if case.per_step in COMPRESSED_KIND:
+        steps[COMPRESSED_KIND[case.per_step]] = COMPRESSED[compressor]
+    assert sizes(messages.step) == steps
+    rounds = dict(VARIABLES_SENT) if case.merging else {}
+    if case.merging and compressor != "none":
+        rounds["params"] = COMPRESSED[compressor]
+        assert sizes(messages.whole) == VARIABLES_SENT
+    else:
+        assert not messages.whole
+    assert sizes(messages.round) == rounds
+    assert sizes(messages.server) == (VARIABLES_SENT if case.name == "fedavg" else {})
+
+
+def test_optimizers_that_are_merged_are_sent():
+    case = CASES["dimat"]._replace(merge=MergeOptions(opt_state="merge"))
+    subject = built("dimat")
+    algorithm = make(case, "convex", subject.placement, learning_rate)
+    state = jax.eval_shape(algorithm.init, subject.placement.put(VARIABLES))
+    # Adam's two moments, and its int32 counters.
+    assert nbytes(algorithm.messages(state).round["optimizer"]) == 2 * PARAMS + 2 * 4
+
+
+# Frames ===============================================================================
+
+
+@every(name for name in EVERYONE - RANDOM if "with adam" not in name)
+def test_training_commutes_with_permuting_the_agents_frames(name):
+    """Momenta and all: a field that `aligned` forgets would lead elsewhere.
+
+    Agents who talk, 0 to 2, share a frame; the others have one of their own.
+    """
+    subject, problem = built(name, "mlp"), PROBLEMS["mlp"]
+    placement, algorithm = subject.placement, subject.algorithm
+    talking = np.zeros((N_AGENTS, N_AGENTS), bool)
+    talking[[0, 1, 1, 2], [1, 0, 2, 1]] = True
+    network = Links(talking, MIXINGS["uniform"]).at_step(0, 1, placement.slots)
+    spec, one = problem.task.spec, take(problem.variables(1), 0)
+    frames = [permutation.random(spec, one, jax.random.key(i)) for i in (0, 0, 0, 1, 2)]
+    perms = stack(frames)
+
+    first, *others = problem.batches(placement, 3)
+    state = algorithm.init(placement.put(problem.variables(N_AGENTS)))
+    state, _ = subject.step(state, first, network, KEY)
     ways = []
     for before in (True, False):
-        moved = aligned(state, perms) if before else state
-        for batch in (second, third):
-            moved, _ = step(moved, batch, net, KEY)
-        ways.append(moved if before else aligned(moved, perms))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ways[0], ways[1]
-    )
-
-
-def _samples(placement: Placement) -> Samples:
-    rng = np.random.default_rng(0)
-    inputs = jnp.asarray(rng.standard_normal((40, 2, 2, 1)), jnp.float32)
-
-    def load(indices, mask):
-        return Batch(inputs[indices], jnp.zeros(len(indices), jnp.int32), mask)
-
-    indices = np.arange(40).reshape(2, 20)
-    return Samples(load, indices, np.ones_like(indices, bool), shared=True)
-
-
-def test_fully_connected_weight_averaging_reaches_consensus_at_once(placement):
-    algorithm = make("wa", placement, task=MLP)
-    state = algorithm.init(_mlp_agents(placement))
-    net = network("fully_connected", placement)
-    state, _ = algorithm.communicate(state, MergeData(), net, KEY)
-    for leaf in jax.tree.leaves(algorithm.variables(state)["params"]):
-        np.testing.assert_allclose(
-            leaf, np.broadcast_to(leaf[:1], leaf.shape), atol=1e-6
-        )
-
-
-@pytest.mark.parametrize(
-    ("name", "frame", "opt_state"),
-    [
-        *itertools.product(["dimat"], ["own", "reference"], ["reset", "keep", "merge"]),
-        ("dimat", "joint", "merge"),
-        ("wm", "own", "merge"),
-        ("wm", "reference", "reset"),
-        ("wm", "joint", "keep"),
-    ],
-)
-def test_shuffled_copies_merge_into_what_they_are_copies_of(
-    placement, name, frame, opt_state
-):
-    """Momenta included: they are shuffled with the weights, and must come back."""
-    options = Options(MergeOptions(frame=frame, opt_state=opt_state))
-    algorithm = ALGORITHMS[name](MLP, adam(), placement, options)
-    one = take(_mlp_agents(placement), np.zeros(N_AGENTS, int))
-    batch = take(_mlp_batches(placement, 1)[0], np.zeros(N_AGENTS, int))
-    net = network("ring", placement)
-    state, _ = jax.jit(algorithm.step)(algorithm.init(one), batch, net, KEY)
-    perms = jax.vmap(lambda key: permutation.random(MLP.spec, take(one, 0), key))(
-        jax.random.split(jax.random.key(5), placement.slots)
-    )
-    shuffled = jax.jit(algorithm.aligned)(state, perms)
-    # Matching by weights has no need of examples.
-    data = MergeData(match=_samples(placement) if name in WATCHING else None)
-    merged, metrics = algorithm.communicate(shuffled, data, net, KEY)
-    assert metrics["moved_units"] > 0
-    assert 0.5 < metrics["match_similarity"] <= 1 + 1e-6
-
-    # Undoing the frame's own shuffle: everyone's own, or the root's for all.
-    root_for_all = take(perms, np.zeros(N_AGENTS, int))
-    frames = root_for_all if frame == "reference" else perms
-    expected = jax.jit(algorithm.aligned)(state, frames)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        algorithm.variables(merged),
-        algorithm.variables(expected),
-    )
-    if opt_state == "reset":
-        clock = optax.tree.get(merged, "count", filtering=_is_schedule)
-        assert clock.tolist() == [1] * N_AGENTS
-        for moments in optax.tree.get_all_with_path(merged, "mu"):
-            assert all((x == 0).all() for x in jax.tree.leaves(moments[1]))
-    else:
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, expected
-        )
-
-
-def _is_schedule(path, value) -> bool:
-    del value
-    return "ScaleByScheduleState" in str(path)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (MergeOptions(frame="mine"), "frame is one of"),
-        (MergeOptions(stay=-0.1), "stay must be at least 0"),
-        (MergeOptions(opt_state="lose"), "opt_state is one of"),  # type: ignore
-    ],
-)
-def test_merging_refuses_what_it_does_not_know(placement, options, message):
-    with pytest.raises(ValueError, match=message):
-        ALGORITHMS["dimat"](MLP, adam(), placement, Options(options))
-
-
-def test_weights_are_matched_at_least_once(placement):
-    options = Options(MergeOptions(restarts=0))
-    with pytest.raises(ValueError, match="restarts must be at least 1"):
-        ALGORITHMS["wm"](MLP, adam(), placement, options)
-
-
-@pytest.mark.parametrize("frame", ["own", "reference", "joint"])
-def test_weight_matching_needs_no_activations_at_all(placement, frame):
-    spec = PermutationSpec(MLP.spec.axes)  # without taps
-    task = Task(loss=MLP.loss, spec=spec)
-    algorithm = ALGORITHMS["wm"](
-        task, adam(), placement, Options(MergeOptions(frame=frame))
-    )
-    state = algorithm.init(_mlp_agents(placement))
-    results = [
-        algorithm.communicate(state, MergeData(), network("ring", placement), key)
-        for key in (KEY, KEY, jax.random.key(1))
-    ]
-    # The round's key draws the orders: with the same key the same happens.
-    first, again, _ = (placement.gather(algorithm.variables(s)) for s, _ in results)
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert {"scores", "assignment", "mix"} == results[0][1]["merge_seconds"].keys()
-
-
-def test_matching_without_examples_says_so(placement):
-    algorithm = make("dimat", placement, task=MLP)
-    state = algorithm.init(_mlp_agents(placement))
-    with pytest.raises(ValueError, match="MergeData.match"):
-        algorithm.communicate(state, MergeData(), network("ring", placement), KEY)
+        way = subject.aligned(state, perms) if before else state
+        for batch in others:
+            way, _ = subject.step(way, batch, network, KEY)
+        ways.append(way if before else subject.aligned(way, perms))
+    assert_close(*ways, atol=1e-5)
+    # Nothing was equal for being 0: in the middle of those who talk all is in use.
+    before, after = flatten(way), flatten(ways[1])
+    for path in before:
+        if path.endswith("hidden0/kernel"):
+            assert np.abs(before[path][1] - after[path][1]).max() > 1e-6, path

@@ -1,4 +1,4 @@
-"""Gossip algorithms as plain NumPy loops, each written from its paper's equations.
+"""Decentralized algorithms as NumPy loops, each written from its paper's equations.
 
 Everything is float64. `gradient(i, x)` is agent i's gradient at x, the same at every
 step; `W[t]` is the mixing matrix of step t, and `x[i]` agent i's vector. Each returns
@@ -13,11 +13,16 @@ def gradients(gradient, x):
     return np.stack([gradient(i, x_i) for i, x_i in enumerate(x)])
 
 
-def cdsgd(gradient, W, x, alpha):
-    """Jiang et al. 2017, equation 3; Lian et al. 2017, Algorithm 1."""
+def cdsgd(gradient, W, x, alpha, present=None):
+    """Jiang et al. 2017, equation 3; Lian et al. 2017, Algorithm 1.
+
+    `present[t]`: who takes part in step t.
+    """
     path = [x]
-    for mixing in W:
-        path.append(mixing @ path[-1] - alpha * gradients(gradient, path[-1]))
+    for t, mixing in enumerate(W):
+        there = np.ones(len(x)) if present is None else present[t]
+        step = alpha * gradients(gradient, path[-1])
+        path.append(mixing @ path[-1] - there[:, None] * step)
     return path
 
 
@@ -63,23 +68,32 @@ def sgp(gradient, P, x, alpha, beta=0.0):
 
 
 def d2(gradient, W, x, alpha):
-    """Tang et al. 2018, Algorithm 1."""
-    path, g = [x], [gradients(gradient, x)]
-    path.append(W[0] @ (x - alpha * g[0]))
-    for mixing in W[1:]:
-        g.append(gradients(gradient, path[-1]))
-        path.append(mixing @ (2 * path[-1] - path[-2] - alpha * g[-1] + alpha * g[-2]))
+    """Tang et al. 2018, Algorithm 1; alpha may change, as a factor of each gradient."""
+    path, u = [x], [-alpha[0] * gradients(gradient, x)]
+    path.append(W[0] @ (x + u[0]))
+    for mixing, rate in zip(W[1:], alpha[1:], strict=True):
+        u.append(-rate * gradients(gradient, path[-1]))
+        path.append(mixing @ (2 * path[-1] - path[-2] + u[-1] - u[-2]))
     return path
 
 
-def dsgt(gradient, W, x, alpha):
-    """Pu & Nedic 2021; y(0) = g(0)."""
-    path, y, g = [x], None, None
-    for mixing in W:
-        new = gradients(gradient, path[-1])
-        y = new if y is None else mixing @ y + new - g
+def dsgt(gradient, W, x, alpha, present=None):
+    """Pu & Nedic 2021, equation 3; y(0) = g(0). `present[t]`: who takes part in step t.
+
+    Where that is not who took part when one last did, trackers start anew, from g.
+    """
+    path, y, g = [x], np.zeros_like(x), np.zeros_like(x)
+    company = np.ones((len(x), len(x)), bool)
+    for t, mixing in enumerate(W):
+        who = company[0] if present is None else present[t]
+        there = who[:, None]
+        if (company != who)[who].any():
+            y = np.where(there, g, y)
+        company[who] = who
+        new = np.where(there, gradients(gradient, path[-1]), g)
+        y = mixing @ y + new - g
         g = new
-        path.append(mixing @ path[-1] - alpha * y)
+        path.append(mixing @ (path[-1] - alpha * there * y))
     return path
 
 
@@ -93,6 +107,16 @@ def qgm(gradient, W, x, alpha, beta):
     return path
 
 
+def qgm_alone(gradient_at, x, alpha, beta):
+    """The same for a single agent. `gradient_at(t, x)`; alpha may change. Returns x."""
+    m = np.zeros_like(x, np.float64)
+    for t, rate in enumerate(alpha):
+        direction = beta * m + gradient_at(t, x)
+        x = x - rate * direction
+        m = beta * m + (1 - beta) * direction
+    return x
+
+
 def projected(own, others):
     """Esfandiari et al. 2021, equation 5: G' u + g for the best u >= 0."""
     G = np.stack([own, *others])
@@ -102,13 +126,24 @@ def projected(own, others):
 
 def cga(gradient, W, x, alpha, beta):
     """Esfandiari et al. 2021, Algorithm 1."""
-    path, v = [x], np.zeros_like(x)
+    return compcga(gradient, W, x, alpha, beta, lambda g: g)
+
+
+def compcga(gradient, W, x, alpha, beta, compress):
+    """Esfandiari et al. 2021, section 3.3: compressed cross-gradients, with feedback.
+
+    An answer that a link loses was never made: x_i did not arrive, either.
+    """
+    path, v, lost = [x], np.zeros_like(x), {}
     for mixing in W:
         x, direction = path[-1], np.zeros_like(v)
         for i in range(len(x)):
-            others = [
-                gradient(j, x[i]) for j in range(len(x)) if j != i and mixing[i, j] > 0
-            ]
+            others = []
+            for j in np.flatnonzero(mixing[i]):
+                if j != i:
+                    meant = gradient(j, x[i]) + lost.get((i, j), 0)
+                    others.append(compress(meant))
+                    lost[i, j] = meant - others[-1]
             direction[i] = projected(gradient(i, x[i]), others)
         v = beta * v - alpha * direction
         path.append(mixing @ x + v)
@@ -123,3 +158,64 @@ def choco(gradient, W, x, alpha, gamma, compress):
         known = known + np.stack([compress(d) for d in half - known])
         path.append(half + gamma * (mixing @ known - known))
     return path
+
+
+def choco_by_edge(gradient, W, x, alpha, gamma, compress):
+    """The same where links fail: `known[i, j]` is what j knows of i."""
+    agents = range(len(x))
+    path, known = [x], {(i, j): np.zeros_like(x[i]) for i in agents for j in agents}
+    for mixing in W:
+        half = path[-1] - alpha * gradients(gradient, path[-1])
+        links = [(i, j) for i in agents for j in agents if i != j and mixing[i, j]]
+        for i, j in links:
+            known[i, j] = known[i, j] + compress(half[i] - known[i, j])
+        new = half.copy()
+        for i, j in links:
+            new[i] += gamma * mixing[i, j] * (known[j, i] - known[i, j])
+        path.append(new)
+    return path
+
+
+# Once a round =========================================================================
+
+
+def by_rounds(communicate, gradient, x, alpha, steps, n_rounds):
+    """`communicate(round, x)` at the beginning of each round, then local SGD steps."""
+    path = [x]
+    for number in range(n_rounds):
+        x = communicate(number, path[-1])
+        for _ in range(steps):
+            x = x - alpha * gradients(gradient, x)
+            path.append(x)
+    return path
+
+
+def fedavg(gradient, examples, x, alpha, steps, n_rounds):
+    """McMahan et al. 2017, Algorithm 1, with everyone present."""
+    shares = np.asarray(examples) / np.sum(examples)
+    return by_rounds(
+        lambda number, x: np.tile(shares @ x, (len(x), 1)),
+        gradient,
+        x,
+        alpha,
+        steps,
+        n_rounds,
+    )
+
+
+def weight_averaging(gradient, W, x, alpha, steps):
+    """DIMAT (arXiv 2404.08079), Algorithm 1, where there is nothing to permute."""
+    return by_rounds(lambda number, x: W[number] @ x, gradient, x, alpha, steps, len(W))
+
+
+def announced_averaging(gradient, W, x, alpha, steps, compress):
+    """The same, of what the others know of each other: x^ <- x^ + Q(x - x^)."""
+    known = x.copy()
+
+    def communicate(number, x):
+        nonlocal known
+        known = known + np.stack([compress(d) for d in x - known])
+        own = np.diag(np.diag(W[number]))
+        return own @ x + (W[number] - own) @ known
+
+    return by_rounds(communicate, gradient, x, alpha, steps, len(W))

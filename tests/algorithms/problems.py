@@ -1,0 +1,179 @@
+"""Two small problems: least squares, and an MLP that tells three classes apart.
+
+Least squares is strongly convex, its agents' data differ, and its optimum is known; it
+has no hidden units, so an empty symmetry. Its running statistics, the mean of the
+inputs, are watched but not used.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dimat_jax import models
+from dimat_jax.algorithms import Task
+from dimat_jax.data.pipeline import Batch, Samples
+from dimat_jax.models import classifier
+from dimat_jax.permutation import PermutationSpec
+from dimat_jax.placement import Placement
+from dimat_jax.tree import PyTree
+
+N_AGENTS = 5
+
+# Least squares ========================================================================
+
+DIM, EXAMPLES = 3, 6
+KEEP = 0.9  # of the running statistics
+
+
+def least_squares(variables, batch, key):
+    """Half the mean squared error of a linear model."""
+    del key
+    error = batch.inputs @ variables["params"]["x"] - batch.labels
+    weights = batch.mask / jnp.maximum(batch.mask.sum(), 1)
+    value = 0.5 * (weights * error**2).sum()
+    mean = KEEP * variables["batch_stats"]["mean"] + (1 - KEEP) * weights @ batch.inputs
+    return value, ({"batch_stats": {"mean": mean}}, {"loss": value, "accuracy": value})
+
+
+CONVEX = Task(
+    loss=least_squares,
+    spec=PermutationSpec({"params/x": (None,), "batch_stats/mean": (None,)}),
+)
+
+_rng = np.random.default_rng(0)
+# Agents whose inputs differ in scale, and whose labels come from different models.
+INPUTS = _rng.standard_normal((N_AGENTS, EXAMPLES, DIM)) * np.linspace(
+    0.5, 1.5, N_AGENTS
+).reshape(-1, 1, 1)
+LABELS = np.einsum(
+    "aed,ad->ae", INPUTS, _rng.standard_normal((N_AGENTS, DIM)) + 1
+) + 0.1 * _rng.standard_normal((N_AGENTS, EXAMPLES))
+START = _rng.standard_normal((N_AGENTS, DIM))
+
+
+def gradient(agent: int, x: np.ndarray) -> np.ndarray:
+    """Of one agent's own loss, on all of its examples; float64."""
+    return INPUTS[agent].T @ (INPUTS[agent] @ x - LABELS[agent]) / EXAMPLES
+
+
+HESSIANS = np.einsum("aed,aef->adf", INPUTS, INPUTS) / EXAMPLES
+TARGETS = np.einsum("aed,ae->ad", INPUTS, LABELS) / EXAMPLES
+
+
+def optimum(weights: np.ndarray) -> np.ndarray:
+    """Where the sum of the gradients, each times its weight `[agents, dim]`, is 0."""
+    weights = np.broadcast_to(weights, TARGETS.shape)
+    return np.linalg.solve(
+        (weights[:, :, None] * HESSIANS).sum(axis=0), (weights * TARGETS).sum(axis=0)
+    )
+
+
+OPTIMUM = optimum(np.ones(1))
+
+
+def convex_variables(x: np.ndarray) -> PyTree:
+    """Agents `[agents, dim]` on the host."""
+    x = np.asarray(x, np.float32)
+    # Statistics that differ from agent to agent: else averaging them shows nothing.
+    return {"params": {"x": x}, "batch_stats": {"mean": 1 + x[:, ::-1]}}
+
+
+def whole_batch(placement: Placement) -> Batch:
+    """Everybody's examples, all at once."""
+    mask = np.ones(LABELS.shape, bool)
+    return Batch(
+        *placement.put((INPUTS.astype(np.float32), LABELS.astype(np.float32), mask))
+    )
+
+
+def without_examples(batch: Batch, *agents: int) -> Batch:
+    """A batch in which some agents, or by default all, have no examples."""
+    chosen = np.array(agents) if agents else slice(None)
+    return batch._replace(mask=batch.mask.at[chosen].set(False))
+
+
+# Any problem ==========================================================================
+
+
+class Problem(NamedTuple):
+    """What is to be learned, and from what.
+
+    Attributes:
+        task: the loss, and the symmetry.
+        variables: `variables(n_agents)`, stacked, on the host.
+        example: the shape of an input.
+        labels: `labels(rng, shape)`.
+    """
+
+    task: Task
+    variables: Callable[[int], PyTree]
+    example: tuple[int, ...]
+    labels: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
+    def batches(
+        self, placement: Placement, n: int, *, same: bool = False
+    ) -> list[Batch]:
+        """Stacked batches at random; agent 1's last entry is padding.
+
+        With `same` all agents have the same examples.
+        """
+        rng = np.random.default_rng(7)
+        shape = (placement.n_agents, 4)
+        result = []
+        for _ in range(n):
+            inputs = rng.standard_normal((*shape, *self.example)).astype(np.float32)
+            labels, mask = self.labels(rng, shape), np.ones(shape, bool)
+            if same:
+                inputs[:], labels[:] = inputs[0], labels[0]
+            elif placement.n_agents > 1:
+                mask[1, -1] = False
+            result.append(Batch(*placement.put((inputs, labels, mask))))
+        return result
+
+
+def mlp(*hidden: int) -> Problem:
+    """Images of three classes, for MLPs whose agents start from different weights."""
+    model = models.MODELS["mlp"](n_classes=3, hidden=hidden)
+    image = (2, 2, 1)
+    task = Task(
+        loss=classifier.loss(model),
+        spec=models.permutation_spec(model),
+        activations=classifier.activations(model),
+    )
+    init = jax.jit(lambda key: classifier.init(model, key, np.zeros((1, *image))))
+
+    def variables(n_agents: int) -> PyTree:
+        agents = map(init, jax.random.split(jax.random.key(3), n_agents))
+        return jax.tree.map(lambda *x: np.stack(x), *agents)
+
+    def labels(rng, shape) -> np.ndarray:
+        return rng.integers(0, 3, shape).astype(np.int32)
+
+    return Problem(task, variables, image, labels)
+
+
+PROBLEMS = {
+    "convex": Problem(
+        CONVEX,
+        lambda n_agents: convex_variables(START[:n_agents]),
+        (DIM,),
+        lambda rng, shape: rng.standard_normal(shape).astype(np.float32),
+    ),
+    "mlp": mlp(6),
+    "deep mlp": mlp(6, 5),
+}
+
+
+def shared_images(n: int = 40) -> Samples:
+    """Images that all agents look at, in two batches."""
+    rng = np.random.default_rng(0)
+    inputs = jnp.asarray(rng.standard_normal((n, *PROBLEMS["mlp"].example)))
+
+    def load(indices, mask):
+        return Batch(inputs[indices], jnp.zeros(len(indices), jnp.int32), mask)
+
+    indices = np.arange(n).reshape(2, -1)
+    return Samples(load, indices, np.ones_like(indices, bool), shared=True)
