@@ -1,0 +1,205 @@
+"""Every algorithm takes the networks that its theory covers, and no others."""
+
+import networkx as nx
+import numpy as np
+import pytest
+
+from dimat_jax.algorithms import (
+    ALIGNING,
+    BETWEEN_MERGES,
+    MERGING,
+    NEEDS,
+    MergeOptions,
+    check_links,
+)
+from dimat_jax.algorithms.frames import MEETINGS
+from dimat_jax.mixing import MIXINGS, MixingError, uniform
+from dimat_jax.network import Absence, Faults, Links, NetworkError
+from dimat_jax.topology import TOPOLOGIES, from_graph
+from tests.algorithms.cases import links
+
+ANYWHERE = {"local", "centralized", "fedavg"}
+BALANCED = {"cdsgd", "cdmsgd", "cdadam", "dsgt", "qgm"}
+BOTH_WAYS = {"cga", "compcga"}
+SYMMETRIC = {"choco", "d2"}
+FAULTY = Faults(dropout=0.3, edge_loss=0.3)
+
+CONNECTED = "a connected network, in which everyone hears of everyone"
+SUMS = "rows and columns sum to 1"
+COLUMNS = "without negative weights whose columns sum to 1"
+TWO_WAY = "an undirected network: who receives has to answer"
+THE_SAME = "the same network at every step"
+
+
+def test_there_is_a_condition_for_every_algorithm():
+    assert ANYWHERE | BALANCED | BOTH_WAYS | SYMMETRIC | {"sgp"} | MERGING == set(NEEDS)
+
+
+def refusal(name: str, network: Links, **merge) -> str:
+    """Why it is refused; empty: it is not."""
+    try:
+        check_links(name, network, MergeOptions(**merge))
+    except NetworkError as error:
+        return str(error)
+    return ""
+
+
+def expected(name: str, network: Links) -> str:
+    """What theory has against a network, found from its matrices alone."""
+    matrices, edges = network.mixing_matrix, network.edges
+    graph = nx.from_numpy_array(edges.T, create_using=nx.DiGraph)
+    columns = np.allclose(matrices.sum(axis=1), 1)
+    rows = np.allclose(matrices.sum(axis=2), 1)
+    if name in ANYWHERE | MERGING:
+        return ""
+    if name == "d2" and len(matrices) > 1:
+        return THE_SAME
+    if edges.any() and not nx.is_strongly_connected(graph):
+        return CONNECTED
+    if name == "sgp":
+        return "" if columns and (matrices >= 0).all() else COLUMNS
+    if not (rows and columns):
+        return SUMS
+    if name in BALANCED:
+        return ""
+    if any((W != 0).tolist() != (W != 0).T.tolist() for W in matrices):
+        return TWO_WAY
+    if name in BOTH_WAYS:
+        return ""
+    if not np.allclose(matrices, matrices.swapaxes(1, 2)):
+        return "a symmetric mixing matrix"
+    least = np.linalg.eigvalsh(matrices[0]).min()
+    return "" if name == "choco" or least > -1 / 3 + 1e-6 else "eigenvalues are above"
+
+
+GRAPHS = {topology: 6 for topology in TOPOLOGIES} | {"hypercube": 4}
+del GRAPHS["file"]
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("topology", GRAPHS)
+def test_networks_are_taken_or_refused_with_the_reason(topology, mixing):
+    try:
+        network = links(topology, mixing, n_agents=GRAPHS[topology])
+    except MixingError as error:  # no such weights, or no solver for them
+        assert mixing in str(error)
+        return
+    for name in NEEDS:
+        found, reason = refusal(name, network), expected(name, network)
+        assert bool(found) == bool(reason), (name, found, reason)
+        assert reason in found
+        assert not found or found.startswith(f"{name} needs")
+
+
+@pytest.mark.parametrize(
+    ("topology", "mixing", "refused"),
+    [
+        # Weights of an undirected graph stay doubly stochastic, whatever fails, ...
+        ("ring", "uniform", {"d2": THE_SAME}),
+        ("star", "metropolis_hastings", {"d2": THE_SAME}),
+        # ... those of a directed one keep what they push, ...
+        (
+            "exponential",
+            "uniform",
+            {name: SUMS for name in BALANCED | BOTH_WAYS | {"choco"}}
+            | {"d2": THE_SAME},
+        ),
+        # ... and rows alone can only be averaged, by those who merge.
+        (
+            "ring",
+            "row_stochastic",
+            {name: SUMS for name in BALANCED | BOTH_WAYS | {"choco"}}
+            | {"d2": THE_SAME, "sgp": COLUMNS},
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "faults", [FAULTY, Faults(dropout=0.1), Faults(absences=(Absence(1, 4),))]
+)
+def test_networks_that_misbehave_have_to_stay_what_they_are(
+    topology, mixing, refused, faults
+):
+    network = links(topology, mixing, faults, n_agents=6)
+    for name in NEEDS:
+        found = refusal(name, network)
+        assert bool(found) == (name in refused), (name, found)
+        assert refused.get(name, "") in found
+
+
+def test_networks_in_parts_are_for_those_who_merge():
+    parts = Links(
+        from_graph(nx.disjoint_union(nx.path_graph(3), nx.path_graph(2))), uniform
+    )
+    for name in NEEDS:
+        if name in ANYWHERE | MERGING:
+            assert not refusal(name, parts)
+        else:
+            assert CONNECTED in refusal(name, parts)
+    # Strongly connected in time is enough, one way is not.
+    one_way = from_graph(nx.DiGraph([(0, 1), (1, 2)]))
+    assert CONNECTED in refusal("sgp", Links(one_way, MIXINGS["column_stochastic"]))
+    parts_in_turn = np.stack([TOPOLOGIES["disconnected"](3), TOPOLOGIES["ring"](3)])
+    assert not refusal("cdsgd", Links(parts_in_turn, uniform))
+
+
+def test_d2_refuses_what_its_theory_does_not_cover():
+    ring = "ring", "uniform", Faults(), 4
+    assert "but the least is -0.3333; mixing='lazy'" in refusal("d2", links(*ring))
+    assert not refusal("d2", links("ring", "lazy", n_agents=4))
+    assert THE_SAME in refusal("d2", links("ring", "lazy", Faults(edge_loss=0.1), 4))
+    assert THE_SAME in refusal("d2", links("one_peer_exponential", "lazy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "W", "message"),
+    [
+        ("sgp", [[1.2, -0.2, 0], [-0.2, 0.8, 0.4], [0, 0.4, 0.6]], COLUMNS),
+        ("sgp", [[0, 0.5, 0.5], [0.5, 0.5, 0], [0.5, 0, 0.5]], r"but W\[0, 0\] is 0"),
+        (
+            "choco",
+            [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5]],
+            "choco needs a symmetric mixing matrix",
+        ),
+        (
+            "wa",
+            [[-0.5, 0.0, 0.5], [1.0, 0.5, 0.0], [0.5, 0.5, 0.5]],
+            "wa averages what an agent receives, but the weights of agent 0 sum to 0",
+        ),
+    ],
+)
+def test_matrices_that_an_algorithm_cannot_use_are_refused(name, W, message):
+    W = np.array(W)
+    edges = (W != 0) & ~np.eye(3, dtype=bool)
+    with pytest.raises(NetworkError, match=message):
+        check_links(name, Links(edges, W))
+    check_links(name, Links(edges | edges.T, uniform))
+
+
+@pytest.mark.parametrize("frame", MEETINGS)
+@pytest.mark.parametrize("name", sorted(MERGING))
+def test_frames_that_agents_share_need_answers(name, frame):
+    directed = links("exponential", n_agents=6)
+    refused = name in ALIGNING and frame != "own"
+    found = refusal(name, directed, frame=frame)
+    assert (TWO_WAY in found) == bool(found) == refused
+    assert not refused or found.startswith(f"{name} with frame={frame!r}")
+    assert not refusal(name, links("ring", faults=FAULTY), frame=frame)
+
+
+@pytest.mark.parametrize("inner", sorted(BETWEEN_MERGES))
+def test_what_agents_do_between_merges_has_its_own_conditions(inner):
+    for network in (
+        links("ring"),
+        links("exponential"),
+        links("star", "row_stochastic"),
+        links("ring", faults=FAULTY),
+    ):
+        assert refusal("dimat", network, inner=inner) == refusal(inner, network)
+
+
+def test_optimizers_are_not_merged_with_negative_weights():
+    W = np.array([[1.2, -0.2, 0], [-0.2, 0.8, 0.4], [0, 0.4, 0.6]])
+    network = Links((W != 0) & ~np.eye(3, dtype=bool), W)
+    message = refusal("dimat", network, opt_state="merge")
+    assert message.startswith("dimat with opt_state='merge' needs")
+    assert not refusal("dimat", network, opt_state="keep")
