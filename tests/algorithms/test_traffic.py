@@ -1,0 +1,89 @@
+"""What agreeing on frames sends, counted by hand and by a formula."""
+
+import networkx as nx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dimat_jax.algorithms.traffic import matching_bytes
+from dimat_jax.topology import TOPOLOGIES
+
+PERMS, SCORES, WEIGHTS = 10, 1000, 100_000
+PATH = TOPOLOGIES["path"](3)  # 0 - 1 - 2, whose root is 0
+BOTH = np.argwhere(PATH)
+ONE_WAY = BOTH[BOTH[:, 0] < BOTH[:, 1]]
+
+
+def traffic(frame: str, pairs=ONE_WAY, scores: int = SCORES, edges=PATH) -> np.ndarray:
+    return matching_bytes(
+        frame, edges, pairs=pairs, perms=PERMS, scores=scores, weights=WEIGHTS
+    )
+
+
+def test_who_stays_in_its_own_frame_sends_nothing():
+    assert not traffic("own").any()
+
+
+def test_on_a_path_to_a_reference_frame():
+    # 0 finds 1's permutations and tells it, 1 finds 2's and tells it; then both ends of
+    # a link tell each other theirs.
+    assert traffic("reference").tolist() == [
+        [0, PERMS, 0],
+        [2 * PERMS, 0, PERMS],
+        [0, 2 * PERMS, 0],
+    ]
+
+
+def test_on_a_path_to_a_joint_frame_with_scores():
+    # 0 has the scores of 0 and 1, and is sent those of 1 and 2, which 1 has. Back go
+    # the permutations of 1, and of 2 by way of 1; then both ends of a link tell theirs.
+    assert traffic("joint").tolist() == [
+        [0, SCORES + PERMS, 0],
+        [3 * PERMS, 0, PERMS],
+        [0, 2 * PERMS, 0],
+    ]
+    # On own data every receiver has scores: 2 those of 1 as it sees it, 1 two of them.
+    assert traffic("joint", BOTH).tolist() == [
+        [0, 3 * SCORES + PERMS, 0],
+        [3 * PERMS, 0, SCORES + PERMS],
+        [0, 2 * PERMS, 0],
+    ]
+
+
+def test_on_a_path_to_a_joint_frame_with_weights():
+    assert traffic("joint", scores=0).tolist() == [
+        [0, 2 * WEIGHTS + PERMS, 0],
+        [3 * PERMS, 0, WEIGHTS + PERMS],
+        [0, 2 * PERMS, 0],
+    ]
+
+
+@given(n=st.integers(1, 8), density=st.floats(0, 1), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("frame", ["reference", "joint"])
+@pytest.mark.parametrize("scores", [0, SCORES])
+def test_everything_takes_the_shortest_way_to_the_root_of_its_part(
+    frame, scores, n, density, seed
+):
+    upper = np.triu(np.random.default_rng(seed).random((n, n)) < density, 1)
+    edges = upper | upper.T
+    pairs = np.argwhere(np.triu(edges))
+    found = traffic(frame, pairs, scores, edges)
+    assert not found[~edges].any()
+    graph = nx.from_numpy_array(edges)
+    hops = np.array(
+        [
+            nx.shortest_path_length(graph, agent, min(part))
+            for agent in range(n)
+            for part in nx.connected_components(graph)
+            if agent in part
+        ]
+    )
+    told = PERMS * edges.sum()
+    if frame == "reference":
+        assert found.sum() == told + PERMS * (hops > 0).sum()
+    else:
+        receivers = pairs[:, 0]
+        has = np.bincount(receivers, minlength=n) * scores if scores else WEIGHTS
+        assert found.sum() == told + PERMS * hops.sum() + (has * hops).sum()
