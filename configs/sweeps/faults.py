@@ -4,8 +4,8 @@
 
 In every round each agent is away with probability 0.3; in every exchange each link
 fails with probability 0.3: of a ring's links a third works at a time, so there are 40
-rounds instead of 10. Without d2, which refuses such a network. Two seeds: 64 runs, about
-8 minutes on 2 CPU cores.
+rounds instead of 10. Without d2, which refuses such a network. Two seeds: 64 runs,
+about 8 minutes on 2 CPU cores.
 """
 
 from itertools import product
