@@ -54,13 +54,8 @@ def get_config(line: str):
     return config
 
 
-LINES = (
-    "centralized",
-    "local",
-    "dimat-reference",
-    "dimat-own",
-    "wm-joint",
-    "wa",
+# Those whose learning rates are from the grid.
+BASELINES = (
     "fedavg",
     "cdsgd",
     "cdmsgd",
@@ -72,6 +67,15 @@ LINES = (
     "cga",
     "compcga",
     "choco",
+)
+LINES = (
+    "centralized",
+    "local",
+    "dimat-reference",
+    "dimat-own",
+    "wm-joint",
+    "wa",
+    *BASELINES,
     "dimat-cdsgd",
 )
 

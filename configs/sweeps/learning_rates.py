@@ -11,26 +11,13 @@ from itertools import product
 from configs.sweeps import algorithms
 
 GRID = (0.01, 0.03, 0.1, 0.3)
-LINES = (
-    "fedavg",
-    "cdsgd",
-    "cdmsgd",
-    "cdadam",
-    "sgp",
-    "d2",
-    "dsgt",
-    "qgm",
-    "cga",
-    "compcga",
-    "choco",
-)
 
 
 def get_runs():
     """The runs, by name."""
     runs = {}
     for partition, topology, line, rate in product(
-        ("iid", "by_class"), ("ring", "fully_connected"), LINES, GRID
+        ("iid", "by_class"), ("ring", "fully_connected"), algorithms.BASELINES, GRID
     ):
         # An adaptive step has another scale.
         rate = rate / 30 if line == "cdadam" else rate
