@@ -2,8 +2,7 @@
 
     python -m experiments.sweep --sweep=configs/sweeps/learning_rates.py --workdir=DIR
 
-Some runs are expected to diverge, and the program then ends with 1, after the report.
-176 runs, about 12 minutes on 2 CPU cores.
+176 runs, about 8 minutes on 2 CPU cores.
 """
 
 from itertools import product
