@@ -23,6 +23,9 @@ def get_runs():
         if line in ("centralized", "d2"):
             continue
         config = algorithms.get_config(line)
+        if line in ("cdmsgd", "cga"):
+            # At 0.3, their best without faults, a heavy ball diverges here.
+            config.optimizer.learning_rate = 0.1
         config.seed = seed
         config.rounds = 40
         config.eval.every = 5
