@@ -30,7 +30,7 @@ from dimat_jax.network import Faults, Links, NetworkError
 from dimat_jax.optimizers import OPTIMIZERS
 from dimat_jax.placement import Placement, place
 from dimat_jax.topology import TOPOLOGIES
-from dimat_jax.tree import PyTree, stack
+from dimat_jax.tree import PyTree
 from tests.algorithms.problems import (
     N_AGENTS,
     PROBLEMS,
@@ -313,8 +313,8 @@ def trajectory(
         network = links.at_round(number, N_AGENTS)
         state, _ = algorithm.communicate(state, MergeData(), network, keys[done, 1])
         # Where nothing happens between rounds, many of their steps are one program.
-        rounds = case.communicates or links.faults.any or n_steps < LONG
-        size = STEPS if rounds else LONG
+        rounds = case.communicates or case.per_step == "dsgt" and links.faults.any
+        size = STEPS if rounds or n_steps < LONG else LONG
         networks = [
             links.at_step(time, 1 + time // STEPS, N_AGENTS)
             for time in range(done, done + size)
@@ -322,7 +322,7 @@ def trajectory(
         same = tuple(map(id, networks))
         if same not in stacked:
             # With the networks, so that others do not get their ids.
-            stacked[same] = networks, stack(networks)
+            stacked[same] = networks, jax.tree.map(lambda *x: np.stack(x), *networks)
         now = stacked[same][1], keys[done : done + size, 0]
         state, x = steps(state, now, rate, decay)
         path.append(x)
