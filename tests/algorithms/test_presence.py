@@ -1,5 +1,7 @@
 """Agents that leave and return: what they leave behind, and what they bring along."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -95,7 +97,9 @@ def test_steps_compile_once_whatever_communicating_returns(name, devices):
     """A state that lies elsewhere would compile them anew, and copy it."""
     subject = built(name, layout=Layout(devices=devices))
     batch, slots = whole_batch(subject.placement), subject.placement.slots
-    step = jax.jit(subject.algorithm.step, out_shardings=subject.placement.sharding)
+    step: Any = jax.jit(
+        subject.algorithm.step, out_shardings=subject.placement.sharding
+    )
     network = links("ring", faults=Faults(dropout=0.3, seed=1))
     state = subject.algorithm.init(subject.placement.put(convex_variables(START)))
     for number in range(1, 4):
