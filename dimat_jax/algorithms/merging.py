@@ -156,7 +156,7 @@ def merging(
                 pairs=edges,
                 perms=4 * sum(units),
                 scores=4 * sum(n**2 for n in units) if match == "activations" else 0,
-                weights=nbytes(one_agent(inner.variables(state))),
+                weights=nbytes(one_agent(inner.variables(state)["params"])),
             )
             return perms
 

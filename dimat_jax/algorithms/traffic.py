@@ -39,7 +39,7 @@ def matching_bytes(
         perms: bytes of one agent's permutations.
         scores: bytes of the scores of one pair, which its receiver has; 0 where the
             weights are what is matched.
-        weights: bytes of one agent's weights.
+        weights: bytes of one agent's params.
     """
     traffic = np.zeros(active_edges.shape, np.int64)
     if frame == "own":
@@ -59,7 +59,9 @@ def matching_bytes(
     for agent, sent in enumerate(evidence):
         hop, first = agent, True
         while hop in up:
-            traffic[up[hop], hop] += sent
+            # A parent has its child's weights already: to merge with.
+            if scores or not first:
+                traffic[up[hop], hop] += sent
             # Its permutations come back; the last hop of them is counted above.
             if not first:
                 traffic[hop, up[hop]] += perms

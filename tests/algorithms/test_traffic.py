@@ -53,8 +53,9 @@ def test_on_a_path_to_a_joint_frame_with_scores():
 
 def test_on_a_path_to_a_joint_frame_with_weights():
     assert traffic("joint", scores=0).tolist() == [
-        [0, 2 * WEIGHTS + PERMS, 0],
-        [3 * PERMS, 0, WEIGHTS + PERMS],
+        # The weights of 1 and 2 go on from those who merge with them: 0 and 1.
+        [0, WEIGHTS + PERMS, 0],
+        [3 * PERMS, 0, PERMS],
         [0, 2 * PERMS, 0],
     ]
 
@@ -85,5 +86,8 @@ def test_everything_takes_the_shortest_way_to_the_root_of_its_part(
         assert found.sum() == told + PERMS * (hops > 0).sum()
     else:
         receivers = pairs[:, 0]
-        has = np.bincount(receivers, minlength=n) * scores if scores else WEIGHTS
-        assert found.sum() == told + PERMS * hops.sum() + (has * hops).sum()
+        if scores:
+            sent = (np.bincount(receivers, minlength=n) * scores * hops).sum()
+        else:
+            sent = (WEIGHTS * np.maximum(hops - 1, 0)).sum()
+        assert found.sum() == told + PERMS * hops.sum() + sent
