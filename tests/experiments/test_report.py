@@ -180,8 +180,8 @@ def test_compression_is_told_of_those_who_compress(tmp_path):
     for name, fields in {
         "cdsgd": {},
         "choco": {},
-        "int8": {"compression__name": "int8"},
-        "top_k": {"compression__name": "top_k", "compression__fraction": 0.5},
+        "some": {"compression__name": "top_k"},
+        "half": {"compression__name": "top_k", "compression__fraction": 0.5},
     }.items():
         algorithm = name if name == "cdsgd" else "choco"
         write_run(tmp_path / name, algorithm=algorithm, **fields)
@@ -189,8 +189,8 @@ def test_compression_is_told_of_those_who_compress(tmp_path):
     assert runs.lines == ["algorithm", "compression.name", "fraction"]
     assert labels(runs) == [
         "cdsgd",
-        "choco, top_k, fraction 0.1",
         "choco, int8",
+        "choco, top_k, fraction 0.1",
         "choco, top_k, fraction 0.5",
     ]
 
