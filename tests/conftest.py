@@ -14,9 +14,13 @@ from dimat_jax.placement import request_cpu_devices
 # Before JAX starts: tests lay agents out over 1, 2 and 5 devices.
 request_cpu_devices(5)
 
-# Many tests run the same small programs; each is compiled once in a session.
-_COMPILED = tempfile.TemporaryDirectory(prefix="dimat_jax-xla-")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+# Many tests run the same small programs; each is compiled once in a session, whose
+# worker processes inherit the environment of the one that removes the folder.
+_COMPILED = "DIMAT_TEST_COMPILED"
+if _COMPILED not in os.environ:
+    _folder = tempfile.TemporaryDirectory(prefix="dimat_jax-xla-")
+    os.environ[_COMPILED] = _folder.name
+jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
