@@ -10,7 +10,8 @@ demo: $(VENV)/installed  ## the quickstart: trains, merges, prints tables, plots
 		--sweep=configs/sweeps/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/installed-dev  ## the tests, without those that take minutes
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile \
+		--no-loadscope-reorder
 
 test-slow: $(VENV)/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: there are none

@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, with_clocks_of
+from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, WITH_MOMENTUM, with_clocks_of
 
 N_STEPS = 5
 RATE, MOMENTUM, DECAY = 0.1, 0.8, 0.05
@@ -49,15 +50,33 @@ OPTAX = {
 all_optimizers = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
-@all_optimizers
+@pytest.mark.parametrize("name", OPTAX)
 @pytest.mark.parametrize("rate", [RATE, optax.exponential_decay(RATE, 2, 0.5)])
 def test_an_optimizer_is_the_one_of_optax_that_it_names(name, rate):
     assert_close(descend(made(name, rate))[0], descend(OPTAX[name](rate))[0])
 
 
+def test_a_heavy_ball_keeps_the_rate_at_which_it_learnt():
+    """v <- beta v - alpha g (Polyak 1964): unlike optax's, that scales v by alpha."""
+
+    def rate(step):
+        return RATE * 0.5**step
+
+    params, velocity = PARAMS, jax.tree.map(jnp.zeros_like, PARAMS)
+    for step in range(N_STEPS):
+        pull = functools.partial(jnp.multiply, -rate(step))
+        velocity = jax.tree.map(
+            lambda v, m: MOMENTUM * v + m, velocity, jax.tree.map(pull, gradients(step))
+        )
+        params = jax.tree.map(jnp.add, params, velocity)
+    assert_close(descend(made("heavy_ball", rate))[0], params)
+    assert_close(descend(made("heavy_ball"))[0], descend(made("momentum"))[0])
+
+
 def test_optimizers_differ():
     ends = {name: float(descend(made(name))[0]["w"][0]) for name in OPTIMIZERS}
     del ends["adamw"]  # which without weight decay is adam
+    del ends["heavy_ball"]  # which is momentum as long as the rate is the same
     assert len(set(ends.values())) == len(ends)
 
 
@@ -67,12 +86,12 @@ def test_momentum_matters_where_it_is_named_and_nowhere_else(name):
         descend(OPTIMIZERS[name](RATE, momentum=momentum, weight_decay=0.0))[0]["w"]
         for momentum in (0.1, 0.9)
     )
-    assert bool(jnp.any(a != b)) == (name in ("momentum", "nesterov"))
+    assert bool(jnp.any(a != b)) == (name in WITH_MOMENTUM)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"adamw"}))
 def test_weight_decay_is_an_l2_term_of_the_gradient(name):
-    tx, params = OPTAX[name](RATE), PARAMS
+    tx, params = made(name), PARAMS
     state = tx.init(params)
     for step in range(N_STEPS):
         # The gradient of loss + DECAY / 2 |params|^2.
