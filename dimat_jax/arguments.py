@@ -17,6 +17,7 @@ __all__ = [
     "ConfigError",
     "absences",
     "compressor",
+    "compressor_name",
     "faults",
     "gossip_options",
     "merge_options",
@@ -50,10 +51,14 @@ def optimizer_name(config: Config) -> str:
     return config.optimizer.name or needed(config).optimizer
 
 
+def compressor_name(config: Config) -> str:
+    """What compresses messages: the algorithm's own where none is named."""
+    return config.compression.name or needed(config).compressor or "none"
+
+
 def compressor(config: Config) -> Compressor:
     """Of the algorithm's messages."""
-    name = config.compression.name or needed(config).compressor or "none"
-    make = COMPRESSORS[name]
+    make = COMPRESSORS[compressor_name(config)]
     return make(**options_for(config, "compression", make))
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 from dimat_jax.errors import UserError
 from dimat_jax.tree import PyTree, is_inexact, nbytes
 
-__all__ = ["COMPRESSORS", "CompressionError", "Compressor", "with_feedback"]
+__all__ = ["COMPRESSORS", "CompressionError", "Compressor", "told", "with_feedback"]
 
 
 class CompressionError(UserError):
@@ -165,6 +165,17 @@ COMPRESSORS: dict[str, Callable[..., Compressor]] = {
     "random_k": random_k,
 }
 """`COMPRESSORS[name]()`; top_k and random_k take the `fraction` that they keep."""
+
+
+def told(
+    compressor: Compressor, meant: PyTree, known: PyTree, key: Key[Array, ""]
+) -> PyTree:
+    """What others know once they are told, compressed, how it differs: x^ + Q(x - x^).
+
+    What Q loses stays in the difference, and is sent later. The key is consumed.
+    """
+    difference = jax.tree.map(jnp.subtract, meant, known)
+    return jax.tree.map(jnp.add, known, compressor.compress(difference, key))
 
 
 def with_feedback(

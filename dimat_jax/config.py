@@ -24,6 +24,7 @@ from dimat_jax.arguments import (
     Config,
     ConfigError,
     compressor,
+    compressor_name,
     faults,
     model_arguments,
     needed,
@@ -290,7 +291,7 @@ def _check_algorithm(config: Config) -> None:
             f"config.compression.name is {chosen!r}, but {name} sends everything as it "
             f"is; {', '.join(compressing)} compress"
         )
-    chosen = chosen or wants.compressor or "none"
+    chosen = compressor_name(config)
     make = COMPRESSORS[chosen]
     _refuse_unread(config, "compression", {"name", *_takes(make)}, chosen)
     try:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dimat_jax.algorithms.base import Algorithm, State
-from dimat_jax.compression import Compressor
+from dimat_jax.compression import Compressor, told
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
 
@@ -64,11 +64,7 @@ def announcing(
         variables = {**exact.variables(state.exact), "params": state.known}
         return exact.with_variables(state.exact, variables)
 
-    @placement.per_agent
-    def tell(params, known, key):
-        difference = jax.tree.map(lambda x, old: x - old, params, known)
-        sent = compressor.compress(difference, key)
-        return jax.tree.map(lambda old, q: old + q, known, sent)
+    tell = placement.per_agent(partial(told, compressor))
 
     @partial(jax.jit, out_shardings=placement.sharding)
     def announce(state: AnnouncingState, key):

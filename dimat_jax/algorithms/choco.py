@@ -10,22 +10,17 @@ neighbour knows: where a link fails, the neighbour goes on with what it knew, an
 does the agent. The mean over agents is preserved all the same, for W is symmetric.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from dimat_jax.algorithms.base import (
-    Algorithm,
-    Task,
-    descend,
-    gradient,
-    moved,
-    one_agent,
-)
+from dimat_jax.algorithms.base import Algorithm, Task, one_agent
 from dimat_jax.algorithms.exchange import Exchange
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
-from dimat_jax.compression import Compressor
+from dimat_jax.compression import Compressor, told
 from dimat_jax.errors import UserError
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
@@ -64,12 +59,7 @@ def choco(
     if not 0 < gamma <= 1:
         raise UserError(f"gamma must be above 0 and at most 1, got {gamma}")
 
-    def adapt(state: LocalState, batch, key):
-        variables, opt_state = state
-        grads, model_state, metrics = gradient(task, variables, batch, key)
-        updates, opt_state = descend(tx, batch, grads, opt_state, variables["params"])
-        return moved({**variables, **model_state}, updates), opt_state, metrics
-
+    alone = local(task, tx, placement)
     if lossy_edges is None:
         names, gossip = ["known"], _reliable(placement, compressor, gamma)
     else:
@@ -79,9 +69,8 @@ def choco(
 
     def step(state: MemoryState, batch, network, key):
         gradient_key, compression_key = jax.random.split(key)
-        variables, opt_state, metrics = placement.per_agent(adapt)(
-            state.local, batch, placement.keys(gradient_key)
-        )
+        half, metrics = alone.step(state.local, batch, network, gradient_key)
+        variables, opt_state = half
         params, known = gossip(
             variables["params"], state.memory, network, placement.keys(compression_key)
         )
@@ -95,7 +84,7 @@ def choco(
         return Messages(step={**variables, "params": params})
 
     return remembering(
-        local(task, tx, placement),
+        alone,
         task,
         placement,
         memories=names,
@@ -107,10 +96,7 @@ def choco(
 def _reliable(placement: Placement, compressor: Compressor, gamma: float):
     """One x^ for each agent, which all its neighbours know."""
 
-    @placement.per_agent
-    def tell(params, known, key):
-        difference = jax.tree.map(jnp.subtract, params, known)
-        return jax.tree.map(jnp.add, known, compressor.compress(difference, key))
+    tell = placement.per_agent(functools.partial(told, compressor))
 
     def gossip(params, memory, network, keys):
         known = tell(params, memory["known"], keys)
@@ -138,14 +124,12 @@ def _by_edge(
     def tell(params, known, active, key):
         """What an agent's neighbours know of it, once it has told them."""
 
-        def told(k, name):
-            before = known[name]
-            difference = jax.tree.map(lambda x, old: x - old, params, before)
+        def knows(k, before):
             # The same key for all neighbours: they are told the same.
-            sent = compressor.compress(difference, key)
-            return jax.tree.map(lambda old, q: old + active[k] * q, before, sent)
+            after = told(compressor, params, before, key)
+            return jax.tree.map(functools.partial(jnp.where, active[k]), after, before)
 
-        return {name: told(k, name) for k, name in enumerate(names)}
+        return {name: knows(k, known[name]) for k, name in enumerate(names)}
 
     @placement.per_agent
     def meet(params, known, heard, weights):
@@ -161,8 +145,8 @@ def _by_edge(
     def gossip(params, memory, network, keys):
         active = exchange.active(network.active_edges)
         known = tell(params, memory, active, keys)
-        told = [known[name] for name in names]
-        heard = [exchange.answers(told, k) for k in range(len(names))]
+        answers = [known[name] for name in names]
+        heard = [exchange.answers(answers, k) for k in range(len(names))]
         weights = exchange.weights(network.W) * active
         return meet(params, known, heard, weights), known
 
