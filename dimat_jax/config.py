@@ -18,8 +18,8 @@ from dimat_jax.algorithms import (
     OptStatePolicy,
     needs,
 )
+from dimat_jax.algorithms._frames import MEETINGS
 from dimat_jax.algorithms.cdsgd import Order
-from dimat_jax.algorithms.frames import MEETINGS
 from dimat_jax.arguments import (
     Config,
     ConfigError,

@@ -26,19 +26,19 @@ import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
+from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._metrics import MetricsWriter, read_rows, write_json
+from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms import ALIGNING, Algorithm
 from dimat_jax.algorithms.base import State, Variables
-from dimat_jax.checkpoint import Checkpoints
 from dimat_jax.config import Config, ConfigError, default_config, substance
 from dimat_jax.data.partition import class_counts, table
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
-from dimat_jax.metrics import MetricsWriter, read_rows, write_json
 from dimat_jax.mixing import spectral_gap
 from dimat_jax.network import Network
-from dimat_jax.trainer import Trainer
 from dimat_jax.tree import PyTree
 
 __all__ = ["load_agents", "run"]

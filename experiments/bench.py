@@ -20,12 +20,12 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
+from dimat_jax._metrics import write_json
+from dimat_jax._trainer import Trainer
 from dimat_jax.config import Config
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.experiment import Experiment
-from dimat_jax.metrics import write_json
 from dimat_jax.placement import request_cpu_devices
-from dimat_jax.trainer import Trainer
 from experiments import program
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -29,14 +29,14 @@ from absl import flags
 
 import dimat_jax
 from dimat_jax import matching, merge, permutation
+from dimat_jax._metrics import write_json
 from dimat_jax.data import sources
 from dimat_jax.data.pipeline import Reader, Samples, place_pool
 from dimat_jax.data.sources import Dataset, Split
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.evaluate import Evaluator
-from dimat_jax.metrics import write_json
-from dimat_jax.models import MODELS, classifier, permutation_spec, saved
-from dimat_jax.models.saved import SavedModel
+from dimat_jax.models import MODELS, _saved, classifier, permutation_spec
+from dimat_jax.models._saved import SavedModel
 from dimat_jax.permutation import Perms
 from dimat_jax.placement import place
 from dimat_jax.tree import PyTree
@@ -208,7 +208,7 @@ def _write(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
     try:
-        saved.save(partial / "model", merged)
+        _saved.save(partial / "model", merged)
         write_json(partial / "summary.json", summary)
         write_json(partial / "barrier.json", [line.as_json() for line in lines])
         merge_report.figure(lines, partial / "barrier.png")

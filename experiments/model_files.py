@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from dimat_jax import train
 from dimat_jax.arguments import model_arguments
-from dimat_jax.data.dataset import Dataset
+from dimat_jax.data._dataset import Dataset
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
-from dimat_jax.models import saved
-from dimat_jax.models.saved import SavedModel
-from dimat_jax.models.torch_import import from_torch, infer_arguments
+from dimat_jax.models import _saved
+from dimat_jax.models._saved import SavedModel
+from dimat_jax.models._torch_import import from_torch, infer_arguments
 from dimat_jax.tree import take
 
 __all__ = ["check", "data_set", "read"]
@@ -64,7 +64,7 @@ def read(
         if path.is_file():
             return _torch(path, torch_model)
         if (path / "model").is_dir():
-            return saved.load(path / "model")
+            return _saved.load(path / "model")
         raise UserError(
             "neither the workdir of a run (no config.json) nor of a merge (no model/), "
             f"nor a PyTorch file ({', '.join(TORCH)})"
@@ -147,7 +147,7 @@ def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) 
                 f"{dataset.name} has {dataset.n_classes}"
             )
         shape = dataset.train.images.shape[1:]
-        saved.check(model._replace(input_shape=shape), name)
+        _saved.check(model._replace(input_shape=shape), name)
 
 
 def _architecture(model: SavedModel) -> dict[str, Any]:

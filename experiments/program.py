@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
-from dimat_jax.data.cache import user_cache
+from dimat_jax.data._cache import user_cache
 from dimat_jax.errors import NonFiniteError, UserError
 
 __all__ = ["expect_no", "run"]

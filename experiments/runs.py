@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import (
     ALIGNING,
     MERGING,
@@ -21,7 +22,6 @@ from dimat_jax.compression import COMPRESSORS
 from dimat_jax.config import default_config, substance
 from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.errors import UserError
-from dimat_jax.metrics import read_rows
 from dimat_jax.topology import TOPOLOGIES
 
 __all__ = ["PHASES", "SENT", "Frame", "Partition", "Runs", "describe", "load"]

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dimat_jax.checkpoint import CheckpointError, Checkpoints
+from dimat_jax._checkpoint import CheckpointError, Checkpoints
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,7 +134,7 @@ def test_a_structure_that_disagrees_is_an_error(opened, expected):
 CRASH = """
 import os, sys
 import numpy as np
-from dimat_jax.checkpoint import Checkpoints
+from dimat_jax._checkpoint import Checkpoints
 
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, {"w": np.full(3, 1.0)}, {"number": 1})

@@ -10,11 +10,11 @@ from configs import quickstart
 from configs.sweeps import algorithms as every_algorithm
 from configs.sweeps import compression, faults, graphs, learning_rates
 from dimat_jax import train
+from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.config import check
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
-from dimat_jax.metrics import read_rows
 from dimat_jax.mixing import MixingError, lazy
 from dimat_jax.network import NetworkError
 from dimat_jax.topology import TOPOLOGIES, TopologyError, is_connected

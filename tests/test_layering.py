@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # The top floor first. Modules and packages of one floor do not import each other;
 # within a package there is no order, but neither is there a cycle.
 FLOORS = [
-    ["tree", "errors", "stopwatch"],
+    ["tree", "errors", "_stopwatch"],
     ["placement"],
     ["topology"],
     ["mixing"],
@@ -22,7 +22,7 @@ FLOORS = [
     ["ledger"],
     ["permutation"],
     ["merge"],
-    ["checkpoint", "metrics"],
+    ["_checkpoint", "_metrics"],
     ["data"],
     ["models"],
     ["matching"],
@@ -32,7 +32,7 @@ FLOORS = [
     ["arguments"],
     ["config"],
     ["experiment"],
-    ["trainer"],
+    ["_trainer"],
     ["train"],
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
@@ -103,8 +103,8 @@ def test_the_package_never_imports(foreign):
 
 
 def test_only_the_reader_of_pytorch_files_imports_pytorch():
-    assert importers("torch") == ["dimat_jax.models.state_dict"]
-    assert importers("safetensors") == ["dimat_jax.models.state_dict"]
+    assert importers("torch") == ["dimat_jax.models._state_dict"]
+    assert importers("safetensors") == ["dimat_jax.models._state_dict"]
 
 
 def importers(foreign: str) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from dimat_jax.metrics import MetricsWriter, read_rows, write_json
+from dimat_jax._metrics import MetricsWriter, read_rows, write_json
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:

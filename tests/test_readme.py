@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from dimat_jax.models import MODELS
+from dimat_jax.models._torch_import import to_torch
 from dimat_jax.models.classifier import init
-from dimat_jax.models.torch_import import to_torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -11,12 +11,12 @@ import pytest
 
 from configs import cifar100_resnet20, quickstart
 from dimat_jax import models, train
+from dimat_jax._metrics import read_rows
+from dimat_jax._trainer import Trainer
 from dimat_jax.config import ConfigError, default_config
 from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.experiment import Experiment
-from dimat_jax.metrics import read_rows
 from dimat_jax.models import mlp
-from dimat_jax.trainer import Trainer
 
 
 def small(algorithm: str = "dimat", **changes):

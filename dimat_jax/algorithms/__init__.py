@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import optax
 
+from dimat_jax.algorithms._merging import OptStatePolicy, merging
+from dimat_jax.algorithms._presence import attended
 from dimat_jax.algorithms.base import Algorithm, MergeData, Task
 from dimat_jax.algorithms.cdsgd import Order, cdsgd
 from dimat_jax.algorithms.cga import cga
@@ -29,8 +31,6 @@ from dimat_jax.algorithms.d2 import d2
 from dimat_jax.algorithms.dsgt import dsgt
 from dimat_jax.algorithms.fedavg import fedavg
 from dimat_jax.algorithms.local import local
-from dimat_jax.algorithms.merging import OptStatePolicy, merging
-from dimat_jax.algorithms.presence import attended
 from dimat_jax.algorithms.qgm import qgm
 from dimat_jax.algorithms.sgp import sgp
 from dimat_jax.compression import Compressor, none

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from dimat_jax.data import cifar, tiny_imagenet
-from dimat_jax.data.dataset import DataError, Dataset, Split, make_split, mean_std
+from dimat_jax.data import _cifar, _tiny_imagenet
+from dimat_jax.data._dataset import DataError, Dataset, Split, make_split, mean_std
 from dimat_jax.errors import nearest
 
 __all__ = ["SOURCES", "DataError", "Dataset", "Split", "load"]
@@ -94,7 +94,7 @@ def _digits(directory: str | None, cache_dir: str | None) -> Dataset:
 
 SOURCES: dict[str, Callable[[str | None, str | None], Dataset]] = {
     "digits": _digits,
-    "cifar10": functools.partial(cifar.read, name="cifar10", n_classes=10),
-    "cifar100": functools.partial(cifar.read, name="cifar100", n_classes=100),
-    "tiny_imagenet": tiny_imagenet.read,
+    "cifar10": functools.partial(_cifar.read, name="cifar10", n_classes=10),
+    "cifar100": functools.partial(_cifar.read, name="cifar100", n_classes=100),
+    "tiny_imagenet": _tiny_imagenet.read,
 }

@@ -1,9 +1,9 @@
 """Finding the permutations that align one network with another, or several."""
 
-from dimat_jax.matching.activation import activation_matching
-from dimat_jax.matching.assignment import solve_assignment
-from dimat_jax.matching.joint import joint_activation_matching, joint_weight_matching
-from dimat_jax.matching.weight import weight_matching, weight_similarity
+from dimat_jax.matching._activation import activation_matching
+from dimat_jax.matching._assignment import solve_assignment
+from dimat_jax.matching._joint import joint_activation_matching, joint_weight_matching
+from dimat_jax.matching._weight import weight_matching, weight_similarity
 
 __all__ = [
     "activation_matching",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from dimat_jax.models import mlp, resnet, vgg, vit
-from dimat_jax.models.settings import ModelError
+from dimat_jax.models._settings import ModelError
 from dimat_jax.permutation import PermutationSpec
 
 __all__ = ["MODELS", "ModelError", "permutation_spec"]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Key
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.merge import UnitMoments, correction
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.permutation.spec import axis_groups
+from dimat_jax.permutation._spec import axis_groups
 from dimat_jax.tree import PyTree, flatten
 
 __all__ = [

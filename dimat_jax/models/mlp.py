@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dimat_jax.models._norm import norm_axes, normalise
+from dimat_jax.models._settings import one_of, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.models.norm import norm_axes, normalise
-from dimat_jax.models.settings import one_of, scaled
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.permutation.layers import dense
+from dimat_jax.permutation._layers import dense
 
 __all__ = ["MLP", "mlp", "permutation_spec"]
 

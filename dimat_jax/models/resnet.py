@@ -16,8 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dimat_jax.models.classifier import tap
-from dimat_jax.models.norm import (
+from dimat_jax.models._norm import (
     NORMS,
     channel_axis,
     channel_sizes,
@@ -25,9 +24,10 @@ from dimat_jax.models.norm import (
     normalise,
     tap_axes,
 )
-from dimat_jax.models.settings import one_of, scaled
+from dimat_jax.models._settings import one_of, scaled
+from dimat_jax.models.classifier import tap
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.permutation.layers import conv, dense
+from dimat_jax.permutation._layers import conv, dense
 
 __all__ = [
     "ResNet",

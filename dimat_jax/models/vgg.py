@@ -13,8 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dimat_jax.models.classifier import tap
-from dimat_jax.models.norm import (
+from dimat_jax.models._norm import (
     NORMS,
     channel_axis,
     channel_sizes,
@@ -22,9 +21,10 @@ from dimat_jax.models.norm import (
     normalise,
     tap_axes,
 )
-from dimat_jax.models.settings import one_of, scaled
+from dimat_jax.models._settings import one_of, scaled
+from dimat_jax.models.classifier import tap
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.permutation.layers import conv, dense, flattened
+from dimat_jax.permutation._layers import conv, dense, flattened
 
 __all__ = ["VGG", "permutation_spec", "vgg11", "vgg13", "vgg16", "vgg19"]
 

@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from dimat_jax.models._norm import EPSILON
+from dimat_jax.models._settings import ModelError, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.models.norm import EPSILON
-from dimat_jax.models.settings import ModelError, scaled
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.permutation.layers import conv, dense, dense_general, layer_norm
+from dimat_jax.permutation._layers import conv, dense, dense_general, layer_norm
 
 __all__ = ["ViT", "permutation_spec", "vit"]
 

@@ -6,7 +6,7 @@ reference's unit `u`, so aligning is `jnp.take(w, perm, axis)`. Permutations are
 Nothing here knows of agents, data sets or models: variables are any pytree of arrays.
 """
 
-from dimat_jax.permutation.actions import (
+from dimat_jax.permutation._actions import (
     Perms,
     apply,
     compose,
@@ -15,8 +15,8 @@ from dimat_jax.permutation.actions import (
     permute_leaf,
     random,
 )
-from dimat_jax.permutation.derive import derive
-from dimat_jax.permutation.spec import (
+from dimat_jax.permutation._derive import derive
+from dimat_jax.permutation._spec import (
     Axis,
     Concat,
     PermutationSpec,
@@ -25,7 +25,7 @@ from dimat_jax.permutation.spec import (
     group_sizes,
     validate,
 )
-from dimat_jax.permutation.verify import verify
+from dimat_jax.permutation._verify import verify
 
 __all__ = [
     "Axis",

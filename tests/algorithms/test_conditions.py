@@ -12,7 +12,7 @@ from dimat_jax.algorithms import (
     MergeOptions,
     check_links,
 )
-from dimat_jax.algorithms.frames import MEETINGS
+from dimat_jax.algorithms._frames import MEETINGS
 from dimat_jax.mixing import MIXINGS, MixingError, uniform
 from dimat_jax.network import Absence, Faults, Links, NetworkError
 from dimat_jax.topology import TOPOLOGIES, from_graph

@@ -11,7 +11,7 @@ import pytest
 
 from dimat_jax import permutation
 from dimat_jax.algorithms import MergeData, MergeOptions
-from dimat_jax.algorithms.announcing import AnnouncingState
+from dimat_jax.algorithms._announcing import AnnouncingState
 from dimat_jax.algorithms.local import local_part, with_opt_state
 from dimat_jax.algorithms.memory import MemoryState
 from dimat_jax.data.pipeline import Batch

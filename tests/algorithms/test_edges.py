@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat_jax import permutation
+from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms import MergeData
-from dimat_jax.algorithms.edges import (
+from dimat_jax.algorithms._edges import (
     ActivationMatcher,
     EdgePerms,
     Matcher,
@@ -35,7 +36,6 @@ from dimat_jax.permutation import (
     Product,
 )
 from dimat_jax.placement import Placement, place
-from dimat_jax.stopwatch import Stopwatch
 from dimat_jax.topology import TOPOLOGIES, from_graph
 from dimat_jax.tree import PyTree
 

@@ -9,8 +9,8 @@ import pytest
 
 from configs import quickstart
 from dimat_jax import train
+from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHMS, NEEDS
-from dimat_jax.metrics import read_rows
 from dimat_jax.network import NetworkError
 
 N_AGENTS = 5

@@ -7,7 +7,7 @@ import pytest
 
 from dimat_jax import models, permutation
 from dimat_jax.algorithms import ALGORITHMS, MergeData, MergeOptions, Options, Task
-from dimat_jax.data.dataset import Split
+from dimat_jax.data._dataset import Split
 from dimat_jax.data.pipeline import Reader, place_pool
 from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import classifier

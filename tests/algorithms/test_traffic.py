@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.algorithms.traffic import matching_bytes
+from dimat_jax.algorithms._traffic import matching_bytes
 from dimat_jax.topology import TOPOLOGIES
 
 PERMS, SCORES, WEIGHTS = 10, 1000, 100_000

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dimat_jax.data import cache, cifar, tiny_imagenet
+from dimat_jax.data import _cache, _cifar, _tiny_imagenet
 from dimat_jax.data.sources import DataError, Dataset, Split, load
 
 ROOT = Path(__file__).parents[2]
@@ -273,7 +273,7 @@ def test_cifar100_is_complete_with_the_known_statistics(cifar100):
 def test_cached_cifar100_is_not_decoded_again(
     cifar100, data_dir, data_cache, monkeypatch
 ):
-    monkeypatch.setattr(cifar, "decode_image", None)
+    monkeypatch.setattr(_cifar, "decode_image", None)
     again = load(
         "cifar100",
         directory=str(data_dir / "tfds"),
@@ -413,13 +413,13 @@ def test_the_real_tiny_imagenet_is_read(data_dir, data_cache):
 def decoded(monkeypatch) -> list[str]:
     """What has been decoded, one entry for each image."""
     seen = []
-    decode = tiny_imagenet.decode_image
+    decode = _tiny_imagenet.decode_image
 
     def spy(data, shape, where):
         seen.append(where)
         return decode(data, shape, where)
 
-    monkeypatch.setattr(tiny_imagenet, "decode_image", spy)
+    monkeypatch.setattr(_tiny_imagenet, "decode_image", spy)
     return seen
 
 
@@ -510,13 +510,13 @@ def test_a_failed_write_leaves_nothing(tiny, tmp_path, monkeypatch, caplog):
 
 def test_a_faster_process_wins(tiny, tmp_path, decoded, monkeypatch, caplog):
     expected = load_tiny(tiny, tmp_path / "cache")
-    read, asked = cache._read, []
+    read, asked = _cache._read, []
 
     def miss_once(folder):
         asked.append(folder)
         return None if len(asked) == 1 else read(folder)
 
-    monkeypatch.setattr(cache, "_read", miss_once)
+    monkeypatch.setattr(_cache, "_read", miss_once)
     with caplog.at_level(logging.WARNING):
         assert_same(load_tiny(tiny, tmp_path / "cache"), expected)
     assert caplog.text == "" and len(decoded) == 10

@@ -13,11 +13,11 @@ import pytest
 
 from configs import quickstart
 from dimat_jax import train
+from dimat_jax._metrics import read_rows
 from dimat_jax.errors import UserError
-from dimat_jax.metrics import read_rows
-from dimat_jax.models import MODELS, classifier, saved
-from dimat_jax.models.saved import SavedModel
-from dimat_jax.models.torch_import import to_torch
+from dimat_jax.models import MODELS, _saved, classifier
+from dimat_jax.models._saved import SavedModel
+from dimat_jax.models._torch_import import to_torch
 from dimat_jax.tree import flatten
 from experiments.merge import Options, run
 
@@ -115,7 +115,7 @@ def test_a_merged_model_can_be_merged_again(tmp_path, workdir, merged):
     assert again[str(merged.relative_to(workdir.parent))] == pytest.approx(
         first["aligned average, repaired"]
     )
-    before, after = saved.load(merged / "model"), saved.load(out / "model")
+    before, after = _saved.load(merged / "model"), _saved.load(out / "model")
     assert (before.name, before.data, before.input_shape) == (
         "mlp",
         "digits",
@@ -153,7 +153,7 @@ def test_without_matching_the_plain_average_is_saved(tmp_path, workdir):
 
 def fresh(name: str, seed: int = 0, n_classes: int = 10, **arguments) -> SavedModel:
     arguments = {"n_classes": n_classes, **arguments}
-    module = saved.build(name, arguments)
+    module = _saved.build(name, arguments)
     shapes = jax.eval_shape(
         lambda key, images: classifier.init(module, key, images),
         jax.random.key(0),
@@ -192,7 +192,7 @@ def test_pytorch_files_are_merged_and_batch_norm_is_recalibrated(tmp_path):
     )
     summary = run(options, quiet)
     assert summary["merged"] == "plain average, recalibrated"
-    result = saved.load(tmp_path / "out" / "model")
+    result = _saved.load(tmp_path / "out" / "model")
     assert result.module == models[0].module
     for path, leaf in flatten(result.variables["params"]).items():
         a, b = (flatten(model.variables["params"])[path] for model in models)
@@ -213,7 +213,7 @@ class Files:
         self.out = folder / "out"
 
     def save(self, name: str, model: SavedModel) -> str:
-        saved.save(self.folder / name / "model", model)
+        _saved.save(self.folder / name / "model", model)
         return str(self.folder / name)
 
     def write(self, name: str, content: bytes) -> str:
@@ -344,8 +344,8 @@ def test_what_fails_while_it_is_written_leaves_nothing(tmp_path, workdir, monkey
 
 def test_a_model_on_disk_is_what_it_was(tmp_path):
     model = fresh("mlp", hidden=[9, 7], dtype="bfloat16")
-    saved.save(tmp_path / "model", model)
-    loaded = saved.load(tmp_path / "model")
+    _saved.save(tmp_path / "model", model)
+    loaded = _saved.load(tmp_path / "model")
     assert loaded._replace(variables=None) == model._replace(variables=None)
     assert loaded.module == MODELS["mlp"](
         n_classes=10, hidden=(9, 7), dtype=jax.numpy.bfloat16
@@ -358,23 +358,23 @@ def test_leaves_that_are_not_the_architectures_are_named():
     model = fresh("mlp", hidden=[9])
     params = dict(model.variables["params"])
     del params["head"]
-    with pytest.raises(saved.SavedModelError, match="here lacks 'params/head/"):
-        saved.check(model._replace(variables={"params": params}), "here")
+    with pytest.raises(_saved.SavedModelError, match="here lacks 'params/head/"):
+        _saved.check(model._replace(variables={"params": params}), "here")
     params = {**model.variables["params"], "extra": np.zeros(2)}
-    with pytest.raises(saved.SavedModelError, match="'params/extra', which mlp"):
-        saved.check(model._replace(variables={"params": params}), "here")
-    with pytest.raises(saved.SavedModelError, match=r"is of shape \(64, 9\), but mlp"):
-        saved.check(model._replace(input_shape=(16, 16, 3)), "here")
+    with pytest.raises(_saved.SavedModelError, match="'params/extra', which mlp"):
+        _saved.check(model._replace(variables={"params": params}), "here")
+    with pytest.raises(_saved.SavedModelError, match=r"is of shape \(64, 9\), but mlp"):
+        _saved.check(model._replace(input_shape=(16, 16, 3)), "here")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, workdir):
-    with pytest.raises(saved.SavedModelError, match="holds no model"):
-        saved.load(tmp_path)
-    with pytest.raises(saved.SavedModelError, match="holds no model"):
-        saved.load(tmp_path / "nowhere")
+    with pytest.raises(_saved.SavedModelError, match="holds no model"):
+        _saved.load(tmp_path)
+    with pytest.raises(_saved.SavedModelError, match="holds no model"):
+        _saved.load(tmp_path / "nowhere")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(saved.SavedModelError, match="but not of a model"):
-        saved.load(workdir / "checkpoints")
+    with pytest.raises(_saved.SavedModelError, match="but not of a model"):
+        _saved.load(workdir / "checkpoints")
 
 
 @pytest.mark.parametrize(
@@ -386,8 +386,8 @@ def test_a_folder_without_a_model_is_refused(tmp_path, workdir):
     ],
 )
 def test_a_model_that_cannot_be_built_is_refused(name, arguments, message):
-    with pytest.raises(saved.SavedModelError, match=message):
-        saved.build(name, arguments)
+    with pytest.raises(_saved.SavedModelError, match=message):
+        _saved.build(name, arguments)
 
 
 # The command ==========================================================================

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dimat_jax.metrics import read_rows
+from dimat_jax._metrics import read_rows
 from experiments import report
 from experiments.runs import load
 from experiments.sweep import load_runs

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from dimat_jax.matching import assignment, solve_assignment
-from dimat_jax.matching.assignment import prefer_staying
+from dimat_jax.matching import _assignment, solve_assignment
+from dimat_jax.matching._assignment import prefer_staying
 
 
 def matrices(max_units: int) -> st.SearchStrategy[np.ndarray]:
@@ -61,7 +61,7 @@ def test_the_shortcut_is_scipys_answer_without_asking_it(n, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the rows' favourites are a permutation already")
 
-    monkeypatch.setattr(assignment, "linear_sum_assignment", refuse)
+    monkeypatch.setattr(_assignment, "linear_sum_assignment", refuse)
     solved = solve_assignment(scores)
     np.testing.assert_array_equal(solved, scipys)
     np.testing.assert_array_equal(solved, perm)

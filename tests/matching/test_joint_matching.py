@@ -19,8 +19,8 @@ from dimat_jax.matching import (
     weight_matching,
     weight_similarity,
 )
-from dimat_jax.matching.descent import worth
-from dimat_jax.matching.joint import all_pairs_together, synchronise
+from dimat_jax.matching._descent import worth
+from dimat_jax.matching._joint import all_pairs_together, synchronise
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.tree import flatten
 from tests.matching.networks import network, noisy, shuffled, spec_of

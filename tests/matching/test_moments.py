@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.matching.activation import (
+from dimat_jax.matching._activation import (
     Moments,
     centre,
     correlation,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dimat_jax import permutation
 from dimat_jax.matching import weight_matching, weight_similarity
-from dimat_jax.matching.descent import (
+from dimat_jax.matching._descent import (
     Known,
     PairPerms,
     Pairs,
@@ -23,8 +23,8 @@ from dimat_jax.matching.descent import (
     total_worth,
     worth,
 )
-from dimat_jax.matching.weight import construct
-from dimat_jax.matching.weight_scores import WeightScorer
+from dimat_jax.matching._weight import construct
+from dimat_jax.matching._weight_scores import WeightScorer
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import init
 from dimat_jax.permutation import PermutationSpec, PermutationSpecError

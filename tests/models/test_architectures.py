@@ -12,15 +12,15 @@ import pytest
 
 from dimat_jax import permutation
 from dimat_jax.models import MODELS, ModelError, permutation_spec
+from dimat_jax.models._norm import n_norm_groups
+from dimat_jax.models._settings import scaled
 from dimat_jax.models.classifier import (
     activations,
     batch_statistics,
     forward,
     init,
 )
-from dimat_jax.models.norm import n_norm_groups
 from dimat_jax.models.resnet import ResNet
-from dimat_jax.models.settings import scaled
 from dimat_jax.models.vgg import VGG
 from dimat_jax.permutation import PermutationSpecError, Product, group_sizes
 from dimat_jax.tree import flatten

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from dimat_jax.models import MODELS
-from dimat_jax.models.classifier import forward, init
-from dimat_jax.models.torch_import import (
+from dimat_jax.models._torch_import import (
     ARCHITECTURES,
     TorchImportError,
     from_torch,
@@ -21,6 +20,7 @@ from dimat_jax.models.torch_import import (
     infer_model,
     to_torch,
 )
+from dimat_jax.models.classifier import forward, init
 from dimat_jax.tree import PyTree, flatten, map_with_path
 
 # What PyTorch computes ================================================================

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dimat_jax.permutation import Axis, Concat, PermutationSpec, Product
-from dimat_jax.permutation.mistakes import mended, mistakes
-from dimat_jax.permutation.spec import Axes
+from dimat_jax.permutation._mistakes import mended, mistakes
+from dimat_jax.permutation._spec import Axes
 
 # Queries, keys and values of 2 heads, a stream of 6, and two norms of it.
 SHAPES = {"q": (6, 2, 3), "k": (6, 2, 3), "v": (6, 6), "out": (6, 6), "n1": 6, "n2": 6}

@@ -16,8 +16,8 @@ from jax import lax
 
 from dimat_jax import permutation
 from dimat_jax.permutation import Axis, Concat, PermutationSpec, Product, derive
-from dimat_jax.permutation.rules import RULES
-from dimat_jax.permutation.spec import Axes
+from dimat_jax.permutation._rules import RULES
+from dimat_jax.permutation._spec import Axes
 from tests.reference.symmetry import differences
 
 BATCH, INPUTS, UNITS = 4, 3, 6

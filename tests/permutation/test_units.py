@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.permutation.units import (
+from dimat_jax.permutation._units import (
     Known,
     Units,
     atoms,

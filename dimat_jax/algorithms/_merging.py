@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dimat_jax.algorithms.announcing import announcing
+from dimat_jax._stopwatch import Stopwatch
+from dimat_jax.algorithms._announcing import announcing
+from dimat_jax.algorithms._edges import (
+    ActivationMatcher,
+    EdgePerms,
+    WeightMatcher,
+    match_edges,
+)
+from dimat_jax.algorithms._frames import MEETINGS, same_frame
+from dimat_jax.algorithms._traffic import matching_bytes
 from dimat_jax.algorithms.base import (
     Algorithm,
     MergeData,
@@ -29,24 +38,15 @@ from dimat_jax.algorithms.base import (
     Variables,
     one_agent,
 )
-from dimat_jax.algorithms.edges import (
-    ActivationMatcher,
-    EdgePerms,
-    WeightMatcher,
-    match_edges,
-)
-from dimat_jax.algorithms.frames import MEETINGS, same_frame
 from dimat_jax.algorithms.local import LocalState, local_part, with_opt_state
-from dimat_jax.algorithms.traffic import matching_bytes
 from dimat_jax.compression import Compressor, none
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.errors import UserError
-from dimat_jax.matching.assignment import check_stay
+from dimat_jax.matching._assignment import check_stay
 from dimat_jax.merge import add_batch
 from dimat_jax.network import Network
 from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.placement import Placement
-from dimat_jax.stopwatch import Stopwatch
 from dimat_jax.tree import PyTree, nbytes, take
 
 __all__ = ["OptStatePolicy", "Recalibrator", "merging"]

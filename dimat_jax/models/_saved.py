@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dimat_jax.checkpoint import Checkpoints
+from dimat_jax._checkpoint import Checkpoints
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.models import MODELS, classifier
 from dimat_jax.tree import PyTree, flatten

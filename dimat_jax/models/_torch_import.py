@@ -37,7 +37,7 @@ from flax.traverse_util import unflatten_dict
 
 from dimat_jax.errors import nearest
 from dimat_jax.models import MODELS, classifier, permutation_spec
-from dimat_jax.models.state_dict import (
+from dimat_jax.models._state_dict import (
     TorchImportError,
     float32,
     listed,

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from dimat_jax.permutation.spec import Axis, Concat, Product
-from dimat_jax.permutation.units import Known, Units, atoms, factors, fix, product
+from dimat_jax.permutation._spec import Axis, Concat, Product
+from dimat_jax.permutation._units import Known, Units, atoms, factors, fix, product
 
 __all__ = ["declare", "fix_what_cannot_be_declared", "name_groups"]
 

@@ -13,16 +13,16 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 from jaxtyping import Array
 
-from dimat_jax.permutation.declare import (
+from dimat_jax.permutation._declare import (
     declare,
     fix_what_cannot_be_declared,
     name_groups,
 )
-from dimat_jax.permutation.spec import PermutationSpec, PermutationSpecError
-from dimat_jax.permutation.taps import Tap, choose_taps, show
-from dimat_jax.permutation.trace import Trace, Value, constant
-from dimat_jax.permutation.units import Axes, Known, Units, fix, fixed_axes, unknown
-from dimat_jax.permutation.watch import watch
+from dimat_jax.permutation._spec import PermutationSpec, PermutationSpecError
+from dimat_jax.permutation._taps import Tap, choose_taps, show
+from dimat_jax.permutation._trace import Trace, Value, constant
+from dimat_jax.permutation._units import Axes, Known, Units, fix, fixed_axes, unknown
+from dimat_jax.permutation._watch import watch
 from dimat_jax.tree import PyTree, flatten
 
 __all__ = ["derive"]

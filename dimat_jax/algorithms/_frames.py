@@ -19,9 +19,9 @@ import networkx as nx
 import numpy as np
 
 from dimat_jax import permutation
+from dimat_jax.algorithms._edges import EdgePerms, Edges, waves
 from dimat_jax.algorithms.base import Algorithm, State
-from dimat_jax.algorithms.edges import EdgePerms, Edges, waves
-from dimat_jax.matching.descent import PairPerms, Pairs
+from dimat_jax.matching._descent import PairPerms, Pairs
 from dimat_jax.mixing import mix
 from dimat_jax.network import Network
 from dimat_jax.permutation import Perms

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms.base import MergeData
 from dimat_jax.data.pipeline import Samples
-from dimat_jax.matching.activation import (
+from dimat_jax.matching._activation import (
     Activations,
     ActivationScorer,
     TapMoments,
@@ -27,7 +28,7 @@ from dimat_jax.matching.activation import (
     tap_units,
     update_taps,
 )
-from dimat_jax.matching.descent import (
+from dimat_jax.matching._descent import (
     PairPerms,
     Pairs,
     Solver,
@@ -35,9 +36,9 @@ from dimat_jax.matching.descent import (
     every_pair_alone,
     identities,
 )
-from dimat_jax.matching.joint import all_pairs_together
-from dimat_jax.matching.weight import check_restarts, match_by_weights
-from dimat_jax.matching.weight_scores import (
+from dimat_jax.matching._joint import all_pairs_together
+from dimat_jax.matching._weight import check_restarts, match_by_weights
+from dimat_jax.matching._weight_scores import (
     WeightScorer,
     included,
     not_running_statistics,
@@ -48,7 +49,6 @@ from dimat_jax.permutation import (
     group_sizes,
 )
 from dimat_jax.placement import Placement
-from dimat_jax.stopwatch import Stopwatch
 from dimat_jax.tree import PyTree, take
 
 __all__ = [

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from dimat_jax.permutation.actions import Perms, apply, identity, random
-from dimat_jax.permutation.derive import derive
-from dimat_jax.permutation.mistakes import Mistake, mended, mistakes
-from dimat_jax.permutation.spec import (
+from dimat_jax.permutation._actions import Perms, apply, identity, random
+from dimat_jax.permutation._derive import derive
+from dimat_jax.permutation._mistakes import Mistake, mended, mistakes
+from dimat_jax.permutation._spec import (
     PermutationSpec,
     PermutationSpecError,
     axis_groups,

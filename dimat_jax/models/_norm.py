@@ -12,8 +12,8 @@ import flax.linen as nn
 from jaxtyping import Array, Bool
 
 from dimat_jax.permutation import Axis, Product
-from dimat_jax.permutation.layers import batch_norm, group_norm, layer_norm
-from dimat_jax.permutation.spec import Axes
+from dimat_jax.permutation._layers import batch_norm, group_norm, layer_norm
+from dimat_jax.permutation._spec import Axes
 
 __all__ = [
     "EPSILON",

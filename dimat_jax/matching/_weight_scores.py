@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dimat_jax.matching.blocks import Block, cut_blocks, take_block
-from dimat_jax.matching.descent import Known, PairPerms, Pairs
+from dimat_jax.matching._blocks import Block, cut_blocks, take_block
+from dimat_jax.matching._descent import Known, PairPerms, Pairs
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.tree import PyTree, flatten, take
 

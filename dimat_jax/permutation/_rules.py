@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dimat_jax.permutation import index_rules
-from dimat_jax.permutation.units import (
+from dimat_jax.permutation import _index_rules
+from dimat_jax.permutation._units import (
     Axes,
     Known,
     concatenate,
@@ -318,7 +318,7 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         [f"scatter{kind}" for kind in ("", "-add", "-sub", "-mul", "-min", "-max")],
-        index_rules.scatter,
+        _index_rules.scatter,
     ),
     # What is shown to people alone.
     **dict.fromkeys(["debug_callback", "debug_print"], _passes_nothing),
@@ -327,20 +327,20 @@ RULES: dict[str, Rule] = {
     "concatenate": _concatenate,
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,
-    "dynamic_slice": index_rules.dynamic_slice,
-    "dynamic_update_slice": index_rules.dynamic_update_slice,
-    "gather": index_rules.gather,
+    "dynamic_slice": _index_rules.dynamic_slice,
+    "dynamic_update_slice": _index_rules.dynamic_update_slice,
+    "gather": _index_rules.gather,
     "iota": _iota,
     "pad": _pad,
     "reshape": _reshape,
     "rev": _rev,
     "slice": _slice,
-    "sort": index_rules.sort,
+    "sort": _index_rules.sort,
     "split": _split,
     "squeeze": _squeeze,
     "stack": _stack,
     "tile": _tile,
-    "top_k": index_rules.top_k,
+    "top_k": _index_rules.top_k,
     "transpose": _transpose,
     "unstack": _unstack,
 }

@@ -14,7 +14,7 @@ import jax
 from jaxtyping import Array
 
 from dimat_jax.permutation import Axis, Concat, PermutationSpecError, Product
-from dimat_jax.permutation.spec import Axes
+from dimat_jax.permutation._spec import Axes
 
 __all__ = ["Block", "cut_blocks", "take_block"]
 

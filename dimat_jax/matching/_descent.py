@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float, Int, Int32
 
-from dimat_jax.matching.assignment import prefer_staying, solve_assignment
+from dimat_jax.matching._assignment import prefer_staying, solve_assignment
 
 __all__ = [
     "Known",

@@ -15,8 +15,8 @@ import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 
-from dimat_jax.permutation.rules import RULES
-from dimat_jax.permutation.units import (
+from dimat_jax.permutation._rules import RULES
+from dimat_jax.permutation._units import (
     Axes,
     atoms,
     fix,

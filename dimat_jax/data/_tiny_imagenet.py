@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dimat_jax.data.cache import cached
-from dimat_jax.data.dataset import (
+from dimat_jax.data._cache import cached
+from dimat_jax.data._dataset import (
     DataError,
     Dataset,
     Split,

@@ -5,7 +5,7 @@ What an index names are places along an axis, so that axis is fixed. All else ma
 
 from typing import Any
 
-from dimat_jax.permutation.units import Axes, fix, fixed, same
+from dimat_jax.permutation._units import Axes, fix, fixed, same
 
 __all__ = [
     "dynamic_slice",

@@ -9,8 +9,8 @@ import networkx as nx
 import numpy as np
 from jaxtyping import Int
 
-from dimat_jax.algorithms.edges import Edges
-from dimat_jax.algorithms.frames import spanning_forest
+from dimat_jax.algorithms._edges import Edges
+from dimat_jax.algorithms._frames import spanning_forest
 from dimat_jax.topology import Adjacency
 
 __all__ = ["matching_bytes"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from dimat_jax.data.dataset import Dataset, Split, mean_std
+from dimat_jax.data._dataset import Dataset, Split, mean_std
 
 __all__ = ["cached", "user_cache"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dimat_jax.data.cache import cached
-from dimat_jax.data.dataset import (
+from dimat_jax.data._cache import cached
+from dimat_jax.data._dataset import (
     DataError,
     Dataset,
     Split,

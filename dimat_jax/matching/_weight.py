@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from dimat_jax.matching.assignment import check_stay
-from dimat_jax.matching.descent import (
+from dimat_jax.matching._assignment import check_stay
+from dimat_jax.matching._descent import (
     Known,
     PairPerms,
     Pairs,
@@ -25,7 +25,7 @@ from dimat_jax.matching.descent import (
     identities,
     improve,
 )
-from dimat_jax.matching.weight_scores import (
+from dimat_jax.matching._weight_scores import (
     Include,
     WeightScorer,
     dot,

@@ -6,7 +6,7 @@ Each function returns entries for `PermutationSpec(axes=...)`; merge them with `
 
 from collections.abc import Iterable
 
-from dimat_jax.permutation.spec import Axes, Axis, Product
+from dimat_jax.permutation._spec import Axes, Axis, Product
 
 __all__ = [
     "batch_norm",

@@ -21,11 +21,11 @@ import networkx as nx
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key
 
-from dimat_jax.matching.activation import Activations, match_activations
-from dimat_jax.matching.assignment import solve_assignment
-from dimat_jax.matching.descent import PairPerms, Pairs, Solver, worth
-from dimat_jax.matching.weight import match_weights
-from dimat_jax.matching.weight_scores import Include, not_running_statistics
+from dimat_jax.matching._activation import Activations, match_activations
+from dimat_jax.matching._assignment import solve_assignment
+from dimat_jax.matching._descent import PairPerms, Pairs, Solver, worth
+from dimat_jax.matching._weight import match_weights
+from dimat_jax.matching._weight_scores import Include, not_running_statistics
 from dimat_jax.permutation import Perms, PermutationSpec, identity
 from dimat_jax.tree import PyTree
 

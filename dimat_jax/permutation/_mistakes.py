@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dimat_jax.permutation.spec import (
+from dimat_jax.permutation._spec import (
     Axis,
     Concat,
     PermutationSpec,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32, Key
 
-from dimat_jax.permutation.spec import (
+from dimat_jax.permutation._spec import (
     Axis,
     Concat,
     PermutationSpec,

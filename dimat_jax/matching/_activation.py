@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dimat_jax.matching.assignment import check_stay
-from dimat_jax.matching.blocks import cut_blocks
-from dimat_jax.matching.descent import (
+from dimat_jax.matching._assignment import check_stay
+from dimat_jax.matching._blocks import cut_blocks
+from dimat_jax.matching._descent import (
     Known,
     PairPerms,
     Pairs,

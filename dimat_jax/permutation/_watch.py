@@ -7,7 +7,7 @@ import jax
 import jax.extend as jex
 from jaxtyping import Array
 
-from dimat_jax.permutation.trace import Jaxpr, Place, called_by
+from dimat_jax.permutation._trace import Jaxpr, Place, called_by
 
 __all__ = ["watch"]
 

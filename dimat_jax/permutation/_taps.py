@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dimat_jax.permutation.spec import Axes, Axis, Concat, axis_groups
-from dimat_jax.permutation.trace import Place, Trace, Value
-from dimat_jax.permutation.units import Known
+from dimat_jax.permutation._spec import Axes, Axis, Concat, axis_groups
+from dimat_jax.permutation._trace import Place, Trace, Value
+from dimat_jax.permutation._units import Known
 
 __all__ = ["Tap", "choose_taps", "show"]
 
