@@ -45,7 +45,7 @@ __all__ = [
     "ConfigError",
     "check",
     "default_config",
-    "substance",
+    "result_fields",
 ]
 
 # Where things are, how fast they go and what is kept. These fields change no result:
@@ -235,7 +235,7 @@ def check(config: Config) -> None:
         )
 
 
-def substance(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def result_fields(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """A config's fields by dotted path, without `CIRCUMSTANCES`.
 
     Args:
@@ -248,7 +248,7 @@ def substance(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if path in CIRCUMSTANCES:
             continue
         flat |= (
-            substance(value, f"{path}.") if isinstance(value, dict) else {path: value}
+            result_fields(value, f"{path}.") if isinstance(value, dict) else {path: value}
         )
     return flat
 

@@ -31,7 +31,7 @@ from dimat_jax._metrics import MetricsWriter, read_rows, write_json
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms import ALIGNING, Algorithm
 from dimat_jax.algorithms.base import State, Variables
-from dimat_jax.config import Config, ConfigError, default_config, substance
+from dimat_jax.config import Config, ConfigError, default_config, result_fields
 from dimat_jax.data.partition import class_counts, table
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.evaluate import Evaluation
@@ -408,7 +408,7 @@ def _read_config(path: Path) -> Config:
     config = default_config()
     try:
         fields = json.loads(path.read_text())
-        unknown = substance(fields).keys() - substance(_as_dict(config)).keys()
+        unknown = result_fields(fields).keys() - result_fields(_as_dict(config)).keys()
         if unknown:
             raise ValueError(f"there are no fields {', '.join(sorted(unknown))}")
         config.update(fields)
@@ -426,10 +426,10 @@ def _check_workdir(config: Config, workdir: Path) -> None:
             raise ConfigError(f"{workdir} is no fresh folder, and has no config.json")
         return
     try:
-        there = substance(json.loads(path.read_text()))
+        there = result_fields(json.loads(path.read_text()))
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    here = substance(_as_dict(config))
+    here = result_fields(_as_dict(config))
     differing = [
         f"{field} ({there.get(field)!r} there, {here.get(field)!r} here)"
         for field in sorted(there.keys() | here.keys())
@@ -450,7 +450,7 @@ def _shared_agents(experiment: Experiment) -> Path | None:
     parts = ("data.", "augmentation.", "model.", "pretrain.", "seed", "init")
     fields = {
         field: value
-        for field, value in substance(_as_dict(config)).items()
+        for field, value in result_fields(_as_dict(config)).items()
         if field.startswith(parts)
     }
     fields |= {

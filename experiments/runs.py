@@ -19,7 +19,7 @@ from dimat_jax.algorithms import (
     needs,
 )
 from dimat_jax.compression import COMPRESSORS
-from dimat_jax.config import default_config, substance
+from dimat_jax.config import default_config, result_fields
 from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.errors import UserError
 from dimat_jax.topology import TOPOLOGIES
@@ -181,7 +181,7 @@ def _read(directories: Sequence[str | Path]) -> tuple[Frame, Frame]:
     Fields that the config of an older run lacks have their defaults.
     """
     frames, configs = [], {}
-    defaults = substance(json.loads(default_config().to_json()))
+    defaults = result_fields(json.loads(default_config().to_json()))
     for directory in map(Path, directories):
         runs = [
             path.parent
@@ -194,7 +194,7 @@ def _read(directories: Sequence[str | Path]) -> tuple[Frame, Frame]:
         for run in sorted(runs, key=lambda run: (run / "config.json").stat().st_mtime):
             if rows := read_rows(run):  # a run that has just started has none
                 config = json.loads((run / "config.json").read_text())
-                fields = defaults | substance(config)
+                fields = defaults | result_fields(config)
                 configs[str(run)] = {name: str(value) for name, value in fields.items()}
                 frames.append(_evaluations(rows).assign(run=str(run)))
     if not frames:
