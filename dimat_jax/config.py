@@ -248,7 +248,9 @@ def result_fields(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if path in CIRCUMSTANCES:
             continue
         flat |= (
-            result_fields(value, f"{path}.") if isinstance(value, dict) else {path: value}
+            result_fields(value, f"{path}.")
+            if isinstance(value, dict)
+            else {path: value}
         )
     return flat
 
