@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dimat_jax.permutation import Axis, Concat, PermutationSpec, Product
-from dimat_jax.permutation._mistakes import mended, mistakes
+from dimat_jax.permutation._mistakes import correct_spec, find_mistakes
 from dimat_jax.permutation._spec import Axes
 
 # Queries, keys and values of 2 heads, a stream of 6, and two norms of it.
@@ -25,13 +25,13 @@ SIZES = {"v": 3}
 def said_of(axes: dict[str, Axes], derived: dict[str, Axes] = DERIVED) -> set:
     sizes = {"v": 3} if "v" in PermutationSpec(axes).groups else {}
     declared = PermutationSpec(axes, sizes=sizes)
-    found = mistakes(declared, PermutationSpec(derived, sizes=SIZES), VARIABLES)
+    found = find_mistakes(declared, PermutationSpec(derived, sizes=SIZES), VARIABLES)
     for mistake in found:
         assert mistake.declared == axes[mistake.leaf][mistake.dimension]
     # Mended, there is nothing left to say.
-    again = mended(declared, found)
+    again = correct_spec(declared, found)
     again = PermutationSpec(again.axes, sizes={g: 3 for g in again.groups if g == "v"})
-    assert not mistakes(again, PermutationSpec(derived, sizes=SIZES), VARIABLES)
+    assert not find_mistakes(again, PermutationSpec(derived, sizes=SIZES), VARIABLES)
     return {(mistake.leaf, mistake.dimension, mistake.right) for mistake in found}
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat_jax.permutation._units import (
-    Known,
+    AxisUnits,
     Units,
     atoms,
     concatenate,
@@ -40,7 +40,7 @@ class Permutations:
         self._rng = np.random.default_rng(seed)
         self._of: dict[Units, np.ndarray] = {}
 
-    def of(self, axis: Known, size: int) -> np.ndarray:
+    def of(self, axis: AxisUnits, size: int) -> np.ndarray:
         if axis is None:
             assert size <= 1
             return np.arange(size)
@@ -102,8 +102,8 @@ def lessons(draw):
 @given(lessons())
 def test_all_that_was_learnt_holds_for_every_permutation(lesson):
     size, n_axes, steps = lesson
-    axes: list[Known] = [units(size) for _ in range(n_axes)]
-    pieces: list[tuple[Known, int]] = []
+    axes: list[AxisUnits] = [units(size) for _ in range(n_axes)]
+    pieces: list[tuple[AxisUnits, int]] = []
     learnt = []
     for kind, n, detail in steps:
         axis = axes[n]
@@ -145,7 +145,7 @@ def test_all_that_was_learnt_holds_for_every_permutation(lesson):
 # Structures ===========================================================================
 
 
-def groups(*axes: Known) -> list[int]:
+def groups(*axes: AxisUnits) -> list[int]:
     """The sizes of the different groups on these axes."""
     return [
         atom.size for atom in dict.fromkeys(a for axis in axes for a in atoms(axis))
