@@ -1,4 +1,4 @@
-"""Tiny ImageNet (200 classes, 64 x 64), as its authors publish it."""
+"""Reads Tiny ImageNet (200 classes, 64 x 64 pixels) as its authors publish it."""
 
 import collections
 import os
@@ -20,18 +20,20 @@ from dimat_jax.data._dataset import (
 
 __all__ = ["read"]
 
-_NAME = "tiny-imagenet-200"  # of the zip and of the folder in it
+# The name of the zip, and of the folder within it.
+_NAME = "tiny-imagenet-200"
 
 
 def read(directory: str | None, cache_dir: str | None) -> Dataset:
-    """Reads the zip or the unpacked folder; the validation images are for testing.
+    """Reads the zip or the unpacked folder. The validation images are the test split.
 
     Args:
-        directory: the authors' zip, the unpacked folder, or a folder that holds either.
-        cache_dir: as of `cached`.
+        directory: the authors' zip, the unpacked folder, or a folder that holds one of
+            them.
+        cache_dir: the folder of the cache, as for `cached`.
 
     Raises:
-        DataError: `directory` is None, or the data are not there or malformed.
+        DataError: `directory` is None, or the data are missing or malformed.
     """
     if directory is None:
         raise DataError(
@@ -69,7 +71,13 @@ def _decode(root: Path, files: Sequence[Path]) -> tuple[Split, Split, int]:
 def _splits(
     root: Path, names: Collection[str], read_member: Callable[[str], bytes]
 ) -> tuple[Split, Split, int]:
-    """Both splits and the number of classes, from the files' names and contents."""
+    """Decodes both splits and counts the classes.
+
+    Args:
+        root: the zip or the folder, for error messages.
+        names: the names of all files, relative to the data set's folder.
+        read_member: returns the content of the file with a name.
+    """
 
     def lines(name: str) -> list[str]:
         text = read_member(name).decode().strip() if name in names else ""

@@ -32,19 +32,17 @@ __all__ = [
     "random",
 ]
 
-AnyArray = Array | np.ndarray
-"""An array on a device or on the host."""
-
 Perms = dict[str, Int32[Array, " units"]]
 """A permutation for each group.
 
 `perms[group][u]` is the permutee's unit that lands on the reference's unit `u`.
 """
 
+AnyPerms = Mapping[str, Array | np.ndarray]
+"""Permutations as arguments: they may also lie on the host, with any integer dtype."""
 
-def apply(
-    spec: PermutationSpec, perms: Mapping[str, AnyArray], variables: PyTree
-) -> PyTree:
+
+def apply(spec: PermutationSpec, perms: AnyPerms, variables: PyTree) -> PyTree:
     """Permutes the units of a network: `jnp.take(w, perm, axis)` on every axis.
 
     Args:
@@ -75,9 +73,9 @@ def apply(
 
 
 def permute_leaf(
-    axes: tuple[Axis, ...], perms: Mapping[str, AnyArray], leaf: AnyArray
-) -> AnyArray:
-    """Permutes one array, whose dimensions `axes` describes.
+    axes: tuple[Axis, ...], perms: AnyPerms, leaf: Array | np.ndarray
+) -> Array | np.ndarray:
+    """Permutes one array whose dimensions are described by `axes`.
 
     Raises:
         PermutationSpecError: the array has another number of dimensions than `axes`,
@@ -99,7 +97,7 @@ def permute_leaf(
     return leaf
 
 
-def _axis_indices(axis: Axis, perms: Mapping[str, AnyArray], size: int) -> Array:
+def _axis_indices(axis: Axis, perms: AnyPerms, size: int) -> Array:
     """For each index of an axis, the index that its content comes from: int32[size]."""
     match axis:
         case str():
@@ -146,12 +144,12 @@ def random(spec: PermutationSpec, variables: PyTree, key: Key[Array, ""]) -> Per
     }
 
 
-def invert(perms: Mapping[str, AnyArray]) -> Perms:
+def invert(perms: AnyPerms) -> Perms:
     """The permutations that undo `perms`."""
     return {group: jnp.argsort(perm).astype(jnp.int32) for group, perm in perms.items()}
 
 
-def compose(first: Mapping[str, AnyArray], then: Mapping[str, Any]) -> Perms:
+def compose(first: AnyPerms, then: AnyPerms) -> Perms:
     """Composes two permutations: `compose(first, then)[u] = first[then[u]]`.
 
     `apply(spec, compose(first, then), x)` is

@@ -386,7 +386,7 @@ def test_what_was_derived_of_an_unseen_model_is_verified(name):
     verify(spec, model.forward, model.variables, model.inputs, jax.random.key(0))
 
 
-def distance(units: jax.Array, others: jax.Array) -> float:
+def distance(units: jax.Array, others: jax.Array | np.ndarray) -> float:
     """The largest difference, relative to the largest entry."""
     return float(jnp.abs(units - others).max() / jnp.abs(others).max())
 
