@@ -114,11 +114,11 @@ def test_an_unknown_name_gets_the_nearest_and_all():
 
 
 def write_tfds(data_dir: Path, version: str = "3.0.2", n: int = 12) -> Path:
-    """Writes a data set of random pixels in tfds's format, without TensorFlow."""
+    """Writes a data set of random pixels in the format of tfds, without TensorFlow."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-    # Typed as Any, since protobuf makes the messages at import time.
+    # The type is Any, because protobuf makes the messages at import time.
     example_proto: Any = tf_example_pb2
     proto: Any = tf_feature_pb2
 
@@ -236,7 +236,7 @@ def test_missing_cifar_says_where_and_how_to_prepare_it(tmp_path):
     with pytest.raises(DataError, match=prepare):
         load("cifar10", directory=str(tmp_path))
 
-    # As tfds's default format, TFRecord, would look.
+    # This is how TFRecord, the default format of tfds, would look.
     folder = write_tfds(tmp_path)
     test = folder / "cifar10-test.array_record-00000-of-00001"
     test.rename(folder / "cifar10-test.tfrecord-00000-of-00001")
@@ -291,7 +291,7 @@ WNIDS = ["n02", "n01"]
 
 
 def tiny_members() -> dict[str, bytes]:
-    """Two classes with two training images each, one greyscale, and one for test."""
+    """Two classes with two training images each (one greyscale) and a test image."""
     rng = np.random.default_rng(0)
     members = {"wnids.txt": "\n".join(WNIDS).encode()}
     for wnid in WNIDS:
@@ -411,16 +411,16 @@ def test_the_real_tiny_imagenet_is_read(data_dir, data_cache):
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[str]:
-    """What has been decoded, one entry for each image."""
-    seen = []
+    """Records the decoded images, with one entry for each."""
+    images = []
     decode = _tiny_imagenet.decode_image
 
-    def spy(data, shape, where):
-        seen.append(where)
+    def decode_and_record(data, shape, where):
+        images.append(where)
         return decode(data, shape, where)
 
-    monkeypatch.setattr(_tiny_imagenet, "decode_image", spy)
-    return seen
+    monkeypatch.setattr(_tiny_imagenet, "decode_image", decode_and_record)
+    return images
 
 
 def test_a_second_load_decodes_nothing(tiny, tmp_path, decoded):
