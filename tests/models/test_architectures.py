@@ -225,7 +225,7 @@ def test_imagenet_resnets_have_as_many_parameters_as_torchvisions(name, publishe
 @pytest.mark.parametrize(
     ("name", "layers", "published"),
     [
-        # The numbers of parameters that He et al. (2016) state, in millions, for shortcuts
+        # He et al. (2016) state these numbers of parameters, in millions, for shortcuts
         # without parameters.
         ("resnet20", 20, 0.27),
         ("resnet32", 32, 0.46),
