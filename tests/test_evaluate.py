@@ -110,7 +110,7 @@ def test_evaluating_again_starts_from_nothing(placement):
     again = evaluator(placement.put(agents(0)))
     np.testing.assert_array_equal(again.accuracy, first.accuracy)
     np.testing.assert_array_equal(again.loss, first.loss)
-    assert len(traces) == n_traces  # and compiles nothing
+    assert len(traces) == n_traces  # nothing was compiled again
 
 
 def test_a_filled_up_entry_that_is_not_finite_counts_nowhere(placement):

@@ -34,11 +34,9 @@ from dimat_jax.topology import TOPOLOGIES
 
 ROOT = Path(__file__).parents[1]
 N_AGENTS = 5
-DEVICES = [
-    1,
-    2,
-    5,
-]  # Five agents on one device, on two devices with an empty slot, and on one device each.
+# Five agents share one device, share two devices with a slot left over, or have a
+# device each.
+DEVICES = [1, 2, 5]
 BATCHINGS: list[Batching] = ["vmap", "unroll"]
 N_STEPS = 20
 
@@ -173,7 +171,7 @@ def compute(placement: Placement) -> dict[str, np.ndarray]:
 def compute_all(n_devices: int, out: str) -> None:
     request_cpu_devices(n_devices)
     assert jax.device_count() == n_devices
-    assert place(2).mesh.size == min(2, n_devices)  # never more devices than agents
+    assert place(2).mesh.size == min(2, n_devices)  # at most one device for each agent
     results = {}
     for batching in BATCHINGS:
         placement = place(N_AGENTS, batching=batching)
@@ -335,7 +333,7 @@ def test_gather_gives_arrays_that_no_later_step_overwrites(placement):
     assert not np.shares_memory(gathered, np.asarray(stacked))
     jax.jit(lambda x: x + 1, donate_argnums=0)(stacked)
     np.testing.assert_array_equal(gathered, [0, 1, 2])
-    gathered[0] = 5  # and that may be written to
+    gathered[0] = 5  # the array may be written to
 
 
 def test_replicated_trees_keep_shapes_and_dtypes(placement):

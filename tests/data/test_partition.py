@@ -42,7 +42,8 @@ def test_the_seed_alone_decides(name, labels, n_agents, seed):
     first = PARTITIONS[name](labels, n_agents, seed=seed)
     drawn = np.random.random()
     np.random.seed(0)
-    assert drawn == np.random.random()  # the global state was left alone
+    # The partition has not used NumPy's global state.
+    assert drawn == np.random.random()
     np.random.seed(1)
     second = PARTITIONS[name](labels, n_agents, seed=seed)
     for a, b in zip(first, second, strict=True):

@@ -269,7 +269,8 @@ def test_a_reader_compiles_once_however_many_samples_it_makes(
 
     read_all()
     once = len(traces)
-    assert once == 1 + 3  # the shared program, and the agents unrolled in the other
+    # The shared program is traced once, the other for each of the unrolled agents.
+    assert once == 1 + 3
     read_all()
     assert len(traces) == once
 

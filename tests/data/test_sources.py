@@ -57,7 +57,7 @@ def test_digits_are_split_evenly_in_every_class():
     assert np.all(np.abs(test - (train + test) / 5) < 1)
     pixels = [s.images.reshape(-1, 64) for s in (data.train, data.test)]
     both = np.concatenate(pixels)
-    assert len(np.unique(both, axis=0)) == 1797  # so no sample is in both splits
+    assert len(np.unique(both, axis=0)) == 1797  # no sample is in both splits
 
 
 def test_statistics_are_those_of_the_full_training_split():
