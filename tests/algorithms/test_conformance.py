@@ -86,7 +86,7 @@ def value(x, statistics, batch):
 @functools.cache
 def own_step(optimizer_name: str):
     """A step of optax, without anything of ours but the optimizer and the loss."""
-    tx = OPTIMIZERS[optimizer_name](learning_rate, momentum=0.9, weight_decay=0.0)
+    tx = OPTIMIZERS[optimizer_name](learning_rate)
 
     @jax.jit
     def step(x, statistics, opt_state, batch):

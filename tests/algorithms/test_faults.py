@@ -11,6 +11,7 @@ from configs import quickstart
 from dimat_jax import train
 from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHMS
+from dimat_jax.config import drop_unread
 from dimat_jax.network import NetworkError
 
 N_AGENTS = 5
@@ -61,10 +62,8 @@ def faulty(algorithm: str, pretrained: Path, **changes: Any):
         **FAULTS,
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
-    if algorithm not in ON_GRAPHS:
-        del fields["faults.edge_loss"]
     config.update_from_flattened_dict(fields)
-    return config
+    return drop_unread(config)
 
 
 def without_times(rows: list[dict]) -> list[dict]:
