@@ -23,7 +23,6 @@ __all__ = [
     "Links",
     "Network",
     "NetworkError",
-    "static",
 ]
 
 
@@ -43,14 +42,8 @@ class Network(NamedTuple):
     present: Bool[Array | np.ndarray, " agents"]
 
 
-def static(mixing_matrix: MixingMatrix, adjacency: Adjacency, slots: int) -> Network:
-    """The same network every round, filled up to `slots` with agents who are absent."""
-    return _filled_up(
-        mixing_matrix, adjacency, np.ones(len(adjacency), bool), slots=slots
-    )
-
-
 def _filled_up(W, active_edges, present, *, slots: int) -> Network:
+    """A network that is filled up to `slots` with agents that are absent."""
     n_agents = len(present)
     full_W = np.eye(slots, dtype=np.float32)
     full_W[:n_agents, :n_agents] = W

@@ -337,10 +337,8 @@ def test_the_training_step_compiles_once():
     )
     state = algorithm.init(experiment.initial_variables())
 
-    def network_at(step):
-        return experiment.network_at_step(step, 1)
-
-    state, _ = trainer.train(state, 0, 3, network_at)
+    networks = [experiment.network_at_step(step, 1) for step in range(3)]
+    state, _ = trainer.train(state, 0, networks)
     for number in (1, 2):
         state, _ = algorithm.communicate(
             state,
@@ -348,7 +346,7 @@ def test_the_training_step_compiles_once():
             experiment.network_at_round(number),
             experiment.key("communicate"),
         )
-        state, _ = trainer.train(state, 3 * number, 3, network_at)
+        state, _ = trainer.train(state, 3 * number, networks)
     step: Any = trainer._step
     assert step._cache_size() == 1
 
@@ -370,9 +368,8 @@ def test_agents_with_small_shards_follow_the_schedule_of_all(tmp_path):
     )
     state = experiment.algorithm.init(experiment.initial_variables())
     steps = experiment.sampler.steps_per_epoch
-    state, _ = trainer.train(
-        state, 0, steps, lambda step: experiment.network_at_step(step, 1)
-    )
+    networks = [experiment.network_at_step(step, 1) for step in range(steps)]
+    state, _ = trainer.train(state, 0, networks)
     clocks = optax.tree.get(
         state, "count", filtering=lambda path, _: "ScaleBySchedule" in str(path)
     )

@@ -12,10 +12,22 @@ from absl import logging
 
 from dimat_jax.data._dataset import Dataset, Split, mean_std
 
-__all__ = ["cached", "user_cache"]
+__all__ = ["Decoded", "cached", "user_cache"]
 
-_FORMAT = "1"  # to be changed with what the cache stores
-_FIELDS = "train_images train_labels test_images test_labels n_classes mean std".split()
+_FORMAT = "2"  # It changes whenever the stored fields do.
+_FIELDS = (
+    "train_images",
+    "train_labels",
+    "test_images",
+    "test_labels",
+    "n_classes",
+    "mean",
+    "std",
+    "class_names",  # This array is empty if the names are not known.
+)
+
+Decoded = tuple[Split, Split, int, tuple[str, ...] | None]
+"""The training split, the test split, the number of classes and the classes' names."""
 
 
 def user_cache() -> Path:
@@ -29,7 +41,7 @@ def cached(
     root: Path,
     files: Sequence[Path],
     cache_dir: str | None,
-    decode: Callable[[], tuple[Split, Split, int]],
+    decode: Callable[[], Decoded],
 ) -> Dataset:
     """What `decode()` gives, or gave when it last saw the same files.
 
@@ -40,7 +52,7 @@ def cached(
         files: what is decoded.
         cache_dir: where arrays are kept; None means `user_cache()`. If it cannot be
             written, a warning is logged.
-        decode: gives the training split, the test split and the number of classes.
+        decode: A function that decodes the files.
     """
     digest = hashlib.sha256(_FORMAT.encode())
     for file in files:
@@ -53,8 +65,10 @@ def cached(
     arrays = _read(folder)
     if arrays is None:
         logging.info("Decoding %s, to be kept in %s", name, folder)
-        train, test, n_classes = decode()
-        stored = [*train, *test, np.array(n_classes), *mean_std(train.images)]
+        train, test, n_classes, names = decode()
+        mean, std = mean_std(train.images)
+        names = np.array(names or (), np.str_)
+        stored = [*train, *test, np.array(n_classes), mean, std, names]
         try:
             _write(folder, stored)
         except OSError as error:
@@ -62,9 +76,10 @@ def cached(
             arrays = stored
         else:  # mapped arrays cost no memory, and processes share them
             arrays = _read(folder) or stored
-    *splits, n_classes, mean, std = arrays
+    *splits, n_classes, mean, std, names = arrays
     train, test = Split(*splits[:2]), Split(*splits[2:])
-    return Dataset(name, train, test, int(n_classes), mean, std)
+    class_names = tuple(names.tolist()) or None
+    return Dataset(name, train, test, int(n_classes), mean, std, class_names)
 
 
 def _read(folder: Path) -> list[np.ndarray] | None:

@@ -22,8 +22,15 @@ class Split(NamedTuple):
 class Dataset(NamedTuple):
     """A data set with the statistics that normalise it.
 
-    `mean` and `std` are those of the full training split, in the units of the stored
-    pixels: 0 to 255, or 0 to 16 for the digits.
+    Attributes:
+        name: Its name in `SOURCES`.
+        train: The training split.
+        test: The test split.
+        n_classes: The number of classes.
+        mean: The mean of each channel over the full training split, in the units of the
+            stored pixels: 0 to 255, or 0 to 16 for the digits.
+        std: The standard deviation of each channel, likewise.
+        class_names: The name of each class; None if the source does not have them.
     """
 
     name: str
@@ -32,6 +39,7 @@ class Dataset(NamedTuple):
     n_classes: int
     mean: Float32[np.ndarray, " channels"]
     std: Float32[np.ndarray, " channels"]
+    class_names: tuple[str, ...] | None = None
 
 
 class DataError(UserError):
