@@ -102,6 +102,8 @@ class Ledger:
                 are booked together, which is much faster.
         """
         message = self._sizes(messages).step
+        if not message:
+            return
         by_id = {id(network): network for network in networks}
         for network_id, steps in Counter(map(id, networks)).items():
             links = self._links(by_id[network_id].active_edges)

@@ -106,8 +106,10 @@ def test_a_directory_that_is_only_read_stays_as_it_is(opened, tmp_path):
     paths = [tmp_path, *tmp_path.rglob("*")]
     before = [path.stat().st_mtime_ns for path in paths]
     reader = Checkpoints(tmp_path / "checkpoints", create=False)
-    assert_same(reader.restore(shapes_of(tree))[0], tree)
+    restored = reader.restore(shapes_of(tree))
     reader.close()
+    assert restored is not None
+    assert_same(restored[0], tree)
     assert [tmp_path, *tmp_path.rglob("*")] == paths
     assert [path.stat().st_mtime_ns for path in paths] == before
 
