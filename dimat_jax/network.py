@@ -28,7 +28,6 @@ __all__ = [
     "FAULTS",
     "faults",
     "parse_absences",
-    "static",
 ]
 
 DROPOUT = Option(
@@ -72,14 +71,8 @@ class Network(NamedTuple):
     present: Bool[Array | np.ndarray, " agents"]
 
 
-def static(mixing_matrix: MixingMatrix, adjacency: Adjacency, slots: int) -> Network:
-    """The same network every round, filled up to `slots` with agents who are absent."""
-    return _filled_up(
-        mixing_matrix, adjacency, np.ones(len(adjacency), bool), slots=slots
-    )
-
-
 def _filled_up(W, active_edges, present, *, slots: int) -> Network:
+    """A network that is filled up to `slots` with agents that are absent."""
     n_agents = len(present)
     full_W = np.eye(slots, dtype=np.float32)
     full_W[:n_agents, :n_agents] = W

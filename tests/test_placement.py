@@ -27,7 +27,7 @@ from dimat_jax.data.sources import Split
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix, uniform
-from dimat_jax.network import Network, static
+from dimat_jax.network import Links, Network
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.placement import Batching, Placement, place, request_cpu_devices
 from dimat_jax.topology import TOPOLOGIES
@@ -124,7 +124,7 @@ def trained(placement: Placement) -> tuple[dict, np.ndarray]:
 
 def ring_network(placement: Placement) -> Network:
     adjacency = TOPOLOGIES["ring"](N_AGENTS)
-    return static(uniform(adjacency), adjacency, placement.slots)
+    return Links(adjacency, uniform).at_round(1, placement.slots)
 
 
 def evaluation_samples(placement: Placement):

@@ -12,12 +12,24 @@ from absl import logging
 
 from dimat_jax.data._dataset import Dataset, Split, mean_std
 
-__all__ = ["cached", "user_cache"]
+__all__ = ["Decoded", "cached", "user_cache"]
 
 # The version of the cache. Change it whenever the stored arrays change.
-_FORMAT = "1"
+_FORMAT = "2"
 # The names of the stored arrays.
-_FIELDS = "train_images train_labels test_images test_labels n_classes mean std".split()
+_FIELDS = (
+    "train_images",
+    "train_labels",
+    "test_images",
+    "test_labels",
+    "n_classes",
+    "mean",
+    "std",
+    "class_names",  # This array is empty if the names are not known.
+)
+
+Decoded = tuple[Split, Split, int, tuple[str, ...] | None]
+"""The training split, the test split, the number of classes and the classes' names."""
 
 
 def user_cache() -> Path:
@@ -31,7 +43,7 @@ def cached(
     root: Path,
     files: Sequence[Path],
     cache_dir: str | None,
-    decode: Callable[[], tuple[Split, Split, int]],
+    decode: Callable[[], Decoded],
 ) -> Dataset:
     """Returns a data set from the cache, or decodes it and stores it in the cache.
 
@@ -42,7 +54,7 @@ def cached(
         files: the files that are decoded. If one changes, they are decoded again.
         cache_dir: the folder of the cache; None means `user_cache()`. If nothing can be
             written there, a warning is logged.
-        decode: returns the training split, the test split and the number of classes.
+        decode: decodes the files.
     """
     digest = hashlib.sha256(_FORMAT.encode())
     for file in files:
@@ -55,8 +67,10 @@ def cached(
     arrays = _read(folder)
     if arrays is None:
         logging.info("Decoding %s, to be kept in %s", name, folder)
-        train, test, n_classes = decode()
-        stored = [*train, *test, np.array(n_classes), *mean_std(train.images)]
+        train, test, n_classes, names = decode()
+        mean, std = mean_std(train.images)
+        names = np.array(names or (), np.str_)
+        stored = [*train, *test, np.array(n_classes), mean, std, names]
         try:
             _write(folder, stored)
         except OSError as error:
@@ -65,9 +79,10 @@ def cached(
         else:
             # Mapped arrays need no memory of their own, and processes share them.
             arrays = _read(folder) or stored
-    *splits, n_classes, mean, std = arrays
+    *splits, n_classes, mean, std, names = arrays
     train, test = Split(*splits[:2]), Split(*splits[2:])
-    return Dataset(name, train, test, int(n_classes), mean, std)
+    class_names = tuple(names.tolist()) or None
+    return Dataset(name, train, test, int(n_classes), mean, std, class_names)
 
 
 def _read(folder: Path) -> list[np.ndarray] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dimat_jax.data._cache import cached
+from dimat_jax.data._cache import Decoded, cached
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
@@ -55,10 +55,26 @@ def read(
                 f"{name}: no {folder}/{name}-{split}.array_record*; {prepare}"
             )
 
-    def decode() -> tuple[Split, Split, int]:
-        return _decode_split(folder, "train"), _decode_split(folder, "test"), n_classes
+    names = folder / "label.labels.txt"
 
-    return cached(name, root, files, cache_dir, decode)
+    def decode() -> Decoded:
+        return (
+            _decode_split(folder, "train"),
+            _decode_split(folder, "test"),
+            n_classes,
+            _class_names(names, n_classes),
+        )
+
+    sources = [*files, *filter(Path.is_file, [names])]
+    return cached(name, root, sources, cache_dir, decode)
+
+
+def _class_names(path: Path, n_classes: int) -> tuple[str, ...] | None:
+    """The names of the labels, one a line, as tfds stores them beside the records."""
+    if not path.is_file():
+        return None
+    names = tuple(path.read_text().strip().splitlines())
+    return names if len(names) == n_classes else None
 
 
 def _decode_split(folder: Path, split: str) -> Split:

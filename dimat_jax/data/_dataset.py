@@ -35,6 +35,7 @@ class Dataset(NamedTuple):
         mean: the mean of each channel over the full training split, in the units of the
             stored pixels: 0 to 255, or 0 to 16 for the digits.
         std: the standard deviation of each channel, as `mean`.
+        class_names: the name of each class; None if the source does not have them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Dataset(NamedTuple):
     n_classes: int
     mean: Float32[np.ndarray, " channels"]
     std: Float32[np.ndarray, " channels"]
+    class_names: tuple[str, ...] | None = None
 
 
 class DataError(UserError):

@@ -4,12 +4,12 @@ import collections
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dimat_jax.data._cache import cached
+from dimat_jax.data._cache import Decoded, cached
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
@@ -54,7 +54,7 @@ def read(directory: str | None, cache_dir: str | None) -> Dataset:
     )
 
 
-def _decode(root: Path, files: Sequence[Path]) -> tuple[Split, Split, int]:
+def _decode(root: Path, files: Sequence[Path]) -> Decoded:
     if root.is_dir():
         paths = {file.relative_to(root).as_posix(): file for file in files}
         return _splits(root, paths, lambda name: paths[name].read_bytes())
@@ -70,7 +70,7 @@ def _decode(root: Path, files: Sequence[Path]) -> tuple[Split, Split, int]:
 
 def _splits(
     root: Path, names: Collection[str], read_member: Callable[[str], bytes]
-) -> tuple[Split, Split, int]:
+) -> Decoded:
     """Decodes both splits and counts the classes.
 
     Args:
@@ -79,8 +79,11 @@ def _splits(
         read_member: returns the content of the file with a name.
     """
 
+    def text_of(name: str) -> str:
+        return read_member(name).decode().strip() if name in names else ""
+
     def lines(name: str) -> list[str]:
-        text = read_member(name).decode().strip() if name in names else ""
+        text = text_of(name)
         if not text:
             raise DataError(f"{root}: {name} is missing or empty")
         return text.splitlines()
@@ -111,4 +114,20 @@ def _splits(
         if f"val/images/{file}" not in names:
             raise DataError(f"{root}: val/images/{file} is missing")
         test[f"val/images/{file}"] = classes[wnid]
-    return split(train), split(test), len(classes)
+    class_names = _class_names(classes, text_of("words.txt"))
+    return split(train), split(test), len(classes), class_names
+
+
+def _class_names(wnids: Iterable[str], words: str) -> tuple[str, ...] | None:
+    """The classes' names: the first of the synonyms that words.txt gives each wnid.
+
+    Args:
+        wnids: The WordNet ids of the classes.
+        words: The content of words.txt, with lines "wnid<TAB>synonym, synonym, ...".
+
+    Returns:
+        None if a class has no name.
+    """
+    synonyms = dict(line.split("\t", 1) for line in words.splitlines() if "\t" in line)
+    names = tuple(synonyms.get(wnid, "").split(",")[0].strip() for wnid in wnids)
+    return names if all(names) else None
