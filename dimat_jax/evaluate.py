@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.placement import Placement
-from dimat_jax.tree import PyTree
+from dimat_jax.tree import PyTree, exact_dtype
 
 __all__ = ["Evaluation", "Evaluator"]
 
@@ -78,8 +78,10 @@ class Evaluator:
 
     def _consensus_distance(self, params: PyTree) -> Float[Array, ""]:
         def squares(leaf):
-            agents = leaf[: self._placement.n_agents].astype(jnp.float32)
-            return ((agents - agents.mean(axis=0)) ** 2).sum()
+            agents = leaf[: self._placement.n_agents].astype(exact_dtype(leaf.dtype))
+            apart = agents - agents.mean(axis=0, keepdims=True)
+            # The conjugate of a real number is the number itself.
+            return (apart * apart.conj()).real.sum()
 
         total = sum(squares(leaf) for leaf in jax.tree.leaves(params))
         return jnp.sqrt(total / self._placement.n_agents)

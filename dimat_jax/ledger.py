@@ -96,10 +96,10 @@ class Ledger:
     def record_round(
         self,
         messages: Messages,
-        active_edges: Adjacency,
-        present: Bool[np.ndarray, " agents"],
+        active_edges: Bool[np.ndarray, "slots slots"],
+        present: Bool[np.ndarray, " slots"],
         edges: Adjacency,
-        matching: Int[np.ndarray, "agents agents"] | None = None,
+        matching: Int[np.ndarray, "slots slots"] | None = None,
     ) -> None:
         """Books what one communication sends.
 

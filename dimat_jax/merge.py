@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dimat_jax.errors import UserError
-from dimat_jax.tree import PyTree, flatten, is_inexact, map_with_path
+from dimat_jax.tree import PyTree, exact_dtype, flatten, is_inexact, map_with_path
 
 __all__ = [
     "Barrier",
@@ -47,8 +47,9 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
     """The weighted mean of aligned models.
 
     Args:
-        models: pytrees with the same leaves. Real leaves are averaged in float32 (or
-            what is finer) and keep their dtype; others are the first model's.
+        models: pytrees with the same leaves. Real and complex leaves are averaged in
+            float32, or in their own dtype where that is finer or complex, and keep
+            their dtype; other leaves are the first model's.
         weights: one for each model, relative to each other: they are divided by their
             sum. None: all alike.
 
@@ -63,7 +64,7 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
         if not is_inexact(leaves[0]):
             return leaves[0]
         dtype = jnp.result_type(leaves[0])
-        exact = jnp.promote_types(dtype, jnp.float32)
+        exact = exact_dtype(dtype)
         # Not 0 * leaf: what has no share may be infinite.
         terms = [
             share * jnp.asarray(leaf, exact)

@@ -1,4 +1,7 @@
-"""Local optimizers and learning-rate schedules, by name; all of them are optax's.
+"""Local optimizers and learning-rate schedules, by name.
+
+All of them are made of optax's parts, except DAdam's step (`scale_by_dadam`), which
+optax does not have.
 
 Learning rates are scheduled over steps since the beginning of the phase. A merge that
 resets an agent's optimizer does not turn the clock back, and an agent that idles, for

@@ -152,7 +152,8 @@ def project(
     """
     flat, unravel = ravel_pytree(own)
     rows = [flat, *(ravel_pytree(other)[0] for other in others)]
-    G = jnp.stack(rows) * jnp.concatenate([jnp.ones(1), active])[:, None]
+    counts = jnp.concatenate([jnp.ones(1), active.astype(jnp.float32)])
+    G = jnp.stack(rows) * counts[:, None]
     # Directions alone matter to the constraints, and their span to the solver.
     lengths = jnp.linalg.norm(G, axis=1, keepdims=True)
     Q, R = jnp.linalg.qr((G / jnp.where(lengths > 0, lengths, 1)).T)
@@ -175,16 +176,17 @@ def _non_negative(A: Float[Array, "n n"], b: Float[Array, " n"]) -> Float[Array,
 
     def exchange(_, state):
         support, best, fewest, patience = state
-        u = jnp.linalg.lstsq(A * support, b)[0] * support
+        allowed = support.astype(A.dtype)
+        u = jnp.linalg.lstsq(A * allowed[None, :], b)[0] * allowed
         wrong = wrong_about(support, u)
         count = wrong.sum()
         # All at once, as long as that helps; else the last one, which cannot cycle.
         patience = jnp.where(count < fewest, _PATIENCE, patience - 1)
         last = jnp.cumsum(wrong) == count
         flipped = wrong & ((patience > 0) | last)
-        allowed = jnp.maximum(u, 0)
-        better = jnp.linalg.norm(A @ allowed - b) < jnp.linalg.norm(A @ best - b)
-        best = jnp.where(better, allowed, best)
+        positive = jnp.maximum(u, 0)
+        better = jnp.linalg.norm(A @ positive - b) < jnp.linalg.norm(A @ best - b)
+        best = jnp.where(better, positive, best)
         return support ^ flipped, best, jnp.minimum(count, fewest), patience
 
     start = optax.nnls(A, b, _ITERATIONS)

@@ -8,14 +8,14 @@ in `PARTITIONS`; what else it takes are keywords with defaults.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int64, Integer
 from tabulate import tabulate
 
 from dimat_jax.errors import UserError, nearest
 
 __all__ = ["PARTITIONS", "PartitionError", "class_counts", "partition", "table"]
 
-Labels = Int[np.ndarray, " samples"]
+Labels = Integer[np.ndarray, " samples"]
 Shard = Int64[np.ndarray, " shard"]
 
 # More columns than these do not fit into a terminal's 80.

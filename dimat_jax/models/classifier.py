@@ -179,5 +179,8 @@ def unit_moments(
     return moments
 
 
-def _masked_mean(values: Float[Array, " batch"], mask: Bool[Array, " batch"]) -> Any:
-    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
+def _masked_mean(
+    values: Float[Array, " batch"], mask: Bool[Array, " batch"]
+) -> Float[Array, ""]:
+    count = jnp.maximum(mask.sum(), 1).astype(values.dtype)
+    return jnp.where(mask, values, 0).sum() / count

@@ -107,7 +107,7 @@ def _axis_indices(axis: Axis, perms: Mapping[str, Any], size: int) -> Array:
                         inner = jnp.arange(size // known, dtype=jnp.int32)
                     case _:
                         inner = jnp.arange(factor, dtype=jnp.int32)
-                indices = (indices[:, None] * len(inner) + inner).reshape(-1)
+                indices = (indices[:, None] * len(inner) + inner[None, :]).reshape(-1)
             return indices
         case Concat(parts):
             pieces, offset = [], 0
