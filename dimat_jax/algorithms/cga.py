@@ -108,7 +108,7 @@ def cga(
         ]
         crossed = [exchange.answers(returned, k) for k in slots]
         # Who has no examples has no objections, and nothing to send.
-        answering = network.active_edges & batch.mask.any(axis=1)
+        answering = network.active_edges & batch.mask.any(axis=1)[None, :]
         residuals = [state.memory[name] for name in state.memory]
         direction, lost = aggregate(
             own.grads,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dimat_jax.algorithms import (
@@ -272,7 +273,9 @@ def _runner(case: Case) -> tuple[Algorithm, Callable]:
     @jax.jit
     def steps(state, nows, rate, decay):
         # Rates are arguments, so that others are the same program.
-        algorithm = with_schedule(lambda t: rate / (1 + decay * t))
+        algorithm = with_schedule(
+            lambda t: rate / (1 + decay * jnp.asarray(t, jnp.float32))
+        )
 
         def step(state, now):
             network, key = now
