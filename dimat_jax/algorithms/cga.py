@@ -163,7 +163,9 @@ def project(
     return unravel(flat + lengths[0] * (Q @ (R @ _non_negative(R, target))))
 
 
-def _non_negative(A: Float[Array, "n n"], b: Float[Array, " n"]) -> Float[Array, " n"]:
+def _non_negative(
+    A: Float[Array, "rows n"], b: Float[Array, " rows"]
+) -> Float[Array, " n"]:
     """The u >= 0 that minimises |A u - b|, for columns of A of length 0 or 1.
 
     A first-order solver hardly moves where columns are nearly collinear, as gradients

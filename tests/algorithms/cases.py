@@ -218,7 +218,7 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 
 def learning_rate(step):
     """Falls every other step."""
-    return 0.05 * 0.9 ** (step // 2)
+    return 0.05 * 0.9 ** (jnp.asarray(step, jnp.float32) // 2)
 
 
 @functools.cache
