@@ -45,7 +45,7 @@ def init(model: nn.Module, key: Key[Array, ""], inputs: Any) -> PyTree:
         key: consumed.
         inputs: a batch of one example; only its shape matters.
     """
-    variables = model.init(key, inputs, train=False)
+    variables = model.init(key, jnp.asarray(inputs), train=False)
     return {name: tree for name, tree in variables.items() if name != "intermediates"}
 
 
