@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
-from dimat_jax.tree import PyTree
+from dimat_jax.tree import PyTree, exact_dtype
 
 __all__ = ["Evaluation", "Evaluator"]
 
@@ -103,8 +103,10 @@ class Evaluator:
 
     def _consensus_distance(self, params: PyTree) -> Float[Array, ""]:
         def squares(leaf):
-            agents = leaf[: self._placement.n_agents].astype(jnp.float32)
-            return ((agents - agents.mean(axis=0)) ** 2).sum()
+            agents = leaf[: self._placement.n_agents].astype(exact_dtype(leaf.dtype))
+            apart = agents - agents.mean(axis=0, keepdims=True)
+            # The conjugate of a real number is the number itself.
+            return (apart * apart.conj()).real.sum()
 
         total = sum(squares(leaf) for leaf in jax.tree.leaves(params))
         return jnp.sqrt(total / self._placement.n_agents)

@@ -114,7 +114,7 @@ class Ledger:
         messages: Messages,
         network: Network,
         edges: Adjacency,
-        matching: Int[np.ndarray, "agents agents"] | None = None,
+        matching: Int[np.ndarray, "slots slots"] | None = None,
     ) -> None:
         """Books what one communication sends.
 

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dimat_jax.errors import UserError
-from dimat_jax.tree import PyTree, flatten, is_inexact, map_with_path
+from dimat_jax.tree import PyTree, exact_dtype, flatten, is_inexact, map_with_path
 
 __all__ = [
     "Barrier",
@@ -47,9 +47,9 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
     """Averages aligned models, with weights.
 
     Args:
-        models: pytrees with the same leaves. Real leaves are averaged in at least
-            float32 precision and keep their dtype. All other leaves are taken from the
-            first model.
+        models: pytrees with the same leaves. Real and complex leaves are averaged in at
+            least float32 (or complex64) precision and keep their dtype. All other leaves
+            are taken from the first model.
         weights: one weight for each model. They are divided by their sum. None: all
             models have the same weight.
 
@@ -64,7 +64,7 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
         if not is_inexact(leaves[0]):
             return leaves[0]
         dtype = jnp.result_type(leaves[0])
-        exact = jnp.promote_types(dtype, jnp.float32)
+        exact = exact_dtype(dtype)
         # Models with a share of 0 are left out: 0 times infinity would be NaN.
         terms = [
             share * jnp.asarray(leaf, exact)

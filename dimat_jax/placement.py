@@ -97,15 +97,28 @@ class Placement:
             fn: a pure function of pytrees of arrays.
             in_axes: for each positional argument, 0 where agents are stacked on its
                 leading axis and None where all agents share it (as in `jax.vmap`).
+                One 0 or None stands for all arguments. Agents are stacked on leading
+                axes alone, so there is no other axis, and no nested entry.
 
         Returns:
             A function of stacked arguments whose results are stacked. Call it from
-            within `jax.jit`.
+            within `jax.jit`. It raises PlacementError for another number of arguments
+            than `in_axes` has entries.
+
+        Raises:
+            PlacementError: an entry that is neither 0 nor None.
         """
+        _check_in_axes(in_axes)
 
         def stacked_fn(*args):
-            axes = (in_axes,) * len(args) if isinstance(in_axes, int) else in_axes
-            axes = tuple(axes or (None,) * len(args))
+            if in_axes is None or isinstance(in_axes, int):
+                axes = (in_axes,) * len(args)
+            else:
+                axes = tuple(in_axes)
+            if len(axes) != len(args):
+                raise PlacementError(
+                    f"in_axes has {len(axes)} entries for {len(args)} arguments"
+                )
             specs = tuple(
                 PartitionSpec() if axis is None else PartitionSpec("agents")
                 for axis in axes
@@ -232,6 +245,16 @@ def place(
         (len(devices),), ("agents",), axis_types=(AxisType.Auto,), devices=devices
     )
     return Placement(n_agents, mesh, batching)
+
+
+def _check_in_axes(in_axes: Any) -> None:
+    entries = in_axes if isinstance(in_axes, Sequence) else [in_axes]
+    for entry in entries:
+        if entry is not None and (type(entry) is not int or entry != 0):
+            raise PlacementError(
+                "each entry of in_axes is 0 (agents are stacked on the leading axis) "
+                f"or None (all agents share the argument), got {entry!r}"
+            )
 
 
 def request_cpu_devices(n_devices: int) -> None:

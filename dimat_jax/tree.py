@@ -14,6 +14,7 @@ import numpy as np
 
 __all__ = [
     "PyTree",
+    "exact_dtype",
     "flatten",
     "is_inexact",
     "map_with_path",
@@ -69,6 +70,16 @@ def take(tree: PyTree, indices: Any) -> PyTree:
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf holds real or complex numbers, so that it can be averaged."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def exact_dtype(dtype: Any) -> np.dtype:
+    """The dtype in which arrays of a given inexact dtype are summed.
+
+    float32 for float16 and bfloat16, and otherwise the dtype itself: a complex array
+    keeps its imaginary part, and float64 its digits.
+    """
+    dtype = jnp.dtype(dtype)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def nbytes(tree: PyTree) -> int:

@@ -19,7 +19,7 @@ MEAN, STD = 120.0, 50.0
 
 def forward(variables: Any, inputs):
     params = variables["params"]
-    return inputs.reshape(len(inputs), -1) @ params["w"] + params["b"]
+    return inputs.reshape(len(inputs), -1) @ params["w"] + params["b"][None, :]
 
 
 def agents(seed: int = 0) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_evaluating_again_starts_from_nothing(placement):
 def test_a_filled_up_entry_that_is_not_finite_counts_nowhere(placement):
     def forward_of_black(variables, inputs):
         # A batch of 20 holds 11 samples, followed by copies of sample 0.
-        first = (IMAGES[0].reshape(-1) - MEAN) / STD
+        first = (IMAGES[0].reshape(1, -1) - MEAN) / STD
         flat = inputs.reshape(len(inputs), -1)
         is_first = jnp.isclose(flat, jnp.asarray(first, flat.dtype)).all(axis=1)
         seen_before = jnp.cumsum(is_first) > 1
@@ -178,3 +178,15 @@ def test_the_distance_grows_with_the_disagreement_and_ignores_the_common_part(
     )
     assert shifted == pytest.approx(distance, rel=1e-5)
     assert twice == pytest.approx(2 * distance, rel=1e-6)
+
+
+def test_the_distance_of_complex_params_counts_both_their_parts(placement):
+    w = jnp.asarray(RNG.normal(size=(N_AGENTS, 2, 2, 2)), jnp.float32)
+    params = agents()["params"]
+    parts = {"params": {**params, "re": w[..., 0], "im": w[..., 1]}}
+    whole = {"params": {**params, "z": jax.lax.complex(w[..., 0], w[..., 1])}}
+    distance, expected = (
+        evaluate(placement, variables).consensus_distance
+        for variables in (whole, parts)
+    )
+    assert distance == pytest.approx(expected, rel=1e-6)

@@ -120,6 +120,13 @@ def test_the_ends_of_the_line_are_the_models_themselves():
     np.testing.assert_allclose(between, expected, rtol=1e-6)
 
 
+def test_complex_leaves_are_averaged_with_both_their_parts():
+    a, b = np.array([[1 + 2j, -3j], [4, 0.5 - 1j]], np.complex64)
+    mean = merge.average([{"w": a}, {"w": b}], [3, 1])["w"]
+    assert mean.dtype == np.complex64
+    np.testing.assert_allclose(mean, 0.75 * a + 0.25 * b, rtol=1e-6)
+
+
 @pytest.mark.parametrize("t", [-0.1, 1.1, np.nan])
 def test_there_is_no_line_beyond_its_ends(t):
     with pytest.raises(UserError, match="0 <= t <= 1"):
@@ -306,10 +313,11 @@ SEVERAL = {
 
 
 @cache
-def fresh(name: str, n_models: int) -> tuple[Any, list[PyTree], np.ndarray]:
+def fresh(name: str, n_models: int) -> tuple[Any, list[PyTree], jax.Array]:
     """The function of an architecture that measures moments, networks, and inputs."""
     module = SEVERAL[name]
-    inputs = np.random.default_rng(1).normal(size=(12, 8, 8, 1)).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=(12, 8, 8, 1))
+    inputs = jnp.asarray(noise, jnp.float32)
     shapes = jax.eval_shape(
         lambda key: classifier.init(module, key, inputs), jax.random.key(0)
     )

@@ -63,7 +63,7 @@ def test_another_network_of_the_same_size_retraces_nothing():
     @jax.jit
     def total(network):
         traces.append(network)
-        return network.W.sum() + network.active_edges.sum() + network.present.sum()
+        return network.W.sum(), network.active_edges.sum(), network.present.sum()
 
     for topology in ("ring", "fully_connected", "disconnected"):
         adjacency = TOPOLOGIES[topology](4)
@@ -240,7 +240,7 @@ def test_each_fault_is_drawn_by_itself():
     there = present[:, :, None] & present[:, None, :]
     np.testing.assert_array_equal(both, working & there)
     # And absences come on top.
-    _, fewer = seen(dropout=0.4, absences=[(0, 1, 11)])
+    _, fewer = seen(dropout=0.4, absences=(Absence(0, 1, 11),))
     np.testing.assert_array_equal(fewer[:, 1:], away[:, 1:])
     assert not fewer[:10, 0].any()
     np.testing.assert_array_equal(fewer[10:, 0], away[10:, 0])

@@ -29,7 +29,13 @@ from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix, uniform
 from dimat_jax.network import Links, Network
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.placement import Batching, Placement, place, request_cpu_devices
+from dimat_jax.placement import (
+    Batching,
+    Placement,
+    PlacementError,
+    place,
+    request_cpu_devices,
+)
 from dimat_jax.topology import TOPOLOGIES
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +327,21 @@ def test_an_argument_shared_by_all_gives_everyone_the_same(placement, in_axes):
     np.testing.assert_array_equal(squares, [[0, 1]] * 3)
 
 
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("in_axes", [1, -1, True, (0, 1), (0, (0, None)), "0", 0.0])
+def test_agents_are_stacked_on_leading_axes_alone(placement, in_axes):
+    with pytest.raises(PlacementError, match="each entry of in_axes is 0 .* or None"):
+        placement.per_agent(lambda x, y: x + y, in_axes)
+
+
+def test_every_argument_has_its_axis(placement):
+    x = np.ones((3, 2), np.float32)
+    for in_axes in [(), (0,), (0, None, 0)]:
+        lifted = placement.per_agent(lambda x, y: x + y, in_axes)
+        with pytest.raises(PlacementError, match=f"{len(in_axes)} entries for 2 arg"):
+            lifted(x, x)
+
+
 def test_per_agent_can_be_differentiated(placement):
     x = np.arange(6, dtype=np.float32).reshape(3, 2)
     lifted = placement.per_agent(lambda x: (x**3).sum())
@@ -359,6 +380,7 @@ def test_there_must_be_an_agent():
         place(0)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_batching_is_one_of_three():
     assert get_args(Batching) == ("auto", "vmap", "unroll")
     other: Any = "scan"
@@ -464,6 +486,7 @@ def test_host_devices_that_would_deadlock_are_refused(monkeypatch, cores, nproc)
         place(5, host_devices(5))
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_host_devices_with_threads_enough_are_accepted(monkeypatch):
     monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: shape)
     monkeypatch.setenv("PJRT_NPROC", "10")

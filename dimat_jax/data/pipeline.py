@@ -117,7 +117,8 @@ def load(
     images = jnp.take(pool.images, indices, axis=0)
     if key is not None:
         images = _augment(images, augmentation, key)
-    inputs = (images.astype(jnp.float32) - pool.mean) / pool.std
+    mean, std = (x.reshape(1, 1, 1, -1) for x in (pool.mean, pool.std))
+    inputs = (images.astype(jnp.float32) - mean) / std
     return Batch(inputs, jnp.take(pool.labels, indices, axis=0), mask)
 
 

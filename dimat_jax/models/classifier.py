@@ -48,7 +48,7 @@ def init(model: nn.Module, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
         key: the key for the initial weights. It is consumed.
         inputs: a batch of one example. Only its shape matters.
     """
-    variables = model.init(key, inputs, train=False)
+    variables = model.init(key, jnp.asarray(inputs), train=False)
     return {name: tree for name, tree in variables.items() if name != "intermediates"}
 
 
@@ -193,5 +193,8 @@ def unit_moments(
     return moments
 
 
-def _masked_mean(values: Float[Array, " batch"], mask: Bool[Array, " batch"]) -> Array:
-    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
+def _masked_mean(
+    values: Float[Array, " batch"], mask: Bool[Array, " batch"]
+) -> Float[Array, ""]:
+    count = jnp.maximum(mask.sum(), 1).astype(values.dtype)
+    return jnp.where(mask, values, 0).sum() / count

@@ -81,7 +81,7 @@ class ViT(nn.Module):
         position = self.param(
             "position", nn.initializers.normal(0.02), (x.shape[1], self.dim)
         )
-        x = x + position.astype(self.dtype)
+        x = x + position.astype(self.dtype)[None]
         tap(self, "embedded", x)
         for i in range(self.depth):
             x = _Block(

@@ -116,7 +116,7 @@ def _axis_indices(axis: Axis, perms: AnyPerms, size: int) -> Array:
                         inner = jnp.arange(size // given, dtype=jnp.int32)
                     case _:
                         inner = jnp.arange(factor, dtype=jnp.int32)
-                indices = (indices[:, None] * len(inner) + inner).reshape(-1)
+                indices = (indices[:, None] * len(inner) + inner[None, :]).reshape(-1)
             return indices
         case Concat(parts):
             pieces, offset = [], 0

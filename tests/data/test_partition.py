@@ -191,6 +191,7 @@ def test_class_counts_has_a_column_for_every_label_up_to_the_largest():
     np.testing.assert_array_equal(counts, [[1, 0, 0, 1], [0, 1, 0, 1]])
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("name", "labels", "n_agents", "message"),
     [

@@ -555,6 +555,7 @@ def test_a_name_without_pytorch_names_is_refused(name, state_dict, variables):
             function(name, variables)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_what_is_neither_file_nor_mapping_is_refused(tmp_path):
     refuse("resnet20", [1, 2], "module.state_dict()", "got list")
     refuse("resnet20", tmp_path / "gone.pth", "gone.pth: there is no such file")
