@@ -18,7 +18,7 @@ from dimat_jax.algorithms import (
     OptStatePolicy,
     needs,
 )
-from dimat_jax.algorithms._frames import MEETINGS
+from dimat_jax.algorithms._frames import FRAMES
 from dimat_jax.algorithms.cdsgd import Order
 from dimat_jax.arguments import (
     Config,
@@ -194,7 +194,7 @@ def check(config: Config) -> None:
         _at_least(config, f"{optimizer}.weight_decay", 0)
         _at_least(config, f"{optimizer}.decay", 0)
         _check_optimizer(config, optimizer)
-    _one_of(config, "merge.frame", MEETINGS)
+    _one_of(config, "merge.frame", FRAMES)
     _one_of(config, "merge.opt_state", get_args(OptStatePolicy))
     _one_of(config, "merge.match_data", MATCH_DATA)
     _one_of(config, "merge.bn_data", BN_DATA)

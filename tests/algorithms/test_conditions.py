@@ -12,7 +12,7 @@ from dimat_jax.algorithms import (
     MergeOptions,
     check_links,
 )
-from dimat_jax.algorithms._frames import MEETINGS
+from dimat_jax.algorithms._frames import FRAMES
 from dimat_jax.mixing import MIXINGS, MixingError, uniform
 from dimat_jax.network import Absence, Faults, Links, NetworkError
 from dimat_jax.topology import TOPOLOGIES, from_graph
@@ -175,7 +175,7 @@ def test_matrices_that_an_algorithm_cannot_use_are_refused(name, W, message):
     check_links(name, Links(edges | edges.T, uniform))
 
 
-@pytest.mark.parametrize("frame", MEETINGS)
+@pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("name", sorted(MERGING))
 def test_frames_that_agents_share_need_answers(name, frame):
     directed = links("exponential", n_agents=6)
