@@ -147,15 +147,15 @@ class MatchedEdges(NamedTuple):
     Attributes:
         perms: the permutations of each edge, in the order of the edges.
         similarity: how well agents fit once they are aligned, within [-1, 1]: the mean
-            over the pairs that were matched.
+            over the pairs that were matched. None if there are no edges.
     """
 
     perms: EdgePerms
-    similarity: float
+    similarity: float | None
 
 
 def match_edges(
-    matcher: Matcher,
+    matcher: Matcher | None,
     variables: PyTree,
     edges: Edges,
     data: MergeData,
@@ -169,9 +169,9 @@ def match_edges(
     """Matches agents along edges; of two opposite edges one if it tells the other.
 
     Args:
-        matcher: how agents are matched.
+        matcher: how agents are matched; it may be None if there are no edges.
         variables: the agents' variables, stacked.
-        edges: at least one edge.
+        edges: the edges to match.
         data: the examples to look at.
         placement: where the agents live.
         joint: whether permutations must agree: be the identity along any cycle.
@@ -182,6 +182,8 @@ def match_edges(
     Raises:
         OptionError: `stay` is negative or not finite.
     """
+    if matcher is None or not len(edges):
+        return MatchedEdges({}, None)
     both_ways, slots = matcher.both_ways(data), placement.slots
     edge_waves = waves(_one_way(edges, slots) if both_ways else edges, slots)
     pairs = np.concatenate([np.stack(w[:2], axis=1)[: w.real] for w in edge_waves])

@@ -90,11 +90,27 @@ class Frame(Record[Merge]):
     traffic: Traffic = no_traffic
 
 
-# The average of permuted networks =====================================================
+# How agents merge, given the permutations =============================================
 
 
-def _mixing_along_edges(inner: Algorithm, exchanged: Exchanged):
-    """Makes `mix_aligned(views, perms, W)`: sum_j W_ij P_ij x_j for every agent i."""
+def average_as_they_are(inner: Algorithm, exchanged: Exchanged) -> Merge:
+    """x_i <- sum_j W_ij x_j: no unit is permuted (weight averaging)."""
+    del inner
+    mix_in_place = _mixing_in_place(exchanged)
+
+    def merge(views, perms, W):
+        del perms
+        return views, mix_in_place(views, W)
+
+    return merge
+
+
+def own_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
+    """x_i <- sum_j W_ij P_ij x_j: every agent stays in its own frame.
+
+    One assignment problem is solved for each edge and group (DIMAT, arXiv 2404.08079,
+    equation 4).
+    """
 
     def align(x, P):
         return exchanged(inner.aligned(x, P))
@@ -107,18 +123,53 @@ def _mixing_along_edges(inner: Algorithm, exchanged: Exchanged):
     def add_wave(total, x, W, P_ij, wave):
         i, j, real = wave
         W_ij = jnp.where(jnp.arange(len(j)) < real, W[i, j], 0.0)
-        return _add_at(
-            i, total, _weighted(W_ij, align(take(x, j), P_ij))
-        )  # + W_ij P_ij x_j
+        return _add_at(i, total, _weighted(W_ij, align(take(x, j), P_ij)))
 
-    def mix_aligned(views: Views, perms: EdgePerms, W: Array) -> PyTree:
+    def merge(views, perms, W):
         # x_i <- W_ii x_i + sum_j W_ij P_ij x_j, one wave of edges (i, j) at a time.
-        total = own_share(views.own, W)
+        merged = own_share(views.own, W)
         for wave in waves(_edges_of(perms), len(W)):
-            total = add_wave(total, views.known, W, stack_wave(perms, wave), wave)
-        return total
+            merged = add_wave(merged, views.known, W, stack_wave(perms, wave), wave)
+        return views, merged
 
-    return mix_aligned
+    return merge
+
+
+def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
+    """x_i <- sum_j W_ij P_j x_j: every agent moves into the frame of a root, and stays.
+
+    The root is the lowest agent of a connected component. P_j is composed along a
+    spanning tree, from j to the root. So N - 1 edges are matched, and all agents use
+    the same P_j.
+    """
+    align = jax.jit(inner.aligned)
+    mix_in_place = _mixing_in_place(exchanged)
+
+    def merge(views, perms, W):
+        if perms:
+            to_root = _to_roots(perms, len(W))
+            own, announced = views
+            announced = None if announced is None else align(announced, to_root)
+            views = Views(align(own, to_root), announced)
+        return views, mix_in_place(views, W)
+
+    return merge
+
+
+def _to_roots(perms: EdgePerms, slots: int) -> Perms:
+    """Stacked permutations into the roots' frames; the identity for the roots.
+
+    Args:
+        perms: by edge (parent, child) of a spanning forest, parents before children.
+        slots: the number of stacked agents.
+    """
+    some = next(iter(perms.values()))
+    identity: Perms = {group: jnp.arange(len(perm)) for group, perm in some.items()}
+    to_root = [identity] * slots
+    for (parent, child), to_parent in perms.items():
+        # The child is aligned with its parent, and then moves with it to the root.
+        to_root[child] = permutation.compose(to_parent, to_root[parent])
+    return stack(to_root)
 
 
 def _mixing_in_place(exchanged: Exchanged):
@@ -164,71 +215,7 @@ def _add_at(agents: Array, total: PyTree, terms: PyTree) -> PyTree:
     )
 
 
-# The frames ===========================================================================
-
-
-def average_as_they_are(inner: Algorithm, exchanged: Exchanged) -> Merge:
-    """x_i <- sum_j W_ij x_j: no unit is permuted (weight averaging)."""
-    del inner
-    mix_in_place = _mixing_in_place(exchanged)
-
-    def merge(views, perms, W):
-        del perms
-        return views, mix_in_place(views, W)
-
-    return merge
-
-
-def own_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
-    """x_i <- sum_j W_ij P_ij x_j: every agent stays in its own frame.
-
-    One assignment problem is solved for each edge and group (DIMAT, arXiv 2404.08079,
-    equation 4).
-    """
-    mix_aligned = _mixing_along_edges(inner, exchanged)
-
-    def merge(views, perms, W):
-        return views, mix_aligned(views, perms, W)
-
-    return merge
-
-
-def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
-    """x_i <- sum_j W_ij P_j x_j: every agent moves into a root's frame, and stays.
-
-    The root is the lowest agent of a connected component. P_j is composed along a
-    spanning tree, from j to the root. So N - 1 edges are matched, and all agents use
-    the same P_j.
-    """
-    align = jax.jit(inner.aligned)
-    mix_in_place = _mixing_in_place(exchanged)
-
-    def merge(views, perms, W):
-        if perms:
-            to_root = _to_roots(perms, len(W))
-            own, announced = views
-            announced = None if announced is None else align(announced, to_root)
-            views = Views(align(own, to_root), announced)
-        return views, mix_in_place(views, W)
-
-    return merge
-
-
-def _to_roots(perms: EdgePerms, slots: int) -> Perms:
-    """Stacked permutations into the roots' frames; the identity for the roots.
-
-    Args:
-        perms: by edge (parent, child) of a spanning forest, parents before children.
-        slots: the number of stacked agents.
-    """
-    some = next(iter(perms.values()))
-    identity: Perms = {group: jnp.arange(len(perm)) for group, perm in some.items()}
-    to_root = [identity] * slots
-    for (parent, child), to_parent in perms.items():
-        # The child is aligned with its parent, and then moves with it to the root.
-        to_root[child] = permutation.compose(to_parent, to_root[parent])
-    return stack(to_root)
-
+# The registry =========================================================================
 
 AS_THEY_ARE = Frame("as they are", average_as_they_are, edges=no_edges)
 """Weight averaging: no agent is aligned with another. No config can choose it."""

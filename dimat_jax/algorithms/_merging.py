@@ -19,7 +19,13 @@ from jaxtyping import Array, Key
 
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms._announcing import announcing
-from dimat_jax.algorithms._edges import EdgePerms, Edges, Matcher, match_edges
+from dimat_jax.algorithms._edges import (
+    EdgePerms,
+    Edges,
+    MatchedEdges,
+    Matcher,
+    match_edges,
+)
 from dimat_jax.algorithms._frames import AS_THEY_ARE, FRAMES, Frame, Views
 from dimat_jax.algorithms._matchers import ActivationMatcher, WeightMatcher
 from dimat_jax.algorithms._recalibration import Recalibrator
@@ -51,10 +57,8 @@ OptStatePolicy = Literal["reset", "keep", "merge"]
 FRAME = Option(
     "merge.frame",
     "own",
-    'In whose frame agents merge. "own": every agent aligns each neighbour to itself '
-    'and stays in its own frame. "reference": along a spanning tree every agent moves '
-    "into the frame of a root, one for each connected component, and stays there. "
-    '"joint": as "own", with permutations that agree along every cycle.',
+    "In whose frame agents merge. A frame is an order of the hidden units, to which "
+    "networks are aligned before they are averaged.",
     choices=FRAMES,
 )
 OPT_STATE = Option(
@@ -89,7 +93,7 @@ def merging(
         placement: where the agents live.
         match: what networks are aligned by before they are averaged; None: they are
             averaged as they are.
-        frame: in whose frame agents merge; see `FRAME`.
+        frame: in whose frame agents merge: one of `FRAMES`.
         stay: how much a unit must gain to move; see `STAY`.
         opt_state: what becomes of the optimizer state at a merge; see `OPT_STATE`.
         restarts: how many times weights are matched; see `RESTARTS`.
@@ -182,50 +186,51 @@ class _MergeRound:
         active_edges = np.asarray(network.active_edges)
         state, metrics = self._inner.communicate(views.own, data, network, key)
         views = views._replace(own=state)
-        match = partial(self._match, data=data, key=match_key, stopwatch=stopwatch)
-        with stopwatch("mix") as block:
-            edges = self._frame.edges(active_edges)
-            perms, found = match(views.known, edges, active_edges)
-            views, merged = self._merge(views, perms, network.W)
-            state = block(self._absorb(views.own, merged))
-            state = self._recalibrate(state, data.recalibrate, stopwatch)
-        metrics = {**metrics, **found, "merge_seconds": stopwatch.seconds}
-        return views._replace(own=state), metrics
-
-    def _match(
-        self,
-        state: State,
-        edges: Edges,
-        active_edges: np.ndarray,
-        *,
-        data: MergeData,
-        key: Key[Array, ""],
-        stopwatch: Stopwatch,
-    ) -> tuple[EdgePerms, Metrics]:
-        """Finds the permutations along edges, and what to report of it."""
-        if self._matcher is None or not len(edges):
-            return {}, {"moved_units": 0.0}
-        variables = self._inner.variables(state)
-        perms, similarity = match_edges(
+        match = partial(
+            match_edges,
             self._matcher,
-            variables,
-            edges,
-            data,
+            data=data,
             placement=self._placement,
             joint=self._frame.joint,
             stay=self._stay,
-            key=key,
+            key=match_key,
             stopwatch=stopwatch,
         )
-        group_sizes = [len(perm) for perm in next(iter(perms.values())).values()]
+        with stopwatch("mix") as block:
+            edges = self._frame.edges(active_edges)
+            matched = match(self._inner.variables(views.known), edges)
+            views, merged = self._merge(views, matched.perms, network.W)
+            state = block(self._absorb(views.own, merged))
+            state = self._recalibrate(state, data.recalibrate, stopwatch)
+        metrics = {
+            **metrics,
+            **self._report(state, matched, edges, active_edges, data),
+            "merge_seconds": stopwatch.seconds,
+        }
+        return views._replace(own=state), metrics
+
+    def _report(
+        self,
+        state: State,
+        matched: MatchedEdges,
+        edges: Edges,
+        active_edges: np.ndarray,
+        data: MergeData,
+    ) -> Metrics:
+        """What is reported of the matching: host numbers."""
+        perms, similarity = matched
+        if self._matcher is None or not perms:
+            return {"moved_units": 0.0}
+        some = next(iter(perms.values()))
+        group_sizes = [len(perm) for perm in some.values()]
         sizes = MatchingSizes(
-            perms=4 * sum(group_sizes),
+            perms=nbytes(some),
             scores=self._matcher.score_bytes(group_sizes),
-            weights=nbytes(one_agent(variables["params"])),
+            weights=nbytes(one_agent(self._inner.variables(state)["params"])),
         )
         if self._matcher.both_ways(data):
             edges = edges[edges[:, 0] < edges[:, 1]]
-        return perms, {
+        return {
             "moved_units": _share_of_moved_units(perms),
             "match_similarity": similarity,
             "matching_bytes": self._frame.traffic(active_edges, edges, sizes),

@@ -139,7 +139,7 @@ class Agents(NamedTuple):
             key=jax.random.key(0),
             **{"stopwatch": Stopwatch(), **settings},
         )
-        assert -1 <= similarity <= 1
+        assert similarity is not None and -1 <= similarity <= 1
         return found
 
 

@@ -238,8 +238,7 @@ def test_merging_refuses_what_it_cannot_do_before_anything_runs(
         merging(LOCAL, DEEP.task, PLACEMENT, match=match, **options)
 
 
-def test_every_option_of_merging_says_what_it_is():
-    for option in (FRAME, OPT_STATE):
-        choices = list(option.choices or ())
-        assert option.default in choices
-        assert all(f'"{choice}"' in option.meaning for choice in choices)
+def test_every_policy_for_the_optimizer_is_explained():
+    policies = list(OPT_STATE.choices or ())
+    assert OPT_STATE.default in policies and FRAME.default in FRAMES
+    assert all(f'"{policy}"' in OPT_STATE.meaning for policy in policies)
