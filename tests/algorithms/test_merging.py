@@ -158,9 +158,12 @@ def test_where_nobody_hears_anybody_nothing_changes(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (MergeOptions(frame="mine"), "frame is one of"),
-        (MergeOptions(stay=-0.1), "stay must be at least 0"),
-        (MergeOptions(opt_state="lose"), "opt_state is one of"),  # type: ignore
+        (MergeOptions(frame="mine"), "frame is 'mine'; allowed: joint, own, reference"),
+        (MergeOptions(stay=-0.1), "stay is -0.1; it must be at least 0"),
+        (
+            MergeOptions(opt_state="lose"),  # type: ignore
+            "opt_state is 'lose'; allowed: keep, merge, reset",
+        ),
         (MergeOptions(inner="fedavg"), "between merges: allowed: .*cdsgd"),
     ],
 )
@@ -171,7 +174,7 @@ def test_merging_refuses_what_it_does_not_know(options, message):
 
 def test_weights_are_matched_at_least_once():
     options = Options(MergeOptions(restarts=0))
-    with pytest.raises(ValueError, match="restarts must be at least 1"):
+    with pytest.raises(ValueError, match="restarts is 0; it must be at least 1"):
         ALGORITHMS["wm"](DEEP.task, optax.sgd(0.1), PLACEMENT, options)
 
 

@@ -237,7 +237,7 @@ def test_a_unit_moves_only_if_its_correlation_gains_more_than_stay(mlp):
 
 
 def test_a_negative_stay_is_refused(mlp):
-    with pytest.raises(ValueError, match="stay"):
+    with pytest.raises(ValueError, match="stay is -0.1; it must be at least 0"):
         mlp.match(mlp.variables, mlp.variables, stay=-0.1)
 
 
