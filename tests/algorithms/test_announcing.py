@@ -98,7 +98,7 @@ def test_what_loses_nothing_changes_nothing(name, frame):
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_what_the_others_know_comes_to_be_true_where_nothing_changes(name):
-    """Error feedback: what was lost is said later, until nothing is left to say."""
+    """Error feedback: what was lost is sent later, until nothing is left to send."""
     algorithm = merging("wa", COMPRESSORS[name], problem="convex")
     state = algorithm.init(PLACEMENT.put(convex_variables(START)))
     new = PLACEMENT.put(convex_variables(START[::-1]))
@@ -161,7 +161,7 @@ def test_what_the_others_know_moves_into_another_frame_along_with_the_rest(inner
 
 @pytest.mark.parametrize("frame", ["own", "reference", "joint"])
 def test_shuffled_copies_that_are_known_roughly_merge_into_roughly_the_same(frame):
-    """Also what is known of them: it goes to the frames that the agents go to."""
+    """What the neighbours know of them moves to the same frames as the agents."""
     algorithm = merging("dimat", float16(), frame)
     one = take(NETWORKS.variables(N_AGENTS), np.zeros(N_AGENTS, int))
     align, perms = jax.jit(algorithm.aligned), random_frames()

@@ -72,7 +72,7 @@ class _World:
         self.variables = self.placement.put(
             jax.tree.map(lambda *leaves: np.stack(leaves), *self.agents)
         )
-        self.watch_one = jax.jit(self.task.activations)
+        self.observe_one = jax.jit(self.task.activations)
 
     def _copy(self, base, seed: int):
         rng = np.random.default_rng(seed)
@@ -91,7 +91,7 @@ class _World:
         return W, static(W, adjacency, self.placement.slots)
 
     def activations(self, agent: int, indices: np.ndarray) -> dict[str, np.ndarray]:
-        seen = self.watch_one(
+        seen = self.observe_one(
             self.agents[agent], self.inputs[indices].astype(np.float32)
         )
         return {tap: np.asarray(units) for tap, units in seen.items()}
@@ -165,10 +165,10 @@ def test_a_merge_round_agrees_with_plain_loops(
         )
     else:
 
-        def watch(i: int, j: int) -> dict[str, np.ndarray]:
+        def observe(i: int, j: int) -> dict[str, np.ndarray]:
             return world.activations(j, SHARED if policy == "shared" else OWN[i])
 
-        perms = merge_loop.match_activations(world.spec, edges, watch, solve, STAY)
+        perms = merge_loop.match_activations(world.spec, edges, observe, solve, STAY)
     merge = (
         merge_loop.merge_reference_frame
         if frame == "reference"
