@@ -26,8 +26,8 @@ def test_agents_that_stay_in_their_own_frames_send_nothing():
 
 
 def test_on_a_path_to_a_reference_frame():
-    # 0 finds 1's permutations and tells it, 1 finds 2's and tells it; then both ends of
-    # a link tell each other theirs.
+    # 0 finds 1's permutations and sends them to it, and 1 does the same for 2. Then the
+    # ends of each link send each other their permutations.
     assert traffic("reference").tolist() == [
         [0, PERMS, 0],
         [2 * PERMS, 0, PERMS],
@@ -36,8 +36,9 @@ def test_on_a_path_to_a_reference_frame():
 
 
 def test_on_a_path_to_a_joint_frame_with_scores():
-    # 0 has the scores of 0 and 1, and is sent those of 1 and 2, which 1 has. Back go
-    # the permutations of 1, and of 2 by way of 1; then both ends of a link tell theirs.
+    # 0 has the scores of 0 and 1, and is sent those of 1 and 2, which 1 has. The
+    # permutations of 1 come back, and those of 2 by way of 1. Then the ends of each
+    # link send each other their permutations.
     assert traffic("joint").tolist() == [
         [0, SCORES + PERMS, 0],
         [3 * PERMS, 0, PERMS],

@@ -116,8 +116,8 @@ def unmistakable(trained: Trained, variables: PyTree) -> dict[str, np.ndarray]:
     A group's correlations are averaged over its taps, so a unit that is dead at some of
     them has less than 1 with itself; a twin is as like it as the two are themselves.
     """
-    watch = jax.jit(trained.activations)
-    seen = [watch(variables, inputs) for inputs in trained.batches]
+    observe = jax.jit(trained.activations)
+    seen = [observe(variables, inputs) for inputs in trained.batches]
     result = {}
     for group in trained.spec.groups:
         taps = trained.spec.taps_of(group)
