@@ -10,8 +10,8 @@ the learning rate of a grid that did best over the four cells, the same in all o
 
 from itertools import product
 
-from configs import quickstart
 from dimat_jax.algorithms import NEEDS
+from dimat_jax.configs import quickstart
 
 LEARNING_RATES = {
     "local": 0.1,

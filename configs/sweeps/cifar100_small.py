@@ -8,7 +8,7 @@ Ring and fully connected, IID: 8 runs from the same agents; about 40 minutes on 
 
 from itertools import product
 
-from configs import cifar100_resnet20
+from dimat_jax.configs import cifar100_resnet20
 
 
 def get_runs():

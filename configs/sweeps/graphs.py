@@ -8,7 +8,7 @@ never communicate. 44 runs, about 4 minutes on 2 CPU cores.
 
 from itertools import product
 
-from configs.sweeps import algorithms
+from dimat_jax.configs.sweeps import algorithms
 from dimat_jax.topology import TOPOLOGIES
 
 

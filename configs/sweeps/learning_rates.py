@@ -7,7 +7,7 @@
 
 from itertools import product
 
-from configs.sweeps import algorithms
+from dimat_jax.configs.sweeps import algorithms
 
 GRID = (0.01, 0.03, 0.1, 0.3)
 

@@ -11,7 +11,7 @@ IID and by class, ring and fully connected: 20 runs, under 2 minutes on 2 CPU co
 
 from itertools import product
 
-from configs import quickstart
+from dimat_jax.configs import quickstart
 
 
 def get_runs():

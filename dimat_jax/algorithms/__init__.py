@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import optax
 
+from dimat_jax._lazy import public_names
 from dimat_jax.algorithms._merging import OptStatePolicy, merging
 from dimat_jax.algorithms._presence import attended
 from dimat_jax.algorithms.base import Algorithm, MergeData, Task
@@ -258,3 +259,7 @@ def check_links(name: str, links: Links, merge: MergeOptions = MergeOptions()) -
             no_negative_weights(f"{name} with opt_state='merge'", links)
         name = merge.inner
     NEEDS[name].links(name, links)
+
+
+def __dir__() -> list[str]:
+    return public_names(__name__)

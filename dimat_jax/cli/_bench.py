@@ -1,13 +1,13 @@
-"""How long things take, and relative to what.
+"""Measures how long things take, in relation to each other.
 
-    python -m experiments.bench merge --out=FILE.json [--config=... --config.FIELD=...]
+    dimat bench merge|train|scale --out=FILE.json [--config=NAME --config.FIELD=VALUE]
 
 merge: a merge round by phase, against a local epoch.
 train: a step of all agents together, against as many steps of one agent alone; the
     same in bfloat16.
 scale: a step's time for each agent, against that of one agent, for 1, 2, 5, ... agents.
 
-Times are medians over --repeats, after a first, compiling call; they are meant to be
+Times are medians over --repeats, after a first call that compiles. They are meant to be
 compared within one file only.
 """
 
@@ -18,26 +18,32 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from dimat_jax._metrics import write_json
 from dimat_jax._trainer import Trainer
+from dimat_jax.cli import _bundled, _program
 from dimat_jax.config import Config
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import request_cpu_devices
-from experiments import program
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/cifar100_resnet20.py:small", "What to time."
-)
-_OUT = flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
-_REPEATS = flags.DEFINE_integer("repeats", 3, "How often to time a thing.", 1)
-_STEPS = flags.DEFINE_integer("steps", 5, "Local steps in one timing.", 1)
+__all__ = ["COMMAND"]
+
+
+def define_flags() -> None:
+    """Defines the flags of the command."""
+    _bundled.define_config(
+        "cifar100_resnet20:small",
+        "The config to time. By default, cifar100_resnet20:small.",
+    )
+    flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
+    flags.DEFINE_integer("repeats", 3, "The number of timings of each thing.", 1)
+    flags.DEFINE_integer("steps", 5, "The number of local steps in one timing.", 1)
 
 
 def _seconds_per_step(config: Config) -> float:
-    """A local step of all agents, the median."""
+    """The median time of a local step of all agents."""
+    repeats, steps = flags.FLAGS.repeats, flags.FLAGS.steps
     experiment = Experiment(config)
     state = experiment.algorithm.init(experiment.initial_variables())
     trainer = Trainer(
@@ -49,21 +55,20 @@ def _seconds_per_step(config: Config) -> float:
 
     state, _ = trainer.train(state, 0, 1, network_at)
     times = []
-    for repeat in range(_REPEATS.value):
+    for repeat in range(repeats):
         start = time.perf_counter()
-        # Returns once the losses are on the host.
-        first = 1 + repeat * _STEPS.value
-        state, _ = trainer.train(state, first, _STEPS.value, network_at)
-        times.append((time.perf_counter() - start) / _STEPS.value)
+        # `train` returns once the losses are on the host, so no work is left then.
+        state, _ = trainer.train(state, 1 + repeat * steps, steps, network_at)
+        times.append((time.perf_counter() - start) / steps)
     return float(np.median(times))
 
 
 def merge(config: Config) -> dict[str, Any]:
-    """A merge round by phase, in seconds and in local epochs."""
+    """Times a merge round by phase, in seconds and in local epochs."""
     experiment = Experiment(config)
     state = experiment.algorithm.init(experiment.initial_variables())
     phases, totals = [], []
-    for number in range(1, 2 + _REPEATS.value):
+    for number in range(1, 2 + flags.FLAGS.repeats):
         data = experiment.merge_data(number)
         network = experiment.network_at_round(number)
         start = time.perf_counter()
@@ -88,7 +93,7 @@ def merge(config: Config) -> dict[str, Any]:
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Stacked agents against one agent, and bfloat16 against float32."""
+    """Times stacked agents against one agent, and bfloat16 against float32."""
     stacked = _seconds_per_step(config)
     alone = _seconds_per_step(_changed(config, agents=1))
     half = _seconds_per_step(_changed(config, dtype="bfloat16"))
@@ -103,7 +108,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def scale(config: Config) -> dict[str, Any]:
-    """Time for each agent as their number grows."""
+    """Times a step for each agent, for growing numbers of agents."""
     counts = [n for n in (1, 2, 5, 10, 20, 40) if n <= config.agents]
     steps = {n: _seconds_per_step(_changed(config, agents=n)) for n in counts}
     return {
@@ -126,8 +131,9 @@ def _changed(config: Config, agents: int | None = None, dtype: str | None = None
 def main(arguments: list[str]) -> None:
     """Times one thing."""
     if len(arguments) != 1 or arguments[0] not in BENCHES:
-        raise UserError(f"what to time? {nearest(' '.join(arguments), BENCHES)}")
-    config = _CONFIG.value
+        given = " ".join(arguments)
+        raise UserError(f"what to time is {given!r}; {nearest(given, BENCHES)}")
+    config = flags.FLAGS.config
     request_cpu_devices(config.placement.cpu_devices)
     result = {
         "bench": arguments[0],
@@ -136,7 +142,7 @@ def main(arguments: list[str]) -> None:
         "jax": jax.__version__,
         "config": config.to_dict(),
     }
-    out = Path(_OUT.value)
+    out = Path(flags.FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, result)
     for name, value in result.items():
@@ -145,5 +151,4 @@ def main(arguments: list[str]) -> None:
     print(f"wrote {out}")
 
 
-if __name__ == "__main__":
-    program.run(main)
+COMMAND = _program.Command("bench", __doc__, main, define_flags)

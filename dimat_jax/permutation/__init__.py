@@ -6,6 +6,7 @@ reference's unit `u`, so aligning is `jnp.take(w, perm, axis)`. Permutations are
 Nothing here knows of agents, data sets or models: variables are any pytree of arrays.
 """
 
+from dimat_jax._lazy import public_names
 from dimat_jax.permutation._actions import (
     Perms,
     apply,
@@ -45,3 +46,7 @@ __all__ = [
     "validate",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    return public_names(__name__)

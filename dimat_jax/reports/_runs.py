@@ -1,4 +1,4 @@
-"""Reads runs, and finds what they are to be compared by."""
+"""Reads runs, and finds the config fields in which they differ."""
 
 import json
 from collections import Counter
@@ -24,14 +24,23 @@ from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.errors import UserError
 from dimat_jax.topology import TOPOLOGIES
 
-__all__ = ["PHASES", "SENT", "Frame", "Partition", "Runs", "describe", "load"]
+__all__ = [
+    "PHASES",
+    "SENT",
+    "DataFrame",
+    "Partition",
+    "Runs",
+    "describe",
+    "load",
+]
 
-# A pandas.DataFrame. Its indexing may return nearly anything, as type checkers see it.
-Frame = Any
+# A pandas.DataFrame. Type checkers find so many possible types in what its methods
+# return that the name says more to readers than to them.
+DataFrame = Any
 
-# Of evaluations, in the order in which a round goes through them.
+# The phases in which agents are evaluated, in the order of a round.
 PHASES = ("pretrained", "merged", "trained")
-# Begins the names of their columns of bytes by kind.
+# The beginning of the names of the columns that hold the bytes of one kind of message.
 SENT = "bytes_sent."
 
 # A config's fields as text, by their paths.
@@ -68,11 +77,11 @@ _OWN: dict[str, Callable[[Fields], str | None]] = {
     "compression.name": lambda fields: _needs(fields).compressor,
     "pretrain.partition": lambda fields: fields["data.partition"],
 }
-# What runs are repeated over, not compared by.
+# Runs that differ in this field alone are repetitions; reports show their mean.
 _REPEATS = "seed"
 # Fields that name a partition.
 _PARTITIONED_BY = ("data.partition", "pretrain.partition")
-# Fields, or whole sections, that make a panel of a figure; the others make a line.
+# Where these fields or sections differ, figures have panels; where others do, lines.
 _PANELS = ("topology", "graph", *_PARTITIONED_BY, "data.alpha", "data.classes")
 # Who reads a field, or a whole section; what is not here, everyone does.
 _READ_BY: dict[str, Callable[[Fields], bool]] = {
@@ -90,17 +99,17 @@ _READ_BY: dict[str, Callable[[Fields], bool]] = {
     "graph.edge_probability": _takes("edge_probability", TOPOLOGIES, "topology"),
     "graph.file": lambda fields: "file" in (fields["topology"], fields["mixing"]),
 }
-# What tells partitions of the same name apart.
+# The fields in which two partitions of the same name can differ.
 _SPLIT_BY = ("data.name", "data.train_size", "agents", "data.alpha", "data.classes")
 
 
 class Partition(NamedTuple):
-    """Who holds what.
+    """How many samples of each class each agent holds.
 
     Attributes:
-        title: what distinguishes it from the others.
+        title: the words that distinguish this partition from the others of a report.
         counts: `[agents][classes]`, how many samples of each class an agent has.
-        classes: the classes' names; None: their numbers will do.
+        classes: the names of the classes; None: figures show their numbers instead.
     """
 
     title: str
@@ -113,58 +122,61 @@ class Runs(NamedTuple):
 
     Attributes:
         evaluations: a row for each evaluation: the metrics (bytes of each kind as
-            "bytes_sent.KIND"), the run's folder as "run", its seed, and the fields.
-        panels: the config fields that say what problem is solved, and on which graph,
-            as far as these vary.
-        lines: the algorithm, and all else that varies among the runs of an algorithm.
-            A field is blank where it is of no use.
-        settings: a row for each algorithm, a column for each field that varies with
-            the algorithm alone.
-        partitions: all that differ, those of further seeds last.
+            "bytes_sent.KIND"), the run's folder as "run", its seed, and `fields`.
+        panels: the config fields that vary and that say which problem is solved, on
+            which graph. In a figure, each of their combinations has a panel.
+        lines: the algorithm, and the other config fields that vary among the runs of an
+            algorithm. A field is blank for an algorithm that does not read it.
+        settings: a row for each algorithm, and a column for each field that varies
+            with the algorithm alone.
+        partitions: all different ones; those of further seeds come last.
     """
 
-    evaluations: Frame
+    evaluations: DataFrame
     panels: list[str]
     lines: list[str]
-    settings: Frame
+    settings: DataFrame
     partitions: list[Partition]
 
     @property
     def fields(self) -> list[str]:
-        """All that the runs are compared by."""
+        """The fields in which the runs differ: those of panels, then those of lines."""
         return [*self.panels, *self.lines]
 
 
 def describe(fields: Sequence[str], values: Sequence[Any]) -> str:
-    """Fields in a few words; values that do not speak for themselves with their names.
+    """Fields and their values in a few words.
 
-    Blank ones are left out.
+    A value that is clear without its field's name stands alone: "dimat, stay 0.1".
+    Fields with blank values are left out.
     """
 
-    def speaks(field: str, value: str) -> bool:
+    def is_clear(field: str, value: str) -> bool:
         is_word = value.isidentifier() and value not in ("True", "False", "None")
         return is_word and not field.startswith("pretrain.")
 
     return ", ".join(
-        value if speaks(field, value) else f"{field} {value}"
+        value if is_clear(field, value) else f"{field} {value}"
         for field, value in zip(fields, map(str, values), strict=True)
         if value
     )
 
 
-def load(directories: Sequence[str | Path]) -> Runs:
-    """Reads all runs in or below some folders, finished or not.
+def load(directories: str | Path | Sequence[str | Path]) -> Runs:
+    """Reads all runs in or below a folder, or several, finished or not.
 
     Raises:
-        UserError: a folder that does not exist, or holds no run.
+        UserError: a folder that does not exist, or that holds no run.
     """
+    if isinstance(directories, (str, Path)):
+        directories = [directories]
     evaluations, configs = _read(directories)
-    read = _read_only(configs)
+    read = _only_what_is_read(configs)
     panels, lines, settings = _varying(read)
     fields = [*panels, *lines]
     short = _short_names([*fields, *settings])
-    # Nothing is there to read where a field is blank.
-    described: Frame = read[[*fields, _REPEATS]].fillna("").rename(columns=short)
+    # A field is missing for the runs that do not read it; in a report it is blank.
+    described: DataFrame = read[[*fields, _REPEATS]].fillna("").rename(columns=short)
     by_algorithm = read.groupby("algorithm", sort=False)[settings].first()
     return Runs(
         evaluations.join(described, on="run"),
@@ -175,10 +187,11 @@ def load(directories: Sequence[str | Path]) -> Runs:
     )
 
 
-def _read(directories: Sequence[str | Path]) -> tuple[Frame, Frame]:
-    """All evaluations, and the config of each run: its fields as text, by their paths.
+def _read(directories: Sequence[str | Path]) -> tuple[DataFrame, DataFrame]:
+    """All evaluations, and the configs: a row for each run, a column for each field.
 
-    Fields that the config of an older run lacks have their defaults.
+    The configs' values are text. A field that an older run's config lacks has its
+    default.
     """
     frames, configs = [], {}
     defaults = result_fields(json.loads(default_config().to_json()))
@@ -190,7 +203,7 @@ def _read(directories: Sequence[str | Path]) -> tuple[Frame, Frame]:
         ]
         if not runs:
             raise UserError(f"no run (no metrics.jsonl) in or below {directory}")
-        # In the order in which they were started: a sweep's own.
+        # A sweep writes its configs one after the other: this order is its own.
         for run in sorted(runs, key=lambda run: (run / "config.json").stat().st_mtime):
             if rows := read_rows(run):  # a run that has just started has none
                 config = json.loads((run / "config.json").read_text())
@@ -201,45 +214,47 @@ def _read(directories: Sequence[str | Path]) -> tuple[Frame, Frame]:
         raise UserError(
             f"no run in {', '.join(map(str, directories))} got anywhere yet"
         )
-    evaluations: Frame = pd.concat(frames, ignore_index=True)
+    evaluations: DataFrame = pd.concat(frames, ignore_index=True)
     sent = evaluations.filter(like=SENT)
-    # Kinds that only other runs know; older runs know none.
-    told = sent.sum(axis=1) == evaluations.bytes_sent_total
-    evaluations[list(sent)] = sent.mask(sent.isna() & told.to_frame().to_numpy(), 0)
+    # Where the kinds that a run counts sum up to its total, it sent nothing of other
+    # kinds. Older runs did not count kinds.
+    complete = sent.sum(axis=1) == evaluations.bytes_sent_total
+    evaluations[list(sent)] = sent.mask(sent.isna() & complete.to_frame().to_numpy(), 0)
     return evaluations, pd.DataFrame.from_dict(configs, orient="index").fillna("")
 
 
-def _evaluations(rows: list[dict[str, Any]]) -> Frame:
+def _evaluations(rows: list[dict[str, Any]]) -> DataFrame:
     """A run's rows, with the bytes of each kind in columns of their own."""
-    # Who sent whom how much is too much for a table.
+    # The bytes of each kind get columns. Those of each link would get too many.
     nested = ["bytes_sent_by_kind", "bytes_sent_by_link"]
     kinds = pd.DataFrame([row.get("bytes_sent_by_kind", {}) for row in rows])
     frame = pd.DataFrame(rows).drop(columns=nested, errors="ignore")
     return frame.join(kinds.add_prefix(SENT))
 
 
-def _read_only(configs: Frame) -> Frame:
-    """Without the fields that a run does not read: they are missing."""
-    told = configs.copy()
+def _only_what_is_read(configs: DataFrame) -> DataFrame:
+    """The configs, in which a field is missing for the runs that do not read it."""
+    full = configs.copy()
     for field, own in _OWN.items():
-        told[field] = told[field].where(told[field] != "", told.apply(own, axis=1))
-    kept = told.copy()
-    for field in told:
+        full[field] = full[field].where(full[field] != "", full.apply(own, axis=1))
+    kept = full.copy()
+    for field in full:
         section = field.partition(".")[0]
         if is_read := _READ_BY.get(field) or _READ_BY.get(section):
-            kept[field] = told[field].where(told.apply(is_read, axis=1))
+            kept[field] = full[field].where(full.apply(is_read, axis=1))
     return kept
 
 
-def _varying(read: Frame) -> tuple[list[str], list[str], list[str]]:
-    """The fields that make panels, those that make lines, and algorithms' settings."""
+def _varying(read: DataFrame) -> tuple[list[str], list[str], list[str]]:
+    """Which fields vary: those of panels, those of lines, and algorithms' settings."""
     panels, lines, settings = [], ["algorithm"], []
     values = read.groupby("algorithm").nunique()
     for field in read.columns.difference(["algorithm", _REPEATS], sort=False):
         if read[field].nunique() < 2:
             continue
         if field in _PANELS or field.partition(".")[0] in _PANELS:
-            # Most runs pre-train on the partition that they go on with.
+            # Most runs pre-train on the partition on which they train later. The two
+            # fields are then equal in all runs, and one of them is enough.
             if not any(read[field].equals(read[panel]) for panel in panels):
                 panels.append(field)
         elif values[field].max() < 2:
@@ -252,7 +267,8 @@ def _varying(read: Frame) -> tuple[list[str], list[str], list[str]]:
 def _short_names(fields: Sequence[str]) -> dict[str, str]:
     """By path: "data.partition" is "partition" where only one field ends like that."""
     endings = {field: field.rsplit(".", 1)[-1] for field in fields}
-    # What is told of pre-training, the rounds have too; and a name names anything.
+    # The rounds have the same fields as pre-training, and several sections have a
+    # "name": the endings of these would be misread.
     endings |= {
         field: field
         for field, ending in endings.items()
@@ -265,8 +281,8 @@ def _short_names(fields: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _partitions(configs: Frame) -> list[Partition]:
-    """What the runs' partition.json hold, once each; older runs have none."""
+def _partitions(configs: DataFrame) -> list[Partition]:
+    """The partitions in the runs' partition.json, each once; older runs have none."""
     known = configs.columns.intersection(_SPLIT_BY)
     varying = [field for field in known if configs[field].nunique() > 1]
     fields = ["partition", *_short_names(varying).values()]
@@ -277,18 +293,18 @@ def _partitions(configs: Frame) -> list[Partition]:
             continue
         content = json.loads(path.read_text())
         counts = content["counts"]
-        if len(counts) > 1:  # there is nothing to see where one agent has all
+        if len(counts) > 1:  # a single agent has everything: nothing is divided
             title = describe(
                 fields, [content["partition"], *config[varying].fillna("")]
             )
             partition = Partition(title, counts, content["classes"])
             found.setdefault(json.dumps(counts), (partition, config[_REPEATS]))
-    alike = Counter(partition.title for partition, _ in found.values())
-    before, ranked = Counter(), []
+    times = Counter(partition.title for partition, _ in found.values())
+    earlier, ranked = Counter(), []
     for partition, seed in found.values():
         title = partition.title
-        if alike[title] > 1:
+        if times[title] > 1:
             partition = partition._replace(title=f"{title}, {_REPEATS} {seed}")
-        ranked.append((before[title], partition))
-        before[title] += 1
+        ranked.append((earlier[title], partition))
+        earlier[title] += 1
     return [partition for _, partition in sorted(ranked, key=lambda pair: pair[0])]

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from experiments.runs import load
 
 from dimat_jax._metrics import read_rows
 from experiments import report
-from experiments.runs import load
 from experiments.sweep import load_runs
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from experiments.runs import Partition, Runs, describe, load
 
 from experiments import figures, report
-from experiments.runs import Partition, Runs, describe, load
 
 END, AFTER, BY_ROUND, BY_KIND, AWAY, SETTINGS = (
     "Mean test accuracy at the end (%), and MB sent",
