@@ -67,7 +67,7 @@ def run(
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
-        app.run(lambda argv: command.main(argv[1:]), sys.argv, _parse)
+        app.run(lambda argv: command.main(argv[1:]), argv=sys.argv, flags_parser=_parse)
     except UserError as error:
         _end(2, f"error: {error}")
     except NonFiniteError as error:

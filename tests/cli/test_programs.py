@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from experiments.runs import load
 
+from dimat_jax import reports
 from dimat_jax._metrics import read_rows
-from experiments import report
-from experiments.sweep import load_runs
+from dimat_jax.cli._bundled import load_runs
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -173,9 +172,9 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
         assert json.loads((workdir / name / "summary.json").read_text())["round"] == 2
     # One set of agents for each seed.
     assert len(list((workdir / "pretrained").iterdir())) == 2
-    runs = load([workdir])
+    runs = reports.load([workdir])
     assert runs.fields == ["algorithm"]
-    summary, by_round, by_kind = report.tables(runs).values()
+    summary, by_round, by_kind = reports.tables(runs).values()
     assert list(summary.index) == ["dimat", "wa"]
     assert list(by_kind.matching > 0) == [True, False]
     assert all("±" in cell for cell in summary["trained (last round)"])
