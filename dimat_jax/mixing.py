@@ -191,6 +191,7 @@ MIXINGS: dict[str, Callable[[Adjacency | Schedule], MixingMatrix]] = {
     "row_stochastic": row_stochastic,
     "fastest": fastest,
 }
+"""`MIXINGS[name](adjacency)` is a mixing matrix for the graph."""
 
 
 def _with_remainder_on_diagonal(weights: MixingMatrix) -> MixingMatrix:

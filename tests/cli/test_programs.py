@@ -104,6 +104,7 @@ def test_a_run_killed_with_kill_9_resumes_with_the_same_results(
         (["--config.rounds=many"], "invalid literal for int"),
         (["--config.algorithm=dimatt"], "did you mean 'dimat'"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=quickstrat"], "did you mean 'quickstart'"),
         (["--config=configs/cifar100_resnet20.py:tiny"], "is paper or small"),
         (["--roundz=3"], "Unknown command line flag 'roundz'"),
         (["rounds=3"], "expected only flags"),
@@ -196,6 +197,12 @@ def test_report_refuses_a_folder_without_runs(tmp_path, environment):
     assert result.returncode == 2 and "no run" in result.stderr
 
 
+def test_a_sweep_that_does_not_exist_is_refused(tmp_path, environment):
+    result = run(environment, "sweep", "--sweep=graph", f"--workdir={tmp_path}")
+    assert result.returncode == 2 and "did you mean 'graphs'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("name", ["merge", "train", "scale"])
 def test_bench_writes_ratios(tmp_path, environment, name):
     out = tmp_path / "bench.json"
@@ -213,4 +220,4 @@ def test_bench_writes_ratios(tmp_path, environment, name):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")))
 def test_every_sweep_file_loads(path):
     if path.name != "__init__.py":
-        assert load_runs(str(path))
+        assert load_runs(str(path)).keys() == load_runs(path.stem).keys()
