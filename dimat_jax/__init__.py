@@ -7,8 +7,8 @@ units onto its own, and averages (DIMAT, CVPR 2024, arXiv 2404.08079).
 The permutation tools (`dimat_jax.permutation`, `dimat_jax.matching`) stand alone: they
 take any pytree of weights and know nothing of agents, configs or data sets.
 
-What users call most is here as `dimat_jax.NAME`. A name, and what it needs, is imported
-when it is first used.
+What users call most is here as `dimat_jax.NAME`, and so are all public modules. A name,
+and what it needs, is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +18,30 @@ from dimat_jax._lazy import importer, public_names
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dimat_jax import algorithms as algorithms
+    from dimat_jax import arguments as arguments
+    from dimat_jax import cli as cli
+    from dimat_jax import compression as compression
+    from dimat_jax import config as config
+    from dimat_jax import configs as configs
+    from dimat_jax import data as data
+    from dimat_jax import errors as errors
+    from dimat_jax import evaluate as evaluate
+    from dimat_jax import experiment as experiment
+    from dimat_jax import ledger as ledger
+    from dimat_jax import matching as matching
+    from dimat_jax import merge as merge
+    from dimat_jax import mixing as mixing
+    from dimat_jax import models as models
+    from dimat_jax import network as network
+    from dimat_jax import optimizers as optimizers
+    from dimat_jax import options as options
+    from dimat_jax import permutation as permutation
+    from dimat_jax import placement as placement
+    from dimat_jax import reports as reports
+    from dimat_jax import topology as topology
+    from dimat_jax import train as train
+    from dimat_jax import tree as tree
     from dimat_jax.algorithms import ALGORITHMS as ALGORITHMS
     from dimat_jax.compression import COMPRESSORS as COMPRESSORS
     from dimat_jax.config import default_config as default_config

@@ -97,7 +97,7 @@ def _config(config: Mapping[str, Any]) -> str:
         (field, value, defaults.get(field) if value != defaults.get(field) else "")
         for field, value in fields.items()
     ]
-    header = ("field", "value", "default, if another")
+    header = ("field", "value", "default, if different")
     return tabulate(rows, header, tablefmt="simple", disable_numparse=True)
 
 
