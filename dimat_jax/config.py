@@ -8,7 +8,7 @@ all others (see `dimat_jax.options`).
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,7 +26,16 @@ from dimat_jax.errors import UserError
 from dimat_jax.models import MODEL, MODELS, ModelError
 from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, NetworkError, faults
 from dimat_jax.optimizers import LEARNING_RATE, OPTIMIZER, SCHEDULE
-from dimat_jax.options import SEED, Option, OptionError, arguments, every, read, readers
+from dimat_jax.options import (
+    SEED,
+    Option,
+    OptionError,
+    arguments,
+    describe_readers,
+    every,
+    read,
+    readers,
+)
 from dimat_jax.placement import AGENTS, BATCHING, CPU_DEVICES
 
 __all__ = [
@@ -303,18 +312,11 @@ def _why_unread(path: str, fields: Fields, found: Mapping[str, Option]) -> str:
     # A choice that is not read itself is no help to the user.
     routes = [route for route in routes if route[0].path in found] or routes
     now = [f"{option.path}={fields[option.path]!r}" for option, _ in routes]
-    then = [f"{option.path} is {_one_of(values)}" for option, values in routes]
     verb = "does" if len(now) == 1 else "do"
     return (
-        f"{' and '.join(now)} {verb} not read it; it is read where {' or '.join(then)}"
+        f"{' and '.join(now)} {verb} not read it; it is read where "
+        f"{describe_readers(routes)}"
     )
-
-
-def _one_of(values: Iterable[str]) -> str:
-    names = [repr(value) for value in values if value]
-    if not names:
-        return "not 0"
-    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 def _check_together(fields: Fields) -> None:

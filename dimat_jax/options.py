@@ -30,6 +30,7 @@ __all__ = [
     "OptionError",
     "Record",
     "arguments",
+    "describe_readers",
     "every",
     "read",
     "readers",
@@ -249,6 +250,20 @@ def readers(roots: Iterable[Option]) -> dict[str, list[tuple[Option, list[str]]]
         for path, values in values_by_path.items():
             found.setdefault(path, []).append((option, values))
     return found
+
+
+def describe_readers(routes: Iterable[tuple[Option, list[str]]]) -> str:
+    """Where an option is read, in words: "topology is 'ring' or mixing is 'file'"."""
+    return " or ".join(
+        f"{option.path} is {_one_of(values)}" for option, values in routes
+    )
+
+
+def _one_of(values: Iterable[str]) -> str:
+    names = [repr(value) for value in values if value]
+    if not names:
+        return "not 0"
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 def _opened(option: Option) -> Iterator[tuple[str, Option]]:

@@ -8,9 +8,9 @@ the learning rate of a grid that did best over the four cells, the same in all o
 (configs/sweeps/learning_rates.py). 65 runs, about 6 minutes on 2 CPU cores.
 """
 
-from configs import quickstart
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.config import drop_unread
+from dimat_jax.configs import quickstart
 from dimat_jax.sweeps import grid
 
 LEARNING_RATES = {

@@ -6,7 +6,7 @@
 Ring and fully connected, IID: 7 runs from the same agents; about 40 minutes on 2 cores.
 """
 
-from configs import cifar100_resnet20
+from dimat_jax.configs import cifar100_resnet20
 from dimat_jax.sweeps import grid
 
 

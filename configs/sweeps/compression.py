@@ -9,7 +9,7 @@ cores.
 
 from itertools import product
 
-from configs.sweeps import algorithms
+from dimat_jax.configs.sweeps import algorithms
 
 # CHOCO's consensus step for each: the more is lost, the smaller.
 COMPRESSIONS = {

@@ -10,8 +10,8 @@ about 8 minutes on 2 CPU cores.
 
 from itertools import product
 
-from configs.sweeps import algorithms
 from dimat_jax.config import drop_unread
+from dimat_jax.configs.sweeps import algorithms
 
 
 def get_runs():

@@ -6,7 +6,7 @@ DIMAT (own frames, as directed graphs ask for), plain averaging, CDSGD, and agen
 never communicate. 34 runs, about 4 minutes on 2 CPU cores.
 """
 
-from configs.sweeps import algorithms
+from dimat_jax.configs.sweeps import algorithms
 from dimat_jax.sweeps import grid
 from dimat_jax.topology import TOPOLOGIES
 

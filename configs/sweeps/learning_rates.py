@@ -5,7 +5,7 @@
 168 runs, about 8 minutes on 2 CPU cores.
 """
 
-from configs.sweeps import algorithms
+from dimat_jax.configs.sweeps import algorithms
 from dimat_jax.sweeps import grid
 
 GRID = (0.01, 0.03, 0.1, 0.3)

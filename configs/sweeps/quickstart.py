@@ -10,7 +10,7 @@ IID and by class, ring and fully connected: 18 runs (agents that train alone nee
 topology), under 2 minutes on 2 CPU cores.
 """
 
-from configs import quickstart
+from dimat_jax.configs import quickstart
 from dimat_jax.sweeps import grid
 
 

@@ -6,6 +6,7 @@ write a file that ends with its record, and add the record to the list below.
 
 import dataclasses
 
+from dimat_jax._lazy import public_names
 from dimat_jax.algorithms import (
     cdsgd,
     cga,
@@ -93,3 +94,7 @@ def record(name: str, inner: str = INNER.default) -> AlgorithmRecord:
     if name in MERGING:
         return MERGING[name].over(BETWEEN_MERGES[inner])
     return ALGORITHMS[name]
+
+
+def __dir__() -> list[str]:
+    return public_names(__name__)

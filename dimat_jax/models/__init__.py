@@ -7,16 +7,24 @@ options an architecture reads.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 
+from dimat_jax._lazy import importer, public_names
 from dimat_jax.models import mlp, resnet, vgg, vit
 from dimat_jax.models._settings import ModelError
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.permutation import PermutationSpec
 
-__all__ = ["MODEL", "MODELS", "ModelError", "permutation_spec"]
+__all__ = [
+    "MODEL",
+    "MODELS",
+    "ModelError",
+    "from_torch",
+    "permutation_spec",
+    "to_torch",
+]
 
 MODELS: dict[str, Record[Any]] = registry(
     *mlp.RECORDS, *resnet.RECORDS, *vgg.RECORDS, *vit.RECORDS
@@ -40,3 +48,15 @@ def permutation_spec(model: nn.Module) -> PermutationSpec:
         KeyError: `model` is not one of the bundled modules.
     """
     return _SPECS[type(model)](model)
+
+
+if TYPE_CHECKING:
+    from dimat_jax.models._torch_import import from_torch as from_torch
+    from dimat_jax.models._torch_import import to_torch as to_torch
+else:
+    # That module imports this one; so this one imports it at first use.
+    __getattr__ = importer(__name__, {"_torch_import": ["from_torch", "to_torch"]})
+
+
+def __dir__() -> list[str]:
+    return public_names(__name__)

@@ -7,6 +7,7 @@ This package knows nothing of agents, data sets or architectures: variables are 
 pytree of arrays.
 """
 
+from dimat_jax._lazy import public_names
 from dimat_jax.permutation._actions import (
     Perms,
     apply,
@@ -46,3 +47,7 @@ __all__ = [
     "validate",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    return public_names(__name__)

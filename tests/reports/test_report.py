@@ -3,19 +3,22 @@
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from configs import quickstart
+from dimat_jax import reports
+from dimat_jax.configs import quickstart
 from dimat_jax.experiment import Experiment
+from dimat_jax.reports import Partition, Runs, describe, load
 from dimat_jax.workdir import Workdir
-from experiments import figures, report
-from experiments.runs import Partition, Runs, describe, load
 
+ROOT = Path(__file__).parents[2]
 END, AFTER, BY_ROUND, BY_KIND, AWAY, SETTINGS = (
     "Mean test accuracy at the end (%), and MB sent",
     "Right after the last communication (%), and MB sent",
@@ -100,14 +103,17 @@ def by_class(*counts: list[int], name: str = "by_class") -> dict[str, Any]:
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> Iterator[list[Any]]:
-    """The figures that are drawn, left open until the test ends."""
+def drawn(monkeypatch) -> list[Any]:
+    """The figures that are written to files, in this order."""
     kept: list[Any] = []
-    close = figures.plt.close
-    monkeypatch.setattr(figures.plt, "close", kept.append)
-    yield kept
-    for figure in kept:
-        close(figure)
+    save = Figure.savefig
+
+    def savefig(figure, *arguments, **options):
+        kept.append(figure)
+        return save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return kept
 
 
 def lines_of(axis) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def test_what_varies_with_the_algorithm_alone_is_its_setting_and_not_compared(tm
             )
     runs = load([tmp_path])
     assert (runs.panels, runs.lines) == (["topology"], ["algorithm"])
-    settings = report.tables(runs)[SETTINGS]
+    settings = reports.tables(runs)[SETTINGS]
     assert settings.to_dict() == {
         "mixing": {"cdsgd": "uniform", "sgp": "column_stochastic", "wa": "uniform"},
         # Their own, which their configs leave empty.
@@ -158,7 +164,7 @@ def test_what_varies_within_an_algorithm_is_compared(tmp_path):
         "cdsgd, learning_rate 0.01",
         "sgp, learning_rate 0.1",
     ]
-    assert SETTINGS not in report.tables(runs)
+    assert SETTINGS not in reports.tables(runs)
 
 
 def test_a_field_is_blank_for_those_who_do_not_read_it(tmp_path):
@@ -227,7 +233,7 @@ def test_partitions_and_graphs_make_panels_with_their_parameters(tmp_path):
         write_run(tmp_path / name, algorithm="wa", accuracy=len(name) / 10, **fields)
     runs = load([tmp_path])
     assert (runs.panels, runs.lines) == (["partition", "alpha"], ["algorithm"])
-    assert list(report.tables(runs)[END].iloc[0].items()) == [
+    assert list(reports.tables(runs)[END].iloc[0].items()) == [
         ("iid", "31.0 (0 MB)"),
         ("dirichlet, alpha 0.1", "41.0 (0 MB)"),
         ("dirichlet, alpha 10.0", "61.0 (0 MB)"),
@@ -249,7 +255,7 @@ def test_the_partition_for_pretraining_is_told_where_it_is_not_always_the_same(
     )
     runs = load([tmp_path])
     assert runs.panels == ["partition", "pretrain.partition"]
-    assert set(report.tables(runs)[END]) == {
+    assert set(reports.tables(runs)[END]) == {
         "iid, pretrain.partition iid",
         "by_class, pretrain.partition by_class",
         "by_class, pretrain.partition iid",
@@ -295,7 +301,7 @@ def test_the_grid_has_a_row_for_each_line_and_a_column_for_each_panel(tmp_path):
                     accuracy=accuracy,
                     sent={"params": mb},
                 )
-    tables = report.tables(load([tmp_path]))
+    tables = reports.tables(load([tmp_path]))
     assert tables[END].to_dict("index") == {
         "wa": {"ring": "51.0 (2.48 MB)", "star": "51.0 (300 MB)"},
         "dimat": {"ring": "76.0 (2.48 MB)", "star": ""},
@@ -314,7 +320,7 @@ def test_the_grid_tells_how_far_seeds_deviate(tmp_path):
                 accuracy=accuracy,
             )
     write_run(tmp_path / "one", algorithm="local", topology="ring")
-    grid = report.tables(load([tmp_path]))[END]
+    grid = reports.tables(load([tmp_path]))[END]
     assert grid.loc["wa", "star"] == "56.0 ± 7.1 (0 MB)"
     assert grid.loc["local", "ring"] == "51.0 (0 MB)"
 
@@ -322,14 +328,14 @@ def test_the_grid_tells_how_far_seeds_deviate(tmp_path):
 def test_there_is_no_grid_of_a_single_panel(tmp_path):
     for name in ("wa", "dimat"):
         write_run(tmp_path / name, algorithm=name)
-    assert not {END, AFTER} & set(report.tables(load([tmp_path])))
+    assert not {END, AFTER} & set(reports.tables(load([tmp_path])))
 
 
 def test_of_a_hundred_rounds_twenty_are_shown_the_first_and_the_last_among_them(
     tmp_path,
 ):
     write_run(tmp_path, algorithm="wa", rounds=100)
-    shown = list(report.tables(load([tmp_path]))[BY_ROUND])
+    shown = list(reports.tables(load([tmp_path]))[BY_ROUND])
     assert len(shown) == 20 and shown[0] == 1 and shown[-1] == 100
     assert set(np.diff(shown)) == {5, 6}
 
@@ -344,7 +350,7 @@ def test_bytes_by_kind_are_columns_and_a_table(tmp_path):
     assert (kinds.sum(axis=1) == runs.evaluations.bytes_sent_total).all()
     assert kinds.notna().to_numpy().all()
     assert not [name for name in runs.evaluations if "link" in name]
-    assert report.tables(runs)[BY_KIND].to_dict("index") == {
+    assert reports.tables(runs)[BY_KIND].to_dict("index") == {
         "dimat": {"params": 2.0, "matching": 0.5},
         "wa": {"params": 2.0, "matching": 0.0},
         "local": {"params": 0.0, "matching": 0.0},
@@ -353,7 +359,7 @@ def test_bytes_by_kind_are_columns_and_a_table(tmp_path):
 
 def test_there_is_no_table_by_kind_where_all_is_of_one_kind(tmp_path):
     write_run(tmp_path, algorithm="wa", sent={"params": 8, "matching": 0})
-    assert BY_KIND not in report.tables(load([tmp_path]))
+    assert BY_KIND not in reports.tables(load([tmp_path]))
 
 
 def test_kinds_are_missing_where_an_older_run_does_not_tell_them(tmp_path):
@@ -364,7 +370,7 @@ def test_kinds_are_missing_where_an_older_run_does_not_tell_them(tmp_path):
     for row in rows:
         del row["bytes_sent_by_kind"], row["bytes_sent_by_link"]
     metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    table = report.tables(load([tmp_path]))[BY_KIND]
+    table = reports.tables(load([tmp_path]))[BY_KIND]
     assert table.loc["wm"].isna().all() and table.loc["wa"].notna().all()
 
 
@@ -373,14 +379,14 @@ def test_missed_agent_rounds_are_counted_once_a_round(tmp_path):
     write_run(tmp_path / "wa", algorithm="wa", rounds=3, present=[everyone, one, one])
     write_run(tmp_path / "wm", algorithm="wm", rounds=3, present=[everyone] * 3)
     write_run(tmp_path / "old", algorithm="local")
-    assert report.tables(load([tmp_path]))[AWAY].to_dict("index") == {
+    assert reports.tables(load([tmp_path]))[AWAY].to_dict("index") == {
         "wa": {"agent-rounds missed": 2, "of": 6, "share (%)": 33.3}
     }
 
 
 def test_nobody_was_away_is_not_worth_a_table(tmp_path):
     write_run(tmp_path, algorithm="wa", present=[[True, True]] * 2)
-    assert AWAY not in report.tables(load([tmp_path]))
+    assert AWAY not in reports.tables(load([tmp_path]))
 
 
 # --- Who holds what -------------------------------------------------------------------
@@ -422,7 +428,7 @@ def test_a_seventh_partition_is_mentioned_and_not_drawn(tmp_path, drawn):
             seed=seed,
             partition=by_class([seed, 1], [1, 1]),
         )
-    report.write([tmp_path], tmp_path)
+    reports.write([tmp_path], tmp_path)
     picture = drawn[-1]
     assert picture.get_suptitle() == "6 of 7 partitions"
     titles = [axis.get_title() for axis in picture.axes]
@@ -436,7 +442,8 @@ def test_a_small_partition_has_numbers_and_white_where_there_is_nothing(
     counts[np.arange(10) % 5, np.arange(10)] = np.arange(1, 11)
     path = tmp_path / "small.png"
     names = [f"class {label}" for label in range(10)]
-    figures.partition_figure(counts.tolist(), path, "by_class", names)
+    partition = Partition("by_class", counts.tolist(), names)
+    reports.partition_figure([partition], path)
     axis = drawn[0].axes[0]
     assert sorted(int(text.get_text()) for text in axis.texts) == list(range(1, 11))
     assert (axis.images[0].get_array().mask == (counts == 0)).all()
@@ -452,7 +459,7 @@ def test_the_names_of_a_runs_classes_reach_its_picture(tmp_path, drawn):
     experiment.dataset = experiment.dataset._replace(class_names=names)
     write_run(tmp_path / "run")
     Workdir(tmp_path / "run").create(experiment)
-    figures.partition_figures(load([tmp_path]).partitions, tmp_path / "picture.png")
+    reports.partition_figure(load([tmp_path]).partitions, tmp_path / "picture.png")
     labels = drawn[0].axes[0].get_xticklabels()
     assert tuple(label.get_text() for label in labels) == names
 
@@ -460,9 +467,8 @@ def test_the_names_of_a_runs_classes_reach_its_picture(tmp_path, drawn):
 def test_a_large_partition_has_neither_numbers_nor_a_hundred_names(tmp_path, drawn):
     counts = np.random.default_rng(0).integers(0, 50, (40, 100))
     names = list(map(str, range(100)))
-    figures.partition_figure(
-        counts.tolist(), tmp_path / "large.png", "dirichlet", names
-    )
+    partition = Partition("dirichlet", counts.tolist(), names)
+    reports.partition_figure([partition], tmp_path / "large.png")
     axis = drawn[0].axes[0]
     assert not axis.texts
     for ticks in (axis.get_xticks(), axis.get_yticks()):
@@ -472,7 +478,7 @@ def test_a_large_partition_has_neither_numbers_nor_a_hundred_names(tmp_path, dra
 def test_a_class_that_nobody_has_and_a_partition_of_nothing_can_be_drawn(tmp_path):
     path = tmp_path / "empty.png"
     two = [Partition("a", [[0, 0], [0, 0]]), Partition("b", [[1], [0], [2]])]
-    figures.partition_figures(two, path)
+    reports.partition_figure(two, path)
     assert path.stat().st_size > 0
 
 
@@ -482,7 +488,7 @@ def test_a_class_that_nobody_has_and_a_partition_of_nothing_can_be_drawn(tmp_pat
 def test_who_sends_nothing_is_a_dashed_line_at_its_end(tmp_path, drawn):
     write_run(tmp_path / "wa", algorithm="wa", sent={"params": 3_000_000})
     write_run(tmp_path / "local", algorithm="local", accuracy=0.7, sent={})
-    figures.bytes_figure(load([tmp_path]), tmp_path / "bytes.png")
+    reports.bytes_figure(load([tmp_path]), tmp_path / "bytes.png")
     axis = drawn[0].axes[0]
     wa, local = lines_of(axis)["wa"], lines_of(axis)["local"]
     assert list(wa.get_xdata()) == [3, 3, 6, 6]  # MB; the agents alone sent nothing
@@ -502,8 +508,8 @@ def test_a_line_is_the_mean_over_seeds(tmp_path, drawn):
             sent={"params": size},
         )
     runs = load([tmp_path])
-    figures.bytes_figure(runs, tmp_path / "bytes.png")
-    figures.accuracy_figure(runs, tmp_path / "accuracy.png")
+    reports.bytes_figure(runs, tmp_path / "bytes.png")
+    reports.accuracy_figure(runs, tmp_path / "accuracy.png")
     over_bytes, over_rounds = (lines_of(figure.axes[0])["wa"] for figure in drawn)
     assert list(over_bytes.get_xdata()) == [2, 2, 4, 4]
     assert list(over_rounds.get_xdata()) == [0, 0, 1, 1, 2]
@@ -520,8 +526,8 @@ def test_a_line_looks_the_same_in_every_panel_and_both_figures(tmp_path, drawn):
                 sent={"params": 1},
             )
     runs = load([tmp_path])
-    figures.accuracy_figure(runs, tmp_path / "accuracy.png")
-    figures.bytes_figure(runs, tmp_path / "bytes.png")
+    reports.accuracy_figure(runs, tmp_path / "accuracy.png")
+    reports.bytes_figure(runs, tmp_path / "bytes.png")
     panels = [axis for figure in drawn for axis in figure.axes]
     assert [p.get_title() for p in panels] == ["ring", "star"] * 2
     for name in ("dimat", "wa"):
@@ -534,7 +540,7 @@ def test_lines_differ_and_many_have_their_legend_beside(
 ):
     for number in range(n_lines):
         write_run(tmp_path / str(number), algorithm="wa", mixing=f"rule{number}")
-    figures.accuracy_figure(load([tmp_path]), tmp_path / "accuracy.png")
+    reports.accuracy_figure(load([tmp_path]), tmp_path / "accuracy.png")
     axis = drawn[0].axes[0]
     looks = {
         (line.get_color(), str(line.get_linestyle()))
@@ -565,7 +571,7 @@ def test_a_report_has_the_figures_that_there_is_something_to_show_in(tmp_path):
         (silent, always),
         (talking, [*always, "bytes.png", "partition.png"]),
     ):
-        files = report.write([folder], folder)
+        files = reports.write([folder], folder)
         assert [path.name for path in files] == names
         assert all(path.stat().st_size > 0 for path in files)
 
@@ -576,3 +582,46 @@ def test_a_value_that_does_not_speak_for_itself_has_its_name_before_it():
     assert describe(fields, values) == (
         "dimat, stay 0.1, flip True, pretrain.partition iid, file a/b.json"
     )
+
+
+def test_one_folder_can_be_loaded_without_a_list(tmp_path):
+    write_run(tmp_path / "one", algorithm="wa")
+    for folder in (tmp_path, str(tmp_path)):
+        assert load(folder).evaluations.equals(load([tmp_path]).evaluations)
+
+
+def test_a_figure_is_returned_and_only_written_where_a_path_is_given(tmp_path, drawn):
+    runs = tmp_path / "runs"
+    write_run(
+        runs,
+        algorithm="wa",
+        sent={"params": 1},
+        partition=by_class([1, 0], [0, 1]),
+    )
+    loaded = load(runs)
+    before = sorted(tmp_path.rglob("*"))
+    for figure in (
+        reports.accuracy_figure(loaded),
+        reports.bytes_figure(loaded),
+        reports.partition_figure(loaded.partitions),
+    ):
+        assert isinstance(figure, Figure)
+    assert not drawn and sorted(tmp_path.rglob("*")) == before
+    path = tmp_path / "accuracy.png"
+    assert reports.accuracy_figure(loaded, str(path)) is drawn[0]
+    assert path.stat().st_size > 0
+
+
+def test_figures_leave_the_backend_of_a_notebook_as_it_is(tmp_path):
+    write_run(tmp_path, algorithm="wa")
+    code = """
+import sys
+from dimat_jax import reports
+runs = reports.load(sys.argv[1])
+assert "matplotlib" not in sys.modules
+reports.accuracy_figure(runs, f"{sys.argv[1]}/figure.png")
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

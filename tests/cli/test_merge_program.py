@@ -13,13 +13,13 @@ import pytest
 
 from configs import quickstart
 from dimat_jax import train
+from dimat_jax._merge_models import Options, run
 from dimat_jax._metrics import read_rows
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODELS, _saved, classifier
 from dimat_jax.models._saved import SavedModel
 from dimat_jax.models._torch_import import to_torch
 from dimat_jax.tree import flatten
-from experiments.merge import Options, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -331,7 +331,7 @@ def test_what_fails_while_it_is_written_leaves_nothing(tmp_path, workdir, monkey
     def fail(lines, path):
         raise OSError("no space left")
 
-    monkeypatch.setattr("experiments.merge_report.figure", fail)
+    monkeypatch.setattr("dimat_jax._merge_models._report.figure", fail)
     out = tmp_path / "out"
     options = Options(agents(workdir, 0, 1), str(out), method="none", points=2)
     with pytest.raises(OSError, match="no space"):

@@ -1,19 +1,14 @@
-"""What a merge has to say: tables, and the lines between the models."""
+"""The report of a merge: tables, and a figure of the lines between the models."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
-# Figures go to files; a machine without a display must do.
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import pandas as pd  # noqa: E402
-
-from dimat_jax.merge import Barrier  # noqa: E402
+from dimat_jax.merge import Barrier
 
 __all__ = ["Line", "figure", "markdown"]
 
@@ -22,10 +17,11 @@ class Line(NamedTuple):
     """The straight line between two models.
 
     Attributes:
-        start: the model at 0.
-        end: the model at 1.
-        curves: what was found on it, by how the models and the points were treated:
-            "plain" or "aligned", and then perhaps ", recalibrated" or ", repaired".
+        start: the name of the model at 0.
+        end: the name of the model at 1.
+        curves: the measurements on the line, by how the models and the points were
+            treated: "plain" or "aligned", and then perhaps ", recalibrated" or
+            ", repaired".
     """
 
     start: str
@@ -33,7 +29,7 @@ class Line(NamedTuple):
     curves: dict[str, Barrier]
 
     def as_json(self) -> dict[str, Any]:
-        """All that there is to plot."""
+        """The line as barrier.json has it."""
         curves = {name: curve._asdict() for name, curve in self.curves.items()}
         return {"from": self.start, "to": self.end, "curves": curves}
 
@@ -41,12 +37,12 @@ class Line(NamedTuple):
 def markdown(
     scores: Mapping[str, tuple[float, float]], lines: Sequence[Line], merged: str
 ) -> str:
-    """The tables.
+    """The tables, as Markdown.
 
     Args:
-        scores: loss and accuracy of each model and average.
-        lines: between the models.
-        merged: the average that is saved.
+        scores: the loss and the accuracy of each model and each average.
+        lines: the lines between the models.
+        merged: the name of the average that is saved.
     """
     models = [
         {"model": name, "accuracy (%)": f"{100 * accuracy:.2f}", "loss": f"{loss:.4f}"}
@@ -70,21 +66,14 @@ def markdown(
 
 
 def _table(rows: Sequence[dict[str, str]]) -> str:
-    # Figures are formatted already.
+    # The numbers are formatted already.
     return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
 def figure(lines: Sequence[Line], path: Path) -> None:
-    """Loss and accuracy along each line; where its points were mended it is solid."""
-    fig, axes = plt.subplots(
-        2,
-        len(lines),
-        figsize=(4.8 * len(lines), 5.6),
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    """Draws loss and accuracy along each line; solid where the points were mended."""
+    fig = Figure(figsize=(4.8 * len(lines), 5.6), layout="constrained")
+    axes = fig.subplots(2, len(lines), sharex=True, sharey="row", squeeze=False)
     for (losses, accuracies), line in zip(axes.T, lines, strict=True):
         for name, curve in line.curves.items():
             form, _, mended = name.partition(", ")
@@ -106,4 +95,3 @@ def figure(lines: Sequence[Line], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=8)
     fig.savefig(path, dpi=150)
-    plt.close(fig)

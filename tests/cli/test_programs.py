@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dimat_jax import reports
 from dimat_jax._metrics import read_rows
-from experiments import report
-from experiments.runs import load
-from experiments.sweep import load_runs
+from dimat_jax.cli._bundled import load_runs
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -105,6 +104,7 @@ def test_a_run_killed_with_kill_9_resumes_with_the_same_results(
         (["--config.rounds=many"], "invalid literal for int"),
         (["--config.algorithm=dimatt"], "did you mean 'dimat'"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
+        (["--config=quickstrat"], "did you mean 'quickstart'"),
         (["--config=configs/cifar100_resnet20.py:tiny"], "is paper or small"),
         (["--roundz=3"], "Unknown command line flag 'roundz'"),
         (["rounds=3"], "expected only flags"),
@@ -173,9 +173,9 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
         assert json.loads((workdir / name / "summary.json").read_text())["round"] == 2
     # One set of agents for each seed.
     assert len(list((workdir / "pretrained").iterdir())) == 2
-    runs = load([workdir])
+    runs = reports.load([workdir])
     assert runs.fields == ["algorithm"]
-    summary, by_round, by_kind = report.tables(runs).values()
+    summary, by_round, by_kind = reports.tables(runs).values()
     assert list(summary.index) == ["dimat", "wa"]
     assert list(by_kind.matching > 0) == [True, False]
     assert all("±" in cell for cell in summary["trained (last round)"])
@@ -197,6 +197,12 @@ def test_report_refuses_a_folder_without_runs(tmp_path, environment):
     assert result.returncode == 2 and "no run" in result.stderr
 
 
+def test_a_sweep_that_does_not_exist_is_refused(tmp_path, environment):
+    result = run(environment, "sweep", "--sweep=graph", f"--workdir={tmp_path}")
+    assert result.returncode == 2 and "did you mean 'graphs'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("name", ["merge", "train", "scale"])
 def test_bench_writes_ratios(tmp_path, environment, name):
     out = tmp_path / "bench.json"
@@ -214,4 +220,4 @@ def test_bench_writes_ratios(tmp_path, environment, name):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")))
 def test_every_sweep_file_loads(path):
     if path.name != "__init__.py":
-        assert load_runs(str(path))
+        assert load_runs(str(path)).keys() == load_runs(path.stem).keys()

@@ -1,4 +1,4 @@
-"""Trained models, wherever they are: runs, earlier merges, PyTorch files."""
+"""Reads trained models from runs, from earlier merges, and from PyTorch files."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dimat_jax import train
-from dimat_jax.arguments import model_arguments
+from dimat_jax.config import fields_of, model_arguments
 from dimat_jax.data._dataset import Dataset
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
@@ -21,6 +21,7 @@ from dimat_jax.tree import take
 
 __all__ = ["check", "data_set", "read"]
 
+# The endings of PyTorch files.
 TORCH = (".pth", ".pt", ".safetensors")
 
 
@@ -30,14 +31,15 @@ def read(
     """Reads models.
 
     Args:
-        names: of each the workdir of a run, with ":2" behind it for its agent 2 (else
-            agent 0); the folder of a merge; or a PyTorch file.
-        torch_model: the architecture of PyTorch files. What they are trained on, and
-            the shape of their inputs (here empty), they do not tell.
-        data_dir: where the data of runs are now, if not where they were.
+        names: each is the workdir of a run (with ":2" behind it for its agent 2, else
+            agent 0), the folder of a merge, or a PyTorch file.
+        torch_model: the architecture of PyTorch files. These files do not say what the
+            models were trained on, nor the shape of their inputs (which stays empty).
+        data_dir: the folder of the runs' data, if it is no longer the one in their
+            configs.
 
     Returns:
-        the models; and where the data are, if that is given or a run tells.
+        the models, and the folder of the data, if it is given or a run names it.
 
     Raises:
         UserError: names the model that cannot be read, and why.
@@ -45,7 +47,7 @@ def read(
 
     directories = [data_dir]
 
-    @functools.cache  # several may be agents of one run
+    @functools.cache  # because several models may be agents of one run
     def load_agents(workdir: Path):
         experiment, agents = train.load_agents(workdir, data_dir)
         directories.append(experiment.config.data.dir)
@@ -84,7 +86,7 @@ def _agent(experiment: Experiment, agents: Any, number: int) -> SavedModel:
     n_agents = len(experiment.shards)
     if number >= n_agents:
         raise UserError(f"there is no agent {number}; the run has 0 to {n_agents - 1}")
-    arguments = model_arguments(experiment.config)
+    arguments = model_arguments(fields_of(experiment.config))
     arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
     return SavedModel(
         name=experiment.config.model.name,
@@ -111,7 +113,8 @@ def data_set(
     """The name of the data set that all models are for.
 
     Raises:
-        UserError: they are for different ones, or neither they nor `given` tell.
+        UserError: the models are for different data sets, or neither a model nor
+            `given` names one.
     """
     data = given or next((model.data for model in models if model.data), None)
     if data is None:
@@ -151,7 +154,7 @@ def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) 
 
 
 def _architecture(model: SavedModel) -> dict[str, Any]:
-    """What a model's variables, and what it makes of them, depend on."""
+    """The settings on which a model's variables, and what it computes, depend."""
     module = model.module
     fields = {
         field.name: getattr(module, field.name)

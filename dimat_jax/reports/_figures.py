@@ -1,56 +1,63 @@
-"""The figures of a report: accuracy over rounds and over bytes, and who holds what."""
+"""The figures of a report: accuracy over rounds and over bytes, and partitions.
+
+They are made without pyplot, which would choose a backend for the whole process.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-# Figures go to files; a machine without a display must do.
-matplotlib.use("agg")
+from dimat_jax.reports._runs import PHASES, DataFrame, Partition, Runs, describe
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
-from matplotlib.colors import LinearSegmentedColormap  # noqa: E402
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter  # noqa: E402
+__all__ = ["accuracy_figure", "bytes_figure", "partition_figure"]
 
-from experiments.runs import PHASES, Frame, Partition, Runs, describe  # noqa: E402
-
-__all__ = [
-    "accuracy_figure",
-    "bytes_figure",
-    "partition_figure",
-    "partition_figures",
-]
-
-# Ten bright colours, and the same ones dark.
-_BRIGHT = plt.get_cmap("tab10")(range(10))[:, :3]
+# Ten bright colours, and the same ten darkened.
+_BRIGHT = matplotlib.colormaps["tab10"](range(10))[:, :3]
 _COLORS = [tuple(color) for color in np.concatenate([_BRIGHT, 0.55 * _BRIGHT])]
-# For ten lines each; plain dashes are for who sends nothing.
+# The style changes after ten lines, when the bright colours are used up. Plain dashes
+# are not among the styles: they are for lines that send nothing.
 _DASHES = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-# With more lines than this, a legend among them would hide some, and bands all.
+# With more lines than these, a legend inside a panel would hide some of them, and bands
+# would hide all of them.
 _FEW = 6
-# Up to so many agents and classes, a cell has room for its number.
+# With more agents or more classes than these, a cell has no room for its number.
 _NUMBERED = (12, 20)
-# From here on, so that a single sample does not look like none.
+# The map begins at a visible blue, so that a single sample does not look like none.
 _BLUES = LinearSegmentedColormap.from_list(
-    "counts", plt.get_cmap("Blues")(np.linspace(0.12, 0.95, 256))
+    "counts", matplotlib.colormaps["Blues"](np.linspace(0.12, 0.95, 256))
 ).with_extremes(bad="white")
 
 
-def accuracy_figure(runs: Runs, path: Path) -> None:
-    """Accuracy over local training; a merge is a vertical step, marked where it ends.
+def accuracy_figure(runs: Runs, path: str | Path | None = None) -> Figure:
+    """Draws accuracy over local training.
 
-    The band reaches from the worst agent to the best, where lines are few.
+    A merge is a vertical step, with a mark at its end. Where lines are few, a band
+    reaches from the worst agent to the best.
+
+    Args:
+        runs: the runs to compare.
+        path: the file to write, if any.
     """
-    _save(_figure(runs, _draw_rounds, "rounds of local training"), path)
+    fig = _figure(runs, _draw_rounds, "rounds of local training")
+    return _finished(fig, path)
 
 
-def bytes_figure(runs: Runs, path: Path) -> None:
-    """Accuracy over what all agents together have sent, once they have sent anything.
+def bytes_figure(runs: Runs, path: str | Path | None = None) -> Figure:
+    """Draws accuracy over the bytes that all agents together have sent.
 
-    A dashed line is where those end who never do.
+    A line begins with the first bytes that are sent. The final accuracy of agents that
+    never send anything is a dashed horizontal line.
+
+    Args:
+        runs: the runs to compare. Some of them must have sent something.
+        path: the file to write, if any.
     """
     fig = _figure(runs, _draw_bytes, "MB sent")
     axis = fig.axes[0]  # the others share its scale
@@ -60,30 +67,30 @@ def bytes_figure(runs: Runs, path: Path) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=steps))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    _save(fig, path)
+    return _finished(fig, path)
 
 
-def _figure(runs: Runs, draw: Callable[..., Any], x_label: str) -> Any:
-    """Panels in which a line always looks the same, and one legend."""
+def _figure(runs: Runs, draw: Callable[..., Any], x_label: str) -> Figure:
+    """Draws a panel for each problem, and one legend.
+
+    A line looks the same in all panels.
+    """
     lines = runs.evaluations.groupby(runs.lines, sort=False)
     names = [name for name, _ in lines]
-    panels: list[tuple[Any, Frame]] = [((), runs.evaluations)]
+    panels: list[tuple[Any, DataFrame]] = [((), runs.evaluations)]
     if runs.panels:
         panels = list(runs.evaluations.groupby(runs.panels, sort=False))
     beside = len(names) > _FEW
     n_columns = min(len(panels), 2)
     n_rows = -(-len(panels) // n_columns)
-    fig, axes = plt.subplots(
-        n_rows,
-        n_columns,
+    fig = Figure(
         figsize=(
             5.2 * n_columns + 2.4 * beside,
             max(3.4 * n_rows, 0.19 * len(names) * beside),
         ),
-        sharex=True,
-        squeeze=False,
         layout="constrained",
     )
+    axes = fig.subplots(n_rows, n_columns, sharex=True, squeeze=False)
     drawn = {}
     for axis, (values, panel) in zip(axes.flat, panels, strict=False):
         for name, line in panel.groupby(runs.lines, sort=False):
@@ -112,8 +119,8 @@ def _figure(runs: Runs, draw: Callable[..., Any], x_label: str) -> Any:
     return fig
 
 
-def _draw_rounds(axis, line: Frame, style: dict[str, Any], few: bool) -> Any:
-    # A merge happens where the round before it ended.
+def _draw_rounds(axis, line: DataFrame, style: dict[str, Any], few: bool) -> Any:
+    # A merge comes before the local training of its round.
     mean = _means(line.assign(x=line["round"] - (line.phase == "merged")))
     if few:
         axis.fill_between(
@@ -122,7 +129,7 @@ def _draw_rounds(axis, line: Frame, style: dict[str, Any], few: bool) -> Any:
     return _draw(axis, mean, style)
 
 
-def _draw_bytes(axis, line: Frame, style: dict[str, Any], few: bool) -> Any:
+def _draw_bytes(axis, line: DataFrame, style: dict[str, Any], few: bool) -> Any:
     del few  # there are no bands
     mean = _means(line.assign(x=line.bytes_sent_total / 1e6))
     sent = mean[mean.x > 0]  # 0 has no logarithm
@@ -132,16 +139,16 @@ def _draw_bytes(axis, line: Frame, style: dict[str, Any], few: bool) -> Any:
     return _draw(axis, sent, style)
 
 
-def _draw(axis, mean: Frame, style: dict[str, Any]) -> Any:
+def _draw(axis, mean: DataFrame, style: dict[str, Any]) -> Any:
     (drawn,) = axis.plot(mean.x, mean.accuracy, **style)
     merged = mean[mean.phase == "merged"]
     axis.plot(merged.x, merged.accuracy, ".", color=style["color"], ms=6)
     return drawn
 
 
-def _means(line: Frame) -> Frame:
-    """Means over seeds of x and of accuracies in %, in the order of evaluation."""
-    table: Frame = pd.DataFrame(
+def _means(line: DataFrame) -> DataFrame:
+    """The means over seeds of x and of accuracies in %, in the order of evaluation."""
+    table: DataFrame = pd.DataFrame(
         {
             "round": line["round"],
             "phase": pd.Categorical(line.phase, PHASES),
@@ -155,43 +162,33 @@ def _means(line: Frame) -> Frame:
 
 
 def partition_figure(
-    counts: Sequence[Sequence[int]],
-    path: Path,
-    title: str,
-    classes: Sequence[str] | None = None,
-) -> None:
-    """A picture of one partition; see `Partition` for what it takes."""
-    partition_figures([Partition(title, counts, classes)], path)
+    partitions: Sequence[Partition], path: str | Path | None = None, note: str = ""
+) -> Figure:
+    """Draws which agent holds how many samples of which class.
 
-
-def partition_figures(
-    partitions: Sequence[Partition], path: Path, note: str = ""
-) -> None:
-    """Agents over classes, the darker the more samples; white where there are none.
+    A cell is the darker the more samples it stands for, and white if there are none.
 
     Args:
-        partitions: at least one, each of which gets a panel.
-        path: of the file.
-        note: written above.
+        partitions: at least one; each has a panel.
+        path: the file to write, if any.
+        note: a line of text above all panels.
     """
     n_columns = min(len(partitions), 2)
     n_rows = -(-len(partitions) // n_columns)
     shapes = np.asarray([np.shape(partition.counts) for partition in partitions])
     n_agents, n_classes = shapes.max(axis=0)
     width, height = np.clip(0.45 * n_classes, 4, 8), np.clip(0.3 * n_agents, 1.5, 6)
-    fig, axes = plt.subplots(
-        n_rows,
-        n_columns,
+    fig = Figure(
         figsize=((width + 1.2) * n_columns, (height + 1) * n_rows + 0.3),
-        squeeze=False,
         layout="constrained",
     )
+    axes = fig.subplots(n_rows, n_columns, squeeze=False)
     for axis, partition in zip(axes.flat, partitions, strict=False):
         _draw_partition(axis, partition)
     for axis in axes.flat[len(partitions) :]:
         axis.set_visible(False)
     fig.suptitle(note, fontsize=10)
-    _save(fig, path)
+    return _finished(fig, path)
 
 
 def _draw_partition(axis, partition: Partition) -> None:
@@ -230,6 +227,7 @@ def _draw_partition(axis, partition: Partition) -> None:
     axis.set_title(partition.title, fontsize=10)
 
 
-def _save(fig: Any, path: Path) -> None:
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+def _finished(fig: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
+        fig.savefig(path, dpi=150)
+    return fig

@@ -1,0 +1,164 @@
+"""Models of one architecture, some data, and what can be done with both."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dimat_jax import matching, merge, permutation
+from dimat_jax._merge_models._options import Options
+from dimat_jax.data.pipeline import Reader, Samples, place_pool
+from dimat_jax.data.sources import Dataset, Split
+from dimat_jax.evaluate import Evaluator
+from dimat_jax.models import classifier, permutation_spec
+from dimat_jax.permutation import Perms
+from dimat_jax.placement import place
+from dimat_jax.tree import PyTree
+
+__all__ = ["Merging"]
+
+# The batch size for matching and for statistics.
+_BATCH = 100
+# The batch size for evaluation.
+_EVAL_BATCH = 500
+
+
+class Merging:
+    """Models of one architecture, some data, and what can be done with both.
+
+    "Mending" an average means, for networks with BatchNorm, to measure their statistics
+    anew, and for others to rescale their units (REPAIR).
+
+    Args:
+        options: how to match and to mend.
+        module: the architecture.
+        dataset: the data for matching, mending and evaluating.
+
+    Attributes:
+        spec: the architecture's permutation symmetry.
+    """
+
+    def __init__(self, options: Options, module: Any, dataset: Dataset):
+        self.options = options
+        self.module = module
+        self.spec = permutation_spec(module)
+        self._batch_statistics = classifier.batch_statistics(module)
+        self._unit_moments = classifier.unit_moments(module, self.spec)
+        self._placement = place(1, jax.devices()[:1])
+        test = self._samples(dataset, dataset.test, None, _EVAL_BATCH)
+        self._evaluator = Evaluator(classifier.forward(module), test, self._placement)
+        chosen = self._samples(dataset, dataset.train, options.samples, _BATCH)
+        # The last batch is cut where its padding begins.
+        self._batches = [
+            batch.inputs[: int(mask.sum())]
+            for batch, mask in zip(chosen, chosen.mask, strict=True)
+        ]
+        # The word for a mended average; "" if there is nothing to mend.
+        self._mended = "repaired" if self.spec.groups else ""
+        if self._batch_statistics is not None:
+            self._mended = "recalibrated"
+
+    def _samples(
+        self, dataset: Dataset, split: Split, size: int | None, batch_size: int
+    ) -> Samples:
+        """Draws `size` images (None: all) at random.
+
+        Some data sets are stored class by class: the first images are no sample.
+        """
+        rng = np.random.default_rng(self.options.seed)
+        order = rng.permutation(len(split.labels))[:size]
+        chosen = Split(split.images[order], split.labels[order])
+        pool = place_pool(chosen, dataset.mean, dataset.std, self._placement)
+        reader = Reader(pool, self._placement)
+        return reader.shared(np.arange(len(order)), batch_size)
+
+    def match(self, models: Sequence[PyTree]) -> list[Perms]:
+        """Finds for each model the permutations that align it with the first one.
+
+        Raises:
+            PermutationSpecError: the architecture lacks the symmetry that it declares.
+        """
+        options, spec, (first, *others) = self.options, self.spec, models
+        verify_key, key = jax.random.split(jax.random.key(options.seed))
+        permutation.verify(
+            spec,
+            classifier.both_modes(self.module),
+            first,
+            self._batches[0][:8],
+            verify_key,
+        )
+        activations, stay = classifier.activations(self.module), options.stay
+        match options.method, options.frame:
+            case "activation", "joint":
+                return matching.joint_activation_matching(
+                    spec, activations, models, self._batches, stay=stay
+                )
+            case "activation", _:
+                found = [
+                    matching.activation_matching(
+                        spec, activations, first, other, self._batches, stay=stay
+                    )
+                    for other in others
+                ]
+            case _, "joint":
+                return matching.joint_weight_matching(
+                    spec, models, key=key, restarts=options.restarts, stay=stay
+                )
+            case _:
+                found = [
+                    matching.weight_matching(
+                        spec,
+                        first,
+                        other,
+                        key=jax.random.fold_in(key, i),
+                        restarts=options.restarts,
+                        stay=stay,
+                    )
+                    for i, other in enumerate(others)
+                ]
+        return [permutation.identity(spec, first), *found]
+
+    def averages(self, forms: dict[str, list[PyTree]]) -> dict[str, PyTree]:
+        """Averages the models in each form, and mends each average."""
+        weights, averages = self.options.weights, {}
+        for form, models in forms.items():
+            average = merge.average(models, weights)
+            averages[f"{form} average"] = average
+            if self._mended:
+                mended = self._mend(average, models, weights)
+                averages[f"{form} average, {self._mended}"] = mended
+        return averages
+
+    def curves(
+        self, forms: dict[str, list[PyTree]], i: int
+    ) -> dict[str, merge.Barrier]:
+        """Evaluates the line from model 0 to model i, in each form.
+
+        Where there is something to mend, the same line with all points mended follows.
+        """
+        ts = np.linspace(0, 1, self.options.points)
+        curves = {}
+        for form, models in forms.items():
+            a, b = models[0], models[i]
+            curves[form] = merge.barrier(self.evaluate, a, b, ts)
+
+            def mend(point, t, ends=(a, b)):
+                return self._mend(point, ends, [1 - t, t])
+
+            if self._mended:
+                curves[f"{form}, {self._mended}"] = merge.barrier(
+                    self.evaluate, a, b, ts, repair=mend
+                )
+        return curves
+
+    def _mend(self, average: PyTree, models: Sequence[PyTree], weights: Any) -> PyTree:
+        if self._batch_statistics is not None:
+            return merge.recalibrate(self._batch_statistics, average, self._batches)
+        return merge.repair(self._unit_moments, average, models, self._batches, weights)
+
+    def evaluate(self, model: PyTree) -> tuple[float, float]:
+        """The loss (in nats) and the accuracy of a model on the test images."""
+        stacked = jax.tree.map(lambda x: np.asarray(x)[None], model)
+        result = self._evaluator(self._placement.put(stacked))
+        return float(result.loss[0]), float(result.accuracy[0])

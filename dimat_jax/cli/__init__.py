@@ -1,0 +1,62 @@
+"""The command `dimat`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dimat_jax import __version__
+from dimat_jax._lazy import public_names
+from dimat_jax.errors import nearest
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "train": "run one config, or go on with an interrupted run",
+    "sweep": "run many configs, and report on all of them",
+    "report": "write tables and figures of runs",
+    "merge": "merge models that were trained apart",
+    "bench": "measure how long training and merging take",
+    "show": "list configs, algorithms, ...; look into a config or a run",
+}
+"""The commands of `dimat`, each with what it does. `_NAME` is the module of NAME."""
+
+_USAGE = """usage: dimat COMMAND [ARGUMENTS]
+
+{commands}
+
+`dimat COMMAND --help` says more of a command. To begin with:
+
+    dimat train --config=quickstart --workdir=runs/digits
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a command of `dimat`, and exits.
+
+    Args:
+        argv: the command's name and its arguments; None: those of this process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments.pop(0) if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"    {name:{width}}  {text}" for name, text in COMMANDS.items()]
+        print(_USAGE.format(commands="\n".join(lines)), end="")
+        sys.exit(0)
+    if name == "--version":
+        print(f"dimat_jax {__version__}")
+        sys.exit(0)
+    if name not in COMMANDS:
+        message = f"error: there is no command {name!r}; {nearest(name, COMMANDS)}"
+        print(message, file=sys.stderr)
+        sys.exit(2)
+    # The commands are imported only now: `dimat --help` needs no JAX.
+    from dimat_jax.cli import _program
+
+    module = importlib.import_module(f"dimat_jax.cli._{name}")
+    _program.run(module.COMMAND, arguments=arguments)
+
+
+def __dir__() -> list[str]:
+    return public_names(__name__)

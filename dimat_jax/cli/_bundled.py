@@ -1,0 +1,133 @@
+"""Config files and sweep files, found by path or, if they are bundled, by name."""
+
+import ast
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from dimat_jax.config import Config
+from dimat_jax.errors import UserError, nearest
+
+__all__ = [
+    "bundled_configs",
+    "bundled_sweeps",
+    "define_config",
+    "load_config",
+    "load_runs",
+    "summary",
+]
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def bundled_configs() -> dict[str, Path]:
+    """The files of the bundled configs, by name."""
+    return {path.stem: path for path in sorted(_CONFIGS.glob("[!_]*.py"))}
+
+
+def bundled_sweeps() -> dict[str, Path]:
+    """The files of the bundled sweeps, by name."""
+    return {path.stem: path for path in sorted(_CONFIGS.glob("sweeps/[!_]*.py"))}
+
+
+def summary(path: Path) -> str:
+    """The first line of a file's docstring, without running the file."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return docstring.partition("\n")[0]
+
+
+def _find(name: str, kind: str, folder: str, bundled: dict[str, Path]) -> Path:
+    """Finds a file by its path, or a bundled one by its name.
+
+    A bundled file has the same path in a clone of the repository. That path is taken as
+    its name, so that a command that works in a clone works everywhere.
+
+    Args:
+        name: the path or the name.
+        kind: "config" or "sweep", for the message.
+        folder: the folder of the bundled files, seen from "configs".
+        bundled: the bundled files.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    short = name.removesuffix(".py").removeprefix("configs/").removeprefix(folder)
+    if short not in bundled:
+        raise UserError(
+            f"there is no {kind} file {name}, and no bundled {kind} of this name; "
+            f"{nearest(short, bundled)}"
+        )
+    return bundled[short]
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Reads a config that is given by path or by name, with its argument.
+
+    Args:
+        by_path: ml_collections' own parser, which takes only paths.
+    """
+
+    def __init__(self, by_path: flags.ArgumentParser):
+        self._by_path = by_path
+
+    def parse(self, argument: str) -> Any:
+        name, colon, of_config = argument.partition(":")
+        return self._by_path.parse(f"{_find_config(name)}{colon}{of_config}")
+
+    def flag_type(self) -> str:
+        return self._by_path.flag_type()
+
+
+def _find_config(name: str) -> Path:
+    return _find(name, "config", "", bundled_configs())
+
+
+def define_config(default: str | None, meaning: str) -> None:
+    """Defines the flag --config, and --config.FIELD for each of the config's fields."""
+    config_flags.DEFINE_config_file("config", None, meaning)
+    flag = flags.FLAGS["config"]
+    flag.parser = _ConfigParser(flag.parser)
+    if default is None:
+        flags.mark_flag_as_required("config")
+    else:
+        flags.FLAGS.set_default("config", default)
+
+
+def load_config(name: str) -> Config:
+    """A config by its path or its name, with its argument: "quickstart:wa".
+
+    Raises:
+        UserError: there is no such file, or it has no `get_config`.
+        ValueError: the config does not know its argument.
+    """
+    name, *argument = name.split(":", 1)
+    return _function(_find_config(name), "get_config() -> config")(*argument)
+
+
+def load_runs(name: str) -> dict[str, Config]:
+    """The configs of a sweep, which is given by its path or its name.
+
+    Raises:
+        UserError: there is no such file, or it has no `get_runs`.
+    """
+    path = _find(name, "sweep", "sweeps/", bundled_sweeps())
+    return _function(path, "get_runs() -> {name: config}")()
+
+
+def _function(path: Path, signature: str) -> Callable[..., Any]:
+    """The function with a signature in a file."""
+    name = signature.partition("(")[0]
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise UserError(f"{path} defines no {signature}")
+    return getattr(module, name)

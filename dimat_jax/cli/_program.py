@@ -1,0 +1,123 @@
+"""How commands start and end: with help, one clear message, and a fitting exit code.
+
+0: done. 1: a run's loss was not finite. 2: bad input. Anything else that goes wrong is
+a bug, and shows its traceback.
+"""
+
+import ast
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from absl import app, flags, logging
+
+from dimat_jax.data._cache import user_cache
+from dimat_jax.errors import NonFiniteError, UserError
+
+__all__ = ["Command", "expect_no", "run"]
+
+
+class Command(NamedTuple):
+    """One command of `dimat`.
+
+    Attributes:
+        name: the word after `dimat`.
+        doc: the help text, which calls the command "dimat NAME": its file's docstring.
+        main: the command itself. It is called with the arguments that are no flags.
+        define_flags: defines the command's flags. They are not defined on import,
+            because several commands have flags of the same name.
+        resumes: whether the same command goes on where it was interrupted.
+    """
+
+    name: str
+    doc: str | None
+    main: Callable[[list[str]], Any]
+    define_flags: Callable[[], Any] = lambda: None
+    resumes: bool = False
+
+
+def run(
+    command: Command,
+    called: str | None = None,
+    arguments: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parses the flags, runs a command with the other arguments, and exits.
+
+    Args:
+        command: what to run.
+        called: how the user has called it; None: "dimat NAME".
+        arguments: the flags and the other arguments; None: those of this process.
+    """
+    called = called or f"dimat {command.name}"
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # ml_collections looks for overrides of a config's fields in `sys.argv`.
+    sys.argv = [called, *arguments]
+    shared = set(flags.FLAGS)
+    command.define_flags()
+    if {"-h", "-help", "--help"} & set(arguments):
+        print(_help(command, called, sorted(set(flags.FLAGS) - shared)))
+        sys.exit(0)
+    # Orbax logs every step of every save at the level below; --verbosity=0 shows it.
+    logging.set_verbosity(logging.WARNING)
+    # The runs of a sweep, and a run that resumes, compile the same programs.
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        cache = str(user_cache() / "xla")
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    try:
+        app.run(lambda argv: command.main(argv[1:]), argv=sys.argv, flags_parser=_parse)
+    except UserError as error:
+        _end(2, f"error: {error}")
+    except NonFiniteError as error:
+        _end(1, f"error: {error}")
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on from the last checkpoint"
+        _end(130, "interrupted" + (goes_on if command.resumes else ""))
+    sys.exit(0)
+
+
+def _help(command: Command, called: str, names: Sequence[str]) -> str:
+    """The help text, with the meanings and the defaults of the command's flags."""
+    paragraphs = [(command.doc or "").strip().replace(f"dimat {command.name}", called)]
+    for name in names:
+        flag = flags.FLAGS[name]
+        shown = isinstance(flag.default, (str, int, float))
+        text = f"{flag.help}" + (f" Default: {flag.default}." if shown else "")
+        text = textwrap.indent(textwrap.fill(text, 80), " " * 8)
+        paragraphs.append(f"    --{name}\n{text}")
+    return "\n\n".join(paragraphs)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Reads the flags, config files included."""
+    try:
+        rest = flags.FLAGS(argv)
+        # A config file that cannot be read raises only when its fields are asked for.
+        for name in flags.FLAGS:
+            getattr(getattr(flags.FLAGS, name), "keys", None)
+    except AttributeError as error:
+        # ml_collections: "'roundz'\nDid you mean "rounds" instead of "roundz"?"
+        message = str(error)
+        if message.startswith("'"):
+            message = ast.literal_eval(message)
+        hint = " ".join(message.split())
+        raise UserError(f"the config has no such field: {hint}") from error
+    except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
+        message = str(error).strip()
+        if "Traceback" in message:  # of a config file; the last line says what is wrong
+            message = message.splitlines()[-1].strip()
+        raise UserError(message) from error
+    return rest
+
+
+def expect_no(arguments: list[str]) -> None:
+    """Refuses arguments that are no flags, for commands that take only flags."""
+    if arguments:
+        raise UserError(f"expected only flags (--name=value), got {arguments}")
+
+
+def _end(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,145 @@
+"""Prints what there is to choose from, or what a config, a sweep or a run holds.
+
+    dimat show TOPIC
+
+TOPIC is one of
+
+    configs, sweeps: the bundled ones;
+    algorithms, compressors, mixings, models, optimizers, partitions, sources,
+        topologies: the names that a config can use;
+    options: every option with its default, its range and its meaning;
+    a config (quickstart, quickstart:wa, my_config.py): its fields, and which of them
+        differ from the defaults;
+    a sweep (sweeps/quickstart): its runs;
+    the folder of a run: its fields, and how far it got.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+import dimat_jax
+from dimat_jax._metrics import read_rows
+from dimat_jax.cli import _bundled, _program
+from dimat_jax.config import ROOT, default_config
+from dimat_jax.errors import UserError, nearest
+from dimat_jax.options import describe_readers, every, readers
+
+__all__ = ["COMMAND"]
+
+# The registries of the package, by topic.
+_REGISTRIES = {name.lower(): name for name in dir(dimat_jax) if name.isupper()}
+_BUNDLED = {
+    "configs": _bundled.bundled_configs,
+    "sweeps": _bundled.bundled_sweeps,
+}
+
+
+def main(topics: list[str]) -> None:
+    """Prints what one topic asks for."""
+    if len(topics) != 1:
+        raise UserError(f"expected one topic; {_topics('')}")
+    print(_shown(topics[0]))
+
+
+def _shown(topic: str) -> str:
+    if topic in _BUNDLED:
+        files = _BUNDLED[topic]()
+        return _listed({name: _bundled.summary(path) for name, path in files.items()})
+    if topic in _REGISTRIES:
+        registry = getattr(dimat_jax, _REGISTRIES[topic])
+        return _listed({name: record.meaning for name, record in registry.items()})
+    if topic == "options":
+        return _options()
+    if (Path(topic) / "config.json").is_file():
+        return _run(Path(topic))
+    if topic.removeprefix("configs/").startswith("sweeps/"):
+        return "\n".join(_bundled.load_runs(topic))
+    name = topic.partition(":")[0]
+    if name.removeprefix("configs/").removesuffix(".py") in _bundled.bundled_configs():
+        return _config(_bundled.load_config(topic).to_dict())
+    if Path(name).is_file():
+        return _file(topic)
+    raise UserError(f"there is nothing to show for {topic!r}; {_topics(topic)}")
+
+
+def _topics(given: str) -> str:
+    configs = _bundled.bundled_configs()
+    return nearest(given, [*_BUNDLED, *_REGISTRIES, "options", *configs])
+
+
+def _listed(meanings: Mapping[str, str]) -> str:
+    width = max(map(len, meanings))
+    lines = [f"{name:{width}}  {text}".rstrip() for name, text in meanings.items()]
+    return "\n".join(lines)
+
+
+def _options() -> str:
+    """Every option with its default, its range, its meaning, and who reads it."""
+    routes = readers(ROOT)
+    lines = []
+    for option in every(ROOT):
+        allowed = option.bounds or ", ".join(option.choices or ())
+        details = {
+            "default": repr(option.default),
+            "unit": option.unit,
+            "allowed": allowed,
+            "empty": f"{option.empty}" if option.empty else "",
+            "read where": describe_readers(routes.get(option.path, [])),
+        }
+        lines.append(f"{option.path}\n    {option.meaning}")
+        lines += [f"    {name}: {text}" for name, text in details.items() if text]
+    return "\n".join(lines)
+
+
+def _file(topic: str) -> str:
+    """A file of the user: a sweep if it defines `get_runs`, else a config."""
+    if "def get_runs" in Path(topic.partition(":")[0]).read_text():
+        return "\n".join(_bundled.load_runs(topic))
+    return _config(_bundled.load_config(topic).to_dict())
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    """All fields of a config, and the defaults of those that differ from these."""
+    fields, defaults = _flat(config), _flat(default_config().to_dict())
+    rows = [
+        (field, value, defaults.get(field) if value != defaults.get(field) else "")
+        for field, value in fields.items()
+    ]
+    header = ("field", "value", "default, if different")
+    return tabulate(rows, header, tablefmt="simple", disable_numparse=True)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A config's fields as text, by dotted path. Text values keep their quotes."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields |= _flat(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = repr(value)
+    return fields
+
+
+def _run(workdir: Path) -> str:
+    """A run's config, and its last evaluation."""
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{workdir}/config.json cannot be read: {error}") from error
+    rows = read_rows(workdir)
+    state = "finished" if (workdir / "summary.json").exists() else "not finished"
+    if rows:
+        last = rows[-1]
+        accuracy = 100 * last["test_accuracy_mean"]
+        state += (
+            f"; round {last['round']} of {config['rounds']}, {last['phase']}: mean "
+            f"test accuracy {accuracy:.2f} %"
+        )
+    return f"{_config(config)}\n\n{state}"
+
+
+COMMAND = _program.Command("show", __doc__, main)

@@ -1,0 +1,267 @@
+"""Reads runs, and finds the config fields in which they differ."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from dimat_jax._metrics import read_rows
+from dimat_jax.config import default_config, fields_of, fields_read
+from dimat_jax.errors import UserError
+
+__all__ = [
+    "PHASES",
+    "SENT",
+    "DataFrame",
+    "Partition",
+    "Runs",
+    "describe",
+    "load",
+]
+
+# A pandas.DataFrame. Type checkers find so many possible types in what its methods
+# return that the name says more to readers than to them.
+DataFrame = Any
+
+# The phases in which agents are evaluated, in the order of a round.
+PHASES = ("pretrained", "merged", "trained")
+# The beginning of the names of the columns that hold the bytes of one kind of message.
+SENT = "bytes_sent."
+
+# Runs that differ in this field alone are repetitions; reports show their mean.
+_REPEATS = "seed"
+# Where these fields or sections differ, figures have panels; where others do, lines.
+_PANELS = (
+    "topology",
+    "graph",
+    "data.partition",
+    "pretrain.partition",
+    "data.alpha",
+    "data.classes",
+)
+# The fields in which two partitions of the same name can differ.
+_SPLIT_BY = ("data.name", "data.train_size", "agents", "data.alpha", "data.classes")
+
+
+class Partition(NamedTuple):
+    """How many samples of each class each agent holds.
+
+    Attributes:
+        title: the words that distinguish this partition from the others of a report.
+        counts: `[agents][classes]`, how many samples of each class an agent has.
+        classes: the names of the classes; None: figures show their numbers instead.
+    """
+
+    title: str
+    counts: Sequence[Sequence[int]]
+    classes: Sequence[str] | None = None
+
+
+class Runs(NamedTuple):
+    """Runs to be compared.
+
+    Attributes:
+        evaluations: a row for each evaluation: the metrics (bytes of each kind as
+            "bytes_sent.KIND"), the run's folder as "run", its seed, and `fields`. A run
+            that does not read a panel's field has its rows in each of the panels.
+        panels: the config fields that vary and that say which problem is solved, on
+            which graph. In a figure, each of their combinations has a panel.
+        lines: the algorithm, and the other config fields that vary among the runs of an
+            algorithm. A field is blank for an algorithm that does not read it.
+        settings: a row for each algorithm, and a column for each field that varies
+            with the algorithm alone.
+        partitions: all different ones; those of further seeds come last.
+    """
+
+    evaluations: DataFrame
+    panels: list[str]
+    lines: list[str]
+    settings: DataFrame
+    partitions: list[Partition]
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields in which the runs differ: those of panels, then those of lines."""
+        return [*self.panels, *self.lines]
+
+
+def describe(fields: Sequence[str], values: Sequence[Any]) -> str:
+    """Fields and their values in a few words.
+
+    A value that is clear without its field's name stands alone: "dimat, stay 0.1".
+    Fields with blank values are left out.
+    """
+
+    def is_clear(field: str, value: str) -> bool:
+        is_word = value.isidentifier() and value not in ("True", "False", "None")
+        return is_word and not field.startswith("pretrain.")
+
+    return ", ".join(
+        value if is_clear(field, value) else f"{field} {value}"
+        for field, value in zip(fields, map(str, values), strict=True)
+        if value
+    )
+
+
+def load(directories: str | Path | Sequence[str | Path]) -> Runs:
+    """Reads all runs in or below a folder, or several, finished or not.
+
+    Raises:
+        UserError: a folder that does not exist, or that holds no run.
+    """
+    if isinstance(directories, (str, Path)):
+        directories = [directories]
+    evaluations, read = _read(directories)
+    panels, lines, settings = _varying(read)
+    fields = [*panels, *lines]
+    short = _short_names([*fields, *settings])
+    described = _in_every_panel(read[[*fields, _REPEATS]], panels)
+    # A field is missing for the runs that do not read it; in a report it is blank.
+    described = described.fillna("").rename(columns=short)
+    by_algorithm = read.groupby("algorithm", sort=False)[settings].first()
+    return Runs(
+        evaluations.join(described, on="run"),
+        [short[field] for field in panels],
+        [short[field] for field in lines],
+        by_algorithm.fillna("").rename(columns=short),
+        _partitions(read),
+    )
+
+
+def _read(directories: Sequence[str | Path]) -> tuple[DataFrame, DataFrame]:
+    """All evaluations, and the configs: a row for each run, a column for each field.
+
+    The configs' values are text. A field is missing for the runs that do not read it.
+    A field that an older run's config lacks has its default.
+    """
+    frames, configs = [], {}
+    defaults = fields_of(default_config())
+    for directory in map(Path, directories):
+        runs = [
+            path.parent
+            for path in directory.rglob("metrics.jsonl")
+            if path.with_name("config.json").exists()
+        ]
+        if not runs:
+            raise UserError(f"no run (no metrics.jsonl) in or below {directory}")
+        # A sweep writes its configs one after the other: this order is its own.
+        for run in sorted(runs, key=lambda run: (run / "config.json").stat().st_mtime):
+            if rows := read_rows(run):  # a run that has just started has none
+                config = json.loads((run / "config.json").read_text())
+                fields = fields_read(defaults | fields_of(config))
+                configs[str(run)] = {name: str(value) for name, value in fields.items()}
+                frames.append(_evaluations(rows).assign(run=str(run)))
+    if not frames:
+        raise UserError(
+            f"no run in {', '.join(map(str, directories))} got anywhere yet"
+        )
+    evaluations: DataFrame = pd.concat(frames, ignore_index=True)
+    sent = evaluations.filter(like=SENT)
+    # Where the kinds that a run counts sum up to its total, it sent nothing of other
+    # kinds. Older runs did not count kinds.
+    complete = sent.sum(axis=1) == evaluations.bytes_sent_total
+    evaluations[list(sent)] = sent.mask(sent.isna() & complete.to_frame().to_numpy(), 0)
+    return evaluations, pd.DataFrame.from_dict(configs, orient="index")
+
+
+def _evaluations(rows: list[dict[str, Any]]) -> DataFrame:
+    """A run's rows, with the bytes of each kind in columns of their own."""
+    # The bytes of each kind get columns. Those of each link would get too many.
+    nested = ["bytes_sent_by_kind", "bytes_sent_by_link"]
+    kinds = pd.DataFrame([row.get("bytes_sent_by_kind", {}) for row in rows])
+    frame = pd.DataFrame(rows).drop(columns=nested, errors="ignore")
+    return frame.join(kinds.add_prefix(SENT))
+
+
+def _in_every_panel(described: DataFrame, panels: list[str]) -> DataFrame:
+    """The runs' fields, in which a run that does not read a panel's field is repeated.
+
+    Agents that train alone read no topology, for example. Such a run is a line in the
+    panels of all topologies.
+
+    Args:
+        described: a row for each run; fields that a run does not read are missing.
+        panels: the fields that make panels.
+    """
+    if not panels:
+        return described
+    shown = described[panels].dropna().drop_duplicates()
+    rows = []
+    for run, row in described.iterrows():
+        known = row[panels].dropna()
+        missing = [field for field in panels if field not in known]
+        fitting = shown[(shown[list(known.index)] == known).all(axis=1)]
+        if not missing or fitting.empty:
+            rows.append(row.to_frame().T)
+            continue
+        for _, panel in fitting.drop_duplicates(missing).iterrows():
+            rows.append(pd.DataFrame([{**row, **panel[missing]}], index=[run]))
+    return pd.concat(rows)
+
+
+def _varying(read: DataFrame) -> tuple[list[str], list[str], list[str]]:
+    """Which fields vary: those of panels, those of lines, and algorithms' settings."""
+    panels, lines, settings = [], ["algorithm"], []
+    values = read.groupby("algorithm").nunique()
+    for field in read.columns.difference(["algorithm", _REPEATS], sort=False):
+        if read[field].nunique() < 2:
+            continue
+        if field in _PANELS or field.partition(".")[0] in _PANELS:
+            # Most runs pre-train on the partition on which they train later. The two
+            # fields are then equal in all runs, and one of them is enough.
+            if not any(read[field].equals(read[panel]) for panel in panels):
+                panels.append(field)
+        elif values[field].max() < 2:
+            settings.append(field)
+        else:
+            lines.append(field)
+    return panels, lines, settings
+
+
+def _short_names(fields: Sequence[str]) -> dict[str, str]:
+    """By path: "data.partition" is "partition" where only one field ends like that."""
+    endings = {field: field.rsplit(".", 1)[-1] for field in fields}
+    # The rounds have the same fields as pre-training, and several sections have a
+    # "name": the endings of these would be misread.
+    endings |= {
+        field: field
+        for field, ending in endings.items()
+        if field.startswith("pretrain.") or ending == "name"
+    }
+    times = Counter(endings.values())
+    return {
+        field: ending if times[ending] == 1 else field
+        for field, ending in endings.items()
+    }
+
+
+def _partitions(configs: DataFrame) -> list[Partition]:
+    """The partitions in the runs' partition.json, each once; older runs have none."""
+    known = configs.columns.intersection(_SPLIT_BY)
+    varying = [field for field in known if configs[field].nunique() > 1]
+    fields = ["partition", *_short_names(varying).values()]
+    found: dict[str, tuple[Partition, str]] = {}
+    for run, config in configs.iterrows():
+        path = Path(run) / "partition.json"
+        if not path.exists():
+            continue
+        content = json.loads(path.read_text())
+        counts = content["counts"]
+        if len(counts) > 1:  # a single agent has everything: nothing is divided
+            title = describe(
+                fields, [content["partition"], *config[varying].fillna("")]
+            )
+            partition = Partition(title, counts, content["classes"])
+            found.setdefault(json.dumps(counts), (partition, config[_REPEATS]))
+    times = Counter(partition.title for partition, _ in found.values())
+    earlier, ranked = Counter(), []
+    for partition, seed in found.values():
+        title = partition.title
+        if times[title] > 1:
+            partition = partition._replace(title=f"{title}, {_REPEATS} {seed}")
+        ranked.append((earlier[title], partition))
+        earlier[title] += 1
+    return [partition for _, partition in sorted(ranked, key=lambda pair: pair[0])]
