@@ -51,9 +51,22 @@ def _page(source: Path) -> str:
     text = source.read_text()
     # On a code host the link leads to the file itself, on the site to its page.
     text = re.sub(r"\]\(((?:\.\./)*)\.\./experiments/RESULTS\.md", r"](\1results.md", text)
+    text = re.sub(
+        r"!\[[^]]*\]\((\S+\.svg)\)",
+        lambda match: _drawing(source.parent / match[1]),
+        text,
+    )
     if _OPTIONS_MARK in text:
         text = text.replace(_OPTIONS_MARK, options_page(getattr(config, "ROOT", ())))
     return text
+
+
+def _drawing(svg: Path) -> str:
+    """A drawing as part of its page, where it has the colours of the page's text.
+
+    The drawing's own style is for code hosts, which show it as a picture.
+    """
+    return re.sub(r"<style>.*?</style>\s*", "", svg.read_text(), flags=re.DOTALL)
 
 
 class _Links(HTMLParser):
