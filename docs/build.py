@@ -50,7 +50,9 @@ def assemble(pages: Path) -> None:
 def _page(source: Path) -> str:
     text = source.read_text()
     # On a code host the link leads to the file itself, on the site to its page.
-    text = re.sub(r"\]\(((?:\.\./)*)\.\./experiments/RESULTS\.md", r"](\1results.md", text)
+    text = re.sub(
+        r"\]\(((?:\.\./)*)\.\./experiments/RESULTS\.md", r"](\1results.md", text
+    )
     text = re.sub(
         r"!\[[^]]*\]\((\S+\.svg)\)",
         lambda match: _drawing(source.parent / match[1]),

@@ -45,9 +45,8 @@ def _entry(option: Option, where: str) -> str:
     elif option.empty:
         facts.append(f"Empty: {option.empty}")
     if option.bounds:
-        unit = f" {option.unit}" if option.unit else ""
-        facts.append(f"Allowed: {option.bounds}{unit}")
-    elif option.unit:
+        facts.append(f"Allowed: {option.bounds}")
+    if option.unit:
         facts.append(f"Unit: {option.unit}")
     if option.choices is not None and not isinstance(option.choices, Mapping):
         facts.append(f"Allowed: {_codes(option.choices)}")

@@ -41,6 +41,17 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OTHER_PROGRAMS = {"pip", "tfds", "source", "for", "do", "done", "git"}
 
 
+FENCED = re.compile(
+    r"""
+    (?: (<!--\ run\ -->)\n )?
+    ^ (\ *) ``` (\w*) (?: \ + title="([^"\n]*)" )? \n
+    (.*?)
+    ^ \2 ``` $
+    """,
+    flags=re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+
+
 class Block(NamedTuple):
     """A fenced block of a page.
 
@@ -63,7 +74,9 @@ def blocks_of(page: Path) -> list[Block]:
     """All fenced blocks of a page, indented ones included."""
     text = page.read_text()
     found = []
-    fence = r"(?:(<!-- run -->)\n)?^( *)```(\w*)(?: +title=\"([^\"\n]*)\")?\n(.*?)^\2```$"
+    fence = (
+        r"(?:(<!-- run -->)\n)?^( *)```(\w*)(?: +title=\"([^\"\n]*)\")?\n(.*?)^\2```$"
+    )
     for match in re.finditer(fence, text, flags=re.DOTALL | re.MULTILINE):
         run, indent, language, title, body = match.groups()
         body = re.sub(f"^{indent}", "", body, flags=re.MULTILINE)
@@ -131,10 +144,11 @@ def test_the_examples_run(name, folder, request):
 
 
 def run_shell(script: str, folder: Path) -> None:
+    compiled = str(jax.config.values["jax_compilation_cache_dir"])
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"]),
+        "JAX_COMPILATION_CACHE_DIR": compiled,
         "PYTHONPATH": str(folder),
     }
     result = subprocess.run(
@@ -263,3 +277,25 @@ def test_links_to_files_of_the_project_lead_somewhere(name):
         path, _, _ = link.partition("#")
         if not re.match(r"\w+:", link) and path:
             assert (page.parent / path).exists(), link
+
+
+def test_the_readme_has_the_numbers_of_the_quickstart():
+    def rows(name):
+        lines = Path(ROOT, name).read_text().splitlines()
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        return [row for row in cells if row]
+
+    names = {
+        ("dimat", "reference"): "DIMAT, one frame for all",
+        ("dimat", "own"): "DIMAT, own frames (the paper)",
+        ("wm", "joint"): "matched by weights, joint",
+        ("wa", ""): "plain averaging",
+    }
+    expected = {name: [name] for name in names.values()}
+    for row in rows("docs/quickstart.md"):
+        _, _, algorithm, frame, _, *accuracies = row
+        if (algorithm, frame) in names:
+            cell = f"{accuracies[0]}, {accuracies[-1]}"
+            expected[names[algorithm, frame]].append(cell)
+    shown = {row[0]: row for row in rows("README.md")}
+    assert expected == {name: shown[name] for name in expected}

@@ -48,7 +48,7 @@ def test_every_option_that_can_be_read_has_an_entry_with_its_meaning(entries):
 
 def test_an_entry_has_the_default_the_bounds_and_the_unit(entries):
     assert "Default: `100`" in entries["rounds"]
-    assert "Allowed: at least 1 rounds" in entries["rounds"]
+    assert "Allowed: at least 1\n- Unit: rounds" in entries["rounds"]
     assert "Default: `0` (as on a ring)" in entries["graph.degree"]
     assert "Allowed: at least 0 and below 2" in entries["merge.stay"]
     assert 'Default: `""` (here)' in entries["data.dir"]
