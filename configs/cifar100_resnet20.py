@@ -11,15 +11,19 @@ agents, fully connected / ring): IID 73.99 / 69.07 %, by class 62.05 / 20.45 %.
 
 keeps the order of things and shrinks them: width 1, 10,000 training and 2,000 test
 images, batches of 50, a proxy of 1,000 images for matching and BatchNorm, 10 epochs
-alone, 4 rounds of one epoch; about 13 minutes on 2 cores.
+alone, 4 rounds of one epoch; about 13 minutes on 2 cores. An algorithm's name may
+follow, as in `cifar100_resnet20.py:small-wa`; options that this algorithm does not read
+keep their defaults.
 """
 
-from dimat_jax.config import default_config
+from dimat_jax.config import default_config, drop_unread
 
 
-def get_config(form: str = "paper"):
-    """`form` is "paper" or "small"."""
+def get_config(argument: str = "paper"):
+    """`argument` is "paper" or "small", or either with an algorithm: "small-wa"."""
+    form, _, algorithm = argument.partition("-")
     config = default_config()
+    config.algorithm = algorithm or "dimat"
     config.data.name = "cifar100"
     config.augmentation.flip = True
     config.augmentation.pad = 4
@@ -34,7 +38,7 @@ def get_config(form: str = "paper"):
             _shrink(config)
         case _:
             raise ValueError(f"the config's argument is paper or small, got {form!r}")
-    return config
+    return drop_unread(config)
 
 
 def _shrink(config) -> None:

@@ -2,11 +2,12 @@
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/digits
 
-The argument picks an algorithm: `--config=configs/quickstart.py:wa`. `make demo` runs
-the whole comparison, `configs/sweeps/quickstart.py`.
+The argument picks an algorithm: `--config=configs/quickstart.py:wa`. Options that this
+algorithm does not read keep their defaults. `make demo` runs the whole comparison,
+`configs/sweeps/quickstart.py`.
 """
 
-from dimat_jax.config import default_config
+from dimat_jax.config import default_config, drop_unread
 
 
 def get_config(algorithm: str = "dimat"):
@@ -29,4 +30,4 @@ def get_config(algorithm: str = "dimat"):
     config.merge.batch_size = 500
     # Dense layers batch well, and one agent's program compiles faster than five.
     config.placement.batching = "vmap"
-    return config
+    return drop_unread(config)

@@ -7,9 +7,28 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from dimat_jax.errors import UserError
+from dimat_jax.options import Option
 from dimat_jax.tree import PyTree, map_with_path
 
 __all__ = ["CheckpointError", "Checkpoints"]
+
+
+EVERY = Option(
+    "checkpoint.every",
+    1,
+    "The number of rounds between two checkpoints. The last round always has one.",
+    at_least=1,
+    unit="rounds",
+    changes_results=False,
+)
+KEEP = Option(
+    "checkpoint.keep",
+    2,
+    "The number of checkpoints that are kept.",
+    at_least=1,
+    unit="checkpoints",
+    changes_results=False,
+)
 
 
 class CheckpointError(UserError):
@@ -29,7 +48,9 @@ class Checkpoints:
             restored from stays as it is, even while a run writes to it.
     """
 
-    def __init__(self, directory: Path, keep: int = 2, *, create: bool = True):
+    def __init__(
+        self, directory: Path, keep: int = KEEP.default, *, create: bool = True
+    ):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
         self._manager = ocp.CheckpointManager(
             Path(directory).resolve(), options=options

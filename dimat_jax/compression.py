@@ -13,14 +13,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from dimat_jax.errors import UserError
+from dimat_jax.options import Option, Record, registry
 from dimat_jax.tree import PyTree, is_inexact, nbytes
 
-__all__ = ["COMPRESSORS", "CompressionError", "Compressor", "told", "with_feedback"]
+__all__ = ["COMPRESSOR", "COMPRESSORS", "Compressor", "announce", "with_feedback"]
 
-
-class CompressionError(UserError):
-    """A compression that there is not, or that keeps an impossible share."""
+FRACTION = Option(
+    "compression.fraction",
+    0.1,
+    "The share of the numbers of each array that is sent.",
+    above=0,
+    at_most=1,
+)
 
 
 class Compressor(NamedTuple):
@@ -117,9 +121,9 @@ def sign() -> Compressor:
     return _leafwise(compress, lambda leaf: -(-math.prod(leaf.shape) // 8) + 4)
 
 
-def top_k(fraction: float = 0.1) -> Compressor:
+def top_k(fraction: float = FRACTION.default) -> Compressor:
     """The largest numbers of every leaf: eight bytes each, its place included."""
-    _check(fraction)
+    FRACTION.check(fraction)
 
     def compress(x, key):
         del key
@@ -131,9 +135,9 @@ def top_k(fraction: float = 0.1) -> Compressor:
     return _leafwise(compress, lambda leaf: 8 * _count(leaf, fraction))
 
 
-def random_k(fraction: float = 0.1) -> Compressor:
-    """Numbers at random places: four bytes each, and a seed that tells the places."""
-    _check(fraction)
+def random_k(fraction: float = FRACTION.default) -> Compressor:
+    """Numbers at random places: four bytes each, and a seed that gives the places."""
+    FRACTION.check(fraction)
 
     def compress(x, key):
         places = jax.random.permutation(key, x.size)[: _count(x, fraction)]
@@ -143,38 +147,26 @@ def random_k(fraction: float = 0.1) -> Compressor:
     return _leafwise(compress, lambda leaf: 4 * _count(leaf, fraction) + 8)
 
 
-def _check(fraction: float) -> None:
-    if not 0 < fraction <= 1:
-        raise CompressionError(
-            f"the fraction that is kept is above 0 and at most 1, got {fraction}"
-        )
-
-
 def _count(leaf: Any, fraction: float) -> int:
     size = math.prod(leaf.shape)
     return min(max(round(fraction * size), 1), size)
 
 
-COMPRESSORS: dict[str, Callable[..., Compressor]] = {
-    "none": none,
-    "float16": float16,
-    "bfloat16": bfloat16,
-    "int8": int8,
-    "sign": sign,
-    "top_k": top_k,
-    "random_k": random_k,
-}
-"""`COMPRESSORS[name]()`; top_k and random_k take the `fraction` that they keep."""
-
-
-def told(
-    compressor: Compressor, meant: PyTree, known: PyTree, key: Key[Array, ""]
+def announce(
+    compressor: Compressor, exact: PyTree, known: PyTree, key: Key[Array, ""]
 ) -> PyTree:
-    """What others know once they are told, compressed, how it differs: x^ + Q(x - x^).
+    """The estimate that others have of a tree after one message: x^ + Q(x - x^).
 
-    What Q loses stays in the difference, and is sent later. The key is consumed.
+    The sender compresses how its tree x differs from the estimate x^ that the others
+    have. What Q loses stays in the difference, and is sent with later messages.
+
+    Args:
+        compressor: Q.
+        exact: x, the sender's tree.
+        known: x^, the estimate that the others have so far, like `exact`.
+        key: consumed.
     """
-    difference = jax.tree.map(jnp.subtract, meant, known)
+    difference = jax.tree.map(jnp.subtract, exact, known)
     return jax.tree.map(jnp.add, known, compressor.compress(difference, key))
 
 
@@ -198,3 +190,23 @@ def with_feedback(
         lambda m, s: m - s if is_inexact(m) else jnp.zeros_like(m), meant, sent
     )
     return sent, lost
+
+
+COMPRESSORS: dict[str, Record[Compressor]] = registry(
+    Record("none", none),
+    Record("float16", float16),
+    Record("bfloat16", bfloat16),
+    Record("int8", int8),
+    Record("sign", sign),
+    Record("top_k", top_k, (FRACTION,)),
+    Record("random_k", random_k, (FRACTION,)),
+)
+"""`COMPRESSORS[name](**options)` builds a `Compressor`."""
+
+COMPRESSOR = Option(
+    "compression.name",
+    "",
+    "How messages are compressed.",
+    choices=COMPRESSORS,
+    empty="the algorithm's own",
+)

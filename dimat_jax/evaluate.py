@@ -10,10 +10,35 @@ import optax
 from jaxtyping import Array, Float
 
 from dimat_jax.data.pipeline import Samples
+from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
 
 __all__ = ["Evaluation", "Evaluator"]
+
+
+EVERY = Option(
+    "eval.every",
+    1,
+    "The number of rounds between two evaluations. The last round is always evaluated.",
+    at_least=1,
+    unit="rounds",
+)
+SAMPLES = Option(
+    "eval.samples",
+    0,
+    "The number of test images, the same ones every time.",
+    at_least=0,
+    unit="images",
+    empty="all of them",
+)
+BATCH_SIZE = Option(
+    "eval.batch_size",
+    500,
+    "The number of test images in a batch.",
+    at_least=1,
+    unit="images",
+)
 
 
 class Evaluation(NamedTuple):

@@ -1,58 +1,60 @@
 """From a config to the parts that a run is made of."""
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from dimat_jax import models, permutation
-from dimat_jax.algorithms import (
-    ALGORITHMS,
-    MERGING,
-    WATCHING,
-    Algorithm,
-    MergeData,
-    Options,
-    Task,
-    check_links,
-)
+from dimat_jax import evaluate, models, permutation
+from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.conditions import no_negative_weights
 from dimat_jax.algorithms.local import local
-from dimat_jax.arguments import (
+from dimat_jax.compression import COMPRESSOR
+from dimat_jax.config import (
     Config,
     ConfigError,
-    compressor,
-    faults,
-    gossip_options,
-    merge_options,
+    check,
+    fields_of,
+    fields_read,
     model_arguments,
-    needed,
-    optimizer_name,
-    options_for,
+    record_of,
+    resolved,
 )
-from dimat_jax.config import check
-from dimat_jax.data import sources
-from dimat_jax.data.partition import PARTITIONS, Shard, partition
-from dimat_jax.data.pipeline import Reader, Sampler, Samples, draw_own, place_pool
+from dimat_jax.data import selection, sources
+from dimat_jax.data.partition import (
+    PARTITION,
+    PRETRAIN_PARTITION,
+    Shard,
+    partition,
+)
+from dimat_jax.data.pipeline import Reader, Sampler, Samples, place_pool
 from dimat_jax.evaluate import Evaluator
-from dimat_jax.mixing import MIXINGS, check_mixing_matrix, uniform
+from dimat_jax.mixing import FROM_FILE, MIXING, uniform
 from dimat_jax.models import classifier
-from dimat_jax.network import Links, Network
-from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES
-from dimat_jax.placement import place
-from dimat_jax.topology import TOPOLOGIES, read_matrix
+from dimat_jax.network import FAULTS, Links, Network, faults
+from dimat_jax.optimizers import (
+    LEARNING_RATE,
+    OPTIMIZER,
+    SCHEDULE,
+)
+from dimat_jax.options import Option, arguments
+from dimat_jax.placement import AGENTS, place
+from dimat_jax.topology import TOPOLOGIES, TOPOLOGY
 from dimat_jax.tree import stack
 
 __all__ = ["Experiment", "check_network"]
 
+Fields = Mapping[str, Any]
+"""The values of a config's fields, by dotted path; empty ones are resolved."""
+
 
 class Experiment:
-    """Everything that a config asks for, built and checked; nothing is written.
+    """Everything that a config asks for, built and checked.
 
     Args:
         config: as `config.default_config` describes.
@@ -64,9 +66,11 @@ class Experiment:
     def __init__(self, config: Config):
         check(config)
         self.config = config
+        self._fields = resolved(fields_of(config))
+        self.record = record_of(self._fields)
         self._placed: dict[int, tuple[Network, Network]] = {}
         self.links = check_network(config)
-        n_agents = _n_agents(config)
+        n_agents = _n_agents(self._fields)
         self.dataset = sources.load(
             config.data.name,
             directory=config.data.dir or None,
@@ -75,10 +79,8 @@ class Experiment:
             test_size=config.data.test_size or None,
             seed=config.seed,
         )
-        self.shards = self._partition(config.data.partition, n_agents)
-        pretrain_shards = self.shards
-        if config.pretrain.partition:
-            pretrain_shards = self._partition(config.pretrain.partition, n_agents)
+        self.shards = self._partition(PARTITION, n_agents)
+        pretrain_shards = self._partition(PRETRAIN_PARTITION, n_agents)
         self._check_sizes()
 
         devices = jax.devices()
@@ -86,7 +88,7 @@ class Experiment:
             devices = devices[: config.placement.cpu_devices]
         self.placement = place(n_agents, devices, config.placement.batching)
         self.model = models.MODELS[config.model.name](
-            n_classes=self.dataset.n_classes, **model_arguments(config)
+            n_classes=self.dataset.n_classes, **model_arguments(self._fields)
         )
         self.task = Task(
             loss=classifier.loss(self.model),
@@ -94,8 +96,8 @@ class Experiment:
             activations=classifier.activations(self.model),
             batch_statistics=classifier.batch_statistics(self.model),
         )
-        if self.task.batch_statistics is not None and needed(config).graph:
-            no_negative_weights(f"{config.algorithm} with BatchNorm", self.links)
+        if self.task.batch_statistics is not None and self.record.uses_graph:
+            no_negative_weights(f"{self.record.name} with BatchNorm", self.links)
         self.sampler = Sampler(self.shards, config.batch_size, self.seeds("order"))
         self.pretrain_sampler = Sampler(
             pretrain_shards, config.pretrain.batch_size, self.seeds("pretrain_order")
@@ -108,37 +110,60 @@ class Experiment:
         )
         self.pretrain_algorithm = local(
             self.task,
-            _optimizer(
-                config.pretrain.optimizer.name,
-                config.pretrain.optimizer,
-                self.pretrain_sampler.steps_per_epoch,
-                self.pretrain_steps,
+            self._optimizer(
+                "pretrain.", self.pretrain_sampler.steps_per_epoch, self.pretrain_steps
             ),
             self.placement,
         )
-        self.algorithm: Algorithm = ALGORITHMS[config.algorithm](
+        self.algorithm: Algorithm = self.record(
             self.task,
-            _optimizer(
-                optimizer_name(config),
-                config.optimizer,
-                self.sampler.steps_per_epoch,
-                config.rounds * self.local_steps,
+            self._optimizer(
+                "", self.sampler.steps_per_epoch, config.rounds * self.local_steps
             ),
             self.placement,
-            Options(
-                merge=merge_options(config),
-                gossip=gossip_options(config),
-                compressor=compressor(config),
-                edges=self.links.edges,
-                changing=self.links.changes,
-                examples=[len(shard) for shard in self.shards],
-            ),
+            **arguments(self.record, self._fields),
+            **self._facts(),
         )
 
-    def _partition(self, name: str, n_agents: int) -> list[Shard]:
-        options = options_for(self.config, "data", PARTITIONS[name])
-        labels, seed = self.dataset.train.labels, self.config.seed
-        return partition(name, labels, n_agents, seed=seed, **options)
+    def _facts(self) -> dict[str, Any]:
+        """The arguments of the algorithm that no option holds, as far as it has them.
+
+        See `AlgorithmRecord.facts`.
+        """
+        edges = self.links.edges
+        facts = {
+            "adjacency": edges,
+            "lossy_edges": edges if self.links.changes else None,
+            "compressor": _build(COMPRESSOR, self._fields),
+            "examples": [len(shard) for shard in self.shards],
+        }
+        return {name: facts[name] for name in self.record.facts}
+
+    def _optimizer(
+        self, section: str, steps_per_epoch: int, total_steps: int
+    ) -> optax.GradientTransformation:
+        """The optimizer of a section: "" for the rounds, or "pretrain."."""
+        fields = {
+            path.removeprefix(section): value
+            for path, value in self._fields.items()
+            if path.startswith(f"{section}optimizer.")
+        }
+        schedule = _build(
+            SCHEDULE,
+            fields,
+            fields[LEARNING_RATE.path],
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+        )
+        return _build(OPTIMIZER, fields, schedule)
+
+    def _partition(self, option: Option, n_agents: int) -> list[Shard]:
+        """The shards by the partition that an option names."""
+        if self.record.single:
+            return [np.arange(len(self.dataset.train.labels))]
+        name = self._fields[option.path]
+        given = arguments(option.entry(name), self._fields)
+        return partition(name, self.dataset.train.labels, n_agents, **given)
 
     def network_at_round(self, round_number: int) -> Network:
         """The network that a round's communication has. Rounds count from 1."""
@@ -153,7 +178,8 @@ class Experiment:
         if id(network) not in self._placed:
             if len(self._placed) == _NETWORKS_KEPT:
                 self._placed.clear()
-            # The key is the network's as long as the network is there.
+            # id(network) is a safe key only while the network object is alive, so the
+            # cache keeps a reference to it.
             self._placed[id(network)] = network, self.placement.replicate(network)
         return self._placed[id(network)][1]
 
@@ -177,30 +203,28 @@ class Experiment:
         return Reader(self.train_pool, self.placement)
 
     def merge_data(self, round_number: int) -> MergeData:
-        """What merging looks at in a round."""
-        merge = self.config.merge
-        watching = self.config.algorithm in WATCHING
-        match_data = merge.match_data if watching else "none"
+        """The examples that merging looks at in a round."""
+        match, bn = selection.MATCH_DATA, selection.BN_DATA
         return MergeData(
-            match=self._samples(match_data, merge.match_samples, round_number),
-            recalibrate=self._samples(merge.bn_data, merge.bn_samples, round_number),
+            match=self._samples(match, selection.MATCH_SAMPLES, round_number),
+            recalibrate=self._samples(bn, selection.BN_SAMPLES, round_number),
         )
 
-    def _samples(self, policy: str, size: int, round_number: int) -> Samples | None:
-        batch_size = self.config.merge.batch_size
-        everything = len(self.dataset.train.labels)
-        match policy:
-            case "none":
-                return None
-            case "own":
-                seed = [*self.seeds("own"), round_number]
-                return self._reader.own(draw_own(self.shards, size, seed), batch_size)
-            case "proxy":
-                subset = self._subset("proxy", everything, size)
-                return self._reader.shared(subset, batch_size)
-            case _:
-                subset = self._subset("proxy", everything, 0)
-                return self._reader.shared(subset, batch_size)
+    def _samples(
+        self, choice: Option, size: Option, round_number: int
+    ) -> Samples | None:
+        """The samples that an option chooses; None where it is not read."""
+        if choice not in self.record.reads:
+            return None
+        available = selection.Available(
+            reader=self._reader,
+            shards=self.shards,
+            shuffled=self._subset("proxy", len(self.dataset.train.labels), 0),
+            seed=[*self.seeds("own"), round_number],
+            batch_size=self.config.merge.batch_size,
+        )
+        select = choice.entry(self._fields[choice.path])
+        return select(available, self._fields[size.path])
 
     def _subset(self, purpose: str, available: int, size: int) -> np.ndarray:
         """`size` (0: all) of the indices below `available`, fixed by the seed.
@@ -262,26 +286,34 @@ class Experiment:
         return [self.config.seed, _PURPOSES.index(purpose)]
 
     def _check_sizes(self) -> None:
-        merge = self.config.merge
+        """Refuses samples that are larger than the data.
+
+        An agent's own images may be fewer than are asked for; a shared sample has to
+        have the size that the config says.
+        """
         n_train = len(self.dataset.train.labels)
-        n_test = len(self.dataset.test.labels)
-        sizes = {"eval.samples": (self.config.eval.samples, n_test)}
-        # Agents may own fewer than are asked for; a proxy has to be what it says.
-        if merge.match_data == "proxy" and self.config.algorithm in WATCHING:
-            sizes["merge.match_samples"] = (merge.match_samples, n_train)
-        if merge.bn_data == "proxy" and self.config.algorithm in MERGING:
-            sizes["merge.bn_samples"] = (merge.bn_samples, n_train)
-        for field, (size, available) in sizes.items():
-            if size > available:
+        available = {
+            evaluate.SAMPLES.path: len(self.dataset.test.labels),
+            selection.MATCH_SAMPLES.path: n_train,
+            selection.BN_SAMPLES.path: n_train,
+        }
+        own = {
+            selection.MATCH_SAMPLES.path: self._fields[selection.MATCH_DATA.path],
+            selection.BN_SAMPLES.path: self._fields[selection.BN_DATA.path],
+        }
+        for path, size in fields_read(self._fields).items():
+            if path in available and size > available[path] and own.get(path) != "own":
                 raise ConfigError(
-                    f"config.{field} is {size}, but there are only {available} images"
+                    f"config.{path} is {size}, but there are only {available[path]} "
+                    "images"
                 )
 
 
-# On the devices, so that a few that take turns are sent there once.
+# Networks that are kept on the devices: a few that take turns are sent there once.
 _NETWORKS_KEPT = 64
 
-# Appending is fine; a change of order changes every run.
+# Each purpose has random numbers of its own. New purposes are added at the end: another
+# order would change the results of every run.
 _PURPOSES = (
     "init",
     "pretrain",
@@ -300,43 +332,34 @@ def check_network(config: Config) -> Links:
     """The network that a config asks for, if its algorithm can use it.
 
     Raises:
-        UserError: there is no such network, or the algorithm cannot.
+        UserError: there is no such network, or the algorithm cannot use it.
     """
-    links = _links(config, _n_agents(config))
-    check_links(config.algorithm, links, merge_options(config))
+    fields = resolved(fields_of(config))
+    record, links = record_of(fields), _links(fields)
+    record.check_network(links, **arguments(record, fields))
     return links
 
 
-def _n_agents(config: Config) -> int:
-    # The ceiling: one model, which sees all data.
-    return 1 if config.algorithm == "centralized" else config.agents
+def _n_agents(fields: Fields) -> int:
+    return 1 if record_of(fields).single else fields[AGENTS.path]
 
 
-def _links(config: Config, n_agents: int) -> Links:
-    if not needed(config).graph:
-        # Nor need there be one of this name for them.
-        return Links(TOPOLOGIES["disconnected"](n_agents), uniform, faults(config))
-    make = TOPOLOGIES[config.topology]
-    options = options_for(config, "graph", make)
-    if "degree" in options:
-        options["degree"] = options["degree"] or None
-    if "seed" in inspect.signature(make).parameters:
-        options["seed"] = config.seed
-    mixing = MIXINGS.get(config.mixing)
-    if mixing is None:  # file
-        mixing = check_mixing_matrix(read_matrix(config.graph.file, n_agents))
-    return Links(make(n_agents, **options), mixing, faults(config))
+def _links(fields: Fields) -> Links:
+    n_agents, record = _n_agents(fields), record_of(fields)
+    failing = faults(**{option.keyword: fields[option.path] for option in FAULTS})
+    if not record.uses_graph:
+        # The algorithm sends nothing along edges, so the topology is not read.
+        return Links(TOPOLOGIES["disconnected"](n_agents), uniform, failing)
+    adjacency = _build(TOPOLOGY, fields, n_agents)
+    rule = MIXING.entry(fields[MIXING.path])
+    if rule is FROM_FILE:
+        # A matrix for the whole graph is no rule that could be applied anew to those
+        # agents that are present.
+        return Links(adjacency, _build(MIXING, fields, adjacency), failing)
+    return Links(adjacency, rule, failing)
 
 
-def _optimizer(
-    name: str, config: Config, steps_per_epoch: int, total_steps: int
-) -> optax.GradientTransformation:
-    schedule = SCHEDULES[config.schedule](
-        config.learning_rate,
-        decay=config.decay,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-    )
-    return OPTIMIZERS[name](
-        schedule, momentum=config.momentum, weight_decay=config.weight_decay
-    )
+def _build(choice: Option, fields: Fields, *args: Any, **kwargs: Any) -> Any:
+    """Builds the entry of a registry that an option chooses, with its own options."""
+    record = choice.entry(fields[choice.path])
+    return record(*args, **kwargs, **arguments(record, fields))

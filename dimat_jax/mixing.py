@@ -13,10 +13,20 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dimat_jax.errors import UserError
-from dimat_jax.topology import Adjacency, Schedule, components, schedule
+from dimat_jax.options import Option, Record, registry
+from dimat_jax.topology import (
+    MATRIX_FILE,
+    Adjacency,
+    Schedule,
+    components,
+    read_matrix,
+    schedule,
+)
 from dimat_jax.tree import PyTree, is_inexact
 
 __all__ = [
+    "FROM_FILE",
+    "MIXING",
     "MIXINGS",
     "MixingError",
     "MixingMatrix",
@@ -24,6 +34,7 @@ __all__ = [
     "column_stochastic",
     "columns_sum_to_one",
     "fastest",
+    "from_file",
     "is_column_stochastic",
     "is_doubly_stochastic",
     "lazy",
@@ -182,15 +193,19 @@ def _fastest_connected(adjacency: Adjacency) -> MixingMatrix:
     return matrix + matrix.T
 
 
-MIXINGS: dict[str, Callable[[Adjacency | Schedule], MixingMatrix]] = {
-    "uniform": uniform,
-    "max_degree": uniform,
-    "metropolis_hastings": metropolis_hastings,
-    "lazy": lazy,
-    "column_stochastic": column_stochastic,
-    "row_stochastic": row_stochastic,
-    "fastest": fastest,
-}
+def from_file(adjacency: Adjacency | Schedule, *, file: str) -> MixingMatrix:
+    """Weights from a file, one matrix or a stack of them; float64.
+
+    They are a ready matrix for the whole graph, and no rule that could be applied anew
+    to a part of it.
+
+    Raises:
+        TopologyError: the file cannot be read, or is not for so many agents.
+        MixingError: neither the matrix's rows nor its columns sum to 1, or it has a
+            weight where the graph has no edge.
+    """
+    matrix = read_matrix(file, adjacency.shape[-1])
+    return check_mixing_matrix(matrix, adjacency)
 
 
 def _with_remainder_on_diagonal(weights: MixingMatrix) -> MixingMatrix:
@@ -333,3 +348,24 @@ def mix(mixing_matrix: Float[Array, "agents agents"], stacked: PyTree) -> PyTree
         return mixed.astype(leaf.dtype)
 
     return jax.tree.map(mix_leaf, stacked)
+
+
+MIXINGS: dict[str, Record[MixingMatrix]] = registry(
+    Record("uniform", uniform),
+    Record("max_degree", uniform),
+    Record("metropolis_hastings", metropolis_hastings),
+    Record("lazy", lazy),
+    Record("column_stochastic", column_stochastic),
+    Record("row_stochastic", row_stochastic),
+    Record("fastest", fastest),
+)
+"""Rules for any graph: `MIXINGS[name](adjacency)` is a mixing matrix, or a stack."""
+
+FROM_FILE = Record("file", from_file, (MATRIX_FILE,))
+
+MIXING = Option(
+    "mixing",
+    "uniform",
+    "The rule that gives the edges of the graph their weights.",
+    choices={**MIXINGS, FROM_FILE.name: FROM_FILE},
+)

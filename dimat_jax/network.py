@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from dimat_jax.mixing import (
     columns_sum_to_one,
     rows_sum_to_one,
 )
+from dimat_jax.options import SEED, Option
 from dimat_jax.topology import Adjacency, Schedule, is_undirected, schedule, union
 
 __all__ = [
@@ -23,8 +25,35 @@ __all__ = [
     "Links",
     "Network",
     "NetworkError",
+    "FAULTS",
+    "faults",
+    "parse_absences",
     "static",
 ]
+
+DROPOUT = Option(
+    "faults.dropout",
+    0.0,
+    "The probability that an agent is away for a round, from the first round on.",
+    at_least=0,
+    below=1,
+)
+EDGE_LOSS = Option(
+    "faults.edge_loss",
+    0.0,
+    "The probability that a link fails in an exchange, from the first round on.",
+    at_least=0,
+    below=1,
+)
+ABSENCES = Option(
+    "faults.absences",
+    "",
+    'The rounds in which single agents are away. "3:1-4, 0:6-" means that agent 3 is '
+    "away in rounds 1 to 4, and agent 0 from round 6 on.",
+    empty="nobody is away",
+)
+FAULTS = (DROPOUT, EDGE_LOSS, ABSENCES, SEED)
+"""The options of `faults`."""
 
 
 class Network(NamedTuple):
@@ -91,18 +120,14 @@ class Faults:
         seed: of the draws.
     """
 
-    dropout: float = 0.0
-    edge_loss: float = 0.0
+    dropout: float = DROPOUT.default
+    edge_loss: float = EDGE_LOSS.default
     absences: tuple[Absence, ...] = ()
-    seed: int = 0
+    seed: int = SEED.default
 
     def __post_init__(self):
-        for name in ("dropout", "edge_loss"):
-            probability = getattr(self, name)
-            if not 0 <= probability < 1:
-                raise NetworkError(
-                    f"{name} is a probability, from 0 to below 1; got {probability}"
-                )
+        DROPOUT.check(self.dropout)
+        EDGE_LOSS.check(self.edge_loss)
         absences = tuple(Absence(*absence) for absence in self.absences)
         object.__setattr__(self, "absences", absences)
         for agent, start, stop in absences:
@@ -116,6 +141,35 @@ class Faults:
     def any(self) -> bool:
         """Whether there are any."""
         return bool(self.dropout or self.edge_loss or self.absences)
+
+
+def parse_absences(text: str) -> tuple[Absence, ...]:
+    """Reads "agent:first-last, ...": the rounds, from 1, in which agents are away.
+
+    Raises:
+        NetworkError: the text has another form.
+    """
+    found = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        match = re.fullmatch(r"(\d+):(\d+)-(\d*)", part)
+        if not match:
+            raise NetworkError(
+                f"absences is {text!r}; expected agent:first-last or agent:first-, "
+                'e.g. "3:1-4, 0:6-"'
+            )
+        agent, first, last = match.groups()
+        found.append(Absence(int(agent), int(first), int(last) + 1 if last else None))
+    return tuple(found)
+
+
+def faults(*, dropout: float, edge_loss: float, absences: str, seed: int) -> Faults:
+    """The faults that a config describes.
+
+    Raises:
+        OptionError: a probability out of range.
+        NetworkError: absences that cannot be.
+    """
+    return Faults(dropout, edge_loss, parse_absences(absences), seed)
 
 
 class Links:

@@ -1,8 +1,9 @@
-"""Local optimizers and learning-rate schedules, by name; all of them are optax's.
+"""Local optimizers and learning-rate schedules, by name.
 
-Learning rates are scheduled over steps since the beginning of the phase. A merge that
-resets an agent's optimizer does not turn the clock back, and an agent that idles, for
-want of data, does not stop it: see `with_clocks_of`.
+All are made of optax's parts; DAdam's step is written here. Learning rates are
+scheduled over steps since the beginning of the phase. A merge that resets an agent's
+optimizer does not turn the clock back, and an agent that is idle because it has no data
+does not stop it: see `with_clocks_of`.
 """
 
 from collections.abc import Callable
@@ -12,56 +13,47 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dimat_jax.options import Option, Record, registry
 from dimat_jax.tree import PyTree
 
 __all__ = [
+    "LEARNING_RATE",
+    "OPTIMIZER",
     "OPTIMIZERS",
+    "SCHEDULE",
     "SCHEDULES",
-    "WITH_MOMENTUM",
     "scale_by_dadam",
     "with_clocks_of",
 ]
 
 Schedule = Callable[[Any], Any] | float
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": lambda schedule, *, momentum, weight_decay: _decayed(
-        optax.sgd(schedule), weight_decay
-    ),
-    "momentum": lambda schedule, *, momentum, weight_decay: _decayed(
-        optax.sgd(schedule, momentum=momentum), weight_decay
-    ),
-    "nesterov": lambda schedule, *, momentum, weight_decay: _decayed(
-        optax.sgd(schedule, momentum=momentum, nesterov=True), weight_decay
-    ),
-    # v <- beta v - alpha g: unlike "momentum", what was once learnt at a high rate goes
-    # on at that rate. CDMSGD's (Jiang et al. 2017).
-    "heavy_ball": lambda schedule, *, momentum, weight_decay: _decayed(
-        optax.chain(
-            optax.scale_by_learning_rate(schedule), optax.trace(decay=momentum)
-        ),
-        weight_decay,
-    ),
-    "adam": lambda schedule, *, momentum, weight_decay: _decayed(
-        optax.adam(schedule), weight_decay
-    ),
-    "dadam": lambda schedule, *, momentum, weight_decay: _decayed(
-        optax.chain(scale_by_dadam(), optax.scale_by_learning_rate(schedule)),
-        weight_decay,
-    ),
-    "adamw": lambda schedule, *, momentum, weight_decay: optax.adamw(
-        schedule, weight_decay=weight_decay
-    ),
-}
-"""`OPTIMIZERS[name](schedule, momentum=..., weight_decay=...)`.
-
-Weight decay is decoupled in adamw, and an L2 term of the gradient in all others.
-`momentum` is the coefficient of those `WITH_MOMENTUM`.
-"""
-
-
-WITH_MOMENTUM = frozenset({"momentum", "nesterov", "heavy_ball"})
-"""Those whose `momentum` can be chosen."""
+LEARNING_RATE = Option(
+    "optimizer.learning_rate",
+    1e-3,
+    "The learning rate at the beginning of the schedule.",
+    at_least=0,
+)
+MOMENTUM = Option(
+    "optimizer.momentum",
+    0.9,
+    "The share of the last step that a step repeats.",
+    at_least=0,
+    below=1,
+)
+WEIGHT_DECAY = Option(
+    "optimizer.weight_decay",
+    0.0,
+    "The factor of the weights that is added to the gradient, as an L2 penalty adds "
+    "it; adamw applies it to the weights themselves (decoupled).",
+    at_least=0,
+)
+DECAY = Option(
+    "optimizer.decay",
+    0.981,
+    "The factor by which the learning rate changes after every epoch.",
+    at_least=0,
+)
 
 
 class DadamState(NamedTuple):
@@ -111,25 +103,104 @@ def scale_by_dadam(
     return optax.GradientTransformation(init, update)
 
 
-def _decayed(tx: optax.GradientTransformation, weight_decay: float):
+def sgd(
+    schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
+) -> optax.GradientTransformation:
+    """Plain stochastic gradient descent."""
+    return _decayed(optax.sgd(schedule), weight_decay)
+
+
+def momentum(
+    schedule: Schedule,
+    *,
+    momentum: float = MOMENTUM.default,
+    weight_decay: float = WEIGHT_DECAY.default,
+) -> optax.GradientTransformation:
+    """SGD with momentum: v <- beta v + g, and a step of -alpha v."""
+    return _decayed(optax.sgd(schedule, momentum=momentum), weight_decay)
+
+
+def nesterov(
+    schedule: Schedule,
+    *,
+    momentum: float = MOMENTUM.default,
+    weight_decay: float = WEIGHT_DECAY.default,
+) -> optax.GradientTransformation:
+    """SGD with Nesterov's momentum."""
+    tx = optax.sgd(schedule, momentum=momentum, nesterov=True)
+    return _decayed(tx, weight_decay)
+
+
+def heavy_ball(
+    schedule: Schedule,
+    *,
+    momentum: float = MOMENTUM.default,
+    weight_decay: float = WEIGHT_DECAY.default,
+) -> optax.GradientTransformation:
+    """Polyak's heavy ball: v <- beta v - alpha g, and a step of v.
+
+    Unlike "momentum", a velocity from a time with a higher learning rate goes on at
+    that rate. CDMSGD uses it (Jiang et al. 2017).
+    """
+    tx = optax.chain(
+        optax.scale_by_learning_rate(schedule), optax.trace(decay=momentum)
+    )
+    return _decayed(tx, weight_decay)
+
+
+def adam(
+    schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
+) -> optax.GradientTransformation:
+    """Adam (Kingma & Ba 2015)."""
+    return _decayed(optax.adam(schedule), weight_decay)
+
+
+def dadam(
+    schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
+) -> optax.GradientTransformation:
+    """DAdam's local step (Nazari et al. 2022); see `scale_by_dadam`."""
+    tx = optax.chain(scale_by_dadam(), optax.scale_by_learning_rate(schedule))
+    return _decayed(tx, weight_decay)
+
+
+def adamw(
+    schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
+) -> optax.GradientTransformation:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    return optax.adamw(schedule, weight_decay=weight_decay)
+
+
+def _decayed(
+    tx: optax.GradientTransformation, weight_decay: float
+) -> optax.GradientTransformation:
+    """Adds an L2 penalty's part to the gradient that `tx` is given."""
     if weight_decay == 0:
         return tx
     return optax.chain(optax.add_decayed_weights(weight_decay), tx)
 
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    "constant": lambda rate, *, decay, steps_per_epoch, total_steps: rate,
-    "exponential": lambda rate, *, decay, steps_per_epoch, total_steps: (
-        optax.exponential_decay(rate, steps_per_epoch, decay, staircase=True)
-    ),
-    "cosine": lambda rate, *, decay, steps_per_epoch, total_steps: (
-        optax.cosine_decay_schedule(rate, max(total_steps, 1))
-    ),
-}
-"""`SCHEDULES[name](rate, decay=..., steps_per_epoch=..., total_steps=...)`.
+def constant(rate: float, *, steps_per_epoch: int, total_steps: int) -> Schedule:
+    """The same learning rate at every step."""
+    del steps_per_epoch, total_steps
+    return rate
 
-exponential: times `decay` after every epoch; cosine: to zero over `total_steps`.
-"""
+
+def exponential(
+    rate: float,
+    *,
+    steps_per_epoch: int,
+    total_steps: int,
+    decay: float = DECAY.default,
+) -> Schedule:
+    """The learning rate changes by a factor after every epoch."""
+    del total_steps
+    return optax.exponential_decay(rate, steps_per_epoch, decay, staircase=True)
+
+
+def cosine(rate: float, *, steps_per_epoch: int, total_steps: int) -> Schedule:
+    """The learning rate falls to 0 over all steps, along half a cosine wave."""
+    del steps_per_epoch
+    return optax.cosine_decay_schedule(rate, max(total_steps, 1))
 
 
 def with_clocks_of(state: PyTree, other: PyTree) -> PyTree:
@@ -149,3 +220,36 @@ def with_clocks_of(state: PyTree, other: PyTree) -> PyTree:
         other,
         is_leaf=is_clock,
     )
+
+
+OPTIMIZERS: dict[str, Record[optax.GradientTransformation]] = registry(
+    Record("sgd", sgd, (WEIGHT_DECAY,)),
+    Record("momentum", momentum, (MOMENTUM, WEIGHT_DECAY)),
+    Record("nesterov", nesterov, (MOMENTUM, WEIGHT_DECAY)),
+    Record("heavy_ball", heavy_ball, (MOMENTUM, WEIGHT_DECAY)),
+    Record("adam", adam, (WEIGHT_DECAY,)),
+    Record("dadam", dadam, (WEIGHT_DECAY,)),
+    Record("adamw", adamw, (WEIGHT_DECAY,)),
+)
+"""`OPTIMIZERS[name](schedule, **options)` builds an optax optimizer."""
+
+SCHEDULES: dict[str, Record[Schedule]] = registry(
+    Record("constant", constant),
+    Record("exponential", exponential, (DECAY,)),
+    Record("cosine", cosine),
+)
+"""`SCHEDULES[name](rate, steps_per_epoch=..., total_steps=..., **options)`."""
+
+OPTIMIZER = Option(
+    "optimizer.name",
+    "",
+    "The local optimizer.",
+    choices=OPTIMIZERS,
+    empty="the algorithm's own",
+)
+SCHEDULE = Option(
+    "optimizer.schedule",
+    "constant",
+    "How the learning rate changes over the steps of a phase.",
+    choices=SCHEDULES,
+)

@@ -25,6 +25,7 @@ from typing import Any, Generic, TypeVar
 from dimat_jax.errors import UserError, nearest
 
 __all__ = [
+    "SEED",
     "Option",
     "OptionError",
     "Record",
@@ -58,8 +59,7 @@ class Option:
             be finite.
         unit: of a number, e.g. "epochs".
         empty: what the empty value stands for ("" of a text, 0 of a number), in words.
-            An option without these words may not be empty, unless its choices or bounds
-            allow it.
+            A text without these words must not be empty where it is read.
         opens: the options that are read only where this one is not empty.
         changes_results: False for where things are, how fast they go and what is kept:
             a run may resume with another value, and runs are not compared by it.
@@ -111,6 +111,8 @@ class Option:
             return
         if self.choices is not None and value not in self.choices:
             raise OptionError(f"{name} is {value!r}; {nearest(value, self.choices)}")
+        if value == "":
+            raise OptionError(f"{name} is empty; it must be given here")
         if self.bounds and not self._within(value):
             raise OptionError(f"{name} is {value}; it must be {self.bounds}")
 
@@ -122,6 +124,11 @@ class Option:
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
+
+    def entry(self, name: str) -> "Record[Any]":
+        """The record that a value of this option names."""
+        assert isinstance(self.choices, Mapping)
+        return self.choices[name]
 
     def opened_by(self, value: Any) -> tuple["Option", ...]:
         """The options that are read where this one has a value."""
@@ -252,6 +259,15 @@ def _opened(option: Option) -> Iterator[tuple[str, Option]]:
                 yield name, other
     for other in option.opens:
         yield "", other
+
+
+SEED = Option(
+    "seed",
+    0,
+    "Everything random follows from it: data order, initial weights, augmentation, "
+    "random graphs, faults. Two runs with the same seed draw the same numbers.",
+    at_least=0,
+)
 
 
 def arguments(record: Record, fields: Fields) -> dict[str, Any]:

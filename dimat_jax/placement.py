@@ -13,7 +13,7 @@ connected to nobody, and `gather` cuts them off.
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,33 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
 from dimat_jax.errors import UserError
+from dimat_jax.options import Option
 from dimat_jax.tree import PyTree, stack, take
 
 __all__ = ["Batching", "Placement", "PlacementError", "place", "request_cpu_devices"]
 
 Batching = Literal["auto", "vmap", "unroll"]
+
+AGENTS = Option(
+    "agents", 5, "The number of agents in the network.", at_least=1, unit="agents"
+)
+CPU_DEVICES = Option(
+    "placement.cpu_devices",
+    1,
+    "The number of devices that a CPU is split into.",
+    at_least=1,
+    unit="devices",
+    changes_results=False,
+)
+BATCHING = Option(
+    "placement.batching",
+    "auto",
+    "How agents that share a device run: as one batched program (vmap), or one after "
+    "the other in one program (unroll). auto unrolls agents on CPUs and batches them "
+    "elsewhere.",
+    choices=get_args(Batching),
+    changes_results=False,
+)
 
 
 class PlacementError(UserError):
@@ -177,7 +199,7 @@ class Placement:
 def place(
     n_agents: int,
     devices: Sequence[Any] | None = None,
-    batching: Batching = "auto",
+    batching: Batching = BATCHING.default,
 ) -> Placement:
     """Lays out agents over devices (default: all; never more devices than agents).
 

@@ -4,7 +4,8 @@
 agent always has its own weights. A topology that changes over time is a stack
 `[period, agents, agents]`, which is gone through again and again.
 
-`TOPOLOGIES[name](n_agents)` builds one; some take more: their signatures say what.
+`TOPOLOGIES[name](n_agents)` builds one; the records at the foot say which options each
+of them reads.
 """
 
 import json
@@ -18,9 +19,12 @@ import numpy as np
 from jaxtyping import Bool
 
 from dimat_jax.errors import UserError
+from dimat_jax.options import SEED, Option, Record, registry
 
 __all__ = [
+    "MATRIX_FILE",
     "TOPOLOGIES",
+    "TOPOLOGY",
     "Adjacency",
     "Schedule",
     "TopologyError",
@@ -36,8 +40,30 @@ __all__ = [
 Adjacency = Bool[np.ndarray, "agents agents"]
 Schedule = Bool[np.ndarray, "period agents agents"]
 
-# How often to draw a random graph before giving up on a connected one.
+# A random graph is drawn this many times before the search for a connected one ends.
 _DRAWS = 1000
+
+DEGREE = Option(
+    "graph.degree",
+    0,
+    "The number of neighbours that every agent has.",
+    at_least=0,
+    unit="neighbours",
+    empty="the least degree above the ring's: 3, or 4 for an odd number of agents",
+)
+EDGE_PROBABILITY = Option(
+    "graph.edge_probability",
+    0.5,
+    "The probability that a pair of agents is connected.",
+    at_least=0,
+    at_most=1,
+)
+MATRIX_FILE = Option(
+    "graph.file",
+    "",
+    "A .json or .npy file with a matrix [agents, agents], or a stack of matrices. The "
+    "topology takes its edges from it, the mixing rule its weights, or both do.",
+)
 
 
 class TopologyError(UserError):
@@ -130,18 +156,18 @@ def one_peer_exponential(n_agents: int) -> Schedule:
 
 
 def random_regular(
-    n_agents: int, *, degree: int | None = None, seed: int = 0
+    n_agents: int, *, degree: int = DEGREE.default, seed: int = SEED.default
 ) -> Adjacency:
     """A random connected graph in which everyone has `degree` neighbours.
 
-    None stands for the least degree above the ring's: 3, or 4 for an odd number of
-    agents, as far as there are so many others.
+    A degree of 0 stands for the least degree above the ring's: 3, or 4 for an odd
+    number of agents. Where there are fewer other agents, everyone has all of them.
 
     Raises:
         TopologyError: there is no such graph.
     """
     _at_least_one(n_agents)
-    if degree is None:
+    if degree == 0:
         degree = min(3 + n_agents % 2, n_agents - 1)
     possible = 0 <= degree < n_agents and degree * n_agents % 2 == 0
     # Pairs, or nobody to talk to: these are connected for the fewest agents only.
@@ -155,17 +181,18 @@ def random_regular(
 
 
 def erdos_renyi(
-    n_agents: int, *, edge_probability: float = 0.5, seed: int = 0
+    n_agents: int,
+    *,
+    edge_probability: float = EDGE_PROBABILITY.default,
+    seed: int = SEED.default,
 ) -> Adjacency:
     """Every pair with the same probability; drawn anew until the graph is connected.
 
     Raises:
-        TopologyError: no probability, or one too small to find a connected graph.
+        OptionError: `edge_probability` is no probability.
+        TopologyError: the probability is too small to find a connected graph.
     """
-    if not 0 <= edge_probability <= 1:
-        raise TopologyError(
-            f"edge_probability must be from 0 to 1, got {edge_probability}"
-        )
+    EDGE_PROBABILITY.check(edge_probability)
     _at_least_one(n_agents)
     return _connected(
         lambda s: nx.gnp_random_graph(n_agents, edge_probability, s), seed
@@ -177,33 +204,18 @@ def disconnected(n_agents: int) -> Adjacency:
     return from_graph(nx.empty_graph(_at_least_one(n_agents)))
 
 
-def from_file(n_agents: int, *, file: str | os.PathLike[str] = "") -> Schedule:
+def from_file(
+    n_agents: int, *, file: str | os.PathLike[str] = MATRIX_FILE.default
+) -> Schedule:
     """Any graph, or a stack of them: an adjacency or a mixing matrix in a file.
 
-    Whatever is not 0 off the diagonal is an edge.
+    Every entry off the diagonal that is not 0 is an edge.
 
     Raises:
         TopologyError: the file cannot be read, or is not for so many agents.
     """
     edges = schedule(read_matrix(file, n_agents) != 0)
     return edges & ~np.eye(n_agents, dtype=bool)
-
-
-TOPOLOGIES: dict[str, Callable[..., Adjacency | Schedule]] = {
-    "fully_connected": fully_connected,
-    "ring": ring,
-    "path": path,
-    "star": star,
-    "bipartite": bipartite,
-    "torus": torus,
-    "hypercube": hypercube,
-    "exponential": exponential,
-    "one_peer_exponential": one_peer_exponential,
-    "random_regular": random_regular,
-    "erdos_renyi": erdos_renyi,
-    "disconnected": disconnected,
-    "file": from_file,
-}
 
 
 def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
@@ -278,3 +290,25 @@ def _connected(draw: Callable[[int], nx.Graph], seed: int) -> Adjacency:
     raise TopologyError(
         f"{_DRAWS} random graphs in a row were not connected; ask for more edges"
     )
+
+
+TOPOLOGIES: dict[str, Record[Adjacency | Schedule]] = registry(
+    Record("fully_connected", fully_connected),
+    Record("ring", ring),
+    Record("path", path),
+    Record("star", star),
+    Record("bipartite", bipartite),
+    Record("torus", torus),
+    Record("hypercube", hypercube),
+    Record("exponential", exponential),
+    Record("one_peer_exponential", one_peer_exponential),
+    Record("random_regular", random_regular, (DEGREE, SEED)),
+    Record("erdos_renyi", erdos_renyi, (EDGE_PROBABILITY, SEED)),
+    Record("disconnected", disconnected),
+    Record("file", from_file, (MATRIX_FILE,)),
+)
+"""`TOPOLOGIES[name](n_agents, **options)` builds an adjacency matrix, or a schedule."""
+
+TOPOLOGY = Option(
+    "topology", "ring", "The graph along which agents send.", choices=TOPOLOGIES
+)

@@ -29,7 +29,7 @@ import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._metrics import MetricsWriter, read_rows, write_json
 from dimat_jax._trainer import Trainer
-from dimat_jax.algorithms import ALIGNING, Algorithm
+from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import Config, ConfigError, default_config, result_fields
 from dimat_jax.data.partition import class_counts, table
@@ -99,7 +99,7 @@ def run(
         return json.loads(summary.read_text())
     experiment = Experiment(config)
     if not (workdir / "config.json").exists():
-        if config.algorithm in ALIGNING:
+        if experiment.record.aligns:
             experiment.verify_spec()
         workdir.mkdir(parents=True, exist_ok=True)
         counts = class_counts(experiment.dataset.train.labels, experiment.shards)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dimat_jax.errors import UserError
 from dimat_jax.mixing import (
     MIXINGS,
     MixingError,
@@ -182,16 +183,16 @@ def test_faults_come_as_often_as_they_should_and_as_the_seed_says():
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        ({"dropout": 1.0}, "dropout is a probability, from 0 to below 1; got 1.0"),
-        ({"edge_loss": -0.1}, "edge_loss is a probability"),
-        ({"edge_loss": float("nan")}, "edge_loss is a probability"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+        ({"edge_loss": -0.1}, "edge_loss is -0.1; it must be at least 0 and below 1"),
+        ({"edge_loss": float("nan")}, "edge_loss is nan; it must be at least 0"),
         ({"absences": (Absence(0, 0),)}, "rounds counting from 1; got"),
         ({"absences": (Absence(0, 3, 3),)}, "round it is back for"),
         ({"absences": (Absence(7, 1),)}, "agent 7 is to be absent, but there are only"),
     ],
 )
 def test_faults_that_make_no_sense_say_why(faults, message):
-    with pytest.raises(NetworkError, match=message):
+    with pytest.raises(UserError, match=message):
         Links(TOPOLOGIES["ring"](5), uniform, Faults(**faults))
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, WITH_MOMENTUM, with_clocks_of
+from dimat_jax.optimizers import MOMENTUM as MOMENTUM_OPTION
+from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, with_clocks_of
 
 N_STEPS = 5
 RATE, MOMENTUM, DECAY = 0.1, 0.8, 0.05
@@ -30,7 +31,9 @@ def descend(tx: optax.GradientTransformation, state: Any = None) -> tuple[Any, A
 
 
 def made(name: str, schedule: Any = RATE, weight_decay: float = 0.0):
-    return OPTIMIZERS[name](schedule, momentum=MOMENTUM, weight_decay=weight_decay)
+    record = OPTIMIZERS[name]
+    momentum = {"momentum": MOMENTUM} if MOMENTUM_OPTION in record.options else {}
+    return record(schedule, weight_decay=weight_decay, **momentum)
 
 
 def assert_close(tree: Any, expected: Any) -> None:
@@ -81,12 +84,21 @@ def test_optimizers_differ():
 
 
 @all_optimizers
-def test_momentum_matters_where_it_is_named_and_nowhere_else(name):
-    a, b = (
-        descend(OPTIMIZERS[name](RATE, momentum=momentum, weight_decay=0.0))[0]["w"]
-        for momentum in (0.1, 0.9)
-    )
-    assert bool(jnp.any(a != b)) == (name in WITH_MOMENTUM)
+def test_momentum_matters_where_it_is_an_option_and_is_refused_elsewhere(name):
+    if MOMENTUM_OPTION in OPTIMIZERS[name].options:
+        a, b = (
+            descend(OPTIMIZERS[name](RATE, momentum=momentum))[0]["w"]
+            for momentum in (0.1, 0.9)
+        )
+        assert bool(jnp.any(a != b))
+    else:
+        with pytest.raises(TypeError, match="momentum"):
+            OPTIMIZERS[name](RATE, momentum=0.1)
+
+
+def test_these_have_a_momentum():
+    found = {n for n, r in OPTIMIZERS.items() if MOMENTUM_OPTION in r.options}
+    assert found == {"momentum", "nesterov", "heavy_ball"}
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"adamw"}))
@@ -117,7 +129,9 @@ def test_weight_decay_of_adamw_bypasses_the_moments():
 
 
 def rates(name: str, steps: range, **changes: Any) -> list[float]:
-    options: dict[str, Any] = {"decay": 0.5, "steps_per_epoch": 4, "total_steps": 20}
+    options: dict[str, Any] = {"steps_per_epoch": 4, "total_steps": 20}
+    if name == "exponential":
+        options["decay"] = 0.5
     schedule: Any = SCHEDULES[name](RATE, **{**options, **changes})
     at = schedule if callable(schedule) else lambda step: schedule
     values: list[Any] = [at(step) for step in steps]
@@ -151,7 +165,8 @@ def test_a_schedule_of_no_steps_can_be_made(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_run_within_jit_on_counters(name):
-    schedule: Any = SCHEDULES[name](RATE, decay=0.5, steps_per_epoch=4, total_steps=20)
+    decay = {"decay": 0.5} if name == "exponential" else {}
+    schedule: Any = SCHEDULES[name](RATE, steps_per_epoch=4, total_steps=20, **decay)
     if not callable(schedule):
         pytest.skip("is a number")
     steps = jnp.arange(20, dtype=jnp.int32)

@@ -4,6 +4,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
+from dimat_jax.options import OptionError
 from dimat_jax.topology import (
     TOPOLOGIES,
     TopologyError,
@@ -116,16 +117,23 @@ def test_random_graphs_are_decided_by_their_seed(name, options):
     assert (first != other).any()
 
 
-@pytest.mark.parametrize(("n_agents", "degree"), [(5, 3), (4, 4), (6, 1), (6, 0)])
+@pytest.mark.parametrize(("n_agents", "degree"), [(5, 3), (4, 4), (6, 1)])
 def test_a_regular_graph_that_cannot_be_is_refused(n_agents, degree):
     with pytest.raises(TopologyError, match=f"{n_agents} agents with {degree} neigh"):
         TOPOLOGIES["random_regular"](n_agents, degree=degree)
 
 
+@pytest.mark.parametrize(("n_agents", "degree"), [(6, 3), (7, 4), (3, 2), (2, 1)])
+def test_a_degree_of_0_is_the_least_above_the_rings(n_agents, degree):
+    adjacency = TOPOLOGIES["random_regular"](n_agents, degree=0)
+    assert (adjacency.sum(axis=1) == degree).all()
+
+
 def test_a_random_graph_that_is_never_connected_is_given_up():
     with pytest.raises(TopologyError, match="1000 random graphs in a row were not"):
         TOPOLOGIES["erdos_renyi"](5, edge_probability=0.0)
-    with pytest.raises(TopologyError, match="from 0 to 1, got 1.5"):
+    message = "edge_probability is 1.5; it must be at least 0 and at most 1"
+    with pytest.raises(OptionError, match=message):
         TOPOLOGIES["erdos_renyi"](5, edge_probability=1.5)
 
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dimat_jax import compression
 from dimat_jax.algorithms.base import Algorithm, State
-from dimat_jax.compression import Compressor, told
+from dimat_jax.compression import Compressor
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
 
@@ -64,7 +65,7 @@ def announcing(
         variables = {**exact.variables(state.exact), "params": state.known}
         return exact.with_variables(state.exact, variables)
 
-    tell = placement.per_agent(partial(told, compressor))
+    tell = placement.per_agent(partial(compression.announce, compressor))
 
     @partial(jax.jit, out_shardings=placement.sharding)
     def announce(state: AnnouncingState, key):

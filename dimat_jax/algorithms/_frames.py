@@ -182,3 +182,11 @@ def _stack_wave(perms: EdgePerms, wave: Pairs) -> PairPerms:
         group: np.stack([row[group] for row in rows]).astype(np.int32)
         for group in identity
     }
+
+
+class _Shim:
+    def __init__(self, two_way):
+        self.two_way = two_way
+
+
+FRAMES = {"own": _Shim(False), "reference": _Shim(True), "joint": _Shim(True)}

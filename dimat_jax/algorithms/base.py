@@ -28,10 +28,10 @@ __all__ = [
     "State",
     "Task",
     "Variables",
-    "descend",
+    "optimizer_step",
     "gradient",
     "keep_idle",
-    "moved",
+    "apply_updates",
     "one_agent",
     "permute_opt_state",
     "permute_params",
@@ -148,7 +148,7 @@ def keep_idle(batch: Batch, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(busy, n, o), new, idle)
 
 
-def descend(
+def optimizer_step(
     tx: optax.GradientTransformation,
     batch: Batch,
     direction: PyTree,
@@ -169,7 +169,7 @@ def descend(
     return keep_idle(batch, (updates, new), (still, opt_state))
 
 
-def moved(variables: Variables, updates: PyTree) -> Variables:
+def apply_updates(variables: Variables, updates: PyTree) -> Variables:
     """Variables whose params took a step; one agent's, or stacked."""
     return {**variables, "params": optax.apply_updates(variables["params"], updates)}
 

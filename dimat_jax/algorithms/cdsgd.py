@@ -22,19 +22,30 @@ import optax
 from dimat_jax.algorithms.base import (
     Algorithm,
     Task,
-    descend,
+    apply_updates,
     gradient,
-    moved,
     one_agent,
+    optimizer_step,
 )
+from dimat_jax.algorithms.conditions import balanced
 from dimat_jax.algorithms.local import LocalState, local
+from dimat_jax.algorithms.record import GRAPH, AlgorithmRecord
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
+from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 
-__all__ = ["Order", "cdsgd"]
+__all__ = ["RECORDS", "Order", "cdsgd"]
 
 Order = Literal["combine_then_adapt", "adapt_then_combine"]
+
+ORDER = Option(
+    "gossip.order",
+    "combine_then_adapt",
+    "Whether an agent's own step is added after its neighbours' weights are mixed "
+    "(combine_then_adapt), or is mixed with them (adapt_then_combine).",
+    choices=get_args(Order),
+)
 
 
 def cdsgd(
@@ -42,7 +53,7 @@ def cdsgd(
     tx: optax.GradientTransformation,
     placement: Placement,
     *,
-    order: Order = "combine_then_adapt",
+    order: Order = ORDER.default,
 ) -> Algorithm:
     """Gossip with every local step. W is to be doubly stochastic.
 
@@ -55,15 +66,16 @@ def cdsgd(
         order: whether an agent's own step is mixed along.
 
     Raises:
-        ValueError: an unknown order.
+        OptionError: an unknown order.
     """
-    if order not in get_args(Order):
-        raise ValueError(f"order is one of {get_args(Order)}, got {order!r}")
+    ORDER.check(order)
 
     def adapt(state: LocalState, batch, key):
         variables, opt_state = state
         grads, model_state, metrics = gradient(task, variables, batch, key)
-        updates, opt_state = descend(tx, batch, grads, opt_state, variables["params"])
+        updates, opt_state = optimizer_step(
+            tx, batch, grads, opt_state, variables["params"]
+        )
         return updates, {**variables, **model_state}, opt_state, metrics
 
     def step(state, batch, network, key):
@@ -71,11 +83,43 @@ def cdsgd(
             state, batch, placement.keys(key)
         )
         if order == "combine_then_adapt":
-            variables = moved(mix(network.W, variables), updates)
+            variables = apply_updates(mix(network.W, variables), updates)
         else:
-            variables = mix(network.W, moved(variables, updates))
+            variables = mix(network.W, apply_updates(variables, updates))
         return LocalState(variables, opt_state), metrics
 
     return local(task, tx, placement)._replace(
         step=step, messages=lambda state: Messages(step=one_agent(state.variables))
     )
+
+
+RECORDS = (
+    AlgorithmRecord(
+        "cdsgd",
+        cdsgd,
+        (ORDER,),
+        leads_to=GRAPH,
+        summary="sum_j W_ij x_j - alpha g(x_i), with every step (Jiang et al. 2017; "
+        "D-PSGD, Lian et al. 2017).",
+        network=balanced,
+        optimizer="sgd",
+    ),
+    AlgorithmRecord(
+        "cdmsgd",
+        cdsgd,
+        leads_to=GRAPH,
+        summary="CDSGD with a heavy ball (Jiang et al. 2017).",
+        network=balanced,
+        optimizer="heavy_ball",
+        other_optimizers=False,
+    ),
+    AlgorithmRecord(
+        "cdadam",
+        cdsgd,
+        leads_to=GRAPH,
+        summary="CDSGD with DAdam's step (Nazari et al. 2022).",
+        network=balanced,
+        optimizer="dadam",
+        other_optimizers=False,
+    ),
+)

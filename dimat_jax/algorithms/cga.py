@@ -26,22 +26,24 @@ from jaxtyping import Array, Bool, Float
 from dimat_jax.algorithms.base import (
     Algorithm,
     Task,
-    descend,
+    apply_updates,
     gradient,
-    moved,
     one_agent,
+    optimizer_step,
 )
+from dimat_jax.algorithms.conditions import undirected
 from dimat_jax.algorithms.exchange import Exchange
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
-from dimat_jax.compression import Compressor, none, with_feedback
+from dimat_jax.algorithms.record import GRAPH, AlgorithmRecord
+from dimat_jax.compression import COMPRESSOR, Compressor, none, with_feedback
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
 from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
 from dimat_jax.tree import PyTree, take
 
-__all__ = ["cga", "project"]
+__all__ = ["RECORDS", "cga", "project"]
 
 # Of the first-order solver that pivoting begins with; of pivoting.
 _ITERATIONS = 100
@@ -90,7 +92,7 @@ def cga(
 
     @placement.per_agent
     def adapt(direction, state, batch):
-        updates, opt_state = descend(
+        updates, opt_state = optimizer_step(
             tx, batch, direction, state.opt_state, state.variables["params"]
         )
         return updates, opt_state
@@ -118,7 +120,7 @@ def cga(
         updates, opt_state = adapt(direction, state.local, batch)
         variables = mix(network.W, {**variables, **own.model_state})
         memory = dict(zip(state.memory, lost, strict=True))
-        local_state = LocalState(moved(variables, updates), opt_state)
+        local_state = LocalState(apply_updates(variables, updates), opt_state)
         return MemoryState(local_state, memory), own.metrics
 
     def messages(state):
@@ -190,3 +192,27 @@ def _non_negative(A: Float[Array, "n n"], b: Float[Array, " n"]) -> Float[Array,
     start = optax.nnls(A, b, _ITERATIONS)
     state = (start > 0, start, len(b) + 1, _PATIENCE)
     return jax.lax.fori_loop(0, 3 * len(b), exchange, state)[1]
+
+
+RECORDS = (
+    AlgorithmRecord(
+        "cga",
+        cga,
+        leads_to=GRAPH,
+        summary="Cross-gradients, and a step to which no neighbour's data object "
+        "(Esfandiari et al. 2021).",
+        network=undirected,
+        optimizer="heavy_ball",
+        facts=frozenset({"adjacency"}),
+    ),
+    AlgorithmRecord(
+        "compcga",
+        cga,
+        leads_to=(*GRAPH, COMPRESSOR),
+        summary="CGA with compressed cross-gradients (Esfandiari et al. 2021).",
+        network=undirected,
+        optimizer="heavy_ball",
+        compressor="sign",
+        facts=frozenset({"adjacency", "compressor"}),
+    ),
+)

@@ -17,17 +17,29 @@ import jax.numpy as jnp
 import optax
 
 from dimat_jax.algorithms.base import Algorithm, Task, one_agent
+from dimat_jax.algorithms.conditions import symmetric
 from dimat_jax.algorithms.exchange import Exchange
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
-from dimat_jax.compression import Compressor, told
-from dimat_jax.errors import UserError
+from dimat_jax.algorithms.record import GRAPH, AlgorithmRecord
+from dimat_jax.compression import COMPRESSOR, Compressor, announce
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
+from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
 
-__all__ = ["choco"]
+__all__ = ["RECORD", "choco"]
+
+
+GAMMA = Option(
+    "gossip.gamma",
+    1.0,
+    "The consensus step size. The more a compressor loses, the smaller it must be: 1 "
+    "works for int8, while top_k of a tenth needs less than a half.",
+    above=0,
+    at_most=1,
+)
 
 
 def choco(
@@ -37,7 +49,7 @@ def choco(
     *,
     compressor: Compressor,
     lossy_edges: Adjacency | None = None,
-    gamma: float = 1.0,
+    gamma: float = GAMMA.default,
 ) -> Algorithm:
     """Gossip of compressed params with every local step.
 
@@ -50,14 +62,12 @@ def choco(
         compressor: Q.
         lossy_edges: where messages may not arrive, or the network changes: all edges
             that there ever are, undirected. None: everything always arrives.
-        gamma: the consensus step size; the more Q loses, the smaller: 1 does for int8,
-            while top_k of a tenth needs less than a half.
+        gamma: the consensus step size; see `GAMMA`.
 
     Raises:
-        UserError: gamma is not above 0 and at most 1.
+        OptionError: gamma is not above 0 and at most 1.
     """
-    if not 0 < gamma <= 1:
-        raise UserError(f"gamma must be above 0 and at most 1, got {gamma}")
+    GAMMA.check(gamma)
 
     alone = local(task, tx, placement)
     if lossy_edges is None:
@@ -96,7 +106,7 @@ def choco(
 def _reliable(placement: Placement, compressor: Compressor, gamma: float):
     """One x^ for each agent, which all its neighbours know."""
 
-    tell = placement.per_agent(functools.partial(told, compressor))
+    tell = placement.per_agent(functools.partial(announce, compressor))
 
     def gossip(params, memory, network, keys):
         known = tell(params, memory["known"], keys)
@@ -126,7 +136,7 @@ def _by_edge(
 
         def knows(k, before):
             # The same key for all neighbours: they are told the same.
-            after = told(compressor, params, before, key)
+            after = announce(compressor, params, before, key)
             return jax.tree.map(functools.partial(jnp.where, active[k]), after, before)
 
         return {name: knows(k, known[name]) for k, name in enumerate(names)}
@@ -151,3 +161,16 @@ def _by_edge(
         return meet(params, known, heard, weights), known
 
     return gossip
+
+
+RECORD = AlgorithmRecord(
+    "choco",
+    choco,
+    (GAMMA,),
+    leads_to=(*GRAPH, COMPRESSOR),
+    summary="Gossip of compressed differences (Koloskova et al. 2019).",
+    network=symmetric,
+    optimizer="sgd",
+    compressor="int8",
+    facts=frozenset({"compressor", "lossy_edges"}),
+)

@@ -17,17 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dimat_jax.algorithms.base import Algorithm, Task, descend, gradient, one_agent
+from dimat_jax.algorithms.base import (
+    Algorithm,
+    Task,
+    gradient,
+    one_agent,
+    optimizer_step,
+)
 from dimat_jax.algorithms.conditions import symmetric
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.algorithms.record import GRAPH, AlgorithmRecord
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
 from dimat_jax.network import Links, NetworkError
 from dimat_jax.placement import Placement
 from dimat_jax.tree import take
 
-__all__ = ["check_links", "d2"]
+__all__ = ["RECORD", "check_links", "d2"]
 
 
 def d2(task: Task, tx: optax.GradientTransformation, placement: Placement) -> Algorithm:
@@ -42,7 +49,9 @@ def d2(task: Task, tx: optax.GradientTransformation, placement: Placement) -> Al
     def adapt(state: MemoryState, batch, key):
         (variables, opt_state), memory, _ = state
         grads, model_state, metrics = gradient(task, variables, batch, key)
-        updates, opt_state = descend(tx, batch, grads, opt_state, variables["params"])
+        updates, opt_state = optimizer_step(
+            tx, batch, grads, opt_state, variables["params"]
+        )
         ahead = jax.tree.map(
             lambda x, s, u: x + s + u,
             variables["params"],
@@ -98,3 +107,15 @@ def check_links(name: str, links: Links) -> None:
             f"{name} needs a mixing matrix whose eigenvalues are above -1/3, but the "
             f"least is {least:.4f}; mixing='lazy', (I + W) / 2, has none below 0"
         )
+
+
+RECORD = AlgorithmRecord(
+    "d2",
+    d2,
+    leads_to=GRAPH,
+    summary="Increments cancel the differences between the agents' data (Tang et al. "
+    "2018).",
+    network=check_links,
+    optimizer="sgd",
+    other_optimizers=False,
+)

@@ -16,14 +16,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dimat_jax.algorithms.base import Algorithm, Task, gradient, moved, one_agent
+from dimat_jax.algorithms.base import (
+    Algorithm,
+    Task,
+    apply_updates,
+    gradient,
+    one_agent,
+)
+from dimat_jax.algorithms.conditions import balanced
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.algorithms.record import GRAPH, AlgorithmRecord
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
 from dimat_jax.placement import Placement
 
-__all__ = ["dsgt"]
+__all__ = ["RECORD", "dsgt"]
 
 
 def dsgt(
@@ -47,7 +55,7 @@ def dsgt(
         )
         updates, opt_state = tx.update(tracker, opt_state, variables["params"])
         memory = {"tracker": tracker, "gradient": grads}
-        variables = moved({**variables, **model_state}, updates)
+        variables = apply_updates({**variables, **model_state}, updates)
         return MemoryState(LocalState(variables, opt_state), memory, marks), metrics
 
     def step(state, batch, network, key):
@@ -96,3 +104,13 @@ def dsgt(
         ),
     )
     return tracking._replace(communicate=communicate)
+
+
+RECORD = AlgorithmRecord(
+    "dsgt",
+    dsgt,
+    leads_to=GRAPH,
+    summary="Agents follow a tracked mean gradient (Pu & Nedic 2021).",
+    network=balanced,
+    optimizer="sgd",
+)

@@ -18,11 +18,12 @@ import optax
 from dimat_jax.algorithms.base import Algorithm, Task, one_agent
 from dimat_jax.algorithms.local import local
 from dimat_jax.algorithms.memory import MemoryState, remembering
+from dimat_jax.algorithms.record import AlgorithmRecord
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
 from dimat_jax.placement import Placement
 
-__all__ = ["fedavg"]
+__all__ = ["RECORD", "fedavg"]
 
 
 def fedavg(
@@ -84,3 +85,12 @@ def fedavg(
         messages=lambda state: Messages(server=one_agent(state.local.variables)),
     )
     return federated._replace(communicate=communicate)
+
+
+RECORD = AlgorithmRecord(
+    "fedavg",
+    fedavg,
+    summary="A server averages all agents once a round (McMahan et al. 2017).",
+    optimizer="sgd",
+    facts=frozenset({"examples"}),
+)

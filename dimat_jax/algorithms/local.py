@@ -15,15 +15,23 @@ from dimat_jax.algorithms.base import (
     State,
     Task,
     Variables,
-    descend,
+    apply_updates,
     gradient,
-    moved,
+    optimizer_step,
     permute_opt_state,
 )
+from dimat_jax.algorithms.record import SEVERAL_AGENTS, AlgorithmRecord
 from dimat_jax.ledger import Messages
 from dimat_jax.placement import Placement
 
-__all__ = ["LocalState", "local", "local_part", "with_opt_state"]
+__all__ = [
+    "CENTRALIZED",
+    "RECORD",
+    "LocalState",
+    "local",
+    "local_part",
+    "with_opt_state",
+]
 
 
 class LocalState(NamedTuple):
@@ -58,8 +66,10 @@ def local(
     def train(state: LocalState, batch, key):
         variables, opt_state = state
         grads, model_state, metrics = gradient(task, variables, batch, key)
-        updates, opt_state = descend(tx, batch, grads, opt_state, variables["params"])
-        variables = moved({**variables, **model_state}, updates)
+        updates, opt_state = optimizer_step(
+            tx, batch, grads, opt_state, variables["params"]
+        )
+        variables = apply_updates({**variables, **model_state}, updates)
         return LocalState(variables, opt_state), metrics
 
     def align(state: LocalState, perms) -> LocalState:
@@ -91,3 +101,14 @@ def local(
         aligned=placement.per_agent(align),
         messages=lambda state: Messages(),
     )
+
+
+RECORD = AlgorithmRecord("local", local, summary="Agents train alone.")
+
+CENTRALIZED = AlgorithmRecord(
+    "centralized",
+    local,
+    ignores=SEVERAL_AGENTS,
+    summary="One model is trained on all data.",
+    single=True,
+)

@@ -17,19 +17,30 @@ from jaxtyping import Array
 from dimat_jax.algorithms.base import (
     Algorithm,
     Task,
-    descend,
+    apply_updates,
     gradient,
-    moved,
     one_agent,
+    optimizer_step,
 )
+from dimat_jax.algorithms.conditions import balanced
 from dimat_jax.algorithms.local import LocalState, local
 from dimat_jax.algorithms.memory import MemoryState, remembering
-from dimat_jax.errors import UserError
+from dimat_jax.algorithms.record import GRAPH, AlgorithmRecord
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
+from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 
-__all__ = ["qgm"]
+__all__ = ["RECORD", "qgm"]
+
+
+MOMENTUM = Option(
+    "gossip.momentum",
+    0.9,
+    "The share of the quasi-global momentum that a step repeats (beta, and mu).",
+    at_least=0,
+    below=1,
+)
 
 
 def qgm(
@@ -37,7 +48,7 @@ def qgm(
     tx: optax.GradientTransformation,
     placement: Placement,
     *,
-    momentum: float = 0.9,
+    momentum: float = MOMENTUM.default,
 ) -> Algorithm:
     """Gossip with every local step. W is to be doubly stochastic.
 
@@ -49,10 +60,9 @@ def qgm(
         momentum: beta, and mu; from 0 to below 1.
 
     Raises:
-        UserError: a momentum out of range.
+        OptionError: the momentum is out of range.
     """
-    if not 0 <= momentum < 1:
-        raise UserError(f"momentum must be from 0 to below 1, got {momentum}")
+    MOMENTUM.check(momentum)
 
     def adapt(state: MemoryState, batch, key):
         (variables, opt_state), memory, _ = state
@@ -62,8 +72,8 @@ def qgm(
         )
         params = variables["params"]
         rate = _learning_rate(tx, opt_state, params)
-        updates, opt_state = descend(tx, batch, direction, opt_state, params)
-        variables = moved({**variables, **model_state}, updates)
+        updates, opt_state = optimizer_step(tx, batch, direction, opt_state, params)
+        variables = apply_updates({**variables, **model_state}, updates)
         return LocalState(variables, opt_state), rate, metrics
 
     def step(state, batch, network, key):
@@ -105,3 +115,15 @@ def _learning_rate(tx: optax.GradientTransformation, opt_state, params) -> Array
 
     # The difference of two: weight decay adds the same to both.
     return step_for(jnp.zeros_like) - step_for(jnp.ones_like)
+
+
+RECORD = AlgorithmRecord(
+    "qgm",
+    qgm,
+    (MOMENTUM,),
+    leads_to=GRAPH,
+    summary="A momentum of how the network's mean moves (Lin et al. 2021).",
+    network=balanced,
+    optimizer="sgd",
+    other_optimizers=False,
+)

@@ -18,18 +18,20 @@ from jaxtyping import Array, Float
 from dimat_jax.algorithms.base import (
     Algorithm,
     Task,
-    descend,
+    apply_updates,
     gradient,
-    moved,
     one_agent,
+    optimizer_step,
 )
+from dimat_jax.algorithms.conditions import pushing
 from dimat_jax.algorithms.local import LocalState, local
+from dimat_jax.algorithms.record import GRAPH, AlgorithmRecord
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree, is_inexact
 
-__all__ = ["SgpState", "sgp"]
+__all__ = ["RECORD", "SgpState", "sgp"]
 
 
 class SgpState(NamedTuple):
@@ -60,8 +62,10 @@ def sgp(
         (pushed, opt_state), weight = state
         debiased = _scaled(pushed, 1 / weight)
         grads, model_state, metrics = gradient(task, debiased, batch, key)
-        updates, opt_state = descend(tx, batch, grads, opt_state, debiased["params"])
-        pushed = moved({**pushed, **_scaled(model_state, weight)}, updates)
+        updates, opt_state = optimizer_step(
+            tx, batch, grads, opt_state, debiased["params"]
+        )
+        pushed = apply_updates({**pushed, **_scaled(model_state, weight)}, updates)
         return pushed, opt_state, metrics
 
     def step(state, batch, network, key):
@@ -100,3 +104,14 @@ def _scaled(variables: PyTree, factor: Float[Array, ""]) -> PyTree:
     return jax.tree.map(
         lambda x: (factor * x).astype(x.dtype) if is_inexact(x) else x, variables
     )
+
+
+RECORD = AlgorithmRecord(
+    "sgp",
+    sgp,
+    leads_to=GRAPH,
+    summary="Push-sum, with gradients at x / w (Assran et al. 2019). The graph may be "
+    "directed and may change.",
+    network=pushing,
+    optimizer="sgd",
+)

@@ -1,25 +1,50 @@
 """Who owns which samples: splitting a training set among agents.
 
 A partition gives every agent its shard, a sorted array of sample indices; every sample
-is in exactly one shard. A new partition is a function of `(labels, n_agents, *, seed)`
-in `PARTITIONS`; what else it takes are keywords with defaults.
+is in exactly one shard. A new partition is a function of `(labels, n_agents)` and of
+keyword options, with a record in `PARTITIONS` at the foot of this file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int, Int64
 from tabulate import tabulate
 
 from dimat_jax.errors import UserError, nearest
+from dimat_jax.options import SEED, Option, Record, registry
 
-__all__ = ["PARTITIONS", "PartitionError", "class_counts", "partition", "table"]
+__all__ = [
+    "PARTITION",
+    "PARTITIONS",
+    "PRETRAIN_PARTITION",
+    "PartitionError",
+    "class_counts",
+    "partition",
+    "table",
+]
 
 Labels = Int[np.ndarray, " samples"]
 Shard = Int64[np.ndarray, " shard"]
 
 # More columns than these do not fit into a terminal's 80.
 _CLASSES_IN_A_TABLE = 10
+
+
+ALPHA = Option(
+    "data.alpha",
+    0.5,
+    "The concentration of the Dirichlet distribution. Smaller values make the agents' "
+    "shards more unequal.",
+    above=0,
+)
+CLASSES = Option(
+    "data.classes",
+    2,
+    "The number of classes that each agent holds.",
+    at_least=1,
+    unit="classes",
+)
 
 
 class PartitionError(UserError):
@@ -43,8 +68,8 @@ def partition(
 
     Raises:
         PartitionError: `name` is unknown, `labels` are not int[samples], `n_agents` is
-            below 1 or above the number of samples, an option has no such value, or an
-            agent would get no samples.
+            below 1 or above the number of samples, or an agent would get no samples.
+        OptionError: an option has a value that is not allowed.
         TypeError: an option that this partition does not take.
     """
     if name not in PARTITIONS:
@@ -101,7 +126,7 @@ def by_class(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
 
 
 def dirichlet(
-    labels: Labels, n_agents: int, *, seed: int, alpha: float = 0.5
+    labels: Labels, n_agents: int, *, seed: int, alpha: float = ALPHA.default
 ) -> list[Shard]:
     """Every class is split in proportions from a symmetric Dirichlet distribution.
 
@@ -110,7 +135,7 @@ def dirichlet(
     agent that would go away empty gets one sample of the largest shard.
     """
     rng = np.random.default_rng(seed)
-    _check_alpha(alpha)
+    ALPHA.check(alpha)
     parts: list[list[np.ndarray]] = [[] for _ in range(n_agents)]
     for label in np.unique(labels):
         samples = rng.permutation(np.flatnonzero(labels == label))
@@ -121,7 +146,7 @@ def dirichlet(
 
 
 def classes_per_agent(
-    labels: Labels, n_agents: int, *, seed: int, classes: int = 2
+    labels: Labels, n_agents: int, *, seed: int, classes: int = CLASSES.default
 ) -> list[Shard]:
     """Every agent holds that many classes, every class is shared out evenly.
 
@@ -156,26 +181,17 @@ def classes_per_agent(
 
 
 def quantity_skew(
-    labels: Labels, n_agents: int, *, seed: int, alpha: float = 0.5
+    labels: Labels, n_agents: int, *, seed: int, alpha: float = ALPHA.default
 ) -> list[Shard]:
     """IID samples, but shards whose sizes are from a symmetric Dirichlet distribution.
 
     An agent that would go away empty gets one sample of the largest shard.
     """
     rng = np.random.default_rng(seed)
-    _check_alpha(alpha)
+    ALPHA.check(alpha)
     samples = rng.permutation(len(labels))
     bounds = _bounds(_proportions(rng, n_agents, alpha), len(samples))
     return _none_empty(np.split(samples, bounds))
-
-
-PARTITIONS: dict[str, Callable[..., list[Shard]]] = {
-    "iid": iid,
-    "by_class": by_class,
-    "dirichlet": dirichlet,
-    "classes_per_agent": classes_per_agent,
-    "quantity_skew": quantity_skew,
-}
 
 
 def class_counts(
@@ -201,11 +217,6 @@ def table(counts: Int64[np.ndarray, "agents classes"]) -> str:
     return tabulate({"agent": range(n_agents), "samples": totals, **columns}, "keys")
 
 
-def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha < np.inf:
-        raise PartitionError(f"alpha must be above 0, and finite, got {alpha}")
-
-
 def _proportions(rng: np.random.Generator, n_agents: int, alpha: float) -> np.ndarray:
     """A Dirichlet sample, float64[agents]."""
     # In logarithms, for small alpha: Gamma(a) is Gamma(a + 1) U^(1/a), and all of them
@@ -228,3 +239,27 @@ def _none_empty(shards: list[np.ndarray]) -> list[Shard]:
             largest = max(range(len(shards)), key=lambda a: len(shards[a]))
             shards[agent], shards[largest] = np.split(shards[largest], [1])
     return [np.sort(shard) for shard in shards]
+
+
+PARTITIONS: dict[str, Record[list[Shard]]] = registry(
+    Record("iid", iid, (SEED,)),
+    Record("by_class", by_class, (SEED,)),
+    Record("dirichlet", dirichlet, (SEED, ALPHA)),
+    Record("classes_per_agent", classes_per_agent, (SEED, CLASSES)),
+    Record("quantity_skew", quantity_skew, (SEED, ALPHA)),
+)
+"""`PARTITIONS[name](labels, n_agents, **options)` gives each agent its shard."""
+
+PARTITION = Option(
+    "data.partition",
+    "iid",
+    "How the training samples are split among the agents.",
+    choices=PARTITIONS,
+)
+PRETRAIN_PARTITION = Option(
+    "pretrain.partition",
+    "",
+    "How the training samples are split among the agents while they pre-train.",
+    choices=PARTITIONS,
+    empty="the same as data.partition",
+)

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
 from dimat_jax.data.sources import Split
+from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 
 __all__ = [
@@ -31,6 +32,21 @@ __all__ = [
     "load",
     "place_pool",
 ]
+
+
+FLIP = Option(
+    "augmentation.flip",
+    False,
+    "Whether training images are mirrored left to right with probability 1/2.",
+)
+PAD = Option(
+    "augmentation.pad",
+    0,
+    "The number of black pixels that are added on every side of a training image "
+    "before it is cropped at random to its old size.",
+    at_least=0,
+    unit="pixels",
+)
 
 
 class Batch(NamedTuple):
@@ -72,8 +88,8 @@ class Augmentation:
         pad: pad with this many black pixels on every side, and crop to the old size.
     """
 
-    flip: bool = False
-    pad: int = 0
+    flip: bool = FLIP.default
+    pad: int = PAD.default
 
 
 NO_AUGMENTATION = Augmentation()

@@ -4,11 +4,11 @@
 training split's own mean and standard deviation. Nothing here downloads anything, and
 nothing here needs TensorFlow or JAX.
 
-A new data set is a function of `(directory, cache_dir)` in `SOURCES`.
+A new data set is a function of `(directory, cache_dir)` with a record in `SOURCES`, at
+the foot of this file.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,42 @@ from jaxtyping import Int
 from dimat_jax.data import _cifar, _tiny_imagenet
 from dimat_jax.data._dataset import DataError, Dataset, Split, make_split, mean_std
 from dimat_jax.errors import nearest
+from dimat_jax.options import SEED, Option, Record, registry
 
-__all__ = ["SOURCES", "DataError", "Dataset", "Split", "load"]
+__all__ = ["SOURCE", "SOURCES", "DataError", "Dataset", "Split", "load"]
+
+DIRECTORY = Option(
+    "data.dir",
+    "",
+    "The folder that holds the data set's files. For CIFAR it is tfds's data folder; "
+    "for Tiny ImageNet it is the authors' zip, the unpacked folder, or a folder that "
+    "holds either.",
+    empty="the folder where tfds keeps its data sets",
+    changes_results=False,
+)
+CACHE_DIRECTORY = Option(
+    "data.cache_dir",
+    "",
+    "The folder where decoded images are kept.",
+    empty="$XDG_CACHE_HOME/dimat_jax or ~/.cache/dimat_jax",
+    changes_results=False,
+)
+TRAIN_SIZE = Option(
+    "data.train_size",
+    0,
+    "The number of training samples that are used, equally many of each class.",
+    at_least=0,
+    unit="samples",
+    empty="all of them",
+)
+TEST_SIZE = Option(
+    "data.test_size",
+    0,
+    "The number of test samples that are used, equally many of each class.",
+    at_least=0,
+    unit="samples",
+    empty="all of them",
+)
 
 
 def load(
@@ -28,7 +62,7 @@ def load(
     cache_dir: str | None = None,
     train_size: int | None = None,
     test_size: int | None = None,
-    seed: int = 0,
+    seed: int = SEED.default,
 ) -> Dataset:
     """Loads a data set, or a class-balanced part of it.
 
@@ -92,9 +126,24 @@ def _digits(directory: str | None, cache_dir: str | None) -> Dataset:
     return Dataset("digits", train, test, 10, *mean_std(train.images))
 
 
-SOURCES: dict[str, Callable[[str | None, str | None], Dataset]] = {
-    "digits": _digits,
-    "cifar10": functools.partial(_cifar.read, name="cifar10", n_classes=10),
-    "cifar100": functools.partial(_cifar.read, name="cifar100", n_classes=100),
-    "tiny_imagenet": _tiny_imagenet.read,
-}
+_FILES = (DIRECTORY, CACHE_DIRECTORY)
+
+SOURCES: dict[str, Record[Dataset]] = registry(
+    Record("digits", _digits),
+    Record(
+        "cifar10",
+        functools.partial(_cifar.read, name="cifar10", n_classes=10),
+        leads_to=_FILES,
+        summary="CIFAR-10, as tfds prepares it: 60,000 images of 32x32 pixels.",
+    ),
+    Record(
+        "cifar100",
+        functools.partial(_cifar.read, name="cifar100", n_classes=100),
+        leads_to=_FILES,
+        summary="CIFAR-100, as tfds prepares it: 60,000 images of 32x32 pixels.",
+    ),
+    Record("tiny_imagenet", _tiny_imagenet.read, leads_to=_FILES),
+)
+"""`SOURCES[name](directory, cache_dir)` reads a data set; see `load`."""
+
+SOURCE = Option("data.name", "cifar100", "The data set.", choices=SOURCES)

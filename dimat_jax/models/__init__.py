@@ -2,35 +2,28 @@
 
 `MODELS[name](n_classes=..., width=..., dtype=...)` builds a Flax Linen module whose
 `__call__(x, *, train, mask=None)` returns logits; `permutation_spec(model)` finds the
-spec that its file declares. What else an architecture can be told, its signature says.
+spec that its file declares. The records at the foot of each file say which options an
+architecture reads.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 
 from dimat_jax.models import mlp, resnet, vgg, vit
 from dimat_jax.models._settings import ModelError
+from dimat_jax.options import Option, Record, registry
 from dimat_jax.permutation import PermutationSpec
 
-__all__ = ["MODELS", "ModelError", "permutation_spec"]
+__all__ = ["MODEL", "MODELS", "ModelError", "permutation_spec"]
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": mlp.mlp,
-    "resnet18": resnet.resnet18,
-    "resnet20": resnet.resnet20,
-    "resnet32": resnet.resnet32,
-    "resnet34": resnet.resnet34,
-    "resnet44": resnet.resnet44,
-    "resnet50": resnet.resnet50,
-    "resnet56": resnet.resnet56,
-    "resnet101": resnet.resnet101,
-    "vgg11": vgg.vgg11,
-    "vgg13": vgg.vgg13,
-    "vgg16": vgg.vgg16,
-    "vgg19": vgg.vgg19,
-    "vit": vit.vit,
-}
+MODELS: dict[str, Record[Any]] = registry(
+    *mlp.RECORDS, *resnet.RECORDS, *vgg.RECORDS, *vit.RECORDS
+)
+"""`MODELS[name](n_classes=..., **options)` builds a Flax Linen module."""
+
+MODEL = Option("model.name", "resnet20", "The architecture.", choices=MODELS)
 
 _SPECS: dict[type[nn.Module], Callable[..., PermutationSpec]] = {
     mlp.MLP: mlp.permutation_spec,

@@ -4,8 +4,37 @@ import math
 from collections.abc import Iterable
 
 from dimat_jax.errors import UserError, nearest
+from dimat_jax.options import Option
 
-__all__ = ["ModelError", "one_of", "scaled"]
+__all__ = ["DTYPE", "NORM", "STEM", "WIDTH", "ModelError", "one_of", "scaled"]
+
+WIDTH = Option(
+    "model.width",
+    1.0,
+    "The number of channels or units of every layer, in multiples of the "
+    "architecture's own. The paper's ResNet-20 has width 8.",
+    above=0,
+)
+NORM = Option(
+    "model.norm",
+    "",
+    "The normalisation layers. Not every architecture can have all of them.",
+    choices=("batch", "layer", "group", "none"),
+    empty="the architecture's own",
+)
+STEM = Option(
+    "model.stem",
+    "",
+    "The first layers, for images of ImageNet's size or of 32 to 64 pixels.",
+    choices=("cifar", "imagenet"),
+    empty="the architecture's own",
+)
+DTYPE = Option(
+    "model.dtype",
+    "float32",
+    "The number format that the model computes in. Its weights are float32.",
+    choices=("float32", "bfloat16"),
+)
 
 
 class ModelError(UserError):

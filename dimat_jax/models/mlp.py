@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import norm_axes, normalise
-from dimat_jax.models._settings import one_of, scaled
+from dimat_jax.models._settings import DTYPE, NORM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
+from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import dense
 
-__all__ = ["MLP", "mlp", "permutation_spec"]
+__all__ = ["MLP", "RECORDS", "mlp", "permutation_spec"]
 
 
 class MLP(nn.Module):
@@ -67,7 +68,7 @@ class MLP(nn.Module):
 def mlp(
     *,
     n_classes: int,
-    width: float = 1.0,
+    width: float = WIDTH.default,
     hidden: tuple[int, ...] = (128, 128),
     norm: str = "none",
     dtype: Any = None,
@@ -86,3 +87,6 @@ def permutation_spec(model: MLP) -> PermutationSpec:
     axes |= dense("head", layers[-1] if layers else None, None)
     taps = {f"relu{i}": layer for i, layer in enumerate(layers)}
     return PermutationSpec(axes, taps)
+
+
+RECORDS = (Record("mlp", mlp, (WIDTH, NORM, DTYPE)),)

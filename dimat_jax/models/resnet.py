@@ -24,12 +24,14 @@ from dimat_jax.models._norm import (
     normalise,
     tap_axes,
 )
-from dimat_jax.models._settings import one_of, scaled
+from dimat_jax.models._settings import DTYPE, NORM, STEM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
+from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import conv, dense
 
 __all__ = [
+    "RECORDS",
     "ResNet",
     "permutation_spec",
     "resnet18",
@@ -204,7 +206,7 @@ def _cifar(
     blocks: int,
     *,
     n_classes: int,
-    width: float = 1.0,
+    width: float = WIDTH.default,
     shortcut: str = "conv3x3",
     norm: str = "batch",
     dtype: Any = None,
@@ -225,7 +227,7 @@ def _imagenet(
     blocks: tuple[int, ...],
     *,
     n_classes: int,
-    width: float = 1.0,
+    width: float = WIDTH.default,
     stem: str = "imagenet",
     norm: str = "batch",
     dtype: Any = None,
@@ -285,3 +287,31 @@ def permutation_spec(model: ResNet) -> PermutationSpec:
         taps[f"{path}/stream"] = tap_axes(4, units(stream))
     axes |= dense("head", units(stream), None)
     return PermutationSpec(axes, taps, sizes)
+
+
+_OPTIONS = (WIDTH, NORM, DTYPE)
+RECORDS = (
+    *(
+        Record(name, build, _OPTIONS, summary=f"A ResNet for CIFAR, {layers} layers.")
+        for name, build, layers in (
+            ("resnet20", resnet20, 20),
+            ("resnet32", resnet32, 32),
+            ("resnet44", resnet44, 44),
+            ("resnet56", resnet56, 56),
+        )
+    ),
+    *(
+        Record(
+            name,
+            build,
+            (*_OPTIONS, STEM),
+            summary=f"A ResNet for ImageNet, {layers} layers.",
+        )
+        for name, build, layers in (
+            ("resnet18", resnet18, 18),
+            ("resnet34", resnet34, 34),
+            ("resnet50", resnet50, 50),
+            ("resnet101", resnet101, 101),
+        )
+    ),
+)

@@ -21,12 +21,21 @@ from dimat_jax.models._norm import (
     normalise,
     tap_axes,
 )
-from dimat_jax.models._settings import one_of, scaled
+from dimat_jax.models._settings import DTYPE, NORM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
+from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import conv, dense, flattened
 
-__all__ = ["VGG", "permutation_spec", "vgg11", "vgg13", "vgg16", "vgg19"]
+__all__ = [
+    "RECORDS",
+    "VGG",
+    "permutation_spec",
+    "vgg11",
+    "vgg13",
+    "vgg16",
+    "vgg19",
+]
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -103,7 +112,7 @@ def _vgg(
     layers: tuple[int, ...],
     *,
     n_classes: int,
-    width: float = 1.0,
+    width: float = WIDTH.default,
     norm: str = "batch",
     dtype: Any = None,
 ) -> VGG:
@@ -135,3 +144,14 @@ def permutation_spec(model: VGG) -> PermutationSpec:
         inputs = units
     axes |= dense("head", inputs and flattened(inputs), None)
     return PermutationSpec(axes, taps, sizes)
+
+
+RECORDS = tuple(
+    Record(name, build, (WIDTH, NORM, DTYPE), summary=summary)
+    for name, build, summary in (
+        ("vgg11", vgg11, "VGG with 8 convolutions, normalisation and one dense head."),
+        ("vgg13", vgg13, "VGG with 10 convolutions, normalisation and one dense head."),
+        ("vgg16", vgg16, "VGG with 13 convolutions, normalisation and one dense head."),
+        ("vgg19", vgg19, "VGG with 16 convolutions, normalisation and one dense head."),
+    )
+)

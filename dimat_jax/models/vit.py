@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import EPSILON
-from dimat_jax.models._settings import ModelError, scaled
+from dimat_jax.models._settings import DTYPE, WIDTH, ModelError, scaled
 from dimat_jax.models.classifier import tap
+from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import conv, dense, dense_general, layer_norm
 
-__all__ = ["ViT", "permutation_spec", "vit"]
+__all__ = ["RECORDS", "ViT", "permutation_spec", "vit"]
 
 
 class ViT(nn.Module):
@@ -129,7 +130,7 @@ class _Block(nn.Module):
 def vit(
     *,
     n_classes: int,
-    width: float = 1.0,
+    width: float = WIDTH.default,
     patch: int = 4,
     depth: int = 4,
     dim: int = 128,
@@ -188,3 +189,6 @@ def permutation_spec(model: ViT) -> PermutationSpec:
     axes |= layer_norm("norm", "stream")
     axes |= dense("head", "stream", None)
     return PermutationSpec(axes, taps)
+
+
+RECORDS = (Record("vit", vit, (WIDTH, DTYPE)),)

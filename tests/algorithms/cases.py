@@ -12,15 +12,10 @@ import numpy as np
 
 from dimat_jax.algorithms import (
     ALGORITHMS,
-    MERGING,
-    NEEDS,
     Algorithm,
-    GossipOptions,
+    AlgorithmRecord,
     MergeData,
-    MergeOptions,
-    Options,
-    check_links,
-    needs,
+    record,
 )
 from dimat_jax.algorithms.base import State
 from dimat_jax.compression import COMPRESSORS
@@ -43,36 +38,47 @@ KEY = jax.random.key(0)
 
 
 class Case(NamedTuple):
-    """An algorithm, and how it is told to be.
+    """An algorithm with its options.
 
     Attributes:
-        name: of the algorithm.
-        optimizer: "": its own.
-        compressor: "": its own.
-        gossip: its options.
-        merge: its options.
-        examples: how many agents say that they hold; (): all as many.
-        changing: whether it is told that the network may change.
+        name: the algorithm's name.
+        optimizer: the local optimizer's name; "": the algorithm's own.
+        compressor: the compressor's name; "": the algorithm's own.
+        options: the algorithm's options that are not their defaults. Algorithms that
+            merge keep their optimizers' state unless it says otherwise.
+        inner: the algorithm that runs between merges.
+        examples: the number of examples that each agent holds; (): all hold as many.
+        changing: whether the network may change.
     """
 
     name: str
     optimizer: str = ""
     compressor: str = ""
-    gossip: GossipOptions = GossipOptions()
-    merge: MergeOptions = MergeOptions(opt_state="keep")
+    options: tuple[tuple[str, Any], ...] = ()
+    inner: str = "local"
     examples: tuple[int, ...] = ()
     changing: bool = True
 
     @property
+    def record(self) -> AlgorithmRecord:
+        return record(self.name, self.inner)
+
+    @property
     def merging(self) -> bool:
-        return self.name in MERGING
+        return self.record.merges
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The options as keyword arguments."""
+        own = {"opt_state": "keep"} if self.merging else {}
+        return {**own, **dict(self.options)}
 
     @property
     def per_step(self) -> str:
         """What it does with every step."""
         if self.name in ("centralized", "fedavg"):
             return "local"
-        return self.merge.inner if self.merging else self.name
+        return self.inner if self.merging else self.name
 
     @property
     def communicates(self) -> bool:
@@ -82,34 +88,32 @@ class Case(NamedTuple):
     def accepts(self, links: Links) -> bool:
         """Whether the network is what its theory asks for."""
         try:
-            check_links(self.name, links, self.merge)
+            self.record.check_network(links, **self.arguments)
         except NetworkError:
             return False
         return True
 
 
-def _inner(name: str, compressor: str = "") -> Case:
-    merge = MergeOptions(opt_state="keep", inner=name)
-    return Case("dimat", compressor=compressor, merge=merge)
+def case_of(name: str, *, optimizer: str = "", compressor: str = "", **options) -> Case:
+    """A case with options by keyword."""
+    return Case(name, optimizer, compressor, tuple(options.items()))
 
 
 CASES: dict[str, Case] = {
     **{name: Case(name) for name in ALGORITHMS},
     **{
         f"{name} with adam": Case(name, "adam")
-        for name, wants in NEEDS.items()
-        if wants.other_optimizers and wants.optimizer != "adam"
+        for name, found in ALGORITHMS.items()
+        if found.other_optimizers and found.optimizer != "adam"
     },
-    "cdsgd, adapt then combine": Case(
-        "cdsgd", gossip=GossipOptions(order="adapt_then_combine")
-    ),
+    "cdsgd, adapt then combine": case_of("cdsgd", order="adapt_then_combine"),
     "choco, top_k": Case("choco", compressor="top_k"),
     "choco, reliable": Case("choco", compressor="top_k", changing=False),
-    "dimat over cdsgd": _inner("cdsgd"),
-    "dimat over sgp": _inner("sgp"),
-    "dimat over d2": _inner("d2"),
-    "dimat over dsgt": _inner("dsgt"),
-    "dimat over choco": _inner("choco", "top_k"),
+    "dimat over cdsgd": Case("dimat", inner="cdsgd"),
+    "dimat over sgp": Case("dimat", inner="sgp"),
+    "dimat over d2": Case("dimat", inner="d2"),
+    "dimat over dsgt": Case("dimat", inner="dsgt"),
+    "dimat over choco": Case("dimat", compressor="top_k", inner="choco"),
     "dimat, top_k": Case("dimat", compressor="top_k"),
     "wm, float16": Case("wm", compressor="float16"),
     "wa, int8": Case("wa", compressor="int8"),
@@ -173,14 +177,13 @@ class Built(NamedTuple):
 
 
 def optimizer_name(case: Case) -> str:
-    """Of a case's local optimizer."""
-    return case.optimizer or needs(case.name, case.merge.inner).optimizer
+    """The name of a case's local optimizer."""
+    return case.optimizer or case.record.optimizer
 
 
 def compressor_name(case: Case) -> str:
-    """Of what a case sends."""
-    own = needs(case.name, case.merge.inner).compressor
-    return case.compressor or own or "none"
+    """The name of a case's compressor."""
+    return case.compressor or case.record.compressor or "none"
 
 
 def make(
@@ -191,19 +194,20 @@ def make(
     topology: str = "fully_connected",
 ) -> Algorithm:
     """A case on a problem, for graphs within a topology."""
-    tx = OPTIMIZERS[optimizer_name(case)](schedule, momentum=0.9, weight_decay=0.0)
-    return ALGORITHMS[case.name](
+    tx = OPTIMIZERS[optimizer_name(case)](schedule)
+    edges = TOPOLOGIES[topology](placement.n_agents)
+    facts = {
+        "compressor": COMPRESSORS[compressor_name(case)](),
+        "adjacency": edges,
+        "lossy_edges": edges if case.changing else None,
+        "examples": case.examples or None,
+    }
+    return case.record(
         PROBLEMS[problem].task,
         tx,
         placement,
-        Options(
-            merge=case.merge,
-            gossip=case.gossip,
-            compressor=COMPRESSORS[compressor_name(case)](),
-            edges=TOPOLOGIES[topology](placement.n_agents),
-            changing=case.changing,
-            examples=case.examples or None,
-        ),
+        **case.arguments,
+        **{name: facts[name] for name in case.record.facts},
     )
 
 

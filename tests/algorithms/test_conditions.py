@@ -4,15 +4,8 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from dimat_jax.algorithms import (
-    ALIGNING,
-    BETWEEN_MERGES,
-    MERGING,
-    NEEDS,
-    MergeOptions,
-    check_links,
-)
-from dimat_jax.algorithms._frames import MEETINGS
+from dimat_jax.algorithms import ALGORITHMS, BETWEEN_MERGES, MERGING, record
+from dimat_jax.algorithms._frames import FRAMES
 from dimat_jax.mixing import MIXINGS, MixingError, uniform
 from dimat_jax.network import Absence, Faults, Links, NetworkError
 from dimat_jax.topology import TOPOLOGIES, from_graph
@@ -32,13 +25,14 @@ THE_SAME = "the same network at every step"
 
 
 def test_there_is_a_condition_for_every_algorithm():
-    assert ANYWHERE | BALANCED | BOTH_WAYS | SYMMETRIC | {"sgp"} | MERGING == set(NEEDS)
+    covered = ANYWHERE | BALANCED | BOTH_WAYS | SYMMETRIC | {"sgp", *MERGING}
+    assert covered == set(ALGORITHMS)
 
 
-def refusal(name: str, network: Links, **merge) -> str:
-    """Why it is refused; empty: it is not."""
+def refusal(name: str, network: Links, inner: str = "local", **options) -> str:
+    """The reason why an algorithm refuses a network; empty: it does not."""
     try:
-        check_links(name, network, MergeOptions(**merge))
+        record(name, inner).check_network(network, **options)
     except NetworkError as error:
         return str(error)
     return ""
@@ -50,7 +44,7 @@ def expected(name: str, network: Links) -> str:
     graph = nx.from_numpy_array(edges.T, create_using=nx.DiGraph)
     columns = np.allclose(matrices.sum(axis=1), 1)
     rows = np.allclose(matrices.sum(axis=2), 1)
-    if name in ANYWHERE | MERGING:
+    if name in ANYWHERE or name in MERGING:
         return ""
     if name == "d2" and len(matrices) > 1:
         return THE_SAME
@@ -84,7 +78,7 @@ def test_networks_are_taken_or_refused_with_the_reason(topology, mixing):
     except MixingError as error:  # no such weights, or no solver for them
         assert mixing in str(error)
         return
-    for name in NEEDS:
+    for name in ALGORITHMS:
         found, reason = refusal(name, network), expected(name, network)
         assert bool(found) == bool(reason), (name, found, reason)
         assert reason in found
@@ -120,7 +114,7 @@ def test_networks_that_misbehave_have_to_stay_what_they_are(
     topology, mixing, refused, faults
 ):
     network = links(topology, mixing, faults, n_agents=6)
-    for name in NEEDS:
+    for name in ALGORITHMS:
         found = refusal(name, network)
         assert bool(found) == (name in refused), (name, found)
         assert refused.get(name, "") in found
@@ -130,8 +124,8 @@ def test_networks_in_parts_are_for_those_who_merge():
     parts = Links(
         from_graph(nx.disjoint_union(nx.path_graph(3), nx.path_graph(2))), uniform
     )
-    for name in NEEDS:
-        if name in ANYWHERE | MERGING:
+    for name in ALGORITHMS:
+        if name in ANYWHERE or name in MERGING:
             assert not refusal(name, parts)
         else:
             assert CONNECTED in refusal(name, parts)
@@ -171,15 +165,19 @@ def test_matrices_that_an_algorithm_cannot_use_are_refused(name, W, message):
     W = np.array(W)
     edges = (W != 0) & ~np.eye(3, dtype=bool)
     with pytest.raises(NetworkError, match=message):
-        check_links(name, Links(edges, W))
-    check_links(name, Links(edges | edges.T, uniform))
+        record(name).check_network(Links(edges, W))
+    record(name).check_network(Links(edges | edges.T, uniform))
 
 
-@pytest.mark.parametrize("frame", MEETINGS)
-@pytest.mark.parametrize("name", sorted(MERGING))
+def test_plain_averaging_is_in_no_frame():
+    assert not refusal("wa", links("exponential", n_agents=6))
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@pytest.mark.parametrize("name", [name for name in MERGING if MERGING[name].aligns])
 def test_frames_that_agents_share_need_answers(name, frame):
     directed = links("exponential", n_agents=6)
-    refused = name in ALIGNING and frame != "own"
+    refused = frame != "own"
     found = refusal(name, directed, frame=frame)
     assert (TWO_WAY in found) == bool(found) == refused
     assert not refused or found.startswith(f"{name} with frame={frame!r}")

@@ -10,10 +10,11 @@ import optax
 import pytest
 
 from dimat_jax import permutation
-from dimat_jax.algorithms import MergeData, MergeOptions
+from dimat_jax.algorithms import MergeData
 from dimat_jax.algorithms._announcing import AnnouncingState
 from dimat_jax.algorithms.local import local_part, with_opt_state
 from dimat_jax.algorithms.memory import MemoryState
+from dimat_jax.algorithms.qgm import MOMENTUM
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.mixing import MIXINGS
 from dimat_jax.network import Absence, Faults, Links
@@ -27,6 +28,7 @@ from tests.algorithms.cases import (
     Built,
     Layout,
     built,
+    case_of,
     compressor_name,
     learning_rate,
     links,
@@ -84,7 +86,7 @@ def value(x, statistics, batch):
 @functools.cache
 def own_step(optimizer_name: str):
     """A step of optax, without anything of ours but the optimizer and the loss."""
-    tx = OPTIMIZERS[optimizer_name](learning_rate, momentum=0.9, weight_decay=0.0)
+    tx = OPTIMIZERS[optimizer_name](learning_rate)
 
     @jax.jit
     def step(x, statistics, opt_state, batch):
@@ -111,7 +113,7 @@ def alone(name: str, data: list[Batch], agent: int) -> PyTree:
             )[0],
             own["params"]["x"],
             [float(learning_rate(t)) for t in range(len(data))],
-            CASES[name].gossip.momentum,
+            dict(CASES[name].options).get("momentum", MOMENTUM.default),
         )
     return {"params": {"x": x}, "batch_stats": statistics}
 
@@ -473,7 +475,7 @@ def test_messages_are_what_is_sent_measured_by_shapes_alone(name):
 
 
 def test_optimizers_that_are_merged_are_sent():
-    case = CASES["dimat"]._replace(merge=MergeOptions(opt_state="merge"))
+    case = case_of("dimat", opt_state="merge")
     subject = built("dimat")
     algorithm = make(case, "convex", subject.placement, learning_rate)
     state = jax.eval_shape(algorithm.init, subject.placement.put(VARIABLES))

@@ -10,12 +10,13 @@ import pytest
 from configs import quickstart
 from dimat_jax import train
 from dimat_jax._metrics import read_rows
-from dimat_jax.algorithms import ALGORITHMS, NEEDS
+from dimat_jax.algorithms import ALGORITHMS
+from dimat_jax.config import drop_unread
 from dimat_jax.network import NetworkError
 
 N_AGENTS = 5
 # Those whose network is no graph have no links to fail.
-ON_GRAPHS = {name for name in ALGORITHMS if NEEDS[name].graph}
+ON_GRAPHS = {name for name in ALGORITHMS if ALGORITHMS[name].uses_graph}
 FAULTS = {"faults.dropout": 0.3, "faults.edge_loss": 0.3}
 # Steps that make some way in a few rounds.
 RATES = {"adam": 1e-3, "dadam": 1e-3, "sgd": 0.1, "heavy_ball": 0.01}
@@ -53,7 +54,7 @@ def faulty(algorithm: str, pretrained: Path, **changes: Any):
         "data.train_size": 150,
         "data.test_size": 364,
         "model.width": 0.5,
-        "optimizer.learning_rate": RATES[NEEDS[algorithm].optimizer],
+        "optimizer.learning_rate": RATES[ALGORITHMS[algorithm].optimizer],
         "pretrain.epochs": 15,
         "pretrain.batch_size": 30,
         "pretrain.cache_dir": str(pretrained),
@@ -61,10 +62,8 @@ def faulty(algorithm: str, pretrained: Path, **changes: Any):
         **FAULTS,
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
-    if algorithm not in ON_GRAPHS:
-        del fields["faults.edge_loss"]
     config.update_from_flattened_dict(fields)
-    return config
+    return drop_unread(config)
 
 
 def without_times(rows: list[dict]) -> list[dict]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.algorithms import GossipOptions, MergeData
+from dimat_jax.algorithms import MergeData
 from dimat_jax.algorithms.cga import project
 from dimat_jax.mixing import uniform
 from dimat_jax.network import Absence, Faults, Links
@@ -16,6 +16,7 @@ from tests.algorithms.cases import (
     STEPS,
     Case,
     built,
+    case_of,
     links,
     trajectory,
 )
@@ -136,7 +137,7 @@ def test_gradient_tracking_goes_on_among_those_who_are_there():
 @pytest.mark.parametrize("graph", BALANCED)
 def test_quasi_global_momentum_is_its_papers(graph):
     expected = reference.qgm(gradient, matrices(links(graph)), START, ALPHA, 0.8)
-    case = Case("qgm", gossip=GossipOptions(momentum=0.8))
+    case = case_of("qgm", momentum=0.8)
     assert_runs_as(expected, case, links(graph))
 
 
@@ -165,7 +166,7 @@ def largest(x):
     return np.where(kept, x, 0)
 
 
-CHOCO = Case("choco", compressor="top_k", gossip=GossipOptions(gamma=0.3))
+CHOCO = case_of("choco", compressor="top_k", gamma=0.3)
 
 
 @pytest.mark.parametrize("graph", UNDIRECTED)
@@ -183,7 +184,7 @@ def test_choco_remembers_for_every_edge_what_has_arrived():
 
 
 def test_choco_without_compression_is_adapt_then_combine():
-    case = Case("choco", compressor="none", gossip=GossipOptions(gamma=1.0))
+    case = case_of("choco", compressor="none", gamma=1.0)
     W = matrices(links("ring"))
     expected = reference.adapt_then_combine(gradient, W, START, ALPHA)
     assert_runs_as(expected, case, links("ring"))

@@ -12,11 +12,10 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from dimat_jax.algorithms import GossipOptions
 from dimat_jax.mixing import column_stochastic, row_stochastic
 from dimat_jax.network import Absence, Faults, Links
 from dimat_jax.topology import from_graph
-from tests.algorithms.cases import CASES, STEPS, Case, links, trajectory
+from tests.algorithms.cases import CASES, STEPS, Case, case_of, links, trajectory
 from tests.algorithms.problems import (
     DIM,
     HESSIANS,
@@ -103,7 +102,7 @@ BIASED: dict[str, tuple[Case, float, Callable]] = {
     "qgm": (CASES["qgm"], 1.0, adapt_then_combine),
     "choco, int8": (CASES["choco"], 1.0, adapt_then_combine),
     "choco, top_k": (
-        Case("choco", compressor="top_k", gossip=GossipOptions(gamma=0.3)),
+        case_of("choco", compressor="top_k", gamma=0.3),
         1.0,
         lambda W, a: adapt_then_combine(slower(W, 0.3), a),
     ),
@@ -265,7 +264,7 @@ def test_choco_preserves_the_mean_on_lossy_links():
 @pytest.mark.parametrize("compressor", ["sign", "top_k"])
 def test_choco_finds_the_optimum_also_where_links_fail(compressor):
     network = links("ring", "uniform", Faults(edge_loss=0.3))
-    case = Case("choco", compressor=compressor, gossip=GossipOptions(gamma=0.3))
+    case = case_of("choco", compressor=compressor, gamma=0.3)
     assert error(trajectory(case, network, N_STEPS, *DECAYING)[-1]) < 0.04
 
 

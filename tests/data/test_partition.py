@@ -9,6 +9,7 @@ from dimat_jax.data.partition import (
     class_counts,
     partition,
 )
+from dimat_jax.errors import UserError
 
 # Classes are skewed and need not be contiguous, and agents may outnumber them.
 labels_of = st.lists(
@@ -216,9 +217,9 @@ def test_what_cannot_be_split_says_why(name, labels, n_agents, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dirichlet", {"alpha": 0.0}, "alpha must be above 0, and finite, got 0.0"),
-        ("dirichlet", {"alpha": float("nan")}, "alpha must be above 0"),
-        ("quantity_skew", {"alpha": -1.0}, "alpha must be above 0"),
+        ("dirichlet", {"alpha": 0.0}, "alpha is 0.0; it must be above 0"),
+        ("dirichlet", {"alpha": float("nan")}, "alpha is nan; it must be above 0"),
+        ("quantity_skew", {"alpha": -1.0}, "alpha is -1.0; it must be above 0"),
         ("classes_per_agent", {"classes": 0}, "from 1 to all 4 classes, not 0"),
         ("classes_per_agent", {"classes": 5}, "from 1 to all 4 classes, not 5"),
         ("classes_per_agent", {"classes": 1}, "3 agents with 1 classes each cannot"),
@@ -226,5 +227,5 @@ def test_what_cannot_be_split_says_why(name, labels, n_agents, message):
 )
 def test_an_option_that_makes_no_partition_says_why(name, options, message):
     labels = np.tile(np.arange(4), 10)
-    with pytest.raises(PartitionError, match=message):
+    with pytest.raises(UserError, match=message):
         partition(name, labels, 3, seed=0, **options)

@@ -1,0 +1,187 @@
+"""The record that an algorithm's file ends with: how it is built, and what it needs.
+
+Adding an algorithm takes one file that ends with its record, and one line in
+`dimat_jax.algorithms`. Checks of configs and networks, the builder of a run, reports
+and the documentation all read the records; none of them names an algorithm.
+"""
+
+import dataclasses
+from typing import Any
+
+import optax
+
+from dimat_jax.algorithms._frames import FRAMES
+from dimat_jax.algorithms._presence import attended
+from dimat_jax.algorithms.base import Algorithm, Task
+from dimat_jax.algorithms.conditions import (
+    Condition,
+    anything,
+    averaging,
+    no_negative_weights,
+    two_way,
+)
+from dimat_jax.compression import COMPRESSORS
+from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
+from dimat_jax.mixing import MIXING
+from dimat_jax.network import ABSENCES, DROPOUT, EDGE_LOSS, Links
+from dimat_jax.options import Option, Record
+from dimat_jax.placement import AGENTS, Placement
+from dimat_jax.topology import TOPOLOGY
+
+__all__ = ["GRAPH", "INIT", "SEVERAL_AGENTS", "AlgorithmRecord", "MergingRecord"]
+
+INIT = Option(
+    "init",
+    "different",
+    "Whether the agents start from different random weights, or all from the same.",
+    choices=("different", "same"),
+)
+
+GRAPH = (TOPOLOGY, MIXING, EDGE_LOSS)
+"""The options that every algorithm reads whose agents send along a graph."""
+
+SEVERAL_AGENTS = (
+    AGENTS,
+    INIT,
+    DROPOUT,
+    ABSENCES,
+    PARTITION,
+    PRETRAIN_PARTITION,
+)
+"""The options that mean nothing where there is only one agent."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AlgorithmRecord(Record[Algorithm]):
+    """An algorithm's record. `record(task, tx, placement, **arguments)` builds it.
+
+    The arguments are the algorithm's `options` by their keywords, and the `facts` that
+    it needs.
+
+    Attributes:
+        network: raises NetworkError for a network that the algorithm's theory does not
+            cover.
+        optimizer: the name of the algorithm's own local optimizer.
+        other_optimizers: whether the algorithm may have another local optimizer.
+        compressor: the name of the algorithm's own compressor; None: it sends
+            everything as it is.
+        facts: the names of further arguments, which a run finds out by itself:
+            "adjacency" (all edges that ever exist), "lossy_edges" (the same, or None
+            where the network never changes and every message arrives), "compressor",
+            and "examples" (how many each agent holds).
+        single: whether there is only one agent, which holds all data.
+        merges: whether agents merge once a round.
+        aligns: whether units are permuted when agents merge.
+        matches_activations: whether units are matched by their activations on examples.
+    """
+
+    network: Condition = anything
+    optimizer: str = "adam"
+    other_optimizers: bool = True
+    compressor: str | None = None
+    facts: frozenset[str] = frozenset()
+    single: bool = False
+    merges: bool = False
+    aligns: bool = False
+    matches_activations: bool = False
+
+    def __call__(
+        self,
+        task: Task,
+        tx: optax.GradientTransformation,
+        placement: Placement,
+        **arguments: Any,
+    ) -> Algorithm:
+        """Builds the algorithm; agents that are away keep their state."""
+        if "compressor" in self.facts and self.compressor is not None:
+            arguments = {"compressor": COMPRESSORS[self.compressor](), **arguments}
+        return attended(self.build(task, tx, placement, **arguments), placement)
+
+    @property
+    def title(self) -> str:
+        """The name for messages, with what is between merges if that matters."""
+        return self.name
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether agents send along the edges of a graph."""
+        return TOPOLOGY in self.leads_to
+
+    @property
+    def argument_names(self) -> frozenset[str]:
+        """The names of all keyword arguments of `build`."""
+        return self.facts | {option.keyword for option in self.options}
+
+    def check_network(self, links: Links, **arguments: Any) -> None:
+        """Checks that a network is what the algorithm's theory asks for.
+
+        Args:
+            links: the network.
+            arguments: the algorithm's options, by keyword.
+
+        Raises:
+            NetworkError: it is not; the message says what is needed.
+        """
+        del arguments
+        self.network(self.name, links)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MergingRecord(AlgorithmRecord):
+    """The record of an algorithm that merges once a round.
+
+    Its `build(inner, task, placement, **arguments)` is given an algorithm that agents
+    run between merges, in place of an optimizer. `over` makes it a record that can be
+    built like any other.
+
+    Attributes:
+        inner: the record of what agents do between merges; None: not decided yet.
+    """
+
+    inner: AlgorithmRecord | None = None
+
+    @property
+    def title(self) -> str:
+        """The name for messages, with what is between merges if that matters."""
+        if self.inner is None or self.inner.name == "local":
+            return self.name
+        return f"{self.name} with {self.inner.name} between merges"
+
+    def over(self, inner: AlgorithmRecord) -> "MergingRecord":
+        """The record of merging on top of another algorithm."""
+
+        def build(task, tx, placement, **arguments: Any) -> Algorithm:
+            own = {k: v for k, v in arguments.items() if k in inner.argument_names}
+            rest = {
+                k: v
+                for k, v in arguments.items()
+                if k not in own or k in self.argument_names
+            }
+            between = inner.build(task, tx, placement, **own)
+            return self.build(between, task, placement, **rest)
+
+        return dataclasses.replace(
+            self,
+            build=build,
+            options=(*self.options, *inner.options),
+            leads_to=(*self.leads_to, *inner.leads_to),
+            summary=self.meaning,
+            optimizer=inner.optimizer,
+            other_optimizers=inner.other_optimizers,
+            # Where both compress, both do it alike.
+            compressor=inner.compressor or self.compressor,
+            facts=self.facts | inner.facts,
+            inner=inner,
+        )
+
+    def check_network(self, links: Links, **arguments: Any) -> None:
+        """As `AlgorithmRecord.check_network`, for the merge and for what is between."""
+        assert self.inner is not None  # `over` has been called
+        given = {option.keyword: option.default for option in self.options} | arguments
+        frame = given.get("frame")  # plain averaging has no frames
+        if frame is not None and FRAMES[frame].two_way:
+            two_way(f"{self.name} with frame={frame!r}", links)
+        averaging(self.name, links)
+        if given["opt_state"] == "merge":
+            no_negative_weights(f"{self.name} with opt_state='merge'", links)
+        self.inner.check_network(links, **arguments)

@@ -1,0 +1,110 @@
+"""Which training examples merging looks at: an agent's own, a shared sample, or all.
+
+There are two such choices: the examples on which units are matched by their
+activations, and those on which BatchNorm statistics are measured anew.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dimat_jax.data.partition import Shard
+from dimat_jax.data.pipeline import Reader, Samples, draw_own
+from dimat_jax.options import Option, Record, registry
+
+__all__ = ["BN_DATA", "BN_SAMPLES", "MATCH_DATA", "MATCH_SAMPLES", "Available"]
+
+
+class Available(NamedTuple):
+    """The training examples from which a round's samples are taken.
+
+    Attributes:
+        reader: makes batches of indices into the training images.
+        shards: for each agent the indices of its own training images.
+        shuffled: all indices in a random order, the same in every round.
+        seed: decides which of its own images an agent looks at in this round.
+        batch_size: the number of images in a batch.
+    """
+
+    reader: Reader
+    shards: Sequence[Shard]
+    shuffled: np.ndarray
+    seed: Sequence[int]
+    batch_size: int
+
+
+def own(available: Available, size: int) -> Samples:
+    """Every agent looks at a random part of its own shard, drawn anew every round."""
+    indices = draw_own(available.shards, size, available.seed)
+    return available.reader.own(indices, available.batch_size)
+
+
+def proxy(available: Available, size: int) -> Samples:
+    """All agents look at the same sample of the training images in every round."""
+    shared = available.shuffled[: size or None]
+    return available.reader.shared(shared, available.batch_size)
+
+
+def everything(available: Available, size: int) -> Samples:
+    """All agents look at all training images, as the published code does."""
+    del size
+    return proxy(available, 0)
+
+
+def nothing(available: Available, size: int) -> None:
+    """No examples are looked at."""
+    del available, size
+
+
+BATCH_SIZE = Option(
+    "merge.batch_size",
+    100,
+    "The number of images in a batch of the examples that merging looks at.",
+    at_least=1,
+    unit="images",
+)
+MATCH_SAMPLES = Option(
+    "merge.match_samples",
+    1000,
+    "The number of images on which units are matched: of each agent's own images, or "
+    "of the sample that all share.",
+    at_least=0,
+    unit="images",
+    empty="all of them",
+)
+BN_SAMPLES = Option(
+    "merge.bn_samples",
+    1000,
+    "The number of images on which BatchNorm statistics are measured anew: of each "
+    "agent's own images, or of the sample that all share.",
+    at_least=0,
+    unit="images",
+    empty="all of them",
+)
+
+
+def _selections(size: Option) -> dict[str, Record[Samples | None]]:
+    return registry(
+        Record("own", own, (size,), leads_to=(BATCH_SIZE,)),
+        Record("proxy", proxy, (size,), leads_to=(BATCH_SIZE,)),
+        Record("global", everything, leads_to=(BATCH_SIZE,)),
+        Record("none", nothing),
+    )
+
+
+_MATCH_SELECTIONS = _selections(MATCH_SAMPLES)
+del _MATCH_SELECTIONS["none"]  # Activations cannot be matched without examples.
+
+MATCH_DATA = Option(
+    "merge.match_data",
+    "proxy",
+    "The images on which units are matched by their activations.",
+    choices=_MATCH_SELECTIONS,
+)
+BN_DATA = Option(
+    "merge.bn_data",
+    "proxy",
+    "The images on which BatchNorm statistics are measured anew after a merge.",
+    choices=_selections(BN_SAMPLES),
+)

@@ -1,0 +1,190 @@
+"""Every option is documented, checked, and refused where nothing reads it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from dimat_jax import options
+from dimat_jax.algorithms import ALGORITHMS
+from dimat_jax.config import (
+    ROOT,
+    ConfigError,
+    check,
+    default_config,
+    drop_unread,
+    fields_of,
+    fields_read,
+    resolved,
+    result_fields,
+)
+from dimat_jax.options import Option
+
+OPTIONS = {option.path: option for option in options.every(ROOT)}
+READERS = options.readers(ROOT)
+every_option = pytest.mark.parametrize("path", OPTIONS)
+
+
+def test_a_default_config_holds_every_option_and_nothing_else():
+    assert fields_of(default_config()) == {p: o.default for p, o in OPTIONS.items()}
+
+
+@every_option
+def test_every_option_is_documented(path):
+    option = OPTIONS[path]
+    assert option.meaning[0].isupper() and option.meaning.endswith(".")
+    assert path in fields_of(default_config())
+    for name, record in (
+        dict(option.choices or {}).items() if is_registry(option) else ()
+    ):
+        assert record.meaning.endswith("."), f"{path}={name} has no summary"
+
+
+@every_option
+def test_every_default_is_allowed_where_the_option_is_read(path):
+    option = OPTIONS[path]
+    if path == "graph.file":  # a config that reads it has to set it
+        with pytest.raises(options.OptionError, match="file is empty"):
+            option.check(option.default)
+    else:
+        option.check(option.default)
+
+
+@every_option
+def test_every_option_is_one_object_wherever_it_is_read(path):
+    """A second declaration of the same path would be a second default."""
+    found = [o for o in walk(ROOT) if o.path == path]
+    if not path.startswith("pretrain."):  # these are copies in another section
+        assert all(o is found[0] for o in found)
+    assert {(o.default, o.meaning, o.bounds) for o in found} == {
+        (found[0].default, found[0].meaning, found[0].bounds)
+    }
+
+
+def is_registry(option: Option) -> bool:
+    return isinstance(option.choices, Mapping)
+
+
+def walk(roots):
+    for option in roots:
+        yield option
+        yield from walk(option.opens)
+        if is_registry(option):
+            for record in option.choices.values():
+                yield from walk(record.reads)
+
+
+def another_value(option: Option) -> Any:
+    """An allowed value that is not the default."""
+    if option.choices is not None:
+        return next(name for name in option.choices if name != option.default)
+    if isinstance(option.default, bool):
+        return not option.default
+    if isinstance(option.default, str):
+        return "1:2-3" if option.path == "faults.absences" else "some/file.npy"
+    for value in (option.default + 1, option.default / 2, 0.25):
+        value = type(option.default)(value)
+        try:
+            option.check(value)
+        except options.OptionError:
+            continue
+        if value != option.default:
+            return value
+    raise AssertionError(f"no other value of {option.path}")
+
+
+def reading(path: str) -> dict[str, Any] | None:
+    """Fields with which a config reads an option: choices that lead to it."""
+    if path in {option.path for option in ROOT}:
+        return {}
+    for opener, values in READERS[path]:
+        before = reading(opener.path)
+        if before is not None:
+            return {**before, opener.path: values[0] or another_value(opener)}
+    return None
+
+
+def not_reading(path: str) -> dict[str, Any] | None:
+    """Fields with which a config does not read an option; None: all configs do."""
+    if path in {o.path for o in ALGORITHMS["centralized"].ignores}:
+        return {"algorithm": "centralized"}
+    if path in {option.path for option in ROOT}:
+        return None
+    fields = {}
+    for opener, values in READERS[path]:
+        if values == [""]:
+            fields[opener.path] = type(opener.default)()
+            continue
+        others = [name for name in opener.choices if name not in values]
+        if not others:
+            return None  # every entry of the registry reads it
+        fields.setdefault(opener.path, others[0])
+    return fields
+
+
+def config_with(fields: dict[str, Any]):
+    config = default_config()
+    config.update_from_flattened_dict(fields)
+    return drop_unread(config)
+
+
+@every_option
+def test_every_option_may_be_changed_where_it_is_read(path):
+    fields = reading(path)
+    assert fields is not None
+    config = config_with(fields)
+    assert OPTIONS[path].path in options.read(ROOT, resolved(fields_of(config)))
+    value = another_value(OPTIONS[path])
+    config.update_from_flattened_dict({path: value})
+    if OPTIONS[path].changes_results:
+        assert fields_read(fields_of(config))[path] == value
+        assert result_fields(config)[path] == value
+    else:
+        assert path not in fields_read(fields_of(config))
+        assert path not in result_fields(config)
+
+
+@every_option
+def test_every_option_is_refused_where_it_is_not_read(path):
+    fields = not_reading(path)
+    if fields is None:
+        pytest.skip("every run reads it")
+    config = config_with({"algorithm": "wa", **fields})
+    if path in options.read(ROOT, resolved(fields_of(config))):
+        config = config_with({"algorithm": "local", **fields})
+    check_unless_it_lacks_a_file(config)
+    config.update_from_flattened_dict({path: another_value(OPTIONS[path])})
+    with pytest.raises(ConfigError, match=rf"config\.{path} is .* not read it"):
+        check(config)
+
+
+def check_unless_it_lacks_a_file(config) -> None:
+    try:
+        check(config)
+    except ConfigError as error:
+        assert "graph.file is empty" in str(error)
+
+
+@every_option
+def test_a_value_that_is_not_allowed_is_refused_with_what_is(path):
+    option = OPTIONS[path]
+    if option.choices is not None:
+        wrong, message = "nonsense", "'nonsense'; allowed: "
+    elif option.bounds:
+        wrong, message = type(option.default)(-1), "-1.*; it must be "
+    else:
+        pytest.skip("any value is allowed")
+    config = config_with(reading(path) or {})
+    config.update_from_flattened_dict({path: wrong})
+    with pytest.raises(ConfigError, match=f"config.{path} is {message}"):
+        check(config)
+
+
+def test_what_is_not_read_goes_back_to_its_default():
+    config = default_config()
+    config.update_from_flattened_dict(
+        {"algorithm": "local", "merge.stay": 0.5, "topology": "star", "rounds": 3}
+    )
+    assert drop_unread(config) is config
+    assert (config.merge.stay, config.topology, config.rounds) == (0.0, "ring", 3)
+    check(config)
