@@ -3,8 +3,8 @@
     python -m docs.build
 
 The site is made of the pages and pictures in docs/, of experiments/RESULTS.md, which
-becomes the page "All measurements", and of the list of all options, which is written
-from the option records of `dimat_jax.config`. They are put together in build/docs, and
+becomes the page "All measurements", and of the lists of options and algorithms, which
+are written from the records in the code. They are put together in build/docs, and
 Zensical (zensical.toml) makes the site of them.
 """
 
@@ -18,7 +18,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dimat_jax import config
-from docs.options_page import options_page
+from dimat_jax.algorithms import ALGORITHMS
+from docs.from_records import algorithms_table, options_page
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs"
@@ -28,8 +29,11 @@ SITE = ROOT / "build" / "site"
 
 # What is copied from docs/ into the site. Python files are not.
 _SUFFIXES = (".md", ".png", ".svg", ".css")
-# The place of the list of options in docs/options.md.
-_OPTIONS_MARK = "<!-- all options -->"
+# The places of what is written from records, and the functions that write it.
+_WRITTEN = {
+    "<!-- all options -->": lambda: options_page(config.ROOT),
+    "<!-- all algorithms -->": lambda: algorithms_table(ALGORITHMS),
+}
 
 
 def assemble(pages: Path) -> None:
@@ -58,8 +62,9 @@ def _page(source: Path) -> str:
         lambda match: _drawing(source.parent / match[1]),
         text,
     )
-    if _OPTIONS_MARK in text:
-        text = text.replace(_OPTIONS_MARK, options_page(getattr(config, "ROOT", ())))
+    for mark, write in _WRITTEN.items():
+        if mark in text:
+            text = text.replace(mark, write())
     return text
 
 

@@ -46,6 +46,13 @@ def test_links_to_the_results_lead_to_their_page(pages):
         assert "](../experiments" not in page.read_text(), page
 
 
+def test_lists_are_written_from_the_records(pages):
+    assert "### `merge.stay`" in (pages / "options.md").read_text()
+    assert "| `cdsgd` |" in (pages / "algorithms.md").read_text()
+    for page in pages.rglob("*.md"):
+        assert "<!-- all" not in page.read_text(), page
+
+
 def test_drawings_are_part_of_their_page(pages):
     text = (pages / "index.md").read_text()
     assert "<svg" in text and "round.svg" not in text

@@ -1,11 +1,13 @@
-"""Writes the list of all options from their records, as Markdown."""
+"""Writes the lists of options and algorithms from their records, as Markdown."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dimat_jax.algorithms import AlgorithmRecord
+from dimat_jax.algorithms.conditions import anything
 from dimat_jax.options import Option, Record, every, readers
 
-__all__ = ["options_page"]
+__all__ = ["algorithms_table", "options_page"]
 
 
 def options_page(roots: Iterable[Option]) -> str:
@@ -119,3 +121,27 @@ def _code(value: Any) -> str:
 
 def _codes(values: Iterable[str]) -> str:
     return ", ".join(f"`{value}`" if value else '`""`' for value in values)
+
+
+def algorithms_table(records: Mapping[str, AlgorithmRecord]) -> str:
+    """A table of algorithms: what each does, and what it asks of its surroundings."""
+    names = ("`algorithm`", "what it does", "it sends", "network", "optimizer")
+    rows = [f"| {' | '.join(names)} |", "|" + ":--|" * len(names)]
+    return "\n".join([*rows, *map(_algorithm_row, records.values())])
+
+
+def _algorithm_row(record: AlgorithmRecord) -> str:
+    if record.merges:
+        when = "once a round, and as `merge.inner` does"
+    else:
+        when = "with every step" if record.uses_graph else ""
+    check = record.network
+    # The API says what the condition is.
+    condition = f"[`{check.__name__}`][{check.__module__}.{check.__qualname__}]"
+    if check is anything:
+        condition = ""
+    optimizer = f"`{record.optimizer}`"
+    if not record.other_optimizers:
+        optimizer += " only"
+    meaning = _cell(record.meaning)
+    return f"| `{record.name}` | {meaning} | {when} | {condition} | {optimizer} |"

@@ -1,9 +1,11 @@
-"""The list of options is written from the records, and says all that they say."""
+"""The lists of options and algorithms say all that the records say."""
 
 import pytest
 
-from dimat_jax.options import Option, Record, registry
-from docs.options_page import options_page
+from dimat_jax import config
+from dimat_jax.algorithms import ALGORITHMS
+from dimat_jax.options import Option, Record, every, registry
+from docs.from_records import algorithms_table, options_page
 
 DEGREE = Option(
     "graph.degree", 0, "Neighbours of each agent.", at_least=1, empty="as on a ring"
@@ -22,12 +24,12 @@ def dimat():
     """
 
 
-ALGORITHMS = registry(
+CHOICES = registry(
     Record("dimat", dimat, options=(FRAME,)),
     Record("local", dimat, ignores=(DEGREE,), summary="Merges | nothing."),
 )
-ALGORITHM = Option("algorithm", "dimat", "Who trains how.", choices=ALGORITHMS)
-INNER = Option("merge.inner", "local", "Between merges.", choices=ALGORITHMS)
+ALGORITHM = Option("algorithm", "dimat", "Who trains how.", choices=CHOICES)
+INNER = Option("merge.inner", "local", "Between merges.", choices=CHOICES)
 ROOT = (ROUNDS, ALGORITHM, INNER, DEGREE, FOLDER)
 
 
@@ -83,3 +85,20 @@ def test_a_registry_is_a_table_that_stands_once(entries):
 def test_sections_stand_in_the_order_in_which_options_lead_to_each_other():
     headings = [line for line in options_page(ROOT).splitlines() if line[:3] == "## "]
     assert headings == ["## At the top", "## `merge`", "## `graph`", "## `data`"]
+
+
+def test_the_list_holds_every_option_that_there_is():
+    page = options_page(config.ROOT)
+    for option in every(config.ROOT):
+        assert page.count(f"{{ #{option.path} }}") == 1
+        assert option.meaning in page
+
+
+def test_the_table_has_a_row_for_every_algorithm():
+    rows = algorithms_table(ALGORITHMS).splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(ALGORITHMS)
+    row = {row.split("`")[1]: row for row in rows}
+    assert "[`balanced`][dimat_jax.algorithms.conditions.balanced]" in row["cdsgd"]
+    assert "with every step" in row["cdsgd"] and "once a round" in row["wa"]
+    assert "| `heavy_ball` only |" in row["cdmsgd"] and "| `sgd` |" in row["cdsgd"]
+    assert row["local"].endswith("|  |  | `adam` |")
