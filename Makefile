@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint types format docs bench clean
+.PHONY: demo test test-quick test-slow lint types format docs bench clean
 
 demo: $(VENV)/installed  ## the quickstart: trains, merges, prints tables, plots
 	$(BIN)/python -m experiments.sweep \
@@ -12,6 +12,18 @@ demo: $(VENV)/installed  ## the quickstart: trains, merges, prints tables, plots
 test: $(VENV)/installed-dev  ## the tests, without those that take minutes
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile \
 		--no-loadscope-reorder
+
+# The rules of the house, the algebra of permutations, the assignment, graphs, mixing,
+# the ledger, the checks of configs, and one small run from end to end.
+QUICK := tests/test_layering.py tests/test_repository.py tests/test_tree.py \
+	tests/permutation/test_spec.py tests/permutation/test_actions.py \
+	tests/permutation/test_units.py tests/matching/test_assignment.py \
+	tests/test_topology.py tests/test_mixing.py tests/test_network.py \
+	tests/test_ledger.py tests/test_config.py \
+	tests/test_train.py::test_a_run_writes_a_row_for_every_evaluation
+
+test-quick: $(VENV)/installed-dev  ## what is worth a run after every edit
+	$(BIN)/python -m pytest -n auto --maxprocesses=2 --dist=loadfile $(QUICK)
 
 test-slow: $(VENV)/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow || test $$? -eq 5  # 5: there are none

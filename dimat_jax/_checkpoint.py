@@ -1,4 +1,4 @@
-"""Checkpoints, by Orbax: whole or not at all, the newest few kept."""
+"""Checkpoints, written by Orbax. A crash never leaves half a checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,20 +32,17 @@ KEEP = Option(
 
 
 class CheckpointError(UserError):
-    """A checkpoint that holds something else than what is to be restored."""
+    """A checkpoint whose arrays do not have the expected shapes."""
 
 
 class Checkpoints:
     """A directory of checkpoints, each a tree of host arrays and a JSON record.
 
-    Arrays are saved as the agents' own, without the slots that fill up devices, so that
-    a run may resume on another number of devices.
-
     Args:
-        directory: of checkpoints.
-        keep: how many to keep.
-        create: whether to make the directory if it is missing. If not, one that is only
-            restored from stays as it is, even while a run writes to it.
+        directory: The directory.
+        keep: The number of checkpoints to keep. Saving another one removes the oldest.
+        create: Whether to make the directory if it is missing. With `False`, and if
+            nothing is saved, the directory stays as it is.
     """
 
     def __init__(
@@ -57,7 +54,13 @@ class Checkpoints:
         )
 
     def save(self, number: int, tree: PyTree, record: dict[str, Any]) -> None:
-        """Saves in the background; returns once `tree` may be changed."""
+        """Saves a checkpoint in the background.
+
+        Args:
+            number: The checkpoint's number, above those of the others.
+            tree: The arrays. They may be changed once this function has returned.
+            record: What is saved beside them, as JSON content.
+        """
         self._manager.save(
             number,
             args=ocp.args.Composite(
@@ -65,35 +68,38 @@ class Checkpoints:
             ),
         )
 
+    def read_record(self) -> dict[str, Any] | None:
+        """Reads the record of the newest checkpoint; None if there is none."""
+        number = self._manager.latest_step()
+        return None if number is None else self._read_record(number)
+
     def restore(
         self, like: Callable[[dict[str, Any]], PyTree]
     ) -> tuple[PyTree, dict[str, Any]] | None:
-        """The newest checkpoint: its tree of NumPy arrays, and its record.
+        """Reads the newest checkpoint.
 
         Args:
-            like: the structure, shapes and dtypes of the tree, given the record; its
-                leaves are `jax.ShapeDtypeStruct`s.
+            like: `like(record)` is the expected tree. Its leaves are
+                `jax.ShapeDtypeStruct`s.
 
         Returns:
-            None if there is no checkpoint.
+            The tree of NumPy arrays, and the record. None if there is no checkpoint.
 
         Raises:
-            CheckpointError: a leaf's shape is not the expected one.
-            ValueError: the structure is not the expected one.
+            CheckpointError: A leaf's shape is not the expected one.
+            ValueError: The tree's structure is not the expected one.
         """
         number = self._manager.latest_step()
         if number is None:
             return None
-        record = self._manager.restore(
-            number, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )["record"]
+        record = self._read_record(number)
         expected = like(record)
         tree = self._manager.restore(
             number, args=ocp.args.Composite(tree=ocp.args.StandardRestore(expected))
         )["tree"]
 
         def check(path, leaf, expected_leaf):
-            # Orbax reads whatever shape it finds.
+            # Orbax does not compare shapes itself.
             if leaf.shape != expected_leaf.shape:
                 raise CheckpointError(
                     f"checkpoint {number} in {self._manager.directory}: {path} is of "
@@ -104,10 +110,15 @@ class Checkpoints:
         return tree, record
 
     def wait(self) -> None:
-        """Returns once everything is on disk."""
+        """Waits until everything is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
+        """Waits until everything is on disk, and closes the directory."""
         self.wait()
         self._manager.close()
+
+    def _read_record(self, number: int) -> dict[str, Any]:
+        return self._manager.restore(
+            number, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )["record"]

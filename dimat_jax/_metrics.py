@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines, and TensorBoard events."""
+"""JSON files, and the rows of a run as JSON lines and TensorBoard events."""
 
 import json
 import math
@@ -12,14 +12,17 @@ __all__ = ["MetricsWriter", "read_rows", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file. A crash leaves the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(_plain(content), indent=2) + "\n")
     os.replace(temporary, path)
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of DIR/metrics.jsonl; a last line cut off by a crash is left out."""
+    """Reads the rows of `workdir`/metrics.jsonl.
+
+    A last line that a crash has cut off is left out. Without a file there are no rows.
+    """
     path = Path(workdir) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -28,12 +31,15 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends rows to DIR/metrics.jsonl, and their numbers to TensorBoard events.
+    """Appends rows to `workdir`/metrics.jsonl, and their numbers to TensorBoard events.
 
     Args:
-        workdir: DIR, which exists.
-        keep_rows: how many rows of an interrupted run to keep; what it wrote after its
-            last checkpoint will be written again.
+        workdir: The run's folder, which exists.
+        keep_rows: The number of rows of an interrupted run to keep. The run writes the
+            later ones again.
+
+    Attributes:
+        rows: The number of rows in the file.
     """
 
     def __init__(self, workdir: Path, keep_rows: int = 0):
@@ -44,16 +50,17 @@ class MetricsWriter:
         temporary = self._path.with_name(".metrics.jsonl.tmp")
         temporary.write_text(text)
         os.replace(temporary, self._path)
-        # Slow to import: it imports PyTorch too, if that is installed.
+        # This import is slow, since it imports PyTorch too if that is installed.
         from tensorboardX import SummaryWriter
 
-        # Tells TensorBoard to forget the events that will be written again.
+        # TensorBoard drops the events from this step on: they are written again.
         next_step = kept[-1]["step"] + 1 if kept else 0
-        # Flushed by time, since `flush` does not wait for what is still in its queue.
+        # Events are flushed every second. Calling `flush` would not be enough, since it
+        # does not wait for the events that are still in a queue.
         self._events = SummaryWriter(str(workdir), purge_step=next_step, flush_secs=1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row of numbers, strings, and lists and dicts of them."""
+        """Appends a row: numbers, strings, arrays, and lists and dicts of these."""
         with self._path.open("a") as file:
             file.write(_line(row))
         self.rows += 1
@@ -73,7 +80,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: NumPy's numbers as Python's, and null for what is not finite."""
+    """The value with Python's numbers for NumPy's, and None for NaN and infinity."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):

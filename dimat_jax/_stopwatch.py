@@ -1,4 +1,4 @@
-"""Where the time goes."""
+"""A stopwatch for the phases of a computation."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +13,17 @@ T = TypeVar("T")
 
 
 class Stopwatch:
-    """Sums wall seconds by phase. A phase within a phase counts as its own alone.
+    """Sums wall seconds by phase.
 
-    JAX returns before it has computed, so what a phase computes is to be passed
-    through the function that it gives:
+    The time of a phase that runs within another one counts for the inner phase alone.
+    JAX returns before it has computed, so a phase passes its results through the
+    function that it gets, which waits for them:
 
         with stopwatch("forward") as block:
             outputs = block(forward(inputs))
+
+    Attributes:
+        seconds: The wall seconds of each phase so far.
     """
 
     def __init__(self):

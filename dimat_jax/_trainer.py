@@ -1,6 +1,6 @@
-"""The local steps of a phase: what happens between two communications."""
+"""Local steps: the training between two communications."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,13 +19,13 @@ __all__ = ["Trainer"]
 
 
 class Trainer:
-    """The local steps of one phase: pre-training, or the rounds.
+    """Takes the local steps of one phase: of pre-training, or of the rounds.
 
     Args:
-        experiment: data and placement.
-        algorithm: what steps.
-        sampler: which examples.
-        key: the root of the phase's randomness.
+        experiment: It has the training images and the placement.
+        algorithm: The algorithm whose `step` is taken.
+        sampler: It decides which examples each step sees.
+        key: The root of everything random in the phase.
     """
 
     def __init__(
@@ -61,29 +61,28 @@ class Trainer:
         self,
         state: State,
         first_step: int,
-        n_steps: int,
-        network_at: Callable[[int], Network],
-        tick: Callable[[], Any] = lambda: None,
+        networks: Sequence[Network],
+        tick: Callable[[int], Any] = lambda steps: None,
     ) -> tuple[State, dict[str, np.ndarray]]:
-        """Takes steps.
+        """Takes one step for every network.
 
         Args:
-            state: where the agents stand; given up.
-            first_step: counts from the beginning of the phase.
-            n_steps: how many.
-            network_at: the network of every step.
-            tick: is called after every step.
+            state: The agents' state. Its memory is donated: use the returned one.
+            first_step: The number of steps of the phase that are done already.
+            networks: The network of each step. One that comes again as the same object
+                is sent to the devices once.
+            tick: A function that is called with the number of steps just done.
 
         Returns:
-            the state, and each agent's mean "train_loss" and "train_accuracy" over
-            the examples it has seen (NaN if it has seen none).
+            The new state, and each agent's mean "train_loss" and "train_accuracy" over
+            the examples that it has seen (NaN if it has seen none).
 
         Raises:
-            NonFiniteError: an agent's loss was NaN or infinite.
+            NonFiniteError: An agent's loss was NaN or infinite.
         """
         experiment = self._experiment
         totals = experiment.placement.zeros(3)
-        for number in range(first_step, first_step + n_steps):
+        for number, network in enumerate(networks, first_step):
             indices, mask = experiment.placement.put(self._sampler.batch(number))
             state, totals = self._step(
                 state,
@@ -91,17 +90,17 @@ class Trainer:
                 experiment.train_pool,
                 indices,
                 mask,
-                experiment.placed(network_at(number)),
+                experiment.placed(network),
                 np.uint32(number),
             )
-            tick()
+            tick(1)
         loss, accuracy, n = experiment.placement.gather(totals).T.astype(np.float64)
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
             raise NonFiniteError(
                 f"the training loss of agent(s) {agents} is not finite within local "
-                f"steps {first_step} to {first_step + n_steps - 1}; a lower learning "
-                "rate may help"
+                f"steps {first_step} to {first_step + len(networks) - 1}; a lower "
+                "learning rate may help"
             )
         with np.errstate(invalid="ignore"):
             return state, {"train_loss": loss / n, "train_accuracy": accuracy / n}

@@ -47,22 +47,35 @@ class Compressor(NamedTuple):
 def _leafwise(
     compress: Callable[[Array, Key[Array, ""]], Array], size: Callable[[Any], int]
 ) -> Compressor:
-    """A compressor that treats every leaf by itself, in float32."""
+    """A compressor that treats every leaf by itself, in float32.
+
+    A complex leaf is treated as a real one that holds both its parts, with a last axis
+    of 2.
+    """
+
+    def compress_leaf(leaf, key):
+        if jnp.iscomplexobj(leaf):
+            parts = compress_leaf(jnp.stack([leaf.real, leaf.imag], axis=-1), key)
+            return jax.lax.complex(parts[..., 0], parts[..., 1])
+        return compress(leaf.astype(jnp.float32), key).astype(leaf.dtype)
+
+    def real_size(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            return size(jax.ShapeDtypeStruct((*leaf.shape, 2), jnp.float32))
+        return size(leaf)
 
     def compress_tree(tree, key):
         leaves, treedef = jax.tree.flatten(tree)
         keys = jax.random.split(key, max(len(leaves), 1))
         sent = [
-            compress(leaf.astype(jnp.float32), leaf_key).astype(leaf.dtype)
-            if is_inexact(leaf)
-            else leaf
+            compress_leaf(leaf, leaf_key) if is_inexact(leaf) else leaf
             for leaf, leaf_key in zip(leaves, keys, strict=False)
         ]
         return treedef.unflatten(sent)
 
     def message(tree):
         total = sum(
-            size(leaf) if is_inexact(leaf) else nbytes(leaf)
+            real_size(leaf) if is_inexact(leaf) else nbytes(leaf)
             for leaf in jax.tree.leaves(tree)
         )
         return jax.ShapeDtypeStruct((total,), jnp.uint8)

@@ -1,4 +1,4 @@
-"""What ends a program with a message instead of a traceback."""
+"""Errors that end a program with a message instead of a traceback."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,15 +7,15 @@ __all__ = ["NonFiniteError", "UserError", "nearest"]
 
 
 class UserError(ValueError):
-    """Bad input. The message says what was wrong, where, and what is allowed."""
+    """An input is wrong. The message tells what, where, and what is allowed instead."""
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss that is NaN or infinite; the run cannot go on."""
+    """A loss is NaN or infinite, so the run cannot go on."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """What to say of a name that is not among the allowed ones."""
+    """Lists the allowed names, and those most similar to a name that is not allowed."""
     allowed = sorted(allowed)
     close = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.6)
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -1,4 +1,4 @@
-"""How good the agents are, and how far apart."""
+"""Measures the agents' accuracies and losses, and their consensus distance."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
-from dimat_jax.tree import PyTree
+from dimat_jax.tree import PyTree, exact_dtype
 
 __all__ = ["Evaluation", "Evaluator"]
 
@@ -42,13 +42,13 @@ BATCH_SIZE = Option(
 
 
 class Evaluation(NamedTuple):
-    """On the host, for each agent.
+    """The results of an evaluation, on the host.
 
     Attributes:
-        accuracy: the share of correct predictions, 0 to 1.
-        loss: mean cross-entropy, in nats.
-        consensus_distance: of the network as a whole, sqrt(1/N sum_i |x_i - mean|^2)
-            over all params (Kong et al. 2021); 0 at consensus.
+        accuracy: each agent's share of correct predictions, from 0 to 1.
+        loss: each agent's mean cross-entropy, in nats.
+        consensus_distance: sqrt(1/N sum_i |x_i - mean|^2) over the params x_i of all N
+            agents (Kong et al. 2021). It is 0 at consensus.
     """
 
     accuracy: Float[np.ndarray, " agents"]
@@ -60,9 +60,9 @@ class Evaluator:
     """Evaluates every agent on the same samples.
 
     Args:
-        forward: for one agent, `forward(variables, inputs) -> logits` in eval mode.
-        samples: shared by all agents.
-        placement: where the agents live.
+        forward: `forward(variables, inputs) -> logits` of one agent in eval mode.
+        samples: the samples, which all agents share.
+        placement: the layout of the agents over devices.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Evaluator:
                 logits, batch.labels
             )
             correct = logits.argmax(axis=-1) == batch.labels
-            seen = jnp.stack(
+            measures = jnp.stack(
                 [correct.astype(jnp.float32), losses, jnp.ones_like(losses)]
             )
-            return totals + jnp.where(batch.mask, seen, 0).sum(axis=1)
+            return totals + jnp.where(batch.mask, measures, 0).sum(axis=1)
 
         self._count = jax.jit(
             placement.per_agent(count, in_axes=(0, 0, None)), donate_argnums=0
@@ -93,7 +93,7 @@ class Evaluator:
         self._distance = jax.jit(self._consensus_distance)
 
     def __call__(self, variables: PyTree) -> Evaluation:
-        """Evaluates stacked variables."""
+        """Evaluates the stacked variables of all agents."""
         totals = self._placement.zeros(3)
         for batch in self._samples:
             totals = self._count(totals, variables, batch)
@@ -103,8 +103,10 @@ class Evaluator:
 
     def _consensus_distance(self, params: PyTree) -> Float[Array, ""]:
         def squares(leaf):
-            agents = leaf[: self._placement.n_agents].astype(jnp.float32)
-            return ((agents - agents.mean(axis=0)) ** 2).sum()
+            agents = leaf[: self._placement.n_agents].astype(exact_dtype(leaf.dtype))
+            apart = agents - agents.mean(axis=0, keepdims=True)
+            # The conjugate of a real number is the number itself.
+            return (apart * apart.conj()).real.sum()
 
         total = sum(squares(leaf) for leaf in jax.tree.leaves(params))
         return jnp.sqrt(total / self._placement.n_agents)

@@ -2,38 +2,43 @@
 
 import copy
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
+from numpy.typing import ArrayLike
 
+from dimat_jax.network import Network
 from dimat_jax.topology import Adjacency
 from dimat_jax.tree import PyTree, nbytes
 
 __all__ = ["Ledger", "Message", "Messages"]
 
 Message = dict[str, PyTree]
-"""What is sent at a time: a tree of `jax.ShapeDtypeStruct` for every kind."""
+"""One message: for every kind of content, a tree of `jax.ShapeDtypeStruct`."""
 
 _Links = list[tuple[int, int]]
-"""(receiver, sender)s."""
+"""Pairs (receiver, sender)."""
 
 
 class Messages(NamedTuple):
     """What one agent sends another.
 
-    Kinds are what the bytes are booked under: "params", "batch_stats", "gradients",
-    "push_sum_weight", "tracker", "optimizer", ...
+    Bytes are booked by kind: "params", "batch_stats", "gradients", "push_sum_weight",
+    "tracker", "optimizer", ...
 
     Attributes:
-        step: to each neighbour, with every local step.
-        round: to each neighbour, with every communication.
-        server: to a server, and back, with every communication.
-        whole: where `round` holds compressed differences: the uncompressed form, which
-            agents send when they first meet. A neighbour that a message did not reach
-            is sent what it missed together with the next message that reaches it, at
-            most `whole` in all. Empty: every message stands for itself, and nothing is
-            caught up on.
+        step: The message to each neighbour with every local step.
+        round: The message to each neighbour with every communication.
+        server: The message to a server with every communication. The server's answer
+            has the same size.
+        whole: The uncompressed form of `round`, where `round` holds compressed
+            differences. Agents send it when they first meet. A neighbour that missed
+            some messages gets their content together with the next message that
+            reaches it, at most `whole` in all. Empty if every message can be read on
+            its own; then nothing is sent later.
     """
 
     step: Message = {}
@@ -44,19 +49,21 @@ class Messages(NamedTuple):
 
 @dataclasses.dataclass
 class Ledger:
-    """Bytes and rounds so far, in Python ints (they outgrow int32, and int64).
+    """Bytes and rounds so far, as Python ints (they outgrow int32, and even int64).
 
-    Wherever it takes arrays of agents, these may have more slots than there are agents:
-    those that only fill up devices do not communicate.
+    Arrays that its methods take may have more slots than there are agents. The slots
+    that only fill up devices do not communicate, and are left out.
 
     Attributes:
-        n_agents: how many there are.
-        exchanges: messages received from a neighbour; a server's count as one.
-        by_kind: bytes by kind; also "matching", and "missed": what was caught up on.
-        by_link: bytes `[receiver][sender]`.
-        server_bytes: bytes to a server and from it, which are in no link.
-        missed: `[receiver][sender]` how many messages the receiver has yet to be sent;
-            None: it was never sent any.
+        n_agents: The number of agents.
+        exchanges: The number of messages that agents received from a neighbour. An
+            exchange with a server counts as one.
+        by_kind: Bytes by kind of content. Two kinds are the ledger's own: "matching",
+            and "missed" for content that was sent later.
+        by_link: Bytes of every link, `[receiver][sender]`.
+        server_bytes: Bytes to and from a server. They belong to no link.
+        missed: `[receiver][sender]` the number of messages that the receiver has
+            missed since the last one that reached it; None before the first one.
     """
 
     n_agents: int
@@ -74,71 +81,79 @@ class Ledger:
 
     @property
     def bytes_sent(self) -> int:
-        """Over all links, in both directions, and to and from a server."""
+        """Bytes over all links, in both directions, and to and from a server."""
         return sum(self.by_kind.values())
 
     @property
     def comm_rounds(self) -> float:
-        """As the paper counts: one exchange with one neighbour is one round.
+        """Rounds as the paper counts them: an exchange with one neighbour is one round.
 
-        The mean over agents where their degrees differ. Matching data go along with
-        the exchange that they are for.
+        This is the mean over agents if they have different numbers of neighbours.
+        Matching data belong to the exchange that they are for, and add no round.
         """
         return self.exchanges / self.n_agents
 
-    def record_steps(
-        self, messages: Messages, active_edges: Adjacency, times: int = 1
-    ) -> None:
-        """Books what `times` local steps send along the edges that work."""
-        links = self._links(active_edges)
-        self._exchange(self._sizes(messages).step, links, times)
+    def record_steps(self, messages: Messages, networks: Sequence[Network]) -> None:
+        """Books what local steps send.
+
+        Args:
+            messages: What is sent with every step.
+            networks: The network of each step. Steps whose network is the same object
+                are booked together, which is much faster.
+        """
+        message = self._sizes(messages).step
+        if not message:
+            return
+        by_id = {id(network): network for network in networks}
+        for network_id, steps in Counter(map(id, networks)).items():
+            links = self._links(by_id[network_id].active_edges)
+            self._exchange(message, links, steps)
 
     def record_round(
         self,
         messages: Messages,
-        active_edges: Adjacency,
-        present: Bool[np.ndarray, " agents"],
+        network: Network,
         edges: Adjacency,
-        matching: Int[np.ndarray, "agents agents"] | None = None,
+        matching: Int[np.ndarray, "slots slots"] | None = None,
     ) -> None:
         """Books what one communication sends.
 
         Args:
-            messages: what is sent.
-            active_edges: which edges work this time.
-            present: who is there.
-            edges: all edges that there ever are. Whoever is present has news for all
-                its receivers, now or when the edge works again; who is absent has none.
-            matching: bytes of matching data that cross every link, `[receiver,
-                sender]`.
+            messages: What is sent.
+            network: The network of this round. A present agent has a message for every
+                agent that it has an edge to; if the edge does not work now, the content
+                is sent later. An absent agent has no message.
+            edges: All edges that the network has at any time.
+            matching: Bytes of matching data over every link, `[receiver, sender]`.
         """
-        sizes, links = self._sizes(messages), self._links(active_edges)
+        sizes, links = self._sizes(messages), self._links(network.active_edges)
+        present = self._own(network.present)
         self._exchange(sizes.round, links, 1)
         if sizes.whole:
-            announced = self._own(edges) & self._own(present)
+            announced = self._own(edges) & present
             self._catch_up(sizes, links, self._links(announced))
         if matching is not None:
             for receiver, sender in self._links(matching != 0):
                 size = int(matching[receiver, sender])
                 self._send("matching", receiver, sender, size)
         if sizes.server:
-            clients = int(self._own(present).sum())
+            clients = int(present.sum())
             self.exchanges += clients
             for kind, size in sizes.server.items():
                 self._book(kind, 2 * clients * size)
                 self.server_bytes += 2 * clients * size
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """The ledger as JSON content."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def of(record: dict[str, Any]) -> "Ledger":
-        """The inverse of `record`."""
+        """The ledger that `record` was made from."""
         return Ledger(**copy.deepcopy(record))
 
     def _exchange(self, message: dict[str, int], links: _Links, times: int) -> None:
-        """Books a message, its bytes given by kind, along links."""
+        """Books a message, given as bytes by kind, that every link carries `times`."""
         if not message:
             return
         self.exchanges += times * len(links)
@@ -149,12 +164,18 @@ class Ledger:
             self.by_link[receiver][sender] += size
 
     def _catch_up(self, sizes: "_Sizes", links: _Links, announced: _Links) -> None:
-        """Books what receivers are sent of messages missed, and who misses this one."""
+        """Books the content that was missed and is sent now, and what is missed now.
+
+        Args:
+            sizes: Bytes of the messages.
+            links: The links that carry the message of this round.
+            announced: All links that there is a message for.
+        """
         size = sum(sizes.round.values())
         for receiver, sender in links:
             missed = self.missed[receiver][sender]
             self.missed[receiver][sender] = 0
-            # The message itself is booked already, however large `whole` is.
+            # The message itself is booked already, even if it is larger than `whole`.
             extra = sizes.whole - size
             if missed is not None:
                 extra = min(missed * size, extra)
@@ -172,23 +193,24 @@ class Ledger:
         self.by_kind[kind] = self.by_kind.get(kind, 0) + size
 
     def _sizes(self, messages: Messages) -> "_Sizes":
-        # The same messages are booked step after step; measuring them takes longer.
+        # The same messages are booked round after round, and measuring them is slow.
         if self._measured is None or self._measured[0] is not messages:
             self._measured = messages, _Sizes.of(messages)
         return self._measured[1]
 
-    def _own(self, matrix: np.ndarray) -> np.ndarray:
-        """What of an array of slots belongs to agents."""
-        return np.asarray(matrix)[tuple(slice(self.n_agents) for _ in matrix.shape)]
+    def _own(self, matrix: ArrayLike) -> np.ndarray:
+        """The part of an array over slots that belongs to agents."""
+        array = np.asarray(matrix)
+        return array[tuple(slice(self.n_agents) for _ in array.shape)]
 
-    def _links(self, edges: Adjacency) -> _Links:
-        """(receiver, sender)s, as Python ints: indexing with them is much faster."""
+    def _links(self, edges: ArrayLike) -> _Links:
+        """Pairs (receiver, sender), as Python ints: they index lists much faster."""
         receivers, senders = np.nonzero(self._own(edges))
         return list(zip(receivers.tolist(), senders.tolist(), strict=True))
 
 
 class _Sizes(NamedTuple):
-    """Bytes of `Messages`, by kind; kinds of which nothing is sent are left out."""
+    """Bytes of `Messages` by kind. Kinds with 0 bytes are left out."""
 
     step: dict[str, int]
     round: dict[str, int]

@@ -1,4 +1,4 @@
-"""Merging networks that were trained apart: average them, mend the result, judge it.
+"""Merges networks that were trained apart: averages, corrects and evaluates them.
 
     perms = activation_matching(spec, activations, a, b, batches)
     aligned = permutation.apply(spec, perms, b)
@@ -7,14 +7,14 @@
     merged = merge.repair(unit_moments, merged, [a, aligned], batches)  # without it
     curve = merge.barrier(evaluate, a, aligned)
 
-Models are pytrees of arrays whose units are in one frame already (`matching` finds the
-permutations, `permutation.apply` aligns). Nothing here knows how a network computes:
-that is in the functions that are passed, each for one model.
+Models are pytrees of arrays that are aligned already: `matching` finds permutations and
+`permutation.apply` applies them. This file does not know how networks compute. It calls
+functions that are passed to it, each for one model.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dimat_jax.errors import UserError
-from dimat_jax.tree import PyTree, flatten, is_inexact, map_with_path
+from dimat_jax.tree import PyTree, exact_dtype, flatten, is_inexact, map_with_path
 
 __all__ = [
     "Barrier",
@@ -40,21 +40,22 @@ __all__ = [
 
 
 class MergeError(UserError):
-    """Models that cannot be merged, or not so; the message says which, and why."""
+    """Models cannot be merged, or not with these options. The message tells why."""
 
 
 def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:
-    """The weighted mean of aligned models.
+    """Averages aligned models, with weights.
 
     Args:
-        models: pytrees with the same leaves. Real leaves are averaged in float32 (or
-            what is finer) and keep their dtype; others are the first model's.
-        weights: one for each model, relative to each other: they are divided by their
-            sum. None: all alike.
+        models: pytrees with the same leaves. Real and complex leaves are averaged in at
+            least float32 (or complex64) precision and keep their dtype. All other leaves
+            are taken from the first model.
+        weights: one weight for each model. They are divided by their sum. None: all
+            models have the same weight.
 
     Raises:
-        MergeError: leaves that differ in path or shape, or weights that are too few,
-            too many, negative, not finite, or all 0.
+        MergeError: leaves differ in path or shape, or the weights are too few, too
+            many, negative, not finite, or all 0.
     """
     _check_alike(models)
     shares = check_weights(weights, len(models))
@@ -63,8 +64,8 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
         if not is_inexact(leaves[0]):
             return leaves[0]
         dtype = jnp.result_type(leaves[0])
-        exact = jnp.promote_types(dtype, jnp.float32)
-        # Not 0 * leaf: what has no share may be infinite.
+        exact = exact_dtype(dtype)
+        # Models with a share of 0 are left out: 0 times infinity would be NaN.
         terms = [
             share * jnp.asarray(leaf, exact)
             for share, leaf in zip(shares, leaves, strict=True)
@@ -76,13 +77,18 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
 
 
 def interpolate(a: PyTree, b: PyTree, t: float) -> PyTree:
-    """The point `(1 - t) a + t b` of the straight line, 0 <= t <= 1; see `average`."""
+    """Computes the point `(1 - t) a + t b` of a straight line; see `average`.
+
+    Raises:
+        MergeError: `t` is not between 0 and 1, or the models' leaves differ.
+    """
     if not 0 <= t <= 1:
         raise MergeError(f"the line from a to b has 0 <= t <= 1, got t = {t}")
     return average([a, b], [1 - t, t])
 
 
 def _check_alike(models: Sequence[PyTree]) -> None:
+    """Checks that there are models and that their leaves agree in path and shape."""
     if not models:
         raise MergeError("there are no models to merge")
     first, *others = [
@@ -104,7 +110,11 @@ def _check_alike(models: Sequence[PyTree]) -> None:
 
 
 def check_weights(weights: Sequence[float] | None, n_models: int) -> list[float]:
-    """The models' shares, which sum to 1; see `average`."""
+    """Checks the weights of models and divides them by their sum.
+
+    Raises:
+        MergeError: the weights are not as `average` needs them.
+    """
     if weights is None:
         return [1 / n_models] * n_models
     if len(weights) != n_models:
@@ -116,24 +126,24 @@ def check_weights(weights: Sequence[float] | None, n_models: int) -> list[float]
     return [float(weight) / math.fsum(weights) for weight in weights]
 
 
-# Statistics, measured anew ============================================================
+# Recalibration and REPAIR =============================================================
 
 
 def add_batch(
-    total: PyTree, count: Any, statistics: PyTree, n: Any
-) -> tuple[PyTree, Any]:
+    total: PyTree, count: Array | float, statistics: PyTree, n: Array | float
+) -> tuple[PyTree, Array | float]:
     """Adds a batch's statistics to a sum that is weighted by examples. Pure.
 
     Args:
-        total: the sum so far; zeros at first.
-        count: the examples so far.
+        total: the sum over earlier batches; zeros at first.
+        count: the number of examples in earlier batches.
         statistics: means over the batch's examples.
-        n: how many these are.
+        n: the number of the batch's examples.
 
     Returns:
-        the new total and count; total / count is the mean.
+        the new total and the new count. The mean is total / count.
     """
-    # A batch without examples has no statistics (NaN), and adds none.
+    # The statistics of a batch without examples are NaN, so they must not be added.
     total = jax.tree.map(lambda t, s: t + jnp.where(n > 0, n * s, 0), total, statistics)
     return total, count + n
 
@@ -141,8 +151,8 @@ def add_batch(
 _add_batch = jax.jit(add_batch)
 
 
-def _mean(measure: Callable[[Any], PyTree], batches: Iterable[Any]) -> PyTree:
-    """The mean over batches of what is measured on each, weighted by examples."""
+def _mean(measure: Callable[[PyTree], PyTree], batches: Iterable[PyTree]) -> PyTree:
+    """Measures statistics on batches and averages them, weighted by examples."""
     total, count = None, 0
     for inputs in batches:
         statistics, n = measure(inputs), jax.tree.leaves(inputs)[0].shape[0]
@@ -155,25 +165,27 @@ def _mean(measure: Callable[[Any], PyTree], batches: Iterable[Any]) -> PyTree:
 
 
 def recalibrate(
-    batch_statistics: Callable[[PyTree, Any, Array], PyTree],
+    batch_statistics: Callable[[PyTree, PyTree, Array], PyTree],
     variables: Mapping[str, PyTree],
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
 ) -> dict[str, PyTree]:
-    """Measures BatchNorm statistics anew: batch means and variances, averaged.
+    """Measures a model's BatchNorm statistics again, as averages over batches.
 
-    Averaged weights do not have the averages of the statistics (Jordan et al. 2022).
+    This is needed because the statistics of an averaged network are not the averages
+    of the networks' statistics (Jordan et al. 2022, arXiv 2211.08403).
 
     Args:
-        batch_statistics: `(variables, inputs, mask) -> batch_stats` of that batch
-            alone, in train mode. Compiled once for each function that is passed.
-        variables: a model, with "batch_stats".
+        batch_statistics: `(variables, inputs, mask) -> batch_stats`: the means and
+            variances of one batch in train mode. Each function that is passed is
+            compiled once.
+        variables: a model with "batch_stats".
         batches: inputs, one batch at a time.
 
     Returns:
         the model with new "batch_stats".
 
     Raises:
-        MergeError: no batches.
+        MergeError: there are no batches.
     """
     measure = jax.jit(batch_statistics)
     statistics = _mean(
@@ -183,7 +195,12 @@ def recalibrate(
 
 
 class UnitMoments(NamedTuple):
-    """The pre-activations of a layer's units, over examples and positions."""
+    """Moments of the pre-activations of a layer's units, over examples and positions.
+
+    Attributes:
+        mean: the mean of each unit.
+        variance: the variance of each unit.
+    """
 
     mean: Float[Array, "*units"]
     variance: Float[Array, "*units"]
@@ -192,15 +209,15 @@ class UnitMoments(NamedTuple):
 def correction(
     measured: UnitMoments, target: UnitMoments
 ) -> tuple[Float[Array, "*units"], Float[Array, "*units"]]:
-    """`(scale, shift)` that give units, as measured, the moments of the target.
+    """Computes the `(scale, shift)` that give units the moments of a target.
 
-    Units that do not vary are shifted only: no scale would make them vary.
+    Units that do not vary are only shifted, because no scale would make them vary.
     """
-    # What rounding leaves of a constant unit's variance is not a signal.
+    # The measured variance of a constant unit is not quite 0, because of rounding.
     floor = 1e-10 * (measured.mean**2 + target.mean**2 + target.variance)
-    alive = measured.variance > floor
-    ratio = target.variance / jnp.where(alive, measured.variance, 1)
-    scale = jnp.where(alive, jnp.sqrt(ratio), 1)
+    varies = measured.variance > floor
+    ratio = target.variance / jnp.where(varies, measured.variance, 1)
+    scale = jnp.where(varies, jnp.sqrt(ratio), 1)
     return scale, target.mean - scale * measured.mean
 
 
@@ -208,34 +225,35 @@ def repair(
     unit_moments: Callable[..., dict[str, UnitMoments]],
     merged: PyTree,
     models: Sequence[PyTree],
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     weights: Sequence[float] | None = None,
 ) -> PyTree:
     """Rescales a merged network's units: REPAIR, for networks without BatchNorm.
 
-    The units of an averaged network vary less than those of the networks that it is
-    made of, and less from layer to layer. So every hidden unit's pre-activation gets
-    the mean and the standard deviation that interpolate those of the models (Jordan et
-    al. 2022, arXiv 2211.08403, section 3), by a new kernel and bias. A layer without a
-    bias is scaled only: its mean has nothing to be moved by.
+    The units of an averaged network vary less than those of the networks that were
+    averaged, and the difference grows from layer to layer. So repair changes kernels
+    and biases: each hidden unit's pre-activation gets the mean and the standard
+    deviation that interpolate those of the models (Jordan et al. 2022,
+    arXiv 2211.08403, section 3). A layer without a bias is only scaled, because
+    nothing could shift its mean.
 
     Args:
-        unit_moments: `unit_moments(variables, inputs, targets=None)`: the moments of
-            every hidden layer on a batch, by the path of the layer that holds "kernel"
-            (units last) and "bias". With targets (as it returns), each layer is
-            corrected at once, and later ones see corrected inputs. Compiled once for
-            each function that is passed.
-        merged: `average(models, weights)`.
-        models: what it is made of, aligned.
+        unit_moments: `unit_moments(variables, inputs, targets=None) -> moments`: the
+            moments of every hidden layer on a batch. The keys are the paths of layers
+            that hold "kernel" (units last) and perhaps "bias". With targets, which are
+            moments as well, each layer is corrected before the next one reads it. Each
+            function that is passed is compiled once.
+        merged: the averaged network, `average(models, weights)`.
+        models: the aligned networks that were averaged.
         batches: inputs, one batch at a time.
-        weights: as of `average`.
+        weights: the weights of the models, as for `average`.
 
     Returns:
         the merged network with new kernels and biases.
 
     Raises:
-        MergeError: no batches, weights that do not fit, or running statistics: those
-            of BatchNorm are to be measured anew (`recalibrate`).
+        MergeError: there are no batches, weights do not fit, or the network has
+            running statistics. For networks with BatchNorm there is `recalibrate`.
     """
     shares = np.asarray(check_weights(weights, len(models)), np.float32)
     if isinstance(merged, Mapping) and "batch_stats" in merged:
@@ -244,21 +262,21 @@ def repair(
         )
     measure = jax.jit(unit_moments)
 
-    def of_batch(inputs):
-        # Each batch has targets of its own, so that nothing changes where there is
-        # nothing to mend.
-        seen = [measure(model, inputs) for model in models]
-        return seen, measure(merged, inputs, _blend(seen, shares))
+    def measure_batch(inputs):
+        # Each batch has its own targets, so that a network whose units already have
+        # the right moments does not change.
+        moments = [measure(model, inputs) for model in models]
+        return moments, measure(merged, inputs, _blend(moments, shares))
 
-    seen, measured = _mean(of_batch, batches)
-    return _correct(merged, measured, _blend(seen, shares))
+    moments, measured = _mean(measure_batch, batches)
+    return _correct(merged, measured, _blend(moments, shares))
 
 
 @jax.jit
 def _blend(
     moments: Sequence[Mapping[str, UnitMoments]], shares: Float[Array, " models"]
 ) -> dict[str, UnitMoments]:
-    """Interpolates means and standard deviations."""
+    """Interpolates the models' means and standard deviations."""
 
     def mean(values):
         return jnp.average(jnp.stack(values), axis=0, weights=shares)
@@ -297,14 +315,14 @@ def _correct(
 
 
 class Barrier(NamedTuple):
-    """The straight line from a to b.
+    """Losses and accuracies on the straight line from model a to model b.
 
     Attributes:
-        ts: where it was evaluated: 0 is a, 1 is b.
-        losses: there.
-        accuracies: there.
-        barrier: by how much the loss exceeds, at most, the straight line between the
-            losses of a and b; 0 if it nowhere does.
+        ts: the evaluated points of the line: 0 is a, 1 is b.
+        losses: the loss at each point.
+        accuracies: the accuracy at each point.
+        barrier: the largest difference between the loss and the straight line that
+            connects the losses of a and b; at least 0.
     """
 
     ts: Float[np.ndarray, " points"]
@@ -321,7 +339,7 @@ def barrier(
     *,
     repair: Callable[[PyTree, float], PyTree] | None = None,
 ) -> Barrier:
-    """Evaluates the straight line between two models.
+    """Evaluates points of the straight line between two models.
 
     The loss barrier is `max_t L(t) - ((1 - t) L(0) + t L(1))` (Frankle et al. 2020,
     arXiv 1912.05671; Ainsworth et al. 2022, arXiv 2209.04836).
@@ -329,13 +347,13 @@ def barrier(
     Args:
         evaluate: `evaluate(model) -> (loss, accuracy)`.
         a: a model.
-        b: another, aligned with `a` or not.
-        ts: where to look, increasing from 0 to 1. None: 11 points.
-        repair: `repair(model, t) -> model`: mends every point of the line, its ends
-            included, before it is evaluated; e.g. `recalibrate`.
+        b: another model. It need not be aligned with `a`.
+        ts: the points to evaluate, increasing from 0 to 1. None: 11 points.
+        repair: `repair(model, t) -> model`: changes every model of the line, also its
+            ends, before it is evaluated. `recalibrate` is an example.
 
     Raises:
-        MergeError: `ts` is not like that, or models that differ in their leaves.
+        MergeError: `ts` does not increase from 0 to 1, or the models' leaves differ.
     """
     ts = np.linspace(0, 1, 11) if ts is None else np.asarray(ts, np.float64)
     if len(ts) < 2 or ts[0] != 0 or ts[-1] != 1 or not (np.diff(ts) > 0).all():

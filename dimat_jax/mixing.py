@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
 from dimat_jax.errors import UserError
 from dimat_jax.options import Option, Record, registry
@@ -22,7 +23,7 @@ from dimat_jax.topology import (
     read_matrix,
     schedule,
 )
-from dimat_jax.tree import PyTree, is_inexact
+from dimat_jax.tree import PyTree, exact_dtype, is_inexact
 
 __all__ = [
     "FROM_FILE",
@@ -222,7 +223,7 @@ def _require_undirected(adjacency: Adjacency, rule: str) -> None:
 
 
 def check_mixing_matrix(
-    mixing_matrix: np.ndarray, adjacency: Adjacency | Schedule | None = None
+    mixing_matrix: ArrayLike, adjacency: Adjacency | Schedule | None = None
 ) -> MixingMatrix:
     """A mixing matrix that somebody made themselves, or a stack of them, as float64.
 
@@ -255,7 +256,7 @@ def check_mixing_matrix(
     return matrix
 
 
-def _check_support(matrix: MixingMatrix, adjacency: Adjacency | Schedule) -> None:
+def _check_support(matrix: np.ndarray, adjacency: Adjacency | Schedule) -> None:
     weights, edges = schedule(matrix), schedule(adjacency)
     if weights.shape[1:] != edges.shape[1:] or len(weights) not in (1, len(edges)):
         raise MixingError(
@@ -273,7 +274,7 @@ def _check_support(matrix: MixingMatrix, adjacency: Adjacency | Schedule) -> Non
         )
 
 
-def _at(time: int, stack: np.ndarray) -> str:
+def _at(time: int | np.integer, stack: np.ndarray) -> str:
     return f" at time {time}" if len(schedule(stack)) > 1 else ""
 
 
@@ -331,16 +332,18 @@ def spectral_gap(mixing_matrix: MixingMatrix) -> float:
 def mix(mixing_matrix: Float[Array, "agents agents"], stacked: PyTree) -> PyTree:
     """sum_j W[i, j] x_j for every leaf `[agents, ...]` of a stacked tree.
 
-    Computed in float32 whatever the leaf's dtype; leaves that are no real numbers
-    (counters) stay each agent's own.
+    A leaf keeps its dtype. The sum is computed in float32, or in the leaf's dtype where
+    that is finer or complex. Leaves that are no real or complex numbers (counters) stay
+    each agent's own.
     """
 
     def mix_leaf(leaf):
         if not is_inexact(leaf):
             return leaf
+        dtype = exact_dtype(leaf.dtype)
         mixed = jnp.tensordot(
-            mixing_matrix.astype(jnp.float32),
-            leaf.astype(jnp.float32),
+            mixing_matrix.astype(dtype),
+            leaf.astype(dtype),
             axes=1,
             # GPUs and TPUs would round the factors to ten bits.
             precision=jax.lax.Precision.HIGHEST,

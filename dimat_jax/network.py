@@ -28,7 +28,6 @@ __all__ = [
     "FAULTS",
     "faults",
     "parse_absences",
-    "static",
 ]
 
 DROPOUT = Option(
@@ -72,14 +71,8 @@ class Network(NamedTuple):
     present: Bool[Array | np.ndarray, " agents"]
 
 
-def static(mixing_matrix: MixingMatrix, adjacency: Adjacency, slots: int) -> Network:
-    """The same network every round, filled up to `slots` with agents who are absent."""
-    return _filled_up(
-        mixing_matrix, adjacency, np.ones(len(adjacency), bool), slots=slots
-    )
-
-
 def _filled_up(W, active_edges, present, *, slots: int) -> Network:
+    """A network that is filled up to `slots` with agents that are absent."""
     n_agents = len(present)
     full_W = np.eye(slots, dtype=np.float32)
     full_W[:n_agents, :n_agents] = W
@@ -116,7 +109,7 @@ class Faults:
         dropout: with this probability an agent is away for a round.
         edge_loss: with this probability a link fails in an exchange. In an undirected
             network it fails in both directions, in a directed one in its own.
-        absences: who is away when, beyond that; as `Absence`s or as plain triples.
+        absences: who is away when, beyond that.
         seed: of the draws.
     """
 
@@ -128,9 +121,7 @@ class Faults:
     def __post_init__(self):
         DROPOUT.check(self.dropout)
         EDGE_LOSS.check(self.edge_loss)
-        absences = tuple(Absence(*absence) for absence in self.absences)
-        object.__setattr__(self, "absences", absences)
-        for agent, start, stop in absences:
+        for agent, start, stop in self.absences:
             if agent < 0 or start < 1 or (stop is not None and stop <= start):
                 raise NetworkError(
                     "an absence is (agent, first round away, round it is back for), "

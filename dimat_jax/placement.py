@@ -1,13 +1,13 @@
-"""Where agents live: one code path for a CPU, N host devices, GPUs, TPUs.
+"""Lays out agents over devices: the same code for a CPU, host devices, GPUs and TPUs.
 
-Everything stacked has a leading axis of `placement.slots` entries, sharded over the
-one-dimensional device mesh "agents". What an agent does alone is written for one agent
-and lifted to the stack by `per_agent`; what agents do together is plain `jax.numpy` on
-the stack (see `mixing.mix`), and XLA inserts the communication.
+Stacked arrays have a leading axis of `placement.slots` entries, which is sharded over
+the one-dimensional device mesh "agents". A computation of one agent alone is written
+for one agent, and `per_agent` lifts it to the stack. A computation between agents is
+plain `jax.numpy` on the stack (see `mixing.mix`); XLA inserts the communication.
 
-Where the number of agents is no multiple of the number of devices, the last slots hold
-copies of the first agents: what runs on them stays finite. They count as absent, are
-connected to nobody, and `gather` cuts them off.
+If the number of devices does not divide the number of agents, the last slots hold
+copies of the first agents, so that all results stay finite. These copies count as
+absent, have no neighbours, and `gather` removes them.
 """
 
 import dataclasses
@@ -53,20 +53,20 @@ BATCHING = Option(
 
 
 class PlacementError(UserError):
-    """Agents that cannot be laid out over the devices."""
+    """Agents cannot be laid out over the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How `n_agents` agents are laid out over the devices of `mesh`.
+    """The layout of `n_agents` agents over the devices of `mesh`.
 
     Attributes:
         n_agents: the number of agents.
         mesh: a mesh with the single axis "agents".
-        batching: how agents that share a device run: "vmap" as one batched program,
-            "unroll" one after the other in one program. A batched convolution becomes
-            a grouped one, which XLA:CPU runs about six times slower than the same
-            convolutions unrolled; unrolling costs compile time for each agent.
+        batching: how agents that share a device run. "vmap" runs them as one batched
+            program, "unroll" one after the other in one program. A batched convolution
+            becomes a grouped one, which XLA:CPU runs about six times slower than the
+            same convolutions unrolled. Unrolling costs compile time for each agent.
     """
 
     n_agents: int
@@ -75,16 +75,16 @@ class Placement:
 
     @property
     def slots(self) -> int:
-        """Length of every stacked axis: `n_agents`, rounded up to fill the devices."""
+        """The length of stacked axes: `n_agents`, rounded up to fill the devices."""
         return -(-self.n_agents // self.mesh.size) * self.mesh.size
 
     @property
     def sharding(self) -> NamedSharding:
-        """Of everything stacked.
+        """The sharding of all stacked arrays.
 
-        Pass it as `out_shardings` when jitting what makes a state: on one device XLA
-        may answer with an equal layout of another name, and what is called with the
-        state then compiles a second time.
+        Pass it as `out_shardings` to `jax.jit` for functions that make a state. On one
+        device XLA may otherwise return an equal sharding of another type, and functions
+        called with the state would compile a second time.
         """
         return NamedSharding(self.mesh, PartitionSpec("agents"))
 
@@ -97,15 +97,28 @@ class Placement:
             fn: a pure function of pytrees of arrays.
             in_axes: for each positional argument, 0 where agents are stacked on its
                 leading axis and None where all agents share it (as in `jax.vmap`).
+                One 0 or None stands for all arguments. Agents are stacked on leading
+                axes alone, so there is no other axis, and no nested entry.
 
         Returns:
             A function of stacked arguments whose results are stacked. Call it from
-            within `jax.jit`.
+            within `jax.jit`. It raises PlacementError for another number of arguments
+            than `in_axes` has entries.
+
+        Raises:
+            PlacementError: an entry that is neither 0 nor None.
         """
+        _check_in_axes(in_axes)
 
         def stacked_fn(*args):
-            axes = (in_axes,) * len(args) if isinstance(in_axes, int) else in_axes
-            axes = tuple(axes or (None,) * len(args))
+            if in_axes is None or isinstance(in_axes, int):
+                axes = (in_axes,) * len(args)
+            else:
+                axes = tuple(in_axes)
+            if len(axes) != len(args):
+                raise PlacementError(
+                    f"in_axes has {len(axes)} entries for {len(args)} arguments"
+                )
             specs = tuple(
                 PartitionSpec() if axis is None else PartitionSpec("agents")
                 for axis in axes
@@ -126,8 +139,8 @@ class Placement:
         if n_local > 1 and self.batching == "vmap":
             return jax.vmap(fn, in_axes=axes, axis_size=n_local)(*shards)
 
-        # One agent a device needs no batching at all: batching rules would turn its
-        # convolutions into grouped ones of one group, and cost time on some backends.
+        # A single agent on a device needs no batching. Batching rules would turn its
+        # convolutions into grouped ones, which takes more time on some backends.
         def run(i: int):
             return fn(
                 *(
@@ -140,7 +153,7 @@ class Placement:
 
     def put(self, stacked: PyTree) -> PyTree:
         """Places host arrays `[n_agents, ...]` on the devices as `[slots, ...]`."""
-        # Copies of real agents fill the last slots: whatever runs on them stays finite.
+        # Copies of real agents fill the last slots, so that all results stay finite.
         rows = np.arange(self.slots) % self.n_agents
 
         def put_leaf(leaf):
@@ -158,15 +171,15 @@ class Placement:
         return jax.tree.map(put_leaf, stacked)
 
     def zeros(self, *shape: int) -> Array:
-        """float32 zeros `[slots, *shape]`, laid out like everything stacked.
+        """Makes float32 zeros `[slots, *shape]` with the sharding of stacked arrays.
 
-        What a loop starts with should lie where the loop leaves it: a step compiles
-        anew for arguments that lie elsewhere.
+        The initial state of a loop should have the sharding of the later ones, because
+        a step compiles again for arguments of another sharding.
         """
         return jnp.zeros((self.slots, *shape), jnp.float32, device=self.sharding)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Places host arrays, whole, on every device."""
+        """Places whole host arrays on every device."""
         sharding = NamedSharding(self.mesh, PartitionSpec())
 
         def put_leaf(leaf):
@@ -181,16 +194,16 @@ class Placement:
         """Brings stacked arrays to the host: NumPy arrays `[slots, ...]`."""
         if jax.process_count() > 1:
             stacked = multihost_utils.process_allgather(stacked, tiled=True)
-        # Copies: on a CPU, asarray would be a view of a buffer that a later step may
-        # be given to overwrite.
+        # The arrays are copied: on a CPU, asarray would return views of buffers that a
+        # later step may overwrite.
         return jax.tree.map(np.array, jax.device_get(stacked))
 
     def gather(self, stacked: PyTree) -> PyTree:
-        """As `fetch`, the agents alone: NumPy arrays `[n_agents, ...]`."""
+        """Brings the agents alone to the host: NumPy arrays `[n_agents, ...]`."""
         return jax.tree.map(lambda x: x[: self.n_agents], self.fetch(stacked))
 
     def keys(self, key: Key[Array, ""]) -> Key[Array, " slots"]:
-        """One key for each slot; a slot's key does not depend on the device count."""
+        """Makes a key for each slot. It does not depend on the number of devices."""
         return jax.vmap(lambda slot: jax.random.fold_in(key, slot))(
             jnp.arange(self.slots)
         )
@@ -201,13 +214,17 @@ def place(
     devices: Sequence[Any] | None = None,
     batching: Batching = BATCHING.default,
 ) -> Placement:
-    """Lays out agents over devices (default: all; never more devices than agents).
+    """Lays out agents over devices.
 
-    `batching="auto"` unrolls agents on CPUs and vmaps them elsewhere.
+    Args:
+        n_agents: the number of agents.
+        devices: the devices to use, at most one for each agent. None: all devices.
+        batching: how agents that share a device run (see `Placement`). "auto" unrolls
+            them on CPUs and vmaps them elsewhere.
 
     Raises:
-        PlacementError: fewer than one agent, an unknown batching, or host devices whose
-            collectives would deadlock (see `request_cpu_devices`).
+        PlacementError: there is no agent, the batching is unknown, or collectives of
+            the host devices would deadlock (see `request_cpu_devices`).
     """
     if n_agents < 1:
         raise PlacementError(f"expected at least 1 agent, got {n_agents}")
@@ -230,17 +247,28 @@ def place(
     return Placement(n_agents, mesh, batching)
 
 
+def _check_in_axes(in_axes: Any) -> None:
+    entries = in_axes if isinstance(in_axes, Sequence) else [in_axes]
+    for entry in entries:
+        if entry is not None and (type(entry) is not int or entry != 0):
+            raise PlacementError(
+                "each entry of in_axes is 0 (agents are stacked on the leading axis) "
+                f"or None (all agents share the argument), got {entry!r}"
+            )
+
+
 def request_cpu_devices(n_devices: int) -> None:
     """Splits the CPU into `n_devices` devices. Call it before JAX first computes.
 
-    An in-process collective holds a thread of XLA's pool for each device, and programs
-    that wait for it hold others. The pool is no larger than the number of cores unless
-    PJRT_NPROC says so: with too few threads the rendezvous is never complete and XLA
-    aborts the process.
+    A collective within one process holds one thread of XLA's pool for each device, and
+    programs that wait for the collective hold more threads. The pool has as many
+    threads as the CPU has cores, unless the environment variable PJRT_NPROC sets
+    another number. With too few threads the devices never meet in a collective, and XLA
+    aborts the process. So this function sets PJRT_NPROC if the pool is too small.
 
     Raises:
         RuntimeError: JAX has started already.
-        PlacementError: `n_devices` < 1.
+        PlacementError: `n_devices` is below 1.
     """
     if n_devices < 1:
         raise PlacementError(f"expected at least 1 CPU device, got {n_devices}")
@@ -250,20 +278,20 @@ def request_cpu_devices(n_devices: int) -> None:
 
 
 def _threads_for(n_devices: int) -> int:
-    """Threads with which collectives do not deadlock.
+    """The number of threads with which collectives do not deadlock.
 
-    Measured (jax 0.10.2), dispatching forwards and all-gathers without waiting for
-    them: 2 devices hang with 3 threads and 5 devices with 9, while 2 with 4, 5 with 10
-    and 8 with 16 do not.
+    It was measured with jax 0.10.2 by dispatching forward passes and all-gathers
+    without waiting for them. 2 devices hang with 3 threads, and 5 devices hang with 9.
+    2 devices with 4 threads, 5 with 10 and 8 with 16 do not hang.
     """
     return 2 * n_devices
 
 
 def _thread_pool_size() -> int:
-    """Threads that XLA:CPU's client has, or will have, for running devices."""
+    """The number of threads that XLA:CPU has, or will have, for all devices."""
     if requested := os.environ.get("PJRT_NPROC"):
         return int(requested)
-    # XLA counts the cores that the process may use, where the system tells it.
+    # XLA counts the cores that the process may use, if the system can tell them.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

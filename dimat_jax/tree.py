@@ -1,8 +1,8 @@
 """Pytrees: leaves addressed by path, and agents stacked on a leading axis.
 
-A leaf's path joins the keys that lead to it with "/", whatever the containers are:
-`variables["params"]["Conv_0"]["kernel"]` and `module.layers[0].weight` are
-"params/Conv_0/kernel" and "layers/0/weight".
+A leaf's path joins the keys that lead to the leaf with "/", for containers of any kind:
+`variables["params"]["Conv_0"]["kernel"]` has the path "params/Conv_0/kernel", and
+`module.layers[0].weight` has the path "layers/0/weight".
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ import numpy as np
 
 __all__ = [
     "PyTree",
+    "exact_dtype",
     "flatten",
     "is_inexact",
     "map_with_path",
@@ -31,7 +32,7 @@ def _path_string(path: tuple) -> str:
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a pytree by path, in the tree's own order.
+    """Returns the leaves of a pytree by path, in the order of the tree.
 
     Raises:
         ValueError: two leaves have the same path.
@@ -56,7 +57,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 
 
 def unstack(tree: PyTree) -> list[PyTree]:
-    """The inverse of `stack`: one tree for each index of the leading axis."""
+    """Splits stacked leaves: one tree for each index. The inverse of `stack`."""
     (size,) = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
     return [take(tree, i) for i in range(size)]
 
@@ -67,14 +68,24 @@ def take(tree: PyTree, indices: Any) -> PyTree:
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf holds real (or complex) numbers, and so can be averaged."""
+    """Whether a leaf holds real or complex numbers, so that it can be averaged."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def nbytes(tree: PyTree) -> int:
-    """Bytes of a tree of arrays or `jax.ShapeDtypeStruct`s, as a Python int.
+def exact_dtype(dtype: Any) -> np.dtype:
+    """The dtype in which arrays of a given inexact dtype are summed.
 
-    A Python int because int32, JAX's default, overflows at 2 GiB.
+    float32 for float16 and bfloat16, and otherwise the dtype itself: a complex array
+    keeps its imaginary part, and float64 its digits.
+    """
+    dtype = jnp.dtype(dtype)
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def nbytes(tree: PyTree) -> int:
+    """Counts the bytes of a tree of arrays or `jax.ShapeDtypeStruct`s.
+
+    The result is a Python int because int32, JAX's default, overflows at 2 GiB.
     """
     return sum(
         int(np.prod(leaf.shape, dtype=object)) * jnp.dtype(leaf.dtype).itemsize

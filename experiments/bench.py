@@ -25,6 +25,7 @@ from dimat_jax._trainer import Trainer
 from dimat_jax.config import Config
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.experiment import Experiment
+from dimat_jax.network import Network
 from dimat_jax.placement import request_cpu_devices
 from experiments import program
 
@@ -44,16 +45,17 @@ def _seconds_per_step(config: Config) -> float:
         experiment, experiment.algorithm, experiment.sampler, experiment.key("rounds")
     )
 
-    def network_at(step):
-        return experiment.network_at_step(step, 1)
+    def networks(first: int, n_steps: int) -> list[Network]:
+        steps = range(first, first + n_steps)
+        return [experiment.network_at_step(step, 1) for step in steps]
 
-    state, _ = trainer.train(state, 0, 1, network_at)
+    state, _ = trainer.train(state, 0, networks(0, 1))
     times = []
     for repeat in range(_REPEATS.value):
-        start = time.perf_counter()
-        # Returns once the losses are on the host.
         first = 1 + repeat * _STEPS.value
-        state, _ = trainer.train(state, first, _STEPS.value, network_at)
+        start = time.perf_counter()
+        # This returns once the losses are on the host.
+        state, _ = trainer.train(state, first, networks(first, _STEPS.value))
         times.append((time.perf_counter() - start) / _STEPS.value)
     return float(np.median(times))
 

@@ -73,7 +73,7 @@ class Options:
     stay: float = 0.0
 
 
-def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Merges, and writes all results into `options.out`.
 
     Returns:
@@ -106,7 +106,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     forms = {"plain": inputs}
     moved = 0.0
     if options.method != "none" and merging.spec.groups:
-        say(f"matching: {options.method}, frame {options.frame}")
+        log(f"matching: {options.method}, frame {options.frame}")
         perms = merging.match(inputs)
         moved = _moved_units(perms)
         forms["aligned"] = [
@@ -119,7 +119,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
     scores = {name: merging.judge(model) for name, model in named.items()}
     lines = []
     for i in range(1, len(inputs)):
-        say(f"the line from {labels[0]} to {labels[i]}")
+        log(f"the line from {labels[0]} to {labels[i]}")
         lines.append(Line(labels[0], labels[i], merging.curves(forms, i)))
 
     merged = list(averages)[-1]  # for which all was done that can be
@@ -148,8 +148,8 @@ def run(options: Options, say: Callable[[str], None] = print) -> dict[str, Any]:
         variables=averages[merged],
     )
     _write(Path(options.out), result, summary, lines, report)
-    say(report)
-    say(f"wrote {options.out}")
+    log(report)
+    log(f"wrote {options.out}")
     return summary
 
 

@@ -7,9 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
+from jaxtyping import install_import_hook
 
-from dimat_jax.placement import request_cpu_devices
+# The hook has to be there before the first import of the package. It is not installed
+# by pytest's option --jaxtyping-packages, because pytest-xdist does not pass the
+# options in `addopts` on to plugins of its worker processes.
+# Which items of a list or a dict are checked must not differ from run to run
+# (`is_random`), and an int will do where a float is asked for (`is_pep484_tower`).
+install_import_hook(
+    "dimat_jax",
+    "beartype.beartype(conf=beartype.BeartypeConf("
+    "is_pep484_tower=True, is_random=False))",
+)
+
+from dimat_jax.placement import request_cpu_devices  # noqa: E402
+from tests import promotion  # noqa: E402
 
 # Before JAX starts: tests lay agents out over 1, 2 and 5 devices.
 request_cpu_devices(5)
@@ -22,6 +36,12 @@ if _COMPILED not in os.environ:
     os.environ[_COMPILED] = _folder.name
 jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# A broadcast over a missing axis, or a dtype that JAX chose, is more often a mistake
+# than a wish. In the tests, the package has to write down what it means.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+promotion.allow_in_flax_and_optax()
 
 
 # The files that take longest.
@@ -39,6 +59,14 @@ _FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts long files first: processes that share the files then end together."""
     items.sort(key=lambda item: item.path.name not in _FIRST)
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """For tests that pass a wrong type, to see the error that users get for it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,37 @@ def test_what_is_expected_may_depend_on_the_record(opened):
     assert_same(restored[0], optimizer_state(1, n_agents=2))
 
 
+def test_a_record_is_read_without_the_arrays(opened):
+    checkpoints = opened()
+    assert checkpoints.read_record() is None
+    for number in (1, 2):
+        checkpoints.save(number, {"w": np.zeros(3)}, {"number": number})
+    checkpoints.wait()
+    assert checkpoints.read_record() == {"number": 2}
+
+
+def test_a_directory_that_is_only_read_stays_as_it_is(opened, tmp_path):
+    checkpoints, tree = opened(), {"w": np.zeros(3)}
+    checkpoints.save(1, tree, {})
+    checkpoints.close()
+    paths = [tmp_path, *tmp_path.rglob("*")]
+    before = [path.stat().st_mtime_ns for path in paths]
+    reader = Checkpoints(tmp_path / "checkpoints", create=False)
+    restored = reader.restore(shapes_of(tree))
+    reader.close()
+    assert restored is not None
+    assert_same(restored[0], tree)
+    assert [tmp_path, *tmp_path.rglob("*")] == paths
+    assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+def test_a_missing_directory_that_is_only_read_stays_missing(tmp_path):
+    reader = Checkpoints(tmp_path / "missing", create=False)
+    assert reader.read_record() is None
+    reader.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_saved_tree_may_be_changed_at_once(opened):
     checkpoints, tree = opened(), {"w": np.zeros(1_000_000, np.float32)}
     checkpoints.save(1, tree, {})

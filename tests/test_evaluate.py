@@ -19,7 +19,7 @@ MEAN, STD = 120.0, 50.0
 
 def forward(variables: Any, inputs):
     params = variables["params"]
-    return inputs.reshape(len(inputs), -1) @ params["w"] + params["b"]
+    return inputs.reshape(len(inputs), -1) @ params["w"] + params["b"][None, :]
 
 
 def agents(seed: int = 0) -> dict[str, Any]:
@@ -28,13 +28,13 @@ def agents(seed: int = 0) -> dict[str, Any]:
         "w": rng.normal(size=(N_AGENTS, 4, N_CLASSES)).astype(np.float32),
         "b": rng.normal(size=(N_AGENTS, N_CLASSES)).astype(np.float32),
     }
-    # Other collections have no part in the distance.
+    # Other collections do not count for the distance.
     statistics = {"mean": rng.normal(size=(N_AGENTS, 3)).astype(np.float32)}
     return {"params": params, "batch_stats": statistics}
 
 
 def in_numpy(variables: Any, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy and loss of every agent, in float64."""
+    """Computes the accuracy and the loss of every agent in float64."""
     x = (IMAGES[samples].reshape(len(samples), -1) - MEAN) / STD
     w, b = (variables["params"][name].astype(np.float64) for name in "wb")
     logits = np.einsum("sd,adc->asc", x, w) + b[:, None]
@@ -67,14 +67,15 @@ def evaluate(
 @pytest.mark.parametrize("batching", ["vmap", "unroll"])
 @pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
 def test_accuracy_and_loss_are_means_over_all_samples(batching, batch_size):
-    # Of these batch sizes, 4 and 100 leave a last batch to be filled up.
+    # With batch sizes of 4 and 100, the last batch must be filled up.
     placement = place(N_AGENTS, jax.devices()[:1], batching)
     variables = agents()
     result = evaluate(placement, variables, batch_size)
     accuracy, loss = in_numpy(variables, np.arange(N_SAMPLES))
     np.testing.assert_allclose(result.accuracy, accuracy, rtol=1e-12)
     np.testing.assert_allclose(result.loss, loss, rtol=1e-5)
-    assert len(set(accuracy)) > 1  # or agents could be mixed up unseen
+    # With equal accuracies, the test would not notice agents in a wrong order.
+    assert len(set(accuracy)) > 1
 
 
 def test_only_the_given_samples_count(placement):
@@ -109,13 +110,13 @@ def test_evaluating_again_starts_from_nothing(placement):
     again = evaluator(placement.put(agents(0)))
     np.testing.assert_array_equal(again.accuracy, first.accuracy)
     np.testing.assert_array_equal(again.loss, first.loss)
-    assert len(traces) == n_traces  # and compiles nothing
+    assert len(traces) == n_traces  # nothing was compiled again
 
 
 def test_a_filled_up_entry_that_is_not_finite_counts_nowhere(placement):
     def forward_of_black(variables, inputs):
-        # A batch of 20 holds 11 samples, sample 0 first, and then copies of that.
-        first = (IMAGES[0].reshape(-1) - MEAN) / STD
+        # A batch of 20 holds 11 samples, followed by copies of sample 0.
+        first = (IMAGES[0].reshape(1, -1) - MEAN) / STD
         flat = inputs.reshape(len(inputs), -1)
         is_first = jnp.isclose(flat, jnp.asarray(first, flat.dtype)).all(axis=1)
         seen_before = jnp.cumsum(is_first) > 1
@@ -160,7 +161,7 @@ def test_two_camps_are_half_their_difference_away_from_the_mean():
 def test_at_consensus_the_distance_is_zero(placement):
     variables = agents()
     same = jax.tree.map(lambda x: np.stack([x[0]] * N_AGENTS), variables)
-    # Whatever running statistics do.
+    # The running statistics differ, but they do not count for the distance.
     same["batch_stats"] = variables["batch_stats"]
     assert evaluate(placement, same).consensus_distance == pytest.approx(0, abs=1e-6)
 
@@ -177,3 +178,15 @@ def test_the_distance_grows_with_the_disagreement_and_ignores_the_common_part(
     )
     assert shifted == pytest.approx(distance, rel=1e-5)
     assert twice == pytest.approx(2 * distance, rel=1e-6)
+
+
+def test_the_distance_of_complex_params_counts_both_their_parts(placement):
+    w = jnp.asarray(RNG.normal(size=(N_AGENTS, 2, 2, 2)), jnp.float32)
+    params = agents()["params"]
+    parts = {"params": {**params, "re": w[..., 0], "im": w[..., 1]}}
+    whole = {"params": {**params, "z": jax.lax.complex(w[..., 0], w[..., 1])}}
+    distance, expected = (
+        evaluate(placement, variables).consensus_distance
+        for variables in (whole, parts)
+    )
+    assert distance == pytest.approx(expected, rel=1e-6)

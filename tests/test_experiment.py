@@ -157,6 +157,7 @@ def test_who_is_away_learns_nothing_and_sends_nothing(tmp_path):
     partition = json.loads((tmp_path / "partition.json").read_text())
     assert np.shape(partition["counts"]) == (5, 10)
     assert np.sum(partition["counts"]) == 200
+    assert partition["classes"] == list("0123456789")
 
 
 @pytest.mark.parametrize(

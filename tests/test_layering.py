@@ -33,7 +33,8 @@ FLOORS = [
     ["arguments"],
     ["config"],
     ["experiment"],
-    ["_trainer"],
+    ["_trainer", "workdir"],
+    ["_pretrain"],
     ["train"],
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat_jax.ledger import Ledger, Messages
+from dimat_jax.network import Network
 from dimat_jax.topology import TOPOLOGIES, from_graph
 
 PARAMS = {
@@ -28,11 +29,24 @@ def of_size(size: int) -> dict:
     return {"params": jax.ShapeDtypeStruct((size,), jnp.uint8)}
 
 
-def record_round(ledger, messages, active_edges, **changed):
+def network(active_edges, present=None) -> Network:
+    """A network in which everyone is present. W does not matter to a ledger."""
+    everyone = np.ones(len(active_edges), bool)
+    present = everyone if present is None else present
+    return Network(np.eye(len(active_edges)), active_edges, present)
+
+
+def record_round(
+    ledger, messages, active_edges, *, present=None, edges=None, matching=None
+):
     """Everyone is there, and there are no other edges."""
-    present = np.ones(ledger.n_agents, bool)
-    what = {"present": present, "edges": active_edges, **changed}
-    ledger.record_round(messages, active_edges, **what)
+    edges = active_edges if edges is None else edges
+    ledger.record_round(messages, network(active_edges, present), edges, matching)
+
+
+def record_steps(ledger, messages, active_edges, times=1):
+    """Books steps that all have the same network."""
+    ledger.record_steps(messages, [network(active_edges)] * times)
 
 
 def assert_adds_up(ledger):
@@ -50,7 +64,7 @@ def test_an_exchange_is_one_round_with_each_neighbour(topology, n_agents):
     neighbours = n_agents - 1 if topology == "fully_connected" else min(2, n_agents - 1)
     adjacency = TOPOLOGIES[topology](n_agents)
     steps, rounds = Ledger(n_agents), Ledger(n_agents)
-    steps.record_steps(EVERY_STEP, adjacency)
+    record_steps(steps, EVERY_STEP, adjacency)
     record_round(rounds, EVERY_ROUND, adjacency)
     assert steps == rounds
     assert steps.comm_rounds == neighbours
@@ -68,14 +82,14 @@ def test_the_papers_rounds_are_counted():
         assert ledger.comm_rounds == rounds_per_epoch * 200
     # Gossip with every mini-batch.
     ledger = Ledger(5)
-    ledger.record_steps(EVERY_STEP, TOPOLOGIES["ring"](5), times=500)
+    record_steps(ledger, EVERY_STEP, TOPOLOGIES["ring"](5), times=500)
     assert ledger.comm_rounds == 500 * 2
     assert ledger.bytes_sent == 500 * 10 * MODEL_BYTES
 
 
 def test_on_an_irregular_graph_rounds_are_the_mean_over_agents():
     ledger = Ledger(4)
-    ledger.record_steps(EVERY_STEP, from_graph(nx.star_graph(3)))
+    record_steps(ledger, EVERY_STEP, from_graph(nx.star_graph(3)))
     assert ledger.comm_rounds == (3 + 1 + 1 + 1) / 4
     assert ledger.bytes_sent == 6 * MODEL_BYTES
 
@@ -83,7 +97,7 @@ def test_on_an_irregular_graph_rounds_are_the_mean_over_agents():
 def test_a_directed_edge_carries_one_message():
     cycle = from_graph(nx.cycle_graph(4, create_using=nx.DiGraph))
     ledger = Ledger(4)
-    ledger.record_steps(EVERY_STEP, cycle)
+    record_steps(ledger, EVERY_STEP, cycle)
     assert ledger.comm_rounds == 1
     assert ledger.bytes_sent == 4 * MODEL_BYTES
     # Agent 1 receives from agent 0, and sends nothing back.
@@ -93,7 +107,7 @@ def test_a_directed_edge_carries_one_message():
 def test_bytes_are_booked_by_kind():
     ledger = Ledger(3)
     messages = Messages(step={"params": PARAMS}, round=MODEL)
-    ledger.record_steps(messages, TOPOLOGIES["ring"](3), times=4)
+    record_steps(ledger, messages, TOPOLOGIES["ring"](3), times=4)
     record_round(ledger, messages, TOPOLOGIES["ring"](3))
     assert ledger.by_kind == {
         "params": 5 * 6 * PARAMS_BYTES,
@@ -105,7 +119,7 @@ def test_bytes_are_booked_by_kind():
 def test_other_messages_are_measured_anew():
     ledger, ring = Ledger(3), TOPOLOGIES["ring"](3)
     for size in (7, 100, 7):
-        ledger.record_steps(Messages(step=of_size(size)), ring)
+        record_steps(ledger, Messages(step=of_size(size)), ring)
     assert ledger.bytes_sent == 6 * (7 + 100 + 7)
 
 
@@ -114,7 +128,7 @@ def test_bytes_are_exact_python_ints_beyond_any_fixed_width():
     messages = Messages(step=large, round=large, server=large, whole=large)
     ledger, adjacency = Ledger(5), TOPOLOGIES["fully_connected"](5)
     for _ in range(3):
-        ledger.record_steps(messages, adjacency, times=7)
+        record_steps(ledger, messages, adjacency, times=7)
     record_round(ledger, messages, adjacency)
     assert type(ledger.bytes_sent) is int
     assert ledger.bytes_sent == (3 * 7 * 20 + 20 + 2 * 5) * 2**62
@@ -128,19 +142,33 @@ def test_bytes_are_exact_python_ints_beyond_any_fixed_width():
 )
 def test_nothing_is_booked_where_nothing_is_sent(messages):
     ledger, adjacency = Ledger(5), TOPOLOGIES["fully_connected"](5)
-    ledger.record_steps(messages, adjacency, times=10)
+    record_steps(ledger, messages, adjacency, times=10)
     record_round(ledger, messages, adjacency)
     assert ledger == Ledger(5)
 
 
+def test_steps_are_booked_alike_one_by_one_and_together():
+    """By their edges, whether or not two steps have the same network object."""
+    ring, pair = TOPOLOGIES["ring"](4), from_graph(nx.path_graph(4))
+    networks = [network(edges) for edges in (ring, pair, ring)]
+    networks += [networks[0], networks[1], networks[0]]
+    together, one_by_one = Ledger(4), Ledger(4)
+    together.record_steps(EVERY_STEP, networks)
+    for step in networks:
+        one_by_one.record_steps(EVERY_STEP, [step])
+    assert together == one_by_one
+    assert together.exchanges == 4 * 8 + 2 * 6
+    assert list(together.by_kind) == list(one_by_one.by_kind)
+
+
 def test_nothing_is_booked_where_nobody_listens():
     ledger = Ledger(5)
-    ledger.record_steps(EVERY_STEP, TOPOLOGIES["disconnected"](5))
-    ledger.record_steps(EVERY_STEP, TOPOLOGIES["ring"](5), times=0)
+    record_steps(ledger, EVERY_STEP, TOPOLOGIES["disconnected"](5))
+    record_steps(ledger, EVERY_STEP, TOPOLOGIES["ring"](5), times=0)
     record_round(ledger, EVERY_ROUND, TOPOLOGIES["disconnected"](5))
     assert (ledger.bytes_sent, ledger.comm_rounds) == (0, 0)
     alone = Ledger(1)
-    alone.record_steps(EVERY_STEP, TOPOLOGIES["fully_connected"](1))
+    record_steps(alone, EVERY_STEP, TOPOLOGIES["fully_connected"](1))
     assert (alone.bytes_sent, alone.comm_rounds) == (0, 0)
 
 
@@ -149,8 +177,8 @@ def test_slots_that_fill_up_devices_send_nothing():
     padded = np.pad(adjacency, (0, 5))
     messages = Messages(step=MODEL, round=MODEL, server=MODEL, whole=MODEL)
     ledger, filled_up = Ledger(3), Ledger(3)
-    ledger.record_steps(messages, adjacency)
-    filled_up.record_steps(messages, padded)
+    record_steps(ledger, messages, adjacency)
+    record_steps(filled_up, messages, padded)
     matching = np.full((8, 8), 5)
     record_round(ledger, messages, adjacency, matching=matching[:3, :3])
     record_round(
@@ -300,8 +328,8 @@ def ledgers(draw) -> Ledger:
         lost = rng.random(edges.shape) < 0.3
         active = edges & present & present[:, None] & ~lost
         matching = rng.integers(0, 2**62, edges.shape) * active
-        ledger.record_round(messages, active, present, edges, matching)
-        ledger.record_steps(messages, active, times=int(rng.integers(3)))
+        ledger.record_round(messages, network(active, present), edges, matching)
+        record_steps(ledger, messages, active, times=int(rng.integers(3)))
     return ledger
 
 

@@ -52,7 +52,7 @@ def test_an_average_is_the_weighted_mean_of_every_real_leaf():
 
 
 def test_an_average_is_taken_in_float32():
-    # In bfloat16, 256 + 1 is 256: each addition would lose its term.
+    # In bfloat16, 256 + 1 is 256, so each addition would lose its term.
     models = [{"x": jnp.asarray(x, jnp.bfloat16)} for x in (768, 3, 3, 3, 3, 3)]
     exact = jnp.asarray((768 + 15) / 6, jnp.bfloat16)
     assert merge.average(models)["x"] == exact
@@ -120,6 +120,13 @@ def test_the_ends_of_the_line_are_the_models_themselves():
     np.testing.assert_allclose(between, expected, rtol=1e-6)
 
 
+def test_complex_leaves_are_averaged_with_both_their_parts():
+    a, b = np.array([[1 + 2j, -3j], [4, 0.5 - 1j]], np.complex64)
+    mean = merge.average([{"w": a}, {"w": b}], [3, 1])["w"]
+    assert mean.dtype == np.complex64
+    np.testing.assert_allclose(mean, 0.75 * a + 0.25 * b, rtol=1e-6)
+
+
 @pytest.mark.parametrize("t", [-0.1, 1.1, np.nan])
 def test_there_is_no_line_beyond_its_ends(t):
     with pytest.raises(UserError, match="0 <= t <= 1"):
@@ -130,7 +137,7 @@ def test_there_is_no_line_beyond_its_ends(t):
 
 
 class Trained(NamedTuple):
-    """Two networks of one kind, trained on digits from different seeds."""
+    """Two networks of one architecture, trained on digits from different seeds."""
 
     module: nn.Module
     spec: permutation.PermutationSpec
@@ -306,10 +313,11 @@ SEVERAL = {
 
 
 @cache
-def fresh(name: str, n_models: int) -> tuple[Any, list[PyTree], np.ndarray]:
-    """The moments' function of an architecture, networks of it, and inputs."""
+def fresh(name: str, n_models: int) -> tuple[Any, list[PyTree], jax.Array]:
+    """The function of an architecture that measures moments, networks, and inputs."""
     module = SEVERAL[name]
-    inputs = np.random.default_rng(1).normal(size=(12, 8, 8, 1)).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=(12, 8, 8, 1))
+    inputs = jnp.asarray(noise, jnp.float32)
     shapes = jax.eval_shape(
         lambda key: classifier.init(module, key, inputs), jax.random.key(0)
     )
@@ -403,7 +411,7 @@ def test_dead_units_leave_no_nan(dead):
     for path, leaf in flatten(repaired).items():
         assert np.isfinite(leaf).all(), path
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(repaired)) < 100
-    # Its mean is what the models have, whether or not it can be made to vary.
+    # The unit's mean is that of the models, even if the unit cannot be made to vary.
     target = np.mean([moments(m, inputs)["params/hidden0"].mean[0] for m in models])
     seen = moments(repaired, inputs)["params/hidden0"]
     assert seen.mean[0] == pytest.approx(float(target), abs=1e-5)
@@ -447,7 +455,7 @@ def test_a_deep_network_without_norm_is_worth_more_repaired():
 
 
 def on_a_hill(x: PyTree) -> tuple[float, float]:
-    """A loss of 3 at 0, of 1 at 1, and a bump of 4 t (1 - t) over the chord."""
+    """A loss of 3 at t = 0 and of 1 at t = 1, with a bump of 4 t (1 - t) between."""
     t = float(x["t"])
     return 3 - 2 * t + 4 * t * (1 - t), t
 

@@ -63,7 +63,7 @@ def test_a_heavy_ball_keeps_the_rate_at_which_it_learnt():
     """v <- beta v - alpha g (Polyak 1964): unlike optax's, that scales v by alpha."""
 
     def rate(step):
-        return RATE * 0.5**step
+        return RATE * 0.5 ** jnp.asarray(step, jnp.float32)
 
     params, velocity = PARAMS, jax.tree.map(jnp.zeros_like, PARAMS)
     for step in range(N_STEPS):

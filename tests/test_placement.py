@@ -1,8 +1,8 @@
-"""Placement on 1, 2 and 5 host devices.
+"""Tests placement on 1, 2 and 5 host devices.
 
-JAX fixes the number of host devices when it starts. So this file is also a program:
-with a number of devices it computes, in a process of its own, all that the tests
-compare, and saves it.
+JAX fixes the number of host devices when it starts. So this file is also a program. It
+runs in a process of its own with a given number of devices, computes the results that
+the tests compare, and saves them.
 """
 
 import os
@@ -27,14 +27,22 @@ from dimat_jax.data.sources import Split
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix, uniform
-from dimat_jax.network import Network, static
+from dimat_jax.network import Links, Network
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.placement import Batching, Placement, place, request_cpu_devices
+from dimat_jax.placement import (
+    Batching,
+    Placement,
+    PlacementError,
+    place,
+    request_cpu_devices,
+)
 from dimat_jax.topology import TOPOLOGIES
 
 ROOT = Path(__file__).parents[1]
 N_AGENTS = 5
-DEVICES = [1, 2, 5]  # five agents on one, with a slot too many, and with one each
+# Five agents share one device, share two devices with a slot left over, or have a
+# device each.
+DEVICES = [1, 2, 5]
 BATCHINGS: list[Batching] = ["vmap", "unroll"]
 N_STEPS = 20
 
@@ -87,7 +95,7 @@ def loss(variables: dict, batch: Batch, key):
 
 
 def training_batch(step: int) -> Batch:
-    """Everyone's batch; agent 4 idles in every third step, agent 3 has half a one."""
+    """The agents' batch. Agent 4 idles in each third step; agent 3 has half a batch."""
     rng = np.random.default_rng([1, step])
     mask = np.ones((N_AGENTS, 6), bool)
     mask[3, 3:] = False
@@ -102,7 +110,7 @@ def training_batch(step: int) -> Batch:
 
 
 def trained(placement: Placement) -> tuple[dict, np.ndarray]:
-    """Variables and the last losses of `local` after some steps."""
+    """The variables and the last losses after some steps of `local`."""
     task = Task(loss, PermutationSpec({}))
     algorithm = local(task, optax.sgd(0.1, momentum=0.9), placement)
     initial = [init_cnn(jax.random.key(agent)) for agent in range(N_AGENTS)]
@@ -122,7 +130,7 @@ def trained(placement: Placement) -> tuple[dict, np.ndarray]:
 
 def ring_network(placement: Placement) -> Network:
     adjacency = TOPOLOGIES["ring"](N_AGENTS)
-    return static(uniform(adjacency), adjacency, placement.slots)
+    return Links(adjacency, uniform).at_round(1, placement.slots)
 
 
 def evaluation_samples(placement: Placement):
@@ -134,7 +142,7 @@ def evaluation_samples(placement: Placement):
 
 
 def compute(placement: Placement) -> dict[str, np.ndarray]:
-    """What must not depend on where the agents live."""
+    """Computes results that must not depend on the placement of the agents."""
     lifted = placement.per_agent(one_agent, in_axes=(0, None, 0))
     keys = placement.keys(jax.random.key(3))
     stacked = placement.put(STACKED)
@@ -169,7 +177,7 @@ def compute(placement: Placement) -> dict[str, np.ndarray]:
 def compute_all(n_devices: int, out: str) -> None:
     request_cpu_devices(n_devices)
     assert jax.device_count() == n_devices
-    assert place(2).mesh.size == min(2, n_devices)  # never more devices than agents
+    assert place(2).mesh.size == min(2, n_devices)  # at most one device for each agent
     results = {}
     for batching in BATCHINGS:
         placement = place(N_AGENTS, batching=batching)
@@ -181,7 +189,7 @@ def compute_all(n_devices: int, out: str) -> None:
 def run_alone(
     command: list[str], timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs Python in a process of its own, with nothing said about threads."""
+    """Runs Python in a process of its own, without a setting for threads."""
     inherited = {k: v for k, v in os.environ.items() if k != "PJRT_NPROC"}
     return subprocess.run(
         [sys.executable, *command],
@@ -198,7 +206,7 @@ Results = Callable[[int, str], dict[str, np.ndarray]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """`results(n_devices, batching)`: what `compute` gives there."""
+    """Returns `results(n_devices, batching)`, the results of `compute` with these."""
     saved: dict[int, Any] = {}
 
     def of(n_devices: int, batching: str) -> dict[str, np.ndarray]:
@@ -298,7 +306,7 @@ def test_evaluation_is_of_the_agents_alone(results, n_devices, batching):
     )
 
 
-# What holds on any number of devices is tested on this process's own
+# Properties of every placement, tested on this process's own devices
 
 
 @pytest.fixture(params=BATCHINGS)
@@ -319,6 +327,21 @@ def test_an_argument_shared_by_all_gives_everyone_the_same(placement, in_axes):
     np.testing.assert_array_equal(squares, [[0, 1]] * 3)
 
 
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("in_axes", [1, -1, True, (0, 1), (0, (0, None)), "0", 0.0])
+def test_agents_are_stacked_on_leading_axes_alone(placement, in_axes):
+    with pytest.raises(PlacementError, match="each entry of in_axes is 0 .* or None"):
+        placement.per_agent(lambda x, y: x + y, in_axes)
+
+
+def test_every_argument_has_its_axis(placement):
+    x = np.ones((3, 2), np.float32)
+    for in_axes in [(), (0,), (0, None, 0)]:
+        lifted = placement.per_agent(lambda x, y: x + y, in_axes)
+        with pytest.raises(PlacementError, match=f"{len(in_axes)} entries for 2 arg"):
+            lifted(x, x)
+
+
 def test_per_agent_can_be_differentiated(placement):
     x = np.arange(6, dtype=np.float32).reshape(3, 2)
     lifted = placement.per_agent(lambda x: (x**3).sum())
@@ -331,7 +354,7 @@ def test_gather_gives_arrays_that_no_later_step_overwrites(placement):
     assert not np.shares_memory(gathered, np.asarray(stacked))
     jax.jit(lambda x: x + 1, donate_argnums=0)(stacked)
     np.testing.assert_array_equal(gathered, [0, 1, 2])
-    gathered[0] = 5  # and that may be written to
+    gathered[0] = 5  # the array may be written to
 
 
 def test_replicated_trees_keep_shapes_and_dtypes(placement):
@@ -357,6 +380,7 @@ def test_there_must_be_an_agent():
         place(0)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_batching_is_one_of_three():
     assert get_args(Batching) == ("auto", "vmap", "unroll")
     other: Any = "scan"
@@ -368,7 +392,7 @@ def test_batching_is_one_of_three():
 
 
 def gather_activations() -> None:
-    """Forwards, and all-gathers of what they give, dispatched without waiting."""
+    """Dispatches forward passes and all-gathers of their results without waiting."""
     request_cpu_devices(N_AGENTS)
     placement = place(N_AGENTS)
     rng = np.random.default_rng(0)
@@ -392,7 +416,7 @@ def gather_activations() -> None:
     for lowered in (in_one.lower(kernel, inputs), then.lower(first(kernel, inputs))):
         assert "all-gather" in str(lowered.compile().as_text())
     jax.block_until_ready([in_one(kernel, inputs) for _ in range(10)])
-    # Two programs are what it takes to deadlock: with 9 threads this does.
+    # A deadlock takes two programs: with 9 threads these two do deadlock.
     jax.block_until_ready([then(first(kernel, inputs)) for _ in range(100)])
     print("came through")
 
@@ -404,7 +428,7 @@ def test_collectives_of_more_devices_than_cores_do_not_deadlock():
 
 @pytest.fixture
 def requested(monkeypatch) -> list[tuple[str, Any]]:
-    """What would have been requested of a JAX that has not started yet."""
+    """Records the settings of `request_cpu_devices`, as if JAX had not started."""
     calls: list[tuple[str, Any]] = []
     config = SimpleNamespace(update=lambda *change: calls.append(change))
     monkeypatch.setattr(placement_module, "jax", SimpleNamespace(config=config))
@@ -416,7 +440,7 @@ def requested(monkeypatch) -> list[tuple[str, Any]]:
     [
         (2, "", "10"),
         (9, "", "10"),
-        (10, "", ""),  # enough already
+        (10, "", ""),  # the pool is large enough
         (2, "16", "16"),
         (64, "3", "10"),
     ],
@@ -451,7 +475,7 @@ def host_devices(n: int, process: int = 0) -> list[Any]:
 @pytest.mark.parametrize(("cores", "nproc"), [(9, ""), (64, "9"), (2, "")])
 def test_host_devices_that_would_deadlock_are_refused(monkeypatch, cores, nproc):
     monkeypatch.setenv("PJRT_NPROC", nproc)
-    # A process confined to some cores of a large machine.
+    # The process may use only some cores of a large machine.
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     message = (
@@ -462,11 +486,12 @@ def test_host_devices_that_would_deadlock_are_refused(monkeypatch, cores, nproc)
         place(5, host_devices(5))
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_host_devices_with_threads_enough_are_accepted(monkeypatch):
     monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: shape)
     monkeypatch.setenv("PJRT_NPROC", "10")
     assert place(5, host_devices(5)).mesh == (5,)
-    # Every process has a pool of its own.
+    # Every process has its own pool of threads.
     devices = host_devices(5) + host_devices(5, process=1)
     assert place(10, devices).mesh == (10,)
     # A single device takes part in no collective.

@@ -16,7 +16,9 @@ from dimat_jax._trainer import Trainer
 from dimat_jax.config import ConfigError, default_config
 from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.experiment import Experiment
+from dimat_jax.ledger import Ledger
 from dimat_jax.models import mlp
+from dimat_jax.workdir import Results
 
 
 def small(algorithm: str = "dimat", **changes):
@@ -141,6 +143,89 @@ def test_an_interrupted_run_resumes_with_the_same_results(
     assert without_times(read_rows(tmp_path)) == without_times(read_rows(finished))
     # It went on, and did not begin again.
     assert "going on after local step" in lines[0] or evaluations == 1
+
+
+class _Watched(Experiment):
+    """An experiment that notes when its agents communicate, and are evaluated."""
+
+    events: list[str] = []
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.algorithm = self.algorithm._replace(
+            communicate=noting(self.events, "communicate", self.algorithm.communicate)
+        )
+        self.__dict__["evaluator"] = noting(self.events, "evaluate", self.evaluator)
+
+
+def noting(events: list[str], name: str, function: Any) -> Any:
+    """The function, which appends its name to some events when it is called."""
+
+    def wrapped(*args, **kwargs):
+        events.append(name)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """What a run does, in order."""
+    events = _Watched.events = []
+    monkeypatch.setattr(train, "Experiment", _Watched)
+    for owner, name in (
+        (Trainer, "train"),
+        (Ledger, "record_round"),
+        (Ledger, "record_steps"),
+        (Results, "write"),
+        (Results, "save"),
+    ):
+        monkeypatch.setattr(owner, name, noting(events, name, getattr(owner, name)))
+    return events
+
+
+def test_a_round_communicates_trains_books_both_and_is_saved(tmp_path, events):
+    train.run(small("wa"), tmp_path, quiet)
+    alone = ["train", "save", "train", "save", "train", "evaluate", "write", "save"]
+    one_round = [
+        "communicate",
+        "record_round",
+        "evaluate",
+        "write",
+        "train",
+        "record_steps",
+        "evaluate",
+        "write",
+        "save",
+    ]
+    assert events == alone + 2 * one_round
+
+
+def test_rounds_in_between_are_neither_evaluated_nor_saved(tmp_path, events):
+    config = small("wa", rounds=3, eval__every=2, checkpoint__every=2)
+    config.pretrain.epochs = 0
+    train.run(config, tmp_path, quiet)
+    rounds = " ".join(events).split("communicate")
+    evaluated = "record_round evaluate write train record_steps evaluate write save"
+    assert [" ".join(part.split()) for part in rounds] == [
+        "evaluate write save",
+        "record_round train record_steps",
+        evaluated,
+        evaluated,  # The last round always is.
+    ]
+
+
+def test_agents_that_do_not_communicate_are_evaluated_once_between_trainings(
+    tmp_path, events
+):
+    """And never by an evaluation that is older than their last steps."""
+    train.run(small("local", rounds=4, eval__every=3), tmp_path, quiet)
+    rows = read_rows(tmp_path)
+    assert [row["round"] for row in rows] == [0, 3, 3, 4, 4]
+    # Of round 4 "merged" shows what "trained" showed in round 3.
+    assert events.count("evaluate") == 4 and events.count("write") == 5
+    losses = [row["test_loss"] for row in rows]
+    assert losses[0] != losses[1] != losses[2] == losses[3] != losses[4]
 
 
 def test_the_number_of_devices_changes_nothing(tmp_path, finished):
@@ -337,10 +422,8 @@ def test_the_training_step_compiles_once():
     )
     state = algorithm.init(experiment.initial_variables())
 
-    def network_at(step):
-        return experiment.network_at_step(step, 1)
-
-    state, _ = trainer.train(state, 0, 3, network_at)
+    networks = [experiment.network_at_step(step, 1) for step in range(3)]
+    state, _ = trainer.train(state, 0, networks)
     for number in (1, 2):
         state, _ = algorithm.communicate(
             state,
@@ -348,7 +431,7 @@ def test_the_training_step_compiles_once():
             experiment.network_at_round(number),
             experiment.key("communicate"),
         )
-        state, _ = trainer.train(state, 3 * number, 3, network_at)
+        state, _ = trainer.train(state, 3 * number, networks)
     step: Any = trainer._step
     assert step._cache_size() == 1
 
@@ -370,9 +453,8 @@ def test_agents_with_small_shards_follow_the_schedule_of_all(tmp_path):
     )
     state = experiment.algorithm.init(experiment.initial_variables())
     steps = experiment.sampler.steps_per_epoch
-    state, _ = trainer.train(
-        state, 0, steps, lambda step: experiment.network_at_step(step, 1)
-    )
+    networks = [experiment.network_at_step(step, 1) for step in range(steps)]
+    state, _ = trainer.train(state, 0, networks)
     clocks = optax.tree.get(
         state, "count", filtering=lambda path, _: "ScaleBySchedule" in str(path)
     )

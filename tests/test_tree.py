@@ -19,7 +19,7 @@ class Pair(NamedTuple):
 
 @flax.struct.dataclass
 class Layer:
-    """As an Equinox module: its leaves are attributes."""
+    """A layer whose leaves are attributes, as those of an Equinox module."""
 
     weight: Any
     bias: Any

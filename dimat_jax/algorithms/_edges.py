@@ -7,7 +7,7 @@ matching i with j inverted, half of them will do.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,7 @@ def waves(edges: Edges, slots: int) -> list[Pairs]:
     return result
 
 
+@runtime_checkable
 class Matcher(Protocol):
     """Matches stacked agents along edges."""
 

@@ -108,7 +108,7 @@ def cga(
         ]
         crossed = [exchange.answers(returned, k) for k in slots]
         # Who has no examples has no objections, and nothing to send.
-        answering = network.active_edges & batch.mask.any(axis=1)
+        answering = network.active_edges & batch.mask.any(axis=1)[None, :]
         residuals = [state.memory[name] for name in state.memory]
         direction, lost = aggregate(
             own.grads,
@@ -154,7 +154,8 @@ def project(
     """
     flat, unravel = ravel_pytree(own)
     rows = [flat, *(ravel_pytree(other)[0] for other in others)]
-    G = jnp.stack(rows) * jnp.concatenate([jnp.ones(1), active])[:, None]
+    counts = jnp.concatenate([jnp.ones(1), active.astype(jnp.float32)])
+    G = jnp.stack(rows) * counts[:, None]
     # Directions alone matter to the constraints, and their span to the solver.
     lengths = jnp.linalg.norm(G, axis=1, keepdims=True)
     Q, R = jnp.linalg.qr((G / jnp.where(lengths > 0, lengths, 1)).T)
@@ -162,7 +163,9 @@ def project(
     return unravel(flat + lengths[0] * (Q @ (R @ _non_negative(R, target))))
 
 
-def _non_negative(A: Float[Array, "n n"], b: Float[Array, " n"]) -> Float[Array, " n"]:
+def _non_negative(
+    A: Float[Array, "rows n"], b: Float[Array, " rows"]
+) -> Float[Array, " n"]:
     """The u >= 0 that minimises |A u - b|, for columns of A of length 0 or 1.
 
     A first-order solver hardly moves where columns are nearly collinear, as gradients
@@ -177,16 +180,17 @@ def _non_negative(A: Float[Array, "n n"], b: Float[Array, " n"]) -> Float[Array,
 
     def exchange(_, state):
         support, best, fewest, patience = state
-        u = jnp.linalg.lstsq(A * support, b)[0] * support
+        allowed = support.astype(A.dtype)
+        u = jnp.linalg.lstsq(A * allowed[None, :], b)[0] * allowed
         wrong = wrong_about(support, u)
         count = wrong.sum()
         # All at once, as long as that helps; else the last one, which cannot cycle.
         patience = jnp.where(count < fewest, _PATIENCE, patience - 1)
         last = jnp.cumsum(wrong) == count
         flipped = wrong & ((patience > 0) | last)
-        allowed = jnp.maximum(u, 0)
-        better = jnp.linalg.norm(A @ allowed - b) < jnp.linalg.norm(A @ best - b)
-        best = jnp.where(better, allowed, best)
+        positive = jnp.maximum(u, 0)
+        better = jnp.linalg.norm(A @ positive - b) < jnp.linalg.norm(A @ best - b)
+        best = jnp.where(better, positive, best)
         return support ^ flipped, best, jnp.minimum(count, fewest), patience
 
     start = optax.nnls(A, b, _ITERATIONS)

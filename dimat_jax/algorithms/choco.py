@@ -157,7 +157,7 @@ def _by_edge(
         known = tell(params, memory, active, keys)
         answers = [known[name] for name in names]
         heard = [exchange.answers(answers, k) for k in range(len(names))]
-        weights = exchange.weights(network.W) * active
+        weights = exchange.weights(network.W) * active.astype(network.W.dtype)
         return meet(params, known, heard, weights), known
 
     return gossip

@@ -74,7 +74,7 @@ def dsgt(
     @partial(jax.jit, out_shardings=placement.sharding)
     def meet(state: MemoryState, present):
         agents = present[: placement.n_agents]
-        others = (state.marks["company"] != agents).any(axis=1)
+        others = (state.marks["company"] != agents[None, :]).any(axis=1)
         changed = (others & present).any()
         tracker = jax.tree.map(
             lambda y, g: jnp.where(changed, g, y),

@@ -45,7 +45,9 @@ def fedavg(
     """
     held = jnp.zeros(placement.slots)
     held = held.at[: placement.n_agents].set(
-        jnp.ones(placement.n_agents) if examples is None else jnp.asarray(examples)
+        jnp.ones(placement.n_agents)
+        if examples is None
+        else jnp.asarray(examples, jnp.float32)
     )
 
     alone = local(task, tx, placement)
@@ -57,7 +59,7 @@ def fedavg(
         shares = jnp.where(present & (turn == latest), held, 0)
         shares = shares / jnp.maximum(shares.sum(), 1)
         # Who is away hears nothing, and keeps what it has.
-        W = jnp.where(present[:, None], shares, jnp.eye(placement.slots))
+        W = jnp.where(present[:, None], shares[None, :], jnp.eye(placement.slots))
         variables = mix(W, state.local.variables)
         return state._replace(
             local=alone.with_variables(state.local, variables),

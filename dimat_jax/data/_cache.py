@@ -1,4 +1,4 @@
-"""Decoded data sets, kept on disk: decoding takes seconds to minutes, mapping none."""
+"""Keeps decoded data sets on disk, because decoding takes seconds to minutes."""
 
 import hashlib
 import os
@@ -12,14 +12,28 @@ from absl import logging
 
 from dimat_jax.data._dataset import Dataset, Split, mean_std
 
-__all__ = ["cached", "user_cache"]
+__all__ = ["Decoded", "cached", "user_cache"]
 
-_FORMAT = "1"  # to be changed with what the cache stores
-_FIELDS = "train_images train_labels test_images test_labels n_classes mean std".split()
+# The version of the cache. Change it whenever the stored arrays change.
+_FORMAT = "2"
+# The names of the stored arrays.
+_FIELDS = (
+    "train_images",
+    "train_labels",
+    "test_images",
+    "test_labels",
+    "n_classes",
+    "mean",
+    "std",
+    "class_names",  # This array is empty if the names are not known.
+)
+
+Decoded = tuple[Split, Split, int, tuple[str, ...] | None]
+"""The training split, the test split, the number of classes and the classes' names."""
 
 
 def user_cache() -> Path:
-    """Where this user's caches are: `$XDG_CACHE_HOME` or `~/.cache`, then dimat_jax."""
+    """The folder of the user's caches: dimat_jax in `$XDG_CACHE_HOME` or `~/.cache`."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return home / "dimat_jax"
 
@@ -29,18 +43,18 @@ def cached(
     root: Path,
     files: Sequence[Path],
     cache_dir: str | None,
-    decode: Callable[[], tuple[Split, Split, int]],
+    decode: Callable[[], Decoded],
 ) -> Dataset:
-    """What `decode()` gives, or gave when it last saw the same files.
+    """Returns a data set from the cache, or decodes it and stores it in the cache.
 
     Args:
-        name: the data set's.
-        root: a folder that holds all files. Files are known by their paths below it,
-            sizes and times, so that `root` may move.
-        files: what is decoded.
-        cache_dir: where arrays are kept; None means `user_cache()`. If it cannot be
-            written, a warning is logged.
-        decode: gives the training split, the test split and the number of classes.
+        name: the name of the data set.
+        root: a folder that holds all files. Files are identified by their paths below
+            `root`, their sizes and their times, so `root` itself may be moved.
+        files: the files that are decoded. If one changes, they are decoded again.
+        cache_dir: the folder of the cache; None means `user_cache()`. If nothing can be
+            written there, a warning is logged.
+        decode: decodes the files.
     """
     digest = hashlib.sha256(_FORMAT.encode())
     for file in files:
@@ -53,22 +67,26 @@ def cached(
     arrays = _read(folder)
     if arrays is None:
         logging.info("Decoding %s, to be kept in %s", name, folder)
-        train, test, n_classes = decode()
-        stored = [*train, *test, np.array(n_classes), *mean_std(train.images)]
+        train, test, n_classes, names = decode()
+        mean, std = mean_std(train.images)
+        names = np.array(names or (), np.str_)
+        stored = [*train, *test, np.array(n_classes), mean, std, names]
         try:
             _write(folder, stored)
         except OSError as error:
             logging.warning("Cannot keep the decoded %s: %s", name, error)
             arrays = stored
-        else:  # mapped arrays cost no memory, and processes share them
+        else:
+            # Mapped arrays need no memory of their own, and processes share them.
             arrays = _read(folder) or stored
-    *splits, n_classes, mean, std = arrays
+    *splits, n_classes, mean, std, names = arrays
     train, test = Split(*splits[:2]), Split(*splits[2:])
-    return Dataset(name, train, test, int(n_classes), mean, std)
+    class_names = tuple(names.tolist()) or None
+    return Dataset(name, train, test, int(n_classes), mean, std, class_names)
 
 
 def _read(folder: Path) -> list[np.ndarray] | None:
-    """The stored arrays, mapped read-only; an unreadable folder is removed."""
+    """Maps the stored arrays read-only. Removes the folder if it cannot be read."""
     try:
         if not folder.exists():
             return None
@@ -76,13 +94,14 @@ def _read(folder: Path) -> list[np.ndarray] | None:
             np.asarray(np.load(folder / f"{field}.npy", mmap_mode="r"))
             for field in _FIELDS
         ]
-    except Exception as error:  # damage makes NumPy raise nearly anything
+    except Exception as error:  # a damaged file can make NumPy raise any error
         logging.warning("Discarding %s, which is unreadable: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
 def _write(folder: Path, arrays: Sequence[np.ndarray]) -> None:
+    """Stores arrays in a folder that appears only when it is complete."""
     partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     partial.mkdir(parents=True)
     try:
@@ -90,11 +109,13 @@ def _write(folder: Path, arrays: Sequence[np.ndarray]) -> None:
             with open(partial / f"{field}.npy", "wb") as file:
                 np.save(file, array)
                 file.flush()
-                os.fsync(file.fileno())  # or a power cut leaves plausible zeros
+                # Without fsync, a power failure could leave a file full of zeros.
+                os.fsync(file.fileno())
         try:
             os.replace(partial, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster, and as good
+            # The folder exists if another process has just stored the same arrays.
+            if not folder.is_dir():
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, as TensorFlow Datasets prepares them (array_record)."""
+"""Reads CIFAR-10 and CIFAR-100 as prepared by TensorFlow Datasets (array_record)."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dimat_jax.data._cache import cached
+from dimat_jax.data._cache import Decoded, cached
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
@@ -22,17 +22,17 @@ __all__ = ["read"]
 def read(
     directory: str | None, cache_dir: str | None, *, name: str, n_classes: int
 ) -> Dataset:
-    """Reads the newest prepared version; never downloads.
+    """Reads the newest prepared version of a data set. It never downloads.
 
     Args:
-        directory: tfds's data directory; None means `$TFDS_DATA_DIR` or
+        directory: the data directory of tfds; None means `$TFDS_DATA_DIR` or
             `~/tensorflow_datasets`.
-        cache_dir: as of `cached`.
-        name: tfds's name of the data set.
-        n_classes: how many classes it has.
+        cache_dir: the folder of the cache, as for `cached`.
+        name: the name of the data set in tfds.
+        n_classes: the number of its classes.
 
     Raises:
-        DataError: the data are not there, or damaged.
+        DataError: the data are missing or damaged.
     """
     data_dir = directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = Path(data_dir).expanduser() / name
@@ -55,19 +55,36 @@ def read(
                 f"{name}: no {folder}/{name}-{split}.array_record*; {prepare}"
             )
 
-    def decode() -> tuple[Split, Split, int]:
-        return _decode_split(folder, "train"), _decode_split(folder, "test"), n_classes
+    names = folder / "label.labels.txt"
 
-    return cached(name, root, files, cache_dir, decode)
+    def decode() -> Decoded:
+        return (
+            _decode_split(folder, "train"),
+            _decode_split(folder, "test"),
+            n_classes,
+            _class_names(names, n_classes),
+        )
+
+    sources = [*files, *filter(Path.is_file, [names])]
+    return cached(name, root, sources, cache_dir, decode)
+
+
+def _class_names(path: Path, n_classes: int) -> tuple[str, ...] | None:
+    """The names of the labels, one a line, as tfds stores them beside the records."""
+    if not path.is_file():
+        return None
+    names = tuple(path.read_text().strip().splitlines())
+    return names if len(names) == n_classes else None
 
 
 def _decode_split(folder: Path, split: str) -> Split:
-    import tensorflow_datasets as tfds  # here, since a cache hit does without it
+    # This import is slow, and reading from the cache does not need it.
+    import tensorflow_datasets as tfds
 
     try:
         # Unlike `tfds.data_source`, this cannot start a download.
         builder: Any = tfds.builder_from_directory(folder)
-        # Decoding with Pillow directly takes half as long as through tfds.
+        # Decoding with Pillow directly takes half as long as decoding through tfds.
         records = builder.as_data_source(
             split=split, decoders={"image": tfds.decode.SkipDecoding()}
         )

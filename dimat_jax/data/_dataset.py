@@ -1,4 +1,4 @@
-"""What a data set is, and how decoded images become one."""
+"""Data sets, and how they are made from decoded images."""
 
 import io
 from typing import NamedTuple
@@ -13,7 +13,12 @@ __all__ = ["DataError", "Dataset", "Split", "decode_image", "make_split", "mean_
 
 
 class Split(NamedTuple):
-    """Images and their classes, from 0; the arrays are read-only."""
+    """A part of a data set. Its arrays are read-only.
+
+    Attributes:
+        images: the pixels as stored.
+        labels: the classes of the images, counted from 0.
+    """
 
     images: UInt8[np.ndarray, "samples height width channels"]
     labels: Int32[np.ndarray, " samples"]
@@ -22,8 +27,15 @@ class Split(NamedTuple):
 class Dataset(NamedTuple):
     """A data set with the statistics that normalise it.
 
-    `mean` and `std` are those of the full training split, in the units of the stored
-    pixels: 0 to 255, or 0 to 16 for the digits.
+    Attributes:
+        name: the name of the data set.
+        train: the images for training.
+        test: the images for testing.
+        n_classes: the number of classes.
+        mean: the mean of each channel over the full training split, in the units of the
+            stored pixels: 0 to 255, or 0 to 16 for the digits.
+        std: the standard deviation of each channel, as `mean`.
+        class_names: the name of each class; None if the source does not have them.
     """
 
     name: str
@@ -32,19 +44,22 @@ class Dataset(NamedTuple):
     n_classes: int
     mean: Float32[np.ndarray, " channels"]
     std: Float32[np.ndarray, " channels"]
+    class_names: tuple[str, ...] | None = None
 
 
 class DataError(UserError):
-    """A data set that is unknown, missing, malformed or too small."""
+    """A data set is unknown, missing, malformed or too small."""
 
 
 def make_split(images: np.ndarray, labels: Int[np.ndarray, " samples"]) -> Split:
-    """A split of these pixels (0 to 255) and classes, whatever their dtypes.
+    """Makes a split of pixels (0 to 255) and classes of any dtypes.
 
-    `images`, where uint8 already, is not copied but becomes read-only itself.
+    If `images` is uint8 already, it is not copied but becomes read-only itself.
     """
     split = Split(images.astype(np.uint8, copy=False), labels.astype(np.int32))
-    for array in split:  # as the cache's are: a write must not fail only sometimes
+    # Arrays from the cache are read-only. So these are, too: otherwise a write would
+    # fail only if the cache was used.
+    for array in split:
         array.flags.writeable = False
     return split
 
@@ -52,13 +67,15 @@ def make_split(images: np.ndarray, labels: Int[np.ndarray, " samples"]) -> Split
 def mean_std(
     images: UInt8[np.ndarray, "samples height width channels"],
 ) -> tuple[Float32[np.ndarray, " channels"], Float32[np.ndarray, " channels"]]:
-    """Mean and (population) standard deviation of each channel."""
+    """Computes the mean and the (population) standard deviation of each channel."""
     total = squares = np.zeros(images.shape[-1])
-    for start in range(0, len(images), 1000):  # all at once would take 8x the memory
+    # The images are converted in parts, because float64 takes 8 times their memory.
+    for start in range(0, len(images), 1000):
         pixels = images[start : start + 1000].reshape(-1, images.shape[-1]).T
         pixels = np.ascontiguousarray(pixels, dtype=np.float64)
         total, squares = total + pixels.sum(1), squares + (pixels**2).sum(1)
-    # The sums are integers below 2**53, so exact, and the difference loses little.
+    # The sums are exact, because they are integers below 2**53. So the difference
+    # loses little precision.
     mean = total / images[..., 0].size
     std = np.sqrt(squares / images[..., 0].size - mean**2)
     return mean.astype(np.float32), std.astype(np.float32)
@@ -70,17 +87,18 @@ def decode_image(
     """Decodes an image file to RGB.
 
     Args:
-        data: the file's content, in any format that Pillow knows.
-        shape: what the pixels' shape has to be.
-        where: what errors call the image.
+        data: the content of the file, in any format that Pillow knows.
+        shape: the shape that the pixels must have.
+        where: the name of the image in error messages.
 
     Raises:
-        DataError: it is no readable image, or one of another shape.
+        DataError: the image cannot be read, or it has another shape.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"))  # a few JPEGs are greyscale
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow may raise
+            # A few JPEGs are greyscale.
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these
         raise DataError(f"{where} is no readable image: {error}") from error
     if pixels.shape != shape:
         raise DataError(f"{where}: expected shape {shape}, got {pixels.shape}")

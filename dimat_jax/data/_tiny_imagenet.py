@@ -1,15 +1,15 @@
-"""Tiny ImageNet (200 classes, 64 x 64), as its authors publish it."""
+"""Reads Tiny ImageNet (200 classes, 64 x 64 pixels) as its authors publish it."""
 
 import collections
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dimat_jax.data._cache import cached
+from dimat_jax.data._cache import Decoded, cached
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
@@ -20,18 +20,20 @@ from dimat_jax.data._dataset import (
 
 __all__ = ["read"]
 
-_NAME = "tiny-imagenet-200"  # of the zip and of the folder in it
+# The name of the zip, and of the folder within it.
+_NAME = "tiny-imagenet-200"
 
 
 def read(directory: str | None, cache_dir: str | None) -> Dataset:
-    """Reads the zip or the unpacked folder; the validation images are for testing.
+    """Reads the zip or the unpacked folder. The validation images are the test split.
 
     Args:
-        directory: the authors' zip, the unpacked folder, or a folder that holds either.
-        cache_dir: as of `cached`.
+        directory: the authors' zip, the unpacked folder, or a folder that holds one of
+            them.
+        cache_dir: the folder of the cache, as for `cached`.
 
     Raises:
-        DataError: `directory` is None, or the data are not there or malformed.
+        DataError: `directory` is None, or the data are missing or malformed.
     """
     if directory is None:
         raise DataError(
@@ -52,7 +54,7 @@ def read(directory: str | None, cache_dir: str | None) -> Dataset:
     )
 
 
-def _decode(root: Path, files: Sequence[Path]) -> tuple[Split, Split, int]:
+def _decode(root: Path, files: Sequence[Path]) -> Decoded:
     if root.is_dir():
         paths = {file.relative_to(root).as_posix(): file for file in files}
         return _splits(root, paths, lambda name: paths[name].read_bytes())
@@ -68,11 +70,20 @@ def _decode(root: Path, files: Sequence[Path]) -> tuple[Split, Split, int]:
 
 def _splits(
     root: Path, names: Collection[str], read_member: Callable[[str], bytes]
-) -> tuple[Split, Split, int]:
-    """Both splits and the number of classes, from the files' names and contents."""
+) -> Decoded:
+    """Decodes both splits and counts the classes.
+
+    Args:
+        root: the zip or the folder, for error messages.
+        names: the names of all files, relative to the data set's folder.
+        read_member: returns the content of the file with a name.
+    """
+
+    def text_of(name: str) -> str:
+        return read_member(name).decode().strip() if name in names else ""
 
     def lines(name: str) -> list[str]:
-        text = read_member(name).decode().strip() if name in names else ""
+        text = text_of(name)
         if not text:
             raise DataError(f"{root}: {name} is missing or empty")
         return text.splitlines()
@@ -103,4 +114,20 @@ def _splits(
         if f"val/images/{file}" not in names:
             raise DataError(f"{root}: val/images/{file} is missing")
         test[f"val/images/{file}"] = classes[wnid]
-    return split(train), split(test), len(classes)
+    class_names = _class_names(classes, text_of("words.txt"))
+    return split(train), split(test), len(classes), class_names
+
+
+def _class_names(wnids: Iterable[str], words: str) -> tuple[str, ...] | None:
+    """The classes' names: the first of the synonyms that words.txt gives each wnid.
+
+    Args:
+        wnids: The WordNet ids of the classes.
+        words: The content of words.txt, with lines "wnid<TAB>synonym, synonym, ...".
+
+    Returns:
+        None if a class has no name.
+    """
+    synonyms = dict(line.split("\t", 1) for line in words.splitlines() if "\t" in line)
+    names = tuple(synonyms.get(wnid, "").split(",")[0].strip() for wnid in wnids)
+    return names if all(names) else None

@@ -8,7 +8,7 @@ keyword options, with a record in `PARTITIONS` at the foot of this file.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int64, Integer
 from tabulate import tabulate
 
 from dimat_jax.errors import UserError, nearest
@@ -24,7 +24,7 @@ __all__ = [
     "table",
 ]
 
-Labels = Int[np.ndarray, " samples"]
+Labels = Integer[np.ndarray, " samples"]
 Shard = Int64[np.ndarray, " shard"]
 
 # More columns than these do not fit into a terminal's 80.

@@ -1,9 +1,9 @@
-"""From index lists to batches on the devices.
+"""Turns lists of indices into batches on the devices.
 
-A split's images stay on the devices as stored (uint8), once for each device. What an
-agent trains on, is matched on and is evaluated on are lists of indices into them, drawn
-on the host from seeds; the gather, the normalisation and the augmentation run inside
-the jitted step.
+Every device holds all images of a split as they are stored (uint8). The examples for
+training, matching and evaluation are lists of indices into these images. The lists are
+drawn on the host from seeds. Gathering, normalising and augmenting run inside of the
+jitted step.
 """
 
 import dataclasses
@@ -50,12 +50,12 @@ PAD = Option(
 
 
 class Batch(NamedTuple):
-    """Examples of one agent; stacked agents add a leading axis to every field.
+    """Examples of one agent. For stacked agents every field has another leading axis.
 
     Attributes:
         inputs: normalised images, float32.
-        labels: their classes.
-        mask: False where an entry only fills up the batch, and counts nowhere.
+        labels: the classes of the images.
+        mask: False for entries that only fill up the batch and must not count.
     """
 
     inputs: Float[Array, "batch height width channels"]
@@ -64,7 +64,14 @@ class Batch(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A split on the devices, whole on each, with what normalises it."""
+    """A split, of which every device holds a whole copy.
+
+    Attributes:
+        images: the pixels as stored.
+        labels: the classes of the images.
+        mean: the mean of each channel, subtracted for normalisation.
+        std: the standard deviation of each channel, the divisor of normalisation.
+    """
 
     images: UInt8[Array, "samples height width channels"]
     labels: Int32[Array, " samples"]
@@ -84,8 +91,9 @@ class Augmentation:
     """Random changes of training images, drawn independently for every example.
 
     Attributes:
-        flip: mirror left and right with probability 1/2.
-        pad: pad with this many black pixels on every side, and crop to the old size.
+        flip: whether to mirror images left to right, with probability 1/2.
+        pad: the number of black pixels added on every side before images are cropped to
+            their size at a random position.
     """
 
     flip: bool = FLIP.default
@@ -102,19 +110,24 @@ def load(
     key: Key[Array, ""] | None = None,
     augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Batch:
-    """Reads one agent's batch out of a pool. Pure; call it within `jax.jit`.
+    """Reads one agent's batch from a pool. It is pure; call it within `jax.jit`.
 
-    The key, consumed, is for the augmentation; without one nothing is augmented.
+    The key is consumed by the augmentation. Without a key nothing is augmented.
     """
     images = jnp.take(pool.images, indices, axis=0)
     if key is not None:
         images = _augment(images, augmentation, key)
-    inputs = (images.astype(jnp.float32) - pool.mean) / pool.std
+    mean, std = (x.reshape(1, 1, 1, -1) for x in (pool.mean, pool.std))
+    inputs = (images.astype(jnp.float32) - mean) / std
     return Batch(inputs, jnp.take(pool.labels, indices, axis=0), mask)
 
 
-def _augment(images, augmentation: Augmentation, key):
-    """Flips and shifts by indexing: a window that leaves the image reads black."""
+def _augment(
+    images: UInt8[Array, "batch height width channels"],
+    augmentation: Augmentation,
+    key: Key[Array, ""],
+) -> UInt8[Array, "batch height width channels"]:
+    """Flips and shifts images by indexing. Pixels outside of an image are black."""
     size, height, width, _ = images.shape
     flip_key, row_key, column_key = jax.random.split(key, 3)
     rows = jnp.arange(height)[None, :]
@@ -130,27 +143,28 @@ def _augment(images, augmentation: Augmentation, key):
     rows = jnp.broadcast_to(rows, (size, height))
     columns = jnp.broadcast_to(columns, (size, width))
     inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]
-    # Axis by axis: a gather of whole rows is several times faster than one of pixels.
+    # Gathering whole rows and then whole columns is several times faster than gathering
+    # single pixels.
     images = jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode="clip"))(images, rows)
     images = jax.vmap(lambda x, i: jnp.take(x, i, axis=1, mode="clip"))(images, columns)
     return jnp.where(inside[..., None], images, 0)
 
 
-def _within(positions, size):
+def _within(positions: Array, size: int) -> Array:
     return (positions >= 0) & (positions < size)
 
 
 class Sampler:
-    """Which examples each agent sees at each step: a pure function of seed and step.
+    """Chooses each agent's examples at each step, from the seed and the step alone.
 
-    In an epoch every agent goes once through its own shard, in an order of its own.
-    Agents with small shards finish early and idle (an all-False mask) until the one
-    with the largest is through.
+    In an epoch every agent uses each example of its own shard once, in an order of its
+    own. Agents with smaller shards finish early. They then idle, with an all-False
+    mask, until the agent with the largest shard finishes.
 
     Args:
         shards: for each agent, the indices of its examples.
-        batch_size: examples for each agent and step.
-        seed: entropy for the orders.
+        batch_size: the number of examples for each agent and step.
+        seed: the seed of the orders.
     """
 
     def __init__(
@@ -165,7 +179,7 @@ class Sampler:
         self._epoch = lru_cache(maxsize=1)(self._draw_epoch)
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices int32 and mask bool, both `[agents, batch]`, of one step."""
+        """The int32 indices and the bool mask of one step, both `[agents, batch]`."""
         epoch, position = divmod(step, self.steps_per_epoch)
         indices, mask = self._epoch(epoch)
         return indices[:, position], mask[:, position]
@@ -188,11 +202,16 @@ class Sampler:
 def chunked(
     indices: np.ndarray, batch_size: int, n_batches: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a list of indices into batches, filled up at the end.
+    """Cuts a list of indices into batches, and fills up the last ones.
+
+    Args:
+        indices: int[samples], at least one.
+        batch_size: the number of indices in a batch.
+        n_batches: the number of batches; None: as many as the indices need.
 
     Returns:
-        indices int32 `[batches, batch]` (index 0 of the list where filled up) and mask
-        bool of the same shape.
+        int32 indices `[batches, batch]`, filled up with the first index of the list,
+        and a bool mask of the same shape, which is False for these.
     """
     n_batches = n_batches or -(-len(indices) // batch_size)
     filled = np.full(n_batches * batch_size, indices[0], np.int32)
@@ -204,16 +223,16 @@ def chunked(
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """A fixed set of examples, without augmentation, to be passed over in batches.
+    """A fixed set of examples that is read in batches, without augmentation.
 
-    Iterating yields `Batch`es: `[batch, ...]` if all agents share them, else
+    Iterating yields `Batch`es: `[batch, ...]` if all agents share the examples, else
     `[slots, batch, ...]`.
 
     Attributes:
-        load: makes a batch of indices and mask.
+        load: makes a batch from indices and a mask.
         indices: `[batches, batch]` if shared, else `[batches, agents, batch]`.
-        mask: as `indices`; False where an entry only fills up the batch.
-        shared: whether all agents see the same examples.
+        mask: False for entries that only fill up a batch; of the shape of `indices`.
+        shared: whether all agents use the same examples.
     """
 
     load: Callable[[np.ndarray, np.ndarray], Batch]
@@ -227,7 +246,7 @@ class Samples:
 
 
 class Reader:
-    """Makes `Samples` of one pool. Its programs compile once, however many it makes."""
+    """Makes `Samples` from one pool. All of them share compiled programs."""
 
     def __init__(self, pool: Pool, placement: Placement):
         load_shared = jax.jit(load)
@@ -236,11 +255,11 @@ class Reader:
         self._load_own = lambda *i: load_own(pool, *placement.put(i))
 
     def shared(self, indices: np.ndarray, batch_size: int) -> Samples:
-        """The same examples, `indices` int[samples], for everyone."""
+        """Makes samples that all agents share. `indices` are int[samples]."""
         return Samples(self._load_shared, *chunked(indices, batch_size), shared=True)
 
     def own(self, indices: Sequence[np.ndarray], batch_size: int) -> Samples:
-        """Everyone's own examples: `indices[agent]` is int[samples], of any length."""
+        """Makes samples of each agent's own. `indices[agent]` are int[samples]."""
         n_batches = max(-(-len(own) // batch_size) for own in indices)
         chunks = [chunked(own, batch_size, n_batches) for own in indices]
         return Samples(
@@ -254,7 +273,10 @@ class Reader:
 def draw_own(
     shards: Sequence[np.ndarray], size: int, seed: Sequence[int]
 ) -> list[np.ndarray]:
-    """A random part of each agent's shard: `size` examples, or all it has (0: all)."""
+    """Draws `size` random examples of each agent's shard.
+
+    A smaller shard gives all of its examples. A `size` of 0 means all examples.
+    """
     return [
         np.random.default_rng([*seed, agent]).permutation(shard)[: size or None]
         for agent, shard in enumerate(shards)

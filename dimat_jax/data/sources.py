@@ -123,7 +123,8 @@ def _digits(directory: str | None, cache_dir: str | None) -> Dataset:
     tests = _rank_in_class(labels) % 5 == 0
     train = make_split(images[~tests], labels[~tests])
     test = make_split(images[tests], labels[tests])
-    return Dataset("digits", train, test, 10, *mean_std(train.images))
+    mean, std = mean_std(train.images)
+    return Dataset("digits", train, test, 10, mean, std, tuple("0123456789"))
 
 
 _FILES = (DIRECTORY, CACHE_DIRECTORY)

@@ -12,7 +12,7 @@ each other, is a `Solver`'s concern.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Int32
@@ -64,6 +64,7 @@ class Known(NamedTuple):
     slack: int = 0
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """What permutations are worth, for some pairs of networks.
 

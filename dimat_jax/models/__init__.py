@@ -1,9 +1,9 @@
-"""Bundled architectures. Each file holds a module and its permutation spec.
+"""The bundled architectures. Each file holds a module beside its permutation spec.
 
 `MODELS[name](n_classes=..., width=..., dtype=...)` builds a Flax Linen module whose
-`__call__(x, *, train, mask=None)` returns logits; `permutation_spec(model)` finds the
-spec that its file declares. The records at the foot of each file say which options an
-architecture reads.
+`__call__(x, *, train, mask=None)` returns logits. `permutation_spec(model)` returns the
+spec that the module's file declares. The records at the foot of each file tell which
+options an architecture reads.
 """
 
 from collections.abc import Callable

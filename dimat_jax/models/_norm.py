@@ -1,14 +1,14 @@
-"""Normalisation layers, and what each kind does to the symmetry.
+"""Normalisation layers, and the permutation symmetry of each kind.
 
 Batch norm and layer norm commute with every permutation of the channels. Group norm
-only does with those that keep its groups together: they permute the norm groups as
-blocks and, alike in all of them, the channels within.
+commutes only with permutations that keep its groups together. These permute the norm
+groups as blocks, and the channels within alike in all norm groups.
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool
 
 from dimat_jax.permutation import Axis, Product
@@ -26,9 +26,10 @@ __all__ = [
     "tap_axes",
 ]
 
+# The kinds of norms.
 NORMS = ("batch", "layer", "group", "none")
 
-# PyTorch's, for all kinds.
+# All kinds of norms add this constant to the variance, as PyTorch does.
 EPSILON = 1e-5
 
 
@@ -39,20 +40,21 @@ def normalise(
     train: bool,
     mask: Bool[Array, " batch"] | None,
     momentum: float,
-    dtype: Any,
+    dtype: DTypeLike,
     name: str,
-) -> Any:
-    """Normalises `[batch, ..., channels]` by a layer of the module that calls this.
+) -> Array:
+    """Normalises `[batch, ..., channels]` with a layer of the calling module.
 
     Args:
-        kind: "batch"; "layer", over the channels at each position; "group", over the
-            positions and `n_norm_groups` groups of channels; "none".
-        x: activations.
-        train: whether batch norm uses the batch's own statistics.
-        mask: the examples that these are of; None: all.
-        momentum: what batch norm's running statistics keep of themselves.
-        dtype: of the result; parameters and statistics are float32.
-        name: the layer's.
+        kind: "batch"; "layer", which normalises over the channels at each position;
+            "group", which normalises over the positions and within `n_norm_groups`
+            groups of channels; or "none".
+        x: the activations.
+        train: whether batch norm uses the statistics of the batch.
+        mask: the examples that count for the statistics of the batch; None: all.
+        momentum: the share of batch norm's running statistics that remains at a step.
+        dtype: the dtype of the result. Parameters and statistics are float32.
+        name: the name of the layer.
     """
     match kind:
         case "batch":
@@ -78,17 +80,18 @@ def normalise(
 
 
 def n_norm_groups(channels: int) -> int:
-    """How many groups group norm makes: at most 8, of at least two channels each.
+    """The number of groups of group norm: at most 8, of at least two channels each.
 
-    The greatest common divisor with 8, so that every number of channels can be divided;
-    a group of one channel would forget how strong the channel is.
+    It is the greatest common divisor of `channels` and 8, so that the groups are equal
+    for every number of channels. A group of a single channel would lose the channel's
+    magnitude.
     """
     groups = math.gcd(channels, 8)
     return groups if groups < channels else max(channels // 2, 1)
 
 
 def norm_axes(kind: str, path: str, units: Axis) -> dict[str, Axes]:
-    """The axes of the layer that `normalise` makes."""
+    """The axes of the layer that `normalise` adds."""
     match kind:
         case "batch":
             return batch_norm(path, units)
@@ -101,12 +104,12 @@ def norm_axes(kind: str, path: str, units: Axis) -> dict[str, Axes]:
 
 
 def channel_axis(kind: str, group: str) -> str | Product:
-    """The axis of normalised channels: `group`, or the two that group norm needs."""
+    """The axis of normalised channels: `group`, or two groups for group norm."""
     return Product(*_factors(group)) if kind == "group" else group
 
 
 def channel_sizes(kind: str, group: str, channels: int) -> dict[str, int]:
-    """The sizes of a `channel_axis`'s groups, where no axis tells them by itself."""
+    """The sizes of the groups of a `channel_axis`, if they cannot be inferred."""
     if kind != "group":
         return {}
     blocks = n_norm_groups(channels)
@@ -114,7 +117,7 @@ def channel_sizes(kind: str, group: str, channels: int) -> dict[str, int]:
 
 
 def tap_axes(rank: int, units: str | Product) -> str | Axes:
-    """The axes of a tap whose last dimension, of `rank`, is `units`."""
+    """The axes of a tap of `rank` dimensions whose last dimension is `units`."""
     return units if isinstance(units, str) else (*(None,) * (rank - 1), units)
 
 

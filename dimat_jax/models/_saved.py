@@ -1,7 +1,7 @@
-"""A model on disk: which architecture it is, what it sees, and its variables.
+"""Models on disk: the architecture, the kind of inputs, and the variables.
 
-A folder with one Orbax checkpoint, whose JSON record says all but the variables; so
-nothing else is needed to load a model and to run it.
+A saved model is a folder with one Orbax checkpoint. The checkpoint's JSON record holds
+all but the variables, so nothing else is needed to load the model and to run it.
 """
 
 import os
@@ -22,19 +22,20 @@ __all__ = ["SavedModel", "SavedModelError", "build", "check", "load", "save"]
 
 
 class SavedModelError(UserError):
-    """Weights that are not those of the model that they are said to be."""
+    """Variables do not belong to the model that they are saved as."""
 
 
 class SavedModel(NamedTuple):
-    """All there is to know of a model of a bundled architecture.
+    """A model of a bundled architecture, with everything needed to run it.
 
     Attributes:
         name: a key of `MODELS`.
-        arguments: of `MODELS[name]`, as JSON has them: {"n_classes": 10, ...}.
-        input_shape: of one example.
-        data: the data set whose mean and deviation normalise the inputs; None if that
-            is not known.
-        variables: {"params": ..., ...}.
+        arguments: the arguments of `MODELS[name]` as JSON has them, e.g.
+            {"n_classes": 10, ...}.
+        input_shape: the shape of one example.
+        data: the name of the data set whose mean and standard deviation normalise the
+            inputs, or None if it is not known.
+        variables: the variables, {"params": ..., ...}.
     """
 
     name: str
@@ -50,7 +51,7 @@ class SavedModel(NamedTuple):
 
 
 def build(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The module `MODELS[name](**arguments)`, of arguments as JSON has them.
+    """Builds `MODELS[name](**arguments)` from arguments as JSON has them.
 
     Raises:
         SavedModelError: there is no such model, or it has no such arguments.
@@ -70,16 +71,18 @@ def build(name: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def check(model: SavedModel, where: str) -> None:
-    """Checks that a model's leaves are those of its architecture, and finite.
+    """Checks that a model has the leaves of its architecture, and that they are finite.
 
     Args:
-        model: to be checked.
-        where: what errors call it.
+        model: the model to check.
+        where: the name of the model in error messages.
 
     Raises:
-        SavedModelError: names the leaf.
+        SavedModelError: a leaf is missing, unexpected, of another shape or not finite.
+            The message names the leaf.
     """
-    what = f"{model.name} ({_described(model.arguments)})"
+    arguments = ", ".join(f"{key}={value}" for key, value in model.arguments.items())
+    what = f"{model.name} ({arguments})"
     leaves = flatten(model.variables)
     expected = flatten(_abstract(model))
     for path in [*expected, *leaves]:
@@ -102,7 +105,7 @@ def check(model: SavedModel, where: str) -> None:
 
 
 def save(directory: str | os.PathLike[str], model: SavedModel) -> None:
-    """Saves a model into a folder, made if missing, that holds no other."""
+    """Saves a model into a folder that holds no other. The folder is made if needed."""
     checkpoints = Checkpoints(Path(directory), keep=1)
     record = model._asdict()
     variables = jax.tree.map(np.asarray, record.pop("variables"))
@@ -111,10 +114,11 @@ def save(directory: str | os.PathLike[str], model: SavedModel) -> None:
 
 
 def load(directory: str | os.PathLike[str]) -> SavedModel:
-    """Loads what `save` has saved; its variables are NumPy arrays.
+    """Loads a model that `save` has saved. Its variables are NumPy arrays.
 
     Raises:
-        SavedModelError: the folder holds no model, or not the one that it says.
+        SavedModelError: the folder holds no model, or its variables do not belong to
+            the model that its record describes.
     """
     models = []
 
@@ -131,7 +135,7 @@ def load(directory: str | os.PathLike[str]) -> SavedModel:
         restored = checkpoints.restore(like)
     except UserError:
         raise
-    except ValueError as error:  # Orbax, of other leaves than expected
+    except ValueError as error:  # Orbax raises it for other leaves than expected
         raise SavedModelError(f"{directory}: {error}") from error
     finally:
         checkpoints.close()
@@ -141,13 +145,9 @@ def load(directory: str | os.PathLike[str]) -> SavedModel:
 
 
 def _abstract(model: SavedModel) -> PyTree:
-    """Shapes and dtypes of the architecture's variables."""
+    """The shapes and dtypes of the architecture's variables."""
     inputs = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
     module = model.module
     return jax.eval_shape(
         lambda key, x: classifier.init(module, key, x), jax.random.key(0), inputs
     )
-
-
-def _described(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in arguments.items())

@@ -1,6 +1,6 @@
-"""State dicts of PyTorch: from files, checkpoints and mappings to arrays by key.
+"""Reads PyTorch's state dicts: from files, checkpoints and mappings to arrays by key.
 
-The only place that imports PyTorch, and only where a file is one that it has written.
+Only this file imports PyTorch, and only to read a file that PyTorch has written.
 """
 
 import os
@@ -17,19 +17,23 @@ __all__ = ["TorchImportError", "float32", "listed", "read_state_dict"]
 
 
 class TorchImportError(UserError):
-    """Weights that do not fit; the message names the keys, and the shapes."""
+    """Weights do not fit an architecture. The message names the keys and the shapes."""
 
 
 def read_state_dict(
     state_dict: str | os.PathLike[str] | Mapping[str, Any],
 ) -> tuple[str, dict[str, Any]]:
-    """Arrays by key, and what to call their source in messages.
+    """Reads a state dict.
 
     Args:
-        state_dict: a file or a mapping, as `torch_import.from_torch` takes it.
+        state_dict: a file or a mapping, as for `from_torch`.
+
+    Returns:
+        the name of the source for messages, and the arrays by key.
 
     Raises:
-        TorchImportError: it cannot be read, or holds something else.
+        TorchImportError: the state dict cannot be read, or it holds other things than
+            arrays.
     """
     if isinstance(state_dict, Mapping):
         source, tensors = "the state dict", state_dict
@@ -78,7 +82,9 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# safetensors.numpy knows no bfloat16. I64: BatchNorm counts batches.
+# The dtypes that are read. This library converts them itself because
+# safetensors.numpy does not know bfloat16. I64 is here for BatchNorm's counts of
+# batches.
 _SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -98,7 +104,7 @@ def _read_torch(path: Path) -> Any:
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no pickle of tensors may raise anything
+    except Exception as error:  # a malformed file can make it raise any error
         raise TorchImportError(
             f"{path}: refused. This is neither a .safetensors file nor one in which "
             "torch.save has put tensors alone; unpickling anything else could execute "
@@ -109,13 +115,17 @@ def _read_torch(path: Path) -> Any:
 def _unwrapped(
     source: str, tensors: Mapping[Any, Any]
 ) -> tuple[str, Mapping[Any, Any]]:
-    """The one state dict among a checkpoint's entries, or the mapping itself."""
+    """Returns the one state dict among a checkpoint's entries, or the mapping itself.
+
+    The source for messages comes first.
+    """
     inner = [
         key
         for key, value in tensors.items()
         if isinstance(value, Mapping) and value and all(map(_is_array, value.values()))
     ]
-    # A checkpoint may well keep its best accuracy as a tensor.
+    # Only arrays with axes show that the mapping is a state dict itself: a checkpoint
+    # may hold scalar arrays, as its best accuracy.
     if not inner or any(_is_array(v) and v.ndim for v in tensors.values()):
         return source, tensors
     if len(inner) > 1:
@@ -130,21 +140,22 @@ def _is_array(value: Any) -> bool:
 
 
 def float32(source: str, key: str, array: Any) -> np.ndarray:
-    """A copy in NumPy, of an array of JAX's, NumPy's or PyTorch's.
+    """Copies an array of JAX, NumPy or PyTorch to a float32 array of NumPy.
 
     Raises:
-        TorchImportError: it holds integers, NaN or infinities; names source and key.
+        TorchImportError: the array holds integers, NaN or infinities. The message
+            names the source and the key.
     """
     if hasattr(array, "detach"):
         array = array.detach().cpu()
-        # NumPy has no bfloat16 to give PyTorch's to.
+        # PyTorch cannot convert bfloat16 to NumPy, so all floats become float32 first.
         array = array.float() if array.is_floating_point() else array
     array = np.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TorchImportError(
             f"{source}: {key!r} holds {array.dtype}, expected floating-point numbers"
         )
-    with np.errstate(over="ignore"):  # an overflow is found below
+    with np.errstate(over="ignore"):  # an overflow gives infinity, refused below
         array = np.array(array, np.float32)
     if n_bad := int((~np.isfinite(array)).sum()):
         raise TorchImportError(
@@ -154,6 +165,6 @@ def float32(source: str, key: str, array: Any) -> np.ndarray:
 
 
 def listed(items: list[str], most: int = 10) -> str:
-    """The first `most` items, and how many more there are."""
+    """Joins the first `most` items to a text, with the number of the others."""
     more = f", and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

@@ -1,8 +1,8 @@
-"""What one agent computes with a model, as pure functions of its variables.
+"""The computations of one agent with its model, as pure functions of its variables.
 
-These are the only places that know how the bundled modules are called. Everything else
-sees `forward(variables, inputs)` and its like, for one agent; `Placement.per_agent`
-lifts them to many.
+Only this file knows how the bundled modules are called. All other code uses
+`forward(variables, inputs)` and similar functions, which are written for one agent.
+`Placement.per_agent` lifts them to many agents.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key
 
 from dimat_jax.data.pipeline import Batch
@@ -32,66 +33,77 @@ __all__ = [
 
 
 def tap(module: nn.Module, name: str, units: Array) -> None:
-    """Shows `units` to whoever watches the module's activations, under `name`."""
-    # The latest alone: sow would otherwise collect a tuple.
+    """Records `units` as the module's activations under `name`; see `activations`."""
+    # The functions make sow keep the latest value alone instead of a tuple of all.
     module.sow("intermediates", name, units, lambda _, new: new, lambda: units)
 
 
-def init(model: nn.Module, key: Key[Array, ""], inputs: Any) -> PyTree:
-    """Fresh variables: {"params": ..., "batch_stats": ...} (the latter if it has any).
+def init(model: nn.Module, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
+    """Makes new variables: {"params": ..., "batch_stats": ...}.
+
+    "batch_stats" is missing if the module has no running statistics.
 
     Args:
         model: a bundled module.
-        key: consumed.
-        inputs: a batch of one example; only its shape matters.
+        key: the key for the initial weights. It is consumed.
+        inputs: a batch of one example. Only its shape matters.
     """
-    variables = model.init(key, inputs, train=False)
+    variables = model.init(key, jnp.asarray(inputs), train=False)
     return {name: tree for name, tree in variables.items() if name != "intermediates"}
 
 
 def forward(
     model: nn.Module,
 ) -> Callable[[PyTree, Array], Float[Array, "batch classes"]]:
-    """`forward(variables, inputs) -> logits` in eval mode."""
+    """Returns `forward(variables, inputs) -> logits` in eval mode."""
 
-    def logits(variables, inputs) -> Any:
+    def compute_logits(variables, inputs) -> Any:
         return model.apply(variables, inputs, train=False)
 
-    return logits
+    return compute_logits
 
 
 def both_modes(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
-    """Logits of eval and train mode, in float32: what `permutation.verify` needs."""
+    """Returns a function that computes logits in eval and train mode, in float32.
+
+    `permutation.verify` checks a symmetry with it: `outputs(variables, inputs) ->
+    {"eval": logits, "train": logits}`.
+    """
     model = model.clone(dtype=jnp.float32)
 
-    def outputs(variables, inputs):
+    def compute_outputs(variables, inputs):
         train_logits, _ = model.apply(
             variables, inputs, train=True, mutable=["batch_stats"]
         )
         return {"eval": forward(model)(variables, inputs), "train": train_logits}
 
-    return outputs
+    return compute_outputs
 
 
 def activations(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
-    """`activations(variables, inputs) -> {tap: array}` in eval mode."""
+    """Returns `activations(variables, inputs) -> {tap: array}` in eval mode."""
 
-    def watch(variables, inputs):
-        _, seen = model.apply(variables, inputs, train=False, mutable=["intermediates"])
-        return flatten(seen.get("intermediates", {}))
+    def collect_activations(variables, inputs):
+        _, state = model.apply(
+            variables, inputs, train=False, mutable=["intermediates"]
+        )
+        return flatten(state.get("intermediates", {}))
 
-    return watch
+    return collect_activations
 
 
 def loss(
     model: nn.Module,
-) -> Callable[[PyTree, Batch, Key[Array, ""]], tuple[Array, tuple[PyTree, dict]]]:
-    """Mean cross-entropy of a batch in train mode.
+) -> Callable[
+    [PyTree, Batch, Key[Array, ""]], tuple[Array, tuple[PyTree, dict[str, Array]]]
+]:
+    """Returns a function that computes a batch's mean cross-entropy in train mode.
 
     Returns:
-        `loss(variables, batch, key) -> (loss, (model_state, metrics))`: model_state
-        holds the variables that are not trained (running statistics), updated; metrics
-        are scalars. Masked examples count nowhere, batch statistics included.
+        `loss(variables, batch, key) -> (loss, (model_state, metrics))`. The loss is in
+        nats. `model_state` holds the updated variables that are not trained, as running
+        statistics. `metrics` are scalars. Masked examples do not count, neither for the
+        loss nor for batch statistics.
     """
 
     def cross_entropy(variables, batch, key):
@@ -118,14 +130,15 @@ def loss(
 def batch_statistics(
     model: nn.Module,
 ) -> Callable[[PyTree, Array, Bool[Array, " batch"]], PyTree] | None:
-    """`statistics(variables, inputs, mask)`: one batch's own means and variances.
+    """Returns a function that measures the means and variances of one batch.
 
-    The result has the structure of `variables["batch_stats"]`. None for a model that
-    normalises no batches.
+    `statistics(variables, inputs, mask)` returns a tree like `variables["batch_stats"]`
+    with the statistics of the batch's unmasked examples alone. A model without
+    BatchNorm has no such function: the result is None.
     """
     if getattr(model, "norm", None) != "batch":
         return None
-    # Without momentum the running statistics are those of the last batch alone.
+    # With a momentum of 0 the running statistics are those of the last batch alone.
     model = model.clone(bn_momentum=0.0)
 
     def statistics(variables, inputs, mask):
@@ -140,11 +153,12 @@ def batch_statistics(
 def unit_moments(
     model: nn.Module, spec: PermutationSpec
 ) -> Callable[..., dict[str, UnitMoments]]:
-    """`moments(variables, inputs, targets=None)`: what `merge.repair` needs.
+    """Returns a function that measures the moments of hidden units for `merge.repair`.
 
-    The hidden layers are those with a kernel whose last axis the spec permutes. With
-    targets, each layer's pre-activations get the targets' moments at once, as if they
-    passed a BatchNorm in train mode; only their deviations do in layers without a bias.
+    `moments(variables, inputs, targets=None)` returns the moments by layer. A layer is
+    hidden if the spec permutes the last axis of its kernel. With targets, the
+    pre-activations of each layer are rescaled to have the targets' moments before the
+    next layer reads them. Layers without a bias get only the standard deviations.
     """
     layers = {
         leaf.removesuffix("/kernel")
@@ -154,30 +168,33 @@ def unit_moments(
     model = model.clone(dtype=jnp.float32)
 
     def moments(variables, inputs, targets=None):
-        seen: dict[str, UnitMoments] = {}
+        measured: dict[str, UnitMoments] = {}
 
-        def watch(call, args, kwargs, context):
+        def measure_call(call, args, kwargs, context):
             units = call(*args, **kwargs)
             layer = "/".join(("params", *context.module.path))
             if layer not in layers:
                 return units
-            if layer in seen:
+            if layer in measured:
                 raise ValueError(f"{layer!r} is called twice: two sets of moments")
-            features = context.module.features  # several axes, of a DenseGeneral
+            features = context.module.features  # a tuple if a DenseGeneral has several
             rank = 1 if isinstance(features, int) else len(features)
             samples = tuple(range(units.ndim - rank))
-            seen[layer] = UnitMoments(units.mean(samples), units.var(samples))
+            measured[layer] = UnitMoments(units.mean(samples), units.var(samples))
             if targets is None:
                 return units
-            scale, shift = correction(seen[layer], targets[layer])
+            scale, shift = correction(measured[layer], targets[layer])
             return units * scale + (shift if context.module.use_bias else 0)
 
-        with nn.intercept_methods(watch):
+        with nn.intercept_methods(measure_call):
             model.apply(variables, inputs, train=False)
-        return seen
+        return measured
 
     return moments
 
 
-def _masked_mean(values: Float[Array, " batch"], mask: Bool[Array, " batch"]) -> Any:
-    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)
+def _masked_mean(
+    values: Float[Array, " batch"], mask: Bool[Array, " batch"]
+) -> Float[Array, ""]:
+    count = jnp.maximum(mask.sum(), 1).astype(values.dtype)
+    return jnp.where(mask, values, 0).sum() / count

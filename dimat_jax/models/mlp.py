@@ -17,14 +17,15 @@ __all__ = ["MLP", "RECORDS", "mlp", "permutation_spec"]
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLUs between them, on flattened inputs.
+    """Dense layers with ReLUs between them. Inputs are flattened.
 
     Attributes:
         hidden: the number of units of each hidden layer.
         n_classes: the number of logits.
-        norm: "none", "batch" or "layer", between a hidden layer and its ReLU.
-        bn_momentum: what the running statistics keep of themselves at each step.
-        dtype: what it computes in; parameters and statistics are float32.
+        norm: the kind of norm between a hidden layer and its ReLU: "none", "batch" or
+            "layer".
+        bn_momentum: the share of the running statistics that remains at each step.
+        dtype: the dtype of activations. Parameters and statistics are float32.
     """
 
     hidden: tuple[int, ...]
@@ -45,7 +46,7 @@ class MLP(nn.Module):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
-        """Logits. In train mode batch statistics are those of the unmasked examples."""
+        """Computes logits. Masked examples do not count for batch statistics."""
         x = x.reshape(len(x), -1)
         for i, units in enumerate(self.hidden):
             x = nn.Dense(units, dtype=self.dtype, name=f"hidden{i}")(x)
@@ -73,12 +74,12 @@ def mlp(
     norm: str = "none",
     dtype: Any = None,
 ) -> MLP:
-    """`hidden` layers, each `width` times as wide."""
+    """Builds an MLP whose hidden layers have `width` times `hidden` units."""
     return MLP(scaled(width, *hidden), n_classes, norm=norm, dtype=dtype or jnp.float32)
 
 
 def permutation_spec(model: MLP) -> PermutationSpec:
-    """One group for each hidden layer."""
+    """Declares one group for each hidden layer."""
     layers = [f"hidden{i}" for i in range(len(model.hidden))]
     axes = {}
     for i, (inputs, layer) in enumerate(zip([None, *layers], layers, strict=False)):

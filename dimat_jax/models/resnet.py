@@ -1,10 +1,11 @@
 """Residual networks, as He et al. (2016) build them for CIFAR and for ImageNet.
 
-Post-activation blocks of two 3x3 convolutions, or bottlenecks of 1x1, 3x3 and 1x1.
-Where a block changes shape, its shortcut is a convolution with a norm; elsewhere it is
-the identity. The CIFAR networks have three stages and 3x3 shortcuts, as in the networks
-that the paper trains (ZipIt's); the ImageNet ones have four stages and 1x1 shortcuts,
-and a bottleneck's stride is on its 3x3 convolution (torchvision's, "v1.5").
+A basic block has two 3x3 convolutions; a bottleneck has a 1x1, a 3x3 and a 1x1
+convolution. Both are post-activation. If a block changes the shape, its shortcut is a
+convolution with a norm; otherwise it is the identity. The CIFAR networks have three
+stages and 3x3 shortcuts, like the networks of the DIMAT paper (and of ZipIt). The
+ImageNet networks have four stages and 1x1 shortcuts. A bottleneck's stride is on its
+3x3 convolution, as in torchvision ("v1.5").
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import (
@@ -44,30 +46,32 @@ __all__ = [
     "resnet101",
 ]
 
-# What a block's outgoing channels are, in units of its inner ones.
+# For each kind of block, the ratio of its outgoing channels to its inner channels.
 EXPANSION = {"basic": 1, "bottleneck": 4}
+# The kinds of stems.
 STEMS = ("cifar", "imagenet")
-# The kernel of shortcuts that change shape.
+# For each kind of shortcut, the kernel size of shortcuts that change the shape.
 SHORTCUTS = {"conv3x3": 3, "conv1x1": 1}
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class ResNet(nn.Module):
-    """Stages of residual blocks behind a stem, and one dense head.
+    """A stem, stages of residual blocks, and one dense head.
 
     Attributes:
         blocks: the number of blocks in each stage.
-        channels: of each stage (of a bottleneck, the inner ones); every stage but the
-            first halves height and width.
+        channels: the number of channels in each stage, for bottlenecks the number of
+            inner channels. Every stage but the first halves height and width.
         n_classes: the number of logits.
-        block: "basic" or "bottleneck".
+        block: the kind of block, "basic" or "bottleneck".
         stem: "cifar", a 3x3 convolution, or "imagenet", which quarters height and width
             by a 7x7 convolution and a max-pool.
-        shortcut: "conv3x3" or "conv1x1", where a block changes shape.
-        norm: "batch", "layer" or "group"; see `models.norm`.
-        bn_momentum: what the running statistics keep of themselves at each step.
-        dtype: what it computes in; parameters and statistics are float32.
+        shortcut: the kind of shortcut in blocks that change the shape, "conv3x3" or
+            "conv1x1".
+        norm: the kind of norm, "batch", "layer" or "group"; see `models._norm`.
+        bn_momentum: the share of the running statistics that remains at each step.
+        dtype: the dtype of activations. Parameters and statistics are float32.
     """
 
     blocks: tuple[int, ...]
@@ -78,13 +82,13 @@ class ResNet(nn.Module):
     shortcut: str = "conv3x3"
     norm: str = "batch"
     bn_momentum: float = 0.9
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         one_of("block", self.block, EXPANSION)
         one_of("stem", self.stem, STEMS)
         one_of("shortcut", self.shortcut, SHORTCUTS)
-        # Without any norm, activations would double from block to block.
+        # Without a norm, activations would double from block to block.
         one_of("norm", self.norm, [kind for kind in NORMS if kind != "none"])
         super().__post_init__()
 
@@ -96,7 +100,7 @@ class ResNet(nn.Module):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
-        """Logits. In train mode batch statistics are those of the unmasked examples."""
+        """Computes logits. Masked examples do not count for batch statistics."""
         conv = partial(_conv, dtype=self.dtype)
         norm = partial(
             normalise,
@@ -122,15 +126,22 @@ class ResNet(nn.Module):
 
 
 class _Conv(NamedTuple):
+    """The sizes of a convolution: output channels, kernel side and stride."""
+
     channels: int
     kernel: int
     stride: int = 1
 
 
 class _BlockPlan(NamedTuple):
-    """The convolutions of a block, one after the other, and that beside them, if any.
+    """The layers of one residual block.
 
-    `inner` names what lies between them: groups and taps.
+    Attributes:
+        name: the name of the block's module.
+        convs: the convolutions, one after the other.
+        inner: names for the activations between the convolutions. Groups and taps have
+            these names.
+        shortcut: the convolution of the shortcut, or None for the identity.
     """
 
     name: str
@@ -140,6 +151,7 @@ class _BlockPlan(NamedTuple):
 
 
 def _plan(model: ResNet) -> Iterator[_BlockPlan]:
+    """Yields the plans of all blocks, in order."""
     incoming = model.channels[0]
     for stage, channels in enumerate(model.channels):
         outgoing = EXPANSION[model.block] * channels
@@ -163,9 +175,17 @@ def _plan(model: ResNet) -> Iterator[_BlockPlan]:
 
 
 class _Block(nn.Module):
+    """A residual block.
+
+    Attributes:
+        plan: the layers of the block.
+        conv: makes a convolution of the given sizes.
+        norm: normalises activations.
+    """
+
     plan: _BlockPlan
     conv: Callable[..., nn.Conv]
-    norm: Callable[..., Any]
+    norm: Callable[..., Array]
 
     @nn.compact
     def __call__(self, x):
@@ -184,7 +204,7 @@ class _Block(nn.Module):
         return y
 
 
-def _conv(layer: _Conv, *, dtype: Any, name: str) -> nn.Conv:
+def _conv(layer: _Conv, *, dtype: DTypeLike, name: str) -> nn.Conv:
     return nn.Conv(
         layer.channels,
         (layer.kernel, layer.kernel),
@@ -198,7 +218,10 @@ def _conv(layer: _Conv, *, dtype: Any, name: str) -> nn.Conv:
 
 
 def _padding(kernel: int) -> list[tuple[int, int]]:
-    """PyTorch's. "SAME" would pad a strided convolution on one side more."""
+    """Equal padding on both sides, as PyTorch has it.
+
+    "SAME" would pad a strided convolution more on one side than on the other.
+    """
     return [(kernel // 2, kernel // 2)] * 2
 
 
@@ -211,7 +234,7 @@ def _cifar(
     norm: str = "batch",
     dtype: Any = None,
 ) -> ResNet:
-    """Three stages of basic blocks. The paper's ResNet-20 has width 8."""
+    """Builds three stages of basic blocks. The paper's ResNet-20 has width 8."""
     return ResNet(
         (blocks,) * 3,
         scaled(width, 16, 32, 64),
@@ -232,7 +255,7 @@ def _imagenet(
     norm: str = "batch",
     dtype: Any = None,
 ) -> ResNet:
-    """Four stages. `stem="cifar"` is for images of 32 or 64 pixels."""
+    """Builds four stages. `stem="cifar"` is for images of 32 or 64 pixels."""
     return ResNet(
         blocks,
         scaled(width, 64, 128, 256, 512),
@@ -257,11 +280,12 @@ resnet101 = partial(_imagenet, "bottleneck", (3, 4, 23, 3))
 
 
 def permutation_spec(model: ResNet) -> PermutationSpec:
-    """A group for each residual stream, and one or two inside each block.
+    """Declares a group for each residual stream, and one or two inside each block.
 
     A stream runs through all blocks that add to it, so their taps share its group. A
-    shortcut convolution ends one stream and starts the next. With group norm, each of
-    these is a pair of groups: `<name>/groups`, of blocks, and `<name>/within`.
+    shortcut convolution ends one stream and starts the next. With group norm, there
+    are two groups in place of each: `<name>/groups` permutes the norm groups as blocks,
+    and `<name>/within` the channels within them.
     """
     units = partial(channel_axis, model.norm)
     stream, n_streams = "stream0", 1

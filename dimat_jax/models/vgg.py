@@ -1,8 +1,9 @@
 """VGG networks (Simonyan & Zisserman, 2015) with one dense head.
 
-3x3 convolutions with norms, in stages that a 2x2 max-pool ends. The head sees the last
-feature map flattened, so it is as large as the images demand: one pixel of 512 channels
-is left of 32 x 32, four of 64 x 64. A map of a single pixel is not pooled any further.
+The 3x3 convolutions with norms form stages, and each stage ends with a 2x2 max-pool.
+The head reads the last feature map flattened, so its size depends on the size of the
+images: images of 32 x 32 give one pixel of 512 channels, those of 64 x 64 give four. A
+feature map with a side of one pixel is not pooled any further.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import (
@@ -44,18 +46,18 @@ class VGG(nn.Module):
     """Stages of convolutions, and one dense head.
 
     Attributes:
-        stages: the channels of each stage's convolutions.
+        stages: for each stage, the numbers of channels of its convolutions.
         n_classes: the number of logits.
-        norm: "batch", "layer", "group" or "none"; see `models.norm`.
-        bn_momentum: what the running statistics keep of themselves at each step.
-        dtype: what it computes in; parameters and statistics are float32.
+        norm: the kind of norm, "batch", "layer", "group" or "none"; see `models._norm`.
+        bn_momentum: the share of the running statistics that remains at each step.
+        dtype: the dtype of activations. Parameters and statistics are float32.
     """
 
     stages: tuple[tuple[int, ...], ...]
     n_classes: int
     norm: str = "batch"
     bn_momentum: float = 0.9
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
         one_of("norm", self.norm, NORMS)
@@ -69,7 +71,7 @@ class VGG(nn.Module):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
-        """Logits. In train mode batch statistics are those of the unmasked examples."""
+        """Computes logits. Masked examples do not count for batch statistics."""
         x = x.astype(self.dtype)
         for i, channels, ends_stage in _layers(self):
             x = nn.Conv(
@@ -100,7 +102,7 @@ class VGG(nn.Module):
 
 
 def _layers(model: VGG) -> Iterator[tuple[int, int, bool]]:
-    """Every convolution's number, its channels, and whether a pool follows it."""
+    """Yields each convolution's number, its channels, and whether a pool follows it."""
     i = 0
     for stage in model.stages:
         for layer, channels in enumerate(stage, start=1):
@@ -128,10 +130,11 @@ vgg19 = partial(_vgg, (2, 2, 4, 4, 4))
 
 
 def permutation_spec(model: VGG) -> PermutationSpec:
-    """A group for each convolution; the head permutes the channels of every pixel.
+    """Declares a group for each convolution.
 
-    With group norm, each is a pair of groups: `conv<i>/groups`, of blocks, and
-    `conv<i>/within`.
+    The inputs of the head are permuted alike at every pixel. With group norm, there are
+    two groups for each convolution: `conv<i>/groups` permutes the norm groups as
+    blocks, and `conv<i>/within` the channels within them.
     """
     axes, taps, sizes = {}, {}, {}
     inputs = None

@@ -1,8 +1,9 @@
 """A small vision transformer (Dosovitskiy et al., 2021) for small images.
 
-Pre-LN blocks of attention and an MLP on a residual stream of patches, learnt positions,
-and a mean over the tokens in place of a class token. The attention is written out, so
-that what its heads look at can be watched.
+Each block normalises the residual stream of patches and adds an attention, then it
+normalises again and adds an MLP (pre-LN). Positions are learnt. The head reads the mean
+over the tokens, so there is no class token. The attention is written out, so that its
+queries, keys and weights can be taps.
 """
 
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import EPSILON
@@ -27,13 +29,13 @@ class ViT(nn.Module):
 
     Attributes:
         n_classes: the number of logits.
-        patch: pixels along the side of a patch; images are made of whole ones.
+        patch: the side of a patch, in pixels. It must divide the sides of images.
         depth: the number of blocks.
-        dim: of the residual stream.
-        heads: of each attention.
-        head_dim: of each head's queries, keys and values.
-        mlp_dim: the hidden units of each block's MLP.
-        dtype: what it computes in; parameters are float32.
+        dim: the number of dimensions of the residual stream.
+        heads: the number of heads of each attention.
+        head_dim: the number of dimensions of each head's queries, keys and values.
+        mlp_dim: the number of hidden units of each block's MLP.
+        dtype: the dtype of activations. Parameters are float32.
     """
 
     n_classes: int
@@ -43,7 +45,7 @@ class ViT(nn.Module):
     heads: int
     head_dim: int
     mlp_dim: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -53,10 +55,12 @@ class ViT(nn.Module):
         train: bool,
         mask: Bool[Array, " batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
-        """`train` and `mask` make no difference: no layer looks across the batch.
+        """Computes logits. `train` and `mask` make no difference.
+
+        Each example is computed by itself, as there are no batch statistics.
 
         Raises:
-            ModelError: images that are not made of whole patches.
+            ModelError: the patch size does not divide the sides of the images.
         """
         del train, mask
         height, width = x.shape[1:3]
@@ -77,7 +81,7 @@ class ViT(nn.Module):
         position = self.param(
             "position", nn.initializers.normal(0.02), (x.shape[1], self.dim)
         )
-        x = x + position.astype(self.dtype)
+        x = x + position.astype(self.dtype)[None]
         tap(self, "embedded", x)
         for i in range(self.depth):
             x = _Block(
@@ -91,12 +95,12 @@ class ViT(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention, then an MLP, each added to the stream that it normalises."""
+    """An attention and an MLP. Each normalises the stream and adds to it."""
 
     heads: int
     head_dim: int
     mlp_dim: int
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens stream"]):
@@ -111,7 +115,7 @@ class _Block(nn.Module):
         tap(self, "queries", query)
         tap(self, "keys", key)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * self.head_dim**-0.5
-        # Exponentials of bfloat16 would not add up to one.
+        # In bfloat16 the attention weights would not add up to one.
         attention = nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
         tap(self, "attention", attention)
         y = jnp.einsum("bhqk,bkhd->bqhd", attention, value)
@@ -137,7 +141,9 @@ def vit(
     heads: int = 4,
     dtype: Any = None,
 ) -> ViT:
-    """A stream of `width * dim`, split evenly over the heads; an MLP 4 times as wide.
+    """Builds a ViT with a residual stream of `width * dim` dimensions.
+
+    The heads share the dimensions equally. The MLPs are 4 times as wide as the stream.
 
     Raises:
         ModelError: `width * dim` is not a whole number, or not a multiple of `heads`.
@@ -158,11 +164,12 @@ def vit(
 
 
 def permutation_spec(model: ViT) -> PermutationSpec:
-    """One residual stream, and in each block `heads`, `qk`, `v` and `mlp`.
+    """Declares a group for the residual stream, and four groups in each block.
 
-    Heads are permuted as blocks. The dimensions that a head's queries share with its
-    keys are permuted alike in all heads, and so are those of its values. (Each head
-    could permute its own: a larger symmetry, which is left aside.)
+    `heads` permutes the heads as blocks. `qk` permutes the dimensions of queries and
+    keys, and `v` those of values; both permute them alike in all heads. `mlp` permutes
+    the hidden units of the MLP. (The full symmetry is larger: each head could permute
+    its dimensions differently. The spec does not declare this.)
     """
     axes = conv("embed", None, "stream", bias=True)
     axes["params/position"] = (None, "stream")

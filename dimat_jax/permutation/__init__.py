@@ -3,7 +3,8 @@
 The convention, everywhere: `perm[u]` is the permutee's unit that lands on the
 reference's unit `u`, so aligning is `jnp.take(w, perm, axis)`. Permutations are int32.
 
-Nothing here knows of agents, data sets or models: variables are any pytree of arrays.
+This package knows nothing of agents, data sets or architectures: variables are any
+pytree of arrays.
 """
 
 from dimat_jax.permutation._actions import (

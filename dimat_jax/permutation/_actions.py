@@ -5,10 +5,10 @@ is static, its values may be traced.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int32, Key
 
 from dimat_jax.permutation._spec import (
@@ -33,10 +33,16 @@ __all__ = [
 ]
 
 Perms = dict[str, Int32[Array, " units"]]
-"""For each group, `perm[u]`: the permutee's unit that lands on the reference's `u`."""
+"""A permutation for each group.
+
+`perms[group][u]` is the permutee's unit that lands on the reference's unit `u`.
+"""
+
+AnyPerms = Mapping[str, Array | np.ndarray]
+"""Permutations as arguments: they may also lie on the host, with any integer dtype."""
 
 
-def apply(spec: PermutationSpec, perms: Mapping[str, Any], variables: PyTree) -> PyTree:
+def apply(spec: PermutationSpec, perms: AnyPerms, variables: PyTree) -> PyTree:
     """Permutes the units of a network: `jnp.take(w, perm, axis)` on every axis.
 
     Args:
@@ -48,8 +54,8 @@ def apply(spec: PermutationSpec, perms: Mapping[str, Any], variables: PyTree) ->
         Variables of the same structure, shapes and dtypes.
 
     Raises:
-        PermutationSpecError: a leaf that the spec does not cover, a group without a
-            permutation, or one of a length that does not fit.
+        PermutationSpecError: the spec does not cover a leaf, a group has no
+            permutation, or a permutation has a length that does not fit.
     """
     for group in spec.groups:
         if group not in perms:
@@ -66,11 +72,14 @@ def apply(spec: PermutationSpec, perms: Mapping[str, Any], variables: PyTree) ->
     return map_with_path(permute, variables)
 
 
-def permute_leaf(axes: tuple[Axis, ...], perms: Mapping[str, Any], leaf: Any) -> Any:
-    """Permutes one array, whose dimensions `axes` describes.
+def permute_leaf(
+    axes: tuple[Axis, ...], perms: AnyPerms, leaf: Array | np.ndarray
+) -> Array | np.ndarray:
+    """Permutes one array whose dimensions are described by `axes`.
 
     Raises:
-        PermutationSpecError: the array or a permutation is of another shape.
+        PermutationSpecError: the array has another number of dimensions than `axes`,
+            or a permutation has another length than its axis.
     """
     shape = jnp.shape(leaf)
     if len(axes) != len(shape):
@@ -78,7 +87,7 @@ def permute_leaf(axes: tuple[Axis, ...], perms: Mapping[str, Any], leaf: Any) ->
     for dimension, (axis, size) in enumerate(zip(axes, shape, strict=True)):
         if any(axis_groups(axis)):
             indices = _axis_indices(axis, perms, size)
-            # Else take would silently drop, repeat or invent units.
+            # With another length, take would silently drop, repeat or invent units.
             if len(indices) != size:
                 raise PermutationSpecError(
                     f"axis {dimension} has size {size}, but {axis!r} permutes "
@@ -88,26 +97,26 @@ def permute_leaf(axes: tuple[Axis, ...], perms: Mapping[str, Any], leaf: Any) ->
     return leaf
 
 
-def _axis_indices(axis: Axis, perms: Mapping[str, Any], size: int) -> Array:
-    """Where each index of an axis of length `size` is taken from: int32[size]."""
+def _axis_indices(axis: Axis, perms: AnyPerms, size: int) -> Array:
+    """For each index of an axis, the index that its content comes from: int32[size]."""
     match axis:
         case str():
             return jnp.asarray(perms[axis])
         case Product(factors):
-            known = 1
+            given = 1  # the product of all factors but the None
             for factor in factors:
                 if factor is not None:
-                    known *= len(perms[factor]) if isinstance(factor, str) else factor
+                    given *= len(perms[factor]) if isinstance(factor, str) else factor
             indices = jnp.zeros(1, jnp.int32)
             for factor in factors:
                 match factor:
                     case str():
                         inner = jnp.asarray(perms[factor])
                     case None:
-                        inner = jnp.arange(size // known, dtype=jnp.int32)
+                        inner = jnp.arange(size // given, dtype=jnp.int32)
                     case _:
                         inner = jnp.arange(factor, dtype=jnp.int32)
-                indices = (indices[:, None] * len(inner) + inner).reshape(-1)
+                indices = (indices[:, None] * len(inner) + inner[None, :]).reshape(-1)
             return indices
         case Concat(parts):
             pieces, offset = [], 0
@@ -120,7 +129,7 @@ def _axis_indices(axis: Axis, perms: Mapping[str, Any], size: int) -> Array:
 
 
 def identity(spec: PermutationSpec, variables: PyTree) -> Perms:
-    """The permutations that leave everything where it is."""
+    """The permutations that leave all units in their places."""
     sizes = group_sizes(spec, variables)
     return {group: jnp.arange(size, dtype=jnp.int32) for group, size in sizes.items()}
 
@@ -135,13 +144,13 @@ def random(spec: PermutationSpec, variables: PyTree, key: Key[Array, ""]) -> Per
     }
 
 
-def invert(perms: Mapping[str, Any]) -> Perms:
+def invert(perms: AnyPerms) -> Perms:
     """The permutations that undo `perms`."""
     return {group: jnp.argsort(perm).astype(jnp.int32) for group, perm in perms.items()}
 
 
-def compose(first: Mapping[str, Any], then: Mapping[str, Any]) -> Perms:
-    """One permutation for two in a row: `compose(first, then)[u] = first[then[u]]`.
+def compose(first: AnyPerms, then: AnyPerms) -> Perms:
+    """Composes two permutations: `compose(first, then)[u] = first[then[u]]`.
 
     `apply(spec, compose(first, then), x)` is
     `apply(spec, then, apply(spec, first, x))`.

@@ -1,30 +1,42 @@
-"""What a spec says of units: the names of groups, products and concatenations."""
+"""Turns the units that a trace has found into what a spec declares of each axis."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from dimat_jax.permutation._spec import Axis, Concat, Product
-from dimat_jax.permutation._units import Known, Units, atoms, factors, fix, product
+from dimat_jax.permutation._units import AxisUnits, Units, atoms, factors, fix, product
 
-__all__ = ["declare", "fix_what_cannot_be_declared", "name_groups"]
+__all__ = ["declare", "fix_undeclarable", "name_groups"]
 
 
-def fix_what_cannot_be_declared(units: Known) -> None:
-    """A concatenation as the inner factor of units that are permuted, too."""
+def fix_undeclarable(units: AxisUnits) -> None:
+    """Fixes the units for which a spec has no notation.
+
+    These are concatenations inside of a product of which an outer factor is permuted.
+    """
     if units is None:
         return
-    moving = False
+    outer_is_permuted = False
     for factor in factors(units.root()):
         if factor.kind == "concat":
-            if moving:
+            if outer_is_permuted:
                 fix(factor, "a structure that no spec can declare")
             for part in factor.parts:
-                fix_what_cannot_be_declared(part)
-        moving = moving or any(atoms(factor))
+                fix_undeclarable(part)
+        outer_is_permuted = outer_is_permuted or any(atoms(factor))
 
 
-def name_groups(axes_of: Mapping[str, Sequence[Known]]) -> dict[Units, str]:
-    """Names every group after the first leaf, and its last axis, that it permutes."""
+def name_groups(axes_of: Mapping[str, Sequence[AxisUnits]]) -> dict[Units, str]:
+    """Names every group after the first leaf that it permutes.
+
+    The name ends in the number of the last axis of that leaf which the group permutes.
+
+    Args:
+        axes_of: by each leaf's path, the units along its axes.
+
+    Returns:
+        the name of each permutable atom.
+    """
     names: dict[Units, str] = {}
     for path, axes in axes_of.items():
         for d, axis in reversed(list(enumerate(axes))):
@@ -34,8 +46,8 @@ def name_groups(axes_of: Mapping[str, Sequence[Known]]) -> dict[Units, str]:
     return names
 
 
-def declare(units: Known, names: Mapping[Units, str]) -> Axis:
-    """What a spec says of an axis."""
+def declare(units: AxisUnits, names: Mapping[Units, str]) -> Axis:
+    """The notation of a spec for an axis with these units."""
     if units is None or not any(atom in names for atom in atoms(units)):
         return None
     node = units.root()
@@ -49,7 +61,7 @@ def declare(units: Known, names: Mapping[Units, str]) -> Axis:
 
 
 def _concat_axis(parts: Iterable[Units], names: Mapping[Units, str]) -> Concat:
-    """A concatenation that is not nested, and has no fixed parts side by side."""
+    """A `Concat` that is not nested, with neighbouring fixed parts joined to one."""
     flat: list[tuple[Axis, int]] = []
     for part in parts:
         axis, size = declare(part, names), part.root().size
@@ -61,12 +73,13 @@ def _concat_axis(parts: Iterable[Units], names: Mapping[Units, str]) -> Concat:
 
 
 def _product_axis(parts: list[Units], names: Mapping[Units, str]) -> Axis:
-    """A product; one with a concatenation inside is a concatenation of products."""
+    """A `Product`, or a `Concat` of products where a factor is a concatenation."""
     outer: list[int | str] = []
     for n, factor in enumerate(parts):
         axis = declare(factor, names)
         if isinstance(axis, Concat):
-            # What is further out is fixed, so every repetition is spelt out.
+            # The outer factors are fixed (see `fix_undeclarable`). So the parts can be
+            # written out as often as the outer factors repeat them.
             inner = parts[n + 1 :]
             inner_sizes = [f.size for f in inner]
             once = [

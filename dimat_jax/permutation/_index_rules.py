@@ -1,11 +1,13 @@
-"""What operations that index, sort and update arrays say of their units; see `rules`.
+"""Rules of the operations that index, sort and update arrays; see `_rules`.
 
-What an index names are places along an axis, so that axis is fixed. All else may move.
+An index names a place along an axis, so that axis is fixed. The other axes may be
+permuted.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
-from dimat_jax.permutation._units import Axes, fix, fixed, same
+from dimat_jax.permutation._jaxpr import Equation, shape_of
+from dimat_jax.permutation._units import ArrayUnits, fix, fixed, same
 
 __all__ = [
     "dynamic_slice",
@@ -17,16 +19,16 @@ __all__ = [
 ]
 
 
-def gather(eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    """Slices of an operand, one for each index."""
+def gather(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    """Relates slices of an operand, one for each index, to the operand."""
     operand, indices = inputs
-    shape, out_shape = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    shape, out_shape = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     collapsed, offset_dims = numbers.collapsed_slice_dims, numbers.offset_dims
     batching = _batching(
         numbers.operand_batching_dims, numbers.start_indices_batching_dims
     )
-    axes: Axes = [None] * len(out_shape)
+    axes: ArrayUnits = [None] * len(out_shape)
     offsets = iter(offset_dims)
     for d, axis in enumerate(operand):
         if d in batching:
@@ -43,11 +45,14 @@ def gather(eqn: Any, inputs: list[Axes]) -> list[Axes]:
     return [axes]
 
 
-def scatter(eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    """Slices of an operand are replaced, increased, ...: the inverse of `gather`."""
+def scatter(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    """Relates an operand to updates that replace or increase slices of it.
+
+    This is the inverse of `gather`.
+    """
     operand, indices, updates = inputs
     name, numbers = eqn.primitive.name, eqn.params["dimension_numbers"]
-    shape, update_shape = (eqn.invars[n].aval.shape for n in (0, 2))
+    shape, update_shape = (shape_of(eqn.invars[n]) for n in (0, 2))
     window_dims = numbers.update_window_dims
     batching = _batching(
         numbers.operand_batching_dims, numbers.scatter_indices_batching_dims
@@ -55,11 +60,12 @@ def scatter(eqn: Any, inputs: list[Axes]) -> list[Axes]:
     others = [d for d in range(len(update_shape)) if d not in window_dims]
     for d, axis in zip(others, indices[:-1], strict=True):
         updates[d] = same(axis, updates[d])
-        # Where two updates meet, the last one wins; but the order of a sum is free.
+        # If two updates replace the same entry, the last one counts, so their order
+        # matters. The order of a sum does not matter.
         if name == "scatter" and not eqn.params["unique_indices"]:
             fix(updates[d], name)
     fix(indices[-1], name)
-    axes: Axes = []
+    axes: ArrayUnits = []
     windows = iter(window_dims)
     for d, axis in enumerate(operand):
         if d in batching:
@@ -75,9 +81,9 @@ def scatter(eqn: Any, inputs: list[Axes]) -> list[Axes]:
     return [axes]
 
 
-def dynamic_slice(eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    """A slice that starts where scalars say."""
-    shape, sizes = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+def dynamic_slice(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    """Relates a slice whose start is given by scalars to the whole array."""
+    shape, sizes = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     return [
         [
             axis if size == whole else fixed(size, "dynamic_slice", axis)
@@ -86,9 +92,9 @@ def dynamic_slice(eqn: Any, inputs: list[Axes]) -> list[Axes]:
     ]
 
 
-def dynamic_update_slice(eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    """Such a slice is replaced."""
-    shape, sizes = (eqn.invars[n].aval.shape for n in (0, 1))
+def dynamic_update_slice(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    """Relates an array to an update that replaces a slice; see `dynamic_slice`."""
+    shape, sizes = (shape_of(eqn.invars[n]) for n in (0, 1))
     return [
         [
             same(axis, update)
@@ -99,24 +105,27 @@ def dynamic_update_slice(eqn: Any, inputs: list[Axes]) -> list[Axes]:
     ]
 
 
-def sort(eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    """What is sorted has no order of its own, unless something is sorted along."""
+def sort(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    """Relates arrays to their sorted versions.
+
+    The result of sorting one array does not depend on the order before. If other
+    arrays are sorted along with it, their order among equal keys does depend on it.
+    """
     sorted_d = eqn.params["dimension"]
     axes = [same(*column) for column in zip(*inputs, strict=True)]
-    size = eqn.outvars[0].aval.shape[sorted_d]
-    # Among equals, the order is the one before.
-    along = axes[sorted_d] if len(inputs) > 1 else None
-    axes[sorted_d] = fixed(size, "sort", along)
+    size = shape_of(eqn.outvars[0])[sorted_d]
+    order_before = axes[sorted_d] if len(inputs) > 1 else None
+    axes[sorted_d] = fixed(size, "sort", order_before)
     return [list(axes) for _ in inputs]
 
 
-def top_k(eqn: Any, inputs: list[Axes]) -> list[Axes]:
-    """The largest, and at which places they are."""
+def top_k(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    """Relates an array to its largest entries and their indices."""
     (axes,), d = inputs, eqn.params["axis"]
     axes[d] = fixed(eqn.params["k"], "top_k", axes[d])
     return [list(axes), list(axes)]
 
 
-def _batching(operand_dims: Any, index_dims: Any) -> dict[int, int]:
-    """For a batched dimension of the operand that of the indices."""
+def _batching(operand_dims: Sequence[int], index_dims: Sequence[int]) -> dict[int, int]:
+    """For each batched dimension of the operand, the dimension of the indices."""
     return dict(zip(operand_dims, index_dims, strict=True))

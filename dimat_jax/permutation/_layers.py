@@ -1,4 +1,4 @@
-"""The axes of Flax Linen layers, so that a spec reads like the architecture.
+"""The axes of Flax Linen layers: building blocks for specs of whole architectures.
 
 Each function returns entries for `PermutationSpec(axes=...)`; merge them with `|`.
 `path` is the module's path, e.g. "stage1_block0/conv1".
@@ -22,14 +22,14 @@ __all__ = [
 def dense(
     path: str, inputs: Axis, outputs: Axis, *, bias: bool = True
 ) -> dict[str, Axes]:
-    """`nn.Dense`: kernel `[in, out]`, bias `[out]`."""
+    """The axes of an `nn.Dense`: kernel `[in, out]` and bias `[out]`."""
     return dense_general(path, (inputs,), (outputs,), bias=bias)
 
 
 def dense_general(
     path: str, inputs: Iterable[Axis], outputs: Iterable[Axis], *, bias: bool = True
 ) -> dict[str, Axes]:
-    """`nn.DenseGeneral`: kernel `[*in, *out]`, bias `[*out]`."""
+    """The axes of an `nn.DenseGeneral`: kernel `[*in, *out]` and bias `[*out]`."""
     inputs, outputs = tuple(inputs), tuple(outputs)
     return _with_bias(path, inputs + outputs, outputs, bias)
 
@@ -37,12 +37,15 @@ def dense_general(
 def conv(
     path: str, inputs: Axis, outputs: Axis, *, bias: bool = False
 ) -> dict[str, Axes]:
-    """Two-dimensional `nn.Conv`: kernel `[height, width, in, out]`, bias `[out]`."""
+    """The axes of a two-dimensional `nn.Conv`.
+
+    The kernel is `[height, width, in, out]`, the bias `[out]`.
+    """
     return _with_bias(path, (None, None, inputs, outputs), (outputs,), bias)
 
 
 def batch_norm(path: str, units: Axis) -> dict[str, Axes]:
-    """`nn.BatchNorm`: scale, bias, and the running mean and variance."""
+    """The axes of an `nn.BatchNorm`: scale, bias, running mean and running variance."""
     return layer_norm(path, units) | {
         f"batch_stats/{path}/mean": (units,),
         f"batch_stats/{path}/var": (units,),
@@ -50,22 +53,23 @@ def batch_norm(path: str, units: Axis) -> dict[str, Axes]:
 
 
 def layer_norm(path: str, units: Axis) -> dict[str, Axes]:
-    """`nn.LayerNorm` over the units: scale and bias."""
+    """The axes of an `nn.LayerNorm` over the units: scale and bias."""
     return {f"params/{path}/scale": (units,), f"params/{path}/bias": (units,)}
 
 
 def group_norm(path: str, units: Axis) -> dict[str, Axes]:
-    """`nn.GroupNorm`: scale and bias.
+    """The axes of an `nn.GroupNorm`: scale and bias.
 
-    `units` must keep norm groups together, as `Product("blocks", "within")` does: the
-    norm groups are permuted as blocks and, alike in each, the channels within. One
-    group that permutes all channels would be wrong.
+    `units` must keep the channels of a norm group together, as
+    `Product("blocks", "within")` does. It permutes the norm groups as blocks, and the
+    channels within them alike in all norm groups. A single permutation group for all
+    channels would be wrong.
     """
     return layer_norm(path, units)
 
 
 def flattened(units: str | Product) -> Product:
-    """The axis of a flattened `H x W x C`, of which the channels C are `units`."""
+    """The axis of a flattened feature map `H x W x C` whose channels C are `units`."""
     return Product(None, *([units] if isinstance(units, str) else units.factors))
 
 

@@ -1,9 +1,9 @@
-"""Where a declared symmetry departs from the one that a model has."""
+"""Finds where a declared symmetry differs from the symmetry that a model has."""
 
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dimat_jax.permutation._spec import (
     Axis,
@@ -15,15 +15,24 @@ from dimat_jax.permutation._spec import (
 )
 from dimat_jax.tree import PyTree, flatten
 
-__all__ = ["Mistake", "mended", "mistakes"]
+__all__ = ["Mistake", "correct_spec", "find_mistakes"]
 
-# What permutes one index of an axis: groups, with the number of the unit in each. Two
-# axes are permuted alike if all their indices are.
 Label = tuple[tuple[str, int], ...]
+"""What permutes one index of an axis: pairs of a group and the number of a unit in it.
+
+Two axes are permuted alike if their indices have the same labels.
+"""
 
 
 class Mistake(NamedTuple):
-    """An axis that is not declared as it should be."""
+    """An axis that a spec declares wrongly.
+
+    Attributes:
+        leaf: the path of the leaf.
+        dimension: the number of the leaf's axis.
+        declared: the axis as the spec declares it.
+        right: the axis as it should be declared.
+    """
 
     leaf: str
     dimension: int
@@ -37,13 +46,14 @@ class Mistake(NamedTuple):
         )
 
 
-def mistakes(
+def find_mistakes(
     declared: PermutationSpec, derived: PermutationSpec, variables: PyTree
 ) -> list[Mistake]:
-    """The axes on which two specs disagree, in the declared groups' names.
+    """Finds the axes on which a declared and a derived spec disagree.
 
-    A derived group is taken for the declared one that most of its axes have, and one
-    that is not declared anywhere, for fixed: a symmetry may be left aside.
+    A derived group corresponds to the declared group that most of its axes have. A
+    derived group that no axis declares is taken as fixed, because a spec need not
+    declare every symmetry. The mistakes use the names of the declared groups.
     """
     sizes, derived_sizes = (group_sizes(s, variables) for s in (declared, derived))
     labels = {
@@ -56,7 +66,8 @@ def mistakes(
     }
     votes = Counter(v for pair in labels.values() for v in _correspondences(*pair))
     names: dict[str, str | None] = {}
-    # A group that is declared on some axes was forgotten on the others.
+    # Votes for a declared group come before votes for None: a group that only some of
+    # its axes declare was forgotten on the others.
     for (group, name), _ in sorted(
         votes.items(), key=lambda item: (item[0][1] is None, -item[1])
     ):
@@ -68,20 +79,21 @@ def mistakes(
             declared.axes[leaf][d],
             _renamed(derived.axes[leaf][d], names, derived_sizes),
         )
-        for (leaf, d), (said, found) in labels.items()
-        if said != [_renamed_label(label, names) for label in found]
+        for (leaf, d), (labels_declared, labels_derived) in labels.items()
+        if labels_declared != [_renamed_label(label, names) for label in labels_derived]
     ]
 
 
-def mended(spec: PermutationSpec, wrong: Iterable[Mistake]) -> PermutationSpec:
-    """The spec with these axes as they should be. Its sizes are left out."""
+def correct_spec(spec: PermutationSpec, mistakes: Iterable[Mistake]) -> PermutationSpec:
+    """The spec with the right axes in place of mistakes, without taps and sizes."""
     axes = {leaf: list(leaf_axes) for leaf, leaf_axes in spec.axes.items()}
-    for mistake in wrong:
+    for mistake in mistakes:
         axes[mistake.leaf][mistake.dimension] = mistake.right
     return PermutationSpec({leaf: tuple(leaf_axes) for leaf, leaf_axes in axes.items()})
 
 
 def _labels(axis: Axis, size: int, sizes: Mapping[str, int]) -> Iterator[Label]:
+    """The label of each index of an axis of length `size`."""
     match axis:
         case str():
             yield from (((axis, unit),) for unit in range(size))
@@ -89,13 +101,13 @@ def _labels(axis: Axis, size: int, sizes: Mapping[str, int]) -> Iterator[Label]:
             for part, part_size in parts:
                 yield from _labels(part, part_size, sizes)
         case Product(factors):
-            known = [sizes[f] if isinstance(f, str) else f for f in factors]
-            rest = size
-            for n in known:
-                rest //= n or 1
+            given = [sizes[f] if isinstance(f, str) else f for f in factors]
+            inferred = size  # the size of the factor None
+            for n in given:
+                inferred //= n or 1
             grids = [
-                list(_labels(f if isinstance(f, str) else None, n or rest, sizes))
-                for f, n in zip(factors, known, strict=True)
+                list(_labels(f if isinstance(f, str) else None, n or inferred, sizes))
+                for f, n in zip(factors, given, strict=True)
             ]
             for labels in itertools.product(*grids):
                 yield tuple(itertools.chain(*labels))
@@ -106,20 +118,27 @@ def _labels(axis: Axis, size: int, sizes: Mapping[str, int]) -> Iterator[Label]:
 def _correspondences(
     declared: list[Label], derived: list[Label]
 ) -> list[tuple[str, str | None]]:
-    """Which derived groups are which declared ones, or None, if one axis can tell."""
-    units: dict[Any, list[Any]] = {}
+    """Pairs the derived groups of one axis with its declared groups.
+
+    Returns:
+        pairs of a derived group and the declared group that has the same units. The
+        second is None if no declared group has them. The list is empty if the axis
+        does not tell.
+    """
+    # By the pair of group names of a derived and a declared label, their unit numbers.
+    units: dict[tuple[tuple[str, ...], ...], list[tuple[tuple[int, ...], ...]]] = {}
     for labels in zip(derived, declared, strict=True):
         groups = tuple(tuple(group for group, _ in label) for label in labels)
         units.setdefault(groups, []).append(
             tuple(tuple(unit for _, unit in label) for label in labels)
         )
     votes = []
-    for (found, said), pairs in units.items():
-        # Some factors may have been left aside.
-        for kept in itertools.combinations(range(len(found)), len(said)):
+    for (in_derived, in_declared), pairs in units.items():
+        # The declared label may leave out some factors of the derived label.
+        for kept in itertools.combinations(range(len(in_derived)), len(in_declared)):
             if all(tuple(one[n] for n in kept) == other for one, other in pairs):
-                names = dict(zip(kept, said, strict=True))
-                votes += [(group, names.get(n)) for n, group in enumerate(found)]
+                names = dict(zip(kept, in_declared, strict=True))
+                votes += [(group, names.get(n)) for n, group in enumerate(in_derived)]
                 break
         else:
             return []

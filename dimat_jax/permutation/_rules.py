@@ -1,19 +1,20 @@
-"""What each JAX operation says about the units along its arrays' axes.
+"""Rules that tell how each JAX operation relates the units along its arrays' axes.
 
-A rule gets the operation and the axes of what it reads, relates them (see `units`), and
-returns the axes of what it writes. It must make sure of this: if all axes that hold the
-same units are permuted alike, then what the operation writes is permuted so, too, and
-not changed otherwise. Fixing too much is safe; what has no rule is fixed altogether.
+A rule gets an operation and the axes of its inputs. It relates these axes to each other
+(see `_units`) and returns the axes of the outputs. Each rule must ensure this: if all
+axes that hold the same units are permuted alike, then the outputs are permuted in the
+same way and do not change otherwise. It is safe to fix too many axes. An operation
+without a rule fixes all axes that it touches.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from dimat_jax.permutation import _index_rules
+from dimat_jax.permutation._jaxpr import Atom, Equation, shape_of
 from dimat_jax.permutation._units import (
-    Axes,
-    Known,
+    ArrayUnits,
+    AxisUnits,
     concatenate,
     cut,
     fix,
@@ -27,110 +28,115 @@ from dimat_jax.permutation._units import (
 
 __all__ = ["RULES", "Rule"]
 
-Rule = Callable[[Any, list[Axes]], list[Axes]]
-"""`rule(eqn, axes of its inputs) -> axes of its outputs`; eqn as in a jaxpr."""
+Rule = Callable[[Equation, list[ArrayUnits]], list[ArrayUnits]]
+"""`rule(eqn, inputs) -> outputs`: from the axes of all inputs to those of all outputs.
+
+`eqn` is an equation of a jaxpr.
+"""
 
 
-def _shapes(atoms) -> list[tuple[int, ...]]:
-    return [atom.aval.shape for atom in atoms]
+def _shapes(atoms: Sequence[Atom]) -> list[tuple[int, ...]]:
+    return [shape_of(atom) for atom in atoms]
 
 
-def _fix_all(axes: Axes, reason: str) -> None:
+def _fix_all(axes: ArrayUnits, reason: str) -> None:
     for axis in axes:
         fix(axis, reason)
 
 
-def _elementwise(eqn, inputs: list[Axes]) -> list[Axes]:
-    # Scalars go with any shape; axes of size 1 (None) are broadcast.
-    rank = len(eqn.outvars[0].aval.shape)
+def _elementwise(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    # Scalars are broadcast to any shape, and axes of size 1 (None) to any size.
+    rank = len(shape_of(eqn.outvars[0]))
     full = [axes for axes in inputs if len(axes) == rank]
     axes = [same(*column) for column in zip(*full, strict=True)]
     return [list(axes) for _ in eqn.outvars]
 
 
-def _passes_each(eqn, inputs: list[Axes]) -> list[Axes]:
+def _passes_each(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     del eqn
     return inputs
 
 
-def _passes_nothing(eqn, inputs: list[Axes]) -> list[Axes]:
+def _passes_nothing(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     del eqn, inputs
     return []
 
 
-def _transpose(eqn, inputs: list[Axes]) -> list[Axes]:
+def _transpose(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     return [[inputs[0][d] for d in eqn.params["permutation"]]]
 
 
-def _squeeze(eqn, inputs: list[Axes]) -> list[Axes]:
+def _squeeze(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     dropped = eqn.params["dimensions"]
     return [[axis for d, axis in enumerate(inputs[0]) if d not in dropped]]
 
 
-def _broadcast_in_dim(eqn, inputs: list[Axes]) -> list[Axes]:
-    axes: Axes = [None] * len(eqn.params["shape"])
+def _broadcast_in_dim(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    axes: ArrayUnits = [None] * len(eqn.params["shape"])
     for axis, d in zip(inputs[0], eqn.params["broadcast_dimensions"], strict=True):
         axes[d] = axis
     return [axes]
 
 
-def _reduce(eqn, inputs: list[Axes]) -> list[Axes]:
-    # The sum (or the largest) of some units does not depend on their order.
+def _reduce(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    # The sum (or the maximum) over some units does not depend on their order.
     reduced = eqn.params["axes"]
     return [[axis for d, axis in enumerate(inputs[0]) if d not in reduced]]
 
 
-def _arg_reduce(eqn, inputs: list[Axes]) -> list[Axes]:
+def _arg_reduce(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     for d in eqn.params["axes"]:
         fix(inputs[0][d], eqn.primitive.name)
     return _reduce(eqn, inputs)
 
 
-def _along_axis(eqn, inputs: list[Axes]) -> list[Axes]:
-    """Cumulative sums and the like: order matters along one axis."""
+def _along_axis(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    """The rule of cumulative sums and the like: the order along one axis matters."""
     (axes,), d = inputs, eqn.params["axis"]
-    # Even of what is uniform: sums of ones count.
-    axes[d] = fixed(eqn.outvars[0].aval.shape[d], eqn.primitive.name, axes[d])
+    # The result is fixed even for a uniform axis: cumulative sums of ones differ.
+    axes[d] = fixed(shape_of(eqn.outvars[0])[d], eqn.primitive.name, axes[d])
     return [axes]
 
 
-def _rev(eqn, inputs: list[Axes]) -> list[Axes]:
+def _rev(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     for d in eqn.params["dimensions"]:
         fix(inputs[0][d], "rev")
     return inputs
 
 
-def _iota(eqn, inputs: list[Axes]) -> list[Axes]:
+def _iota(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     shape, d = eqn.params["shape"], eqn.params["dimension"]
-    axes: Axes = [None] * len(shape)
+    axes: ArrayUnits = [None] * len(shape)
     axes[d] = fixed(shape[d], "iota")
     return [axes]
 
 
-def _bitcast(eqn, inputs: list[Axes]) -> list[Axes]:
-    """Wider and narrower numbers: the parts of one lie along a last axis."""
+def _bitcast(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
+    """The rule of bitcasts: the parts of a wider number lie along a last axis."""
     (axes,), (shape,), name = inputs, _shapes(eqn.outvars), eqn.primitive.name
     for axis in axes[len(shape) :]:
         fix(axis, name)
     return [[*axes[: len(shape)], *fixed_axes(shape[len(axes) :], name)]]
 
 
-def _reshape(eqn, inputs: list[Axes]) -> list[Axes]:
+def _reshape(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     (old,), (new,) = _shapes(eqn.invars[:1]), _shapes(eqn.outvars)
     if 0 in new:
         return [[None] * len(new)]
-    # Reshapes in Fortran's order come with a transposition.
+    # A reshape in Fortran's order has `dimensions`: it transposes first.
     order = eqn.params["dimensions"] or range(len(old))
     old, units = [old[d] for d in order], [inputs[0][d] for d in order]
-    axes: Axes = []
+    axes: ArrayUnits = []
     for old_dims, new_dims in _aligned_blocks(old, new):
         whole = product([units[d] for d in old_dims], [old[d] for d in old_dims])
         axes += split(whole, [new[d] for d in new_dims])
     return [axes]
 
 
-def _aligned_blocks(old: Sequence[int], new: Sequence[int]):
-    """The shortest runs of dimensions that a reshape takes to each other."""
+def _aligned_blocks(
+    old: Sequence[int], new: Sequence[int]
+) -> Iterator[tuple[range, range]]:
+    """Yields the shortest runs of old and new dimensions that have equal sizes."""
     i = j = 0
     while i < len(old) or j < len(new):
         start_i, start_j = i, j
@@ -143,7 +149,7 @@ def _aligned_blocks(old: Sequence[int], new: Sequence[int]):
         yield range(start_i, i), range(start_j, j)
 
 
-def _concatenate(eqn, inputs: list[Axes]) -> list[Axes]:
+def _concatenate(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     dimension = eqn.params["dimension"]
     sizes = [shape[dimension] for shape in _shapes(eqn.invars)]
     columns = zip(*inputs, strict=True)
@@ -155,18 +161,18 @@ def _concatenate(eqn, inputs: list[Axes]) -> list[Axes]:
     ]
 
 
-def _stack(eqn, inputs: list[Axes]) -> list[Axes]:
+def _stack(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     axes = [same(*column) for column in zip(*inputs, strict=True)]
     axes.insert(eqn.params["axis"], fixed(len(inputs), "stack"))
     return [axes]
 
 
-def _unstack(eqn, inputs: list[Axes]) -> list[Axes]:
+def _unstack(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     fix(inputs[0].pop(eqn.params["axis"]), "unstack")
     return [list(inputs[0]) for _ in eqn.outvars]
 
 
-def _tile(eqn, inputs: list[Axes]) -> list[Axes]:
+def _tile(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     (shape,), repetitions = _shapes(eqn.invars), eqn.params["reps"]
     return [
         [
@@ -176,7 +182,7 @@ def _tile(eqn, inputs: list[Axes]) -> list[Axes]:
     ]
 
 
-def _split(eqn, inputs: list[Axes]) -> list[Axes]:
+def _split(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     dimension = eqn.params["axis"]
     parts = cut(inputs[0][dimension], [int(size) for size in eqn.params["sizes"]])
     return [
@@ -185,11 +191,11 @@ def _split(eqn, inputs: list[Axes]) -> list[Axes]:
     ]
 
 
-def _slice(eqn, inputs: list[Axes]) -> list[Axes]:
+def _slice(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     (shape,) = _shapes(eqn.invars)
     strides = eqn.params["strides"] or [1] * len(shape)
-    axes: Axes = []
+    axes: ArrayUnits = []
     for axis, size, start, limit, stride in zip(
         inputs[0], shape, starts, limits, strides, strict=True
     ):
@@ -205,15 +211,15 @@ def _slice(eqn, inputs: list[Axes]) -> list[Axes]:
     return [axes]
 
 
-def _pad(eqn, inputs: list[Axes]) -> list[Axes]:
+def _pad(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     (shape,) = _shapes(eqn.invars[:1])
     (padded,) = _shapes(eqn.outvars)
-    axes: Axes = []
+    axes: ArrayUnits = []
     for d, (low, high, interior) in enumerate(eqn.params["padding_config"]):
         if low == high == interior == 0:
             axes.append(inputs[0][d])
         elif interior == 0 and low >= 0 and high >= 0:
-            # All of the padding is one value, so its units may be permuted, too.
+            # All of the padding has one value, so it is uniform.
             parts = [None, inputs[0][d], None]
             axes.append(concatenate(parts, [int(low), shape[d], int(high)]))
         else:
@@ -221,7 +227,7 @@ def _pad(eqn, inputs: list[Axes]) -> list[Axes]:
     return [axes]
 
 
-def _dot_general(eqn, inputs: list[Axes]) -> list[Axes]:
+def _dot_general(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     contracted, batched = eqn.params["dimension_numbers"]
     lhs, rhs = inputs
     for left, right in zip(*contracted, strict=True):
@@ -233,18 +239,19 @@ def _dot_general(eqn, inputs: list[Axes]) -> list[Axes]:
     return [axes]
 
 
-def _convolution(eqn, inputs: list[Axes]) -> list[Axes]:
+def _convolution(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     lhs, rhs = inputs
     numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
     (shape,) = _shapes(eqn.outvars)
     _, kernel = _shapes(eqn.invars)
     (batch, channels, *space) = numbers.lhs_spec
     (outputs, inputs_of_group, *kernel_space) = numbers.rhs_spec
-    if eqn.params["batch_group_count"] > 1:  # gradients have those
+    # The gradients of grouped convolutions have batch groups.
+    if eqn.params["batch_group_count"] > 1:
         _fix_all([*lhs, *rhs], "a convolution of batch groups")
         return [fixed_axes(shape, "a convolution of batch groups")]
-    # Each group of output channels sees its own group of input channels: groups move
-    # as blocks, and the channels within are permuted alike in all groups.
+    # Each group of output channels reads its own group of input channels. So groups
+    # are permuted as blocks, and the channels within are permuted alike in all groups.
     sizes = [groups, kernel[inputs_of_group]]
     group, within = split(lhs[channels], sizes)
     same(within, rhs[inputs_of_group])
@@ -252,7 +259,7 @@ def _convolution(eqn, inputs: list[Axes]) -> list[Axes]:
     out_group, out_within = split(rhs[outputs], sizes)
     if group is not None or out_group is not None:
         group = same(group or unknown(groups), out_group)
-    axes: Axes = [None] * len(shape)
+    axes: ArrayUnits = [None] * len(shape)
     axes[numbers.out_spec[0]] = lhs[batch]
     axes[numbers.out_spec[1]] = product([group, out_within], sizes)
     for i, (d, kernel_d, out_d) in enumerate(
@@ -267,7 +274,7 @@ def _convolution(eqn, inputs: list[Axes]) -> list[Axes]:
     return [axes]
 
 
-def _reduce_window(eqn, inputs: list[Axes]) -> list[Axes]:
+def _reduce_window(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
     (shape,) = _shapes(eqn.outvars)
     params = eqn.params
     return [
@@ -284,8 +291,11 @@ def _reduce_window(eqn, inputs: list[Axes]) -> list[Axes]:
     ]
 
 
-def _windowed(axis: Known, size: int, pointwise: bool) -> Known:
-    """The axis that a window slides along; it sees neighbours, unless pointwise."""
+def _windowed(axis: AxisUnits, size: int, pointwise: bool) -> AxisUnits:
+    """The axis along which a window slides.
+
+    The axis is fixed, because a window reads neighbours, unless it is pointwise.
+    """
     return axis if pointwise else fixed(size, "a window", axis)
 
 
@@ -320,7 +330,7 @@ RULES: dict[str, Rule] = {
         [f"scatter{kind}" for kind in ("", "-add", "-sub", "-mul", "-min", "-max")],
         _index_rules.scatter,
     ),
-    # What is shown to people alone.
+    # Prints and callbacks for debugging have no outputs that the model reads.
     **dict.fromkeys(["debug_callback", "debug_print"], _passes_nothing),
     "bitcast_convert_type": _bitcast,
     "broadcast_in_dim": _broadcast_in_dim,
@@ -344,4 +354,7 @@ RULES: dict[str, Rule] = {
     "transpose": _transpose,
     "unstack": _unstack,
 }
-"""By the name of JAX's primitive. Operations that call others are `derive`'s."""
+"""The rules by the names of JAX's primitives.
+
+Calls, loops and branches are not here: `_trace` follows them into their jaxprs.
+"""

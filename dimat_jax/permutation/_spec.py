@@ -1,8 +1,8 @@
-"""Which axes of which leaves are permuted together."""
+"""Permutation specs: they declare which axes of which leaves are permuted together."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.tree import PyTree, flatten
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class PermutationSpecError(UserError):
-    """A spec that does not fit its model; the message names the leaf and the group."""
+    """A spec does not fit its model. The message names the leaf and the group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Product:
     `H x W x C` feature map: C is permuted, and H x W, whatever its size, is not.
 
     Attributes:
-        factors: each a group's name, a fixed size, or None (a size to be inferred).
+        factors: a list whose entries are a group's name, a fixed size, or None for a
+            fixed factor whose size is inferred.
     """
 
     factors: tuple[None | int | str, ...]
@@ -50,7 +51,11 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Concat:
-    """An axis that concatenates parts, each `(axis, size)` with an axis of its own."""
+    """An axis that concatenates parts.
+
+    Attributes:
+        parts: for each part a pair `(axis, size)`.
+    """
 
     parts: tuple[tuple["Axis", int], ...]
 
@@ -62,26 +67,31 @@ class Concat:
 
 
 Axis = None | str | Product | Concat
-"""None: never permuted. A string: permuted by the group of that name."""
+"""How one axis is permuted.
+
+None: the axis is never permuted. A string: the group of that name permutes it.
+"""
 
 Axes = tuple[Axis, ...]
+"""How each axis of one array is permuted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PermutationSpec:
-    """Declares a network's permutation symmetry. One dict is the truth.
+    """Declares a network's permutation symmetry.
+
+    The groups are those that `axes` names. All axes of one group are permuted alike.
 
     Attributes:
         axes: for every leaf, by its path (see `dimat_jax.tree`), one `Axis` for each
             dimension, e.g. `{"params/Conv_0/kernel": (None, None, "in", "out")}`.
-        taps: where units can be watched: for a tap's name, the axes of the array that
-            `activations(variables, inputs)` returns under it, or just a group's name
-            if that is its last axis. They are aligned to the right: dimensions before
-            them are samples. A tap may show several groups, on axes of their own or as
-            factors of a `Product`.
-        sizes: of groups whose axes do not tell, as those of `Product("a", "b")`.
-
-    The groups are those that the axes name; all axes of one group are permuted alike.
+        taps: for each tap's name, the axes of the array that
+            `activations(variables, inputs)` returns under that name. The axes belong
+            to the array's last dimensions; the dimensions before them are samples.
+            A group's name alone stands for the last axis. A tap may show several
+            groups, on axes of their own or as factors of a `Product`.
+        sizes: the sizes of groups that cannot be inferred from the axes, as those of
+            `Product("a", "b")`.
     """
 
     axes: Mapping[str, Axes]
@@ -90,7 +100,7 @@ class PermutationSpec:
 
     @property
     def groups(self) -> dict[str, list[tuple[str, int]]]:
-        """For each group the `(leaf, dimension)`s that it permutes."""
+        """For each group, the pairs `(leaf, dimension)` that it permutes."""
         members: dict[str, list[tuple[str, int]]] = {}
         for leaf, axes in self.axes.items():
             for dimension, axis in enumerate(axes):
@@ -99,7 +109,7 @@ class PermutationSpec:
         return members
 
     def taps_of(self, group: str) -> list[str]:
-        """The taps that show a group's units."""
+        """The names of the taps that show a group's units."""
         return [
             tap
             for tap, axes in self.taps.items()
@@ -107,10 +117,10 @@ class PermutationSpec:
         ]
 
     def tap_axes(self, tap: str, ndim: int) -> Axes:
-        """What each of the `ndim` dimensions of a tap's array is.
+        """The axes of a tap's array of `ndim` dimensions; None for the samples.
 
         Raises:
-            PermutationSpecError: the tap has more axes than that.
+            PermutationSpecError: the tap has more than `ndim` axes.
         """
         axes = self.taps[tap]
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -123,7 +133,7 @@ class PermutationSpec:
 
 
 def axis_groups(axis: Axis) -> Iterator[str]:
-    """The names of the groups that permute an axis."""
+    """Yields the names of the groups that permute an axis."""
     match axis:
         case str():
             yield axis
@@ -139,13 +149,13 @@ def _axes_groups(axes: Axes) -> list[str]:
 
 
 def validate(spec: PermutationSpec, variables: PyTree) -> None:
-    """Checks the structure: every leaf covered, ranks and sizes agree.
+    """Checks that a spec covers every leaf, and that ranks and sizes agree.
 
-    Whether the network's function really has the declared symmetry is `verify`'s
-    question.
+    `verify` checks that the network's function has the declared symmetry.
 
     Raises:
-        PermutationSpecError: names the leaf (and the group) that does not fit.
+        PermutationSpecError: the spec does not fit. The message names the leaf and the
+            group.
     """
     group_sizes(spec, variables)
     groups = spec.groups
@@ -179,7 +189,7 @@ def group_sizes(spec: PermutationSpec, variables: PyTree) -> dict[str, int]:
     """The number of units of each group, in the order of `spec.groups`.
 
     Raises:
-        PermutationSpecError: as `validate`.
+        PermutationSpecError: the axes do not fit the leaves, as in `validate`.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(variables).items()}
     for path in shapes:
@@ -203,7 +213,7 @@ def group_sizes(spec: PermutationSpec, variables: PyTree) -> dict[str, int]:
 
 
 class _Sizes:
-    """Infers the groups' sizes, and finds the leaf that disagrees."""
+    """Infers the sizes of groups from leaf shapes, and checks that they agree."""
 
     def __init__(self, spec: PermutationSpec, shapes: Mapping[str, tuple[int, ...]]):
         self._spec = spec
@@ -220,13 +230,13 @@ class _Sizes:
                     f"{nearest(group, groups)}"
                 )
             self._learn(group, size, "spec.sizes")
-        # A Product may hold a group whose size only another leaf tells, so plain axes
-        # come first and products are visited until nothing new is learnt.
+        # The size of a group in a Product may follow only from another leaf. So plain
+        # axes come first, and products are visited until no size is new.
         self._visit(lambda axis: not isinstance(axis, Product))
         while True:
-            known = len(self._sizes)
+            n_before = len(self._sizes)
             self._visit(lambda axis: isinstance(axis, Product))
-            if len(self._sizes) == known:
+            if len(self._sizes) == n_before:
                 break
         for group, members in groups.items():
             if group not in self._sizes:
@@ -238,7 +248,8 @@ class _Sizes:
                 )
         return {group: self._sizes[group] for group in groups}
 
-    def _visit(self, wanted) -> None:
+    def _visit(self, wanted: Callable[[Axis], bool]) -> None:
+        """Learns from all axes, or parts of concatenations, that `wanted` accepts."""
         for leaf, axes in self._spec.axes.items():
             for dimension, axis in enumerate(axes):
                 size = self._shapes[leaf][dimension]
@@ -246,8 +257,10 @@ class _Sizes:
                     if wanted(part):
                         self._learn(part, part_size, f"{leaf!r} axis {dimension}")
 
-    def _parts(self, axis: Axis, size: int, leaf: str, dimension: int):
-        """The axis itself, or what a (nested) concatenation consists of."""
+    def _parts(
+        self, axis: Axis, size: int, leaf: str, dimension: int
+    ) -> Iterator[tuple[Axis, int]]:
+        """Yields the parts of a (nested) concatenation, or the axis itself."""
         if not isinstance(axis, Concat):
             yield axis, size
             return
@@ -263,17 +276,19 @@ class _Sizes:
     def _learn(self, axis: Axis, size: int, where: str) -> None:
         match axis:
             case str():
-                known = self._sizes.setdefault(axis, size)
+                first_size = self._sizes.setdefault(axis, size)
                 source = self._source.setdefault(axis, where)
-                if known != size:
+                if first_size != size:
                     raise PermutationSpecError(
-                        f"group {axis!r} has {known} units at {source}, but {size} at "
-                        f"{where}"
+                        f"group {axis!r} has {first_size} units at {source}, but "
+                        f"{size} at {where}"
                     )
             case Product(factors):
                 self._learn_product(axis, factors, size, where)
 
-    def _learn_product(self, axis, factors, size: int, where: str) -> None:
+    def _learn_product(
+        self, axis: Product, factors: Sequence[None | int | str], size: int, where: str
+    ) -> None:
         sizes = [
             self._sizes.get(factor) if isinstance(factor, str) else factor
             for factor in factors
@@ -285,5 +300,5 @@ class _Sizes:
                 f"{where} has size {size}, which {axis} with factors {sizes} does not "
                 "make"
             )
-        if len(unknown) == 1 and unknown[0] is not None:
+        if len(unknown) == 1 and isinstance(unknown[0], str):
             self._learn(unknown[0], size // product, where)

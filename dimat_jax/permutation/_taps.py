@@ -1,8 +1,8 @@
-"""Where the units of a traced model can be watched.
+"""Chooses the taps of a traced model: the values that hold the units' activations.
 
-What goes into a contraction is what the next layer sees of some units, behind norms and
-nonlinearities: those are the taps. Units that are never contracted are watched where
-they are seen last.
+The operands of contractions are the best taps: they are what the next layer reads of
+the units, after norms and nonlinearities. Units that no contraction reads get as a tap
+the last value that holds them.
 """
 
 import itertools
@@ -12,21 +12,23 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from dimat_jax.permutation._jaxpr import Place
 from dimat_jax.permutation._spec import Axes, Axis, Concat, axis_groups
-from dimat_jax.permutation._trace import Place, Trace, Value
-from dimat_jax.permutation._units import Known
+from dimat_jax.permutation._trace import Trace, Value
+from dimat_jax.permutation._units import AxisUnits
 
-__all__ = ["Tap", "choose_taps", "show"]
+__all__ = ["Tap", "choose_taps", "read_tap"]
 
 
 class Tap(NamedTuple):
-    """A value, or a part of one that concatenates several kinds of units.
+    """A value in the model's jaxpr, or one part of a value that concatenates units.
 
     Attributes:
-        place: of the value in the model's jaxpr.
-        bounds: for each axis, where the part starts and stops (None: at the end).
-        axes: of the part.
-        groups: that it shows.
+        place: the place of the value in the model's jaxpr.
+        bounds: for each axis, where the part starts and where it stops. None as the
+            stop means the end of the axis.
+        axes: the axes of the part.
+        groups: the groups whose units the part shows.
     """
 
     place: Place
@@ -38,16 +40,20 @@ class Tap(NamedTuple):
 def choose_taps(
     trace: Trace,
     groups: Iterable[str],
-    declare: Callable[[Known], Axis],
+    declare: Callable[[AxisUnits], Axis],
     inputs: int,
 ) -> dict[str, Tap]:
-    """Taps, numbered for each group that can be watched.
+    """Chooses taps for every group; the taps of a group are numbered.
 
     Args:
-        trace: of the model.
-        groups: all there are.
-        declare: what a spec says of an axis.
-        inputs: the model's inputs, as a source (see `Value`).
+        trace: the trace of the model.
+        groups: the names of all groups.
+        declare: turns the units along an axis into a spec's notation.
+        inputs: the source bit of the model's inputs (see `Value`). A value that does
+            not depend on the inputs cannot be a tap.
+
+    Returns:
+        the taps by name: "<group>#<number>". A group may have none.
     """
 
     def parts(values: Sequence[tuple[Place, Value]]) -> list[list[Tap]]:
@@ -64,22 +70,26 @@ def choose_taps(
         if not shown:
             shown = [tap for tap in itertools.chain(*values) if group in tap.groups]
             shown = shown[-1:]
-        # Of a tap with other groups, only means over their units count.
+        # Matching averages a tap over the units of all other groups. So taps that show
+        # this group alone are better, if there are any.
         alone = [tap for tap in shown if len(tap.groups) == 1]
         new = [tap for tap in alone or shown if tap not in taps.values()]
         taps |= {f"{group}#{n}": tap for n, tap in enumerate(new)}
     return taps
 
 
-def show(tap: Tap, value: Array) -> Array:
-    """What a tap shows of its value; a scan's steps lie behind the examples."""
+def read_tap(tap: Tap, value: Array) -> Array:
+    """Cuts a tap's part out of its value.
+
+    The axis of a scan's steps, if there is one, is put behind the axis of the examples.
+    """
     part = value[(..., *(slice(*bound) for bound in tap.bounds))]
     n_steps = part.ndim - len(tap.axes)
     return jnp.moveaxis(part, n_steps, 0) if tap.axes[0] is None else part
 
 
 def _parts(place: Place, axes: Sequence[Axis]) -> Iterator[Tap]:
-    """The parts of a value that show groups, each of them once."""
+    """The parts of a value that show groups, without those that show a group twice."""
     for parts in itertools.product(*map(_axis_parts, axes)):
         bounds, part_axes = zip(*parts, strict=True) if parts else ((), ())
         groups = tuple(group for axis in part_axes for group in axis_groups(axis))
@@ -88,6 +98,7 @@ def _parts(place: Place, axes: Sequence[Axis]) -> Iterator[Tap]:
 
 
 def _axis_parts(axis: Axis) -> Iterator[tuple[tuple[int, int | None], Axis]]:
+    """The bounds and the axis of each part of an axis that can belong to a tap."""
     if not isinstance(axis, Concat):
         yield (0, None), axis
         return
@@ -99,8 +110,8 @@ def _axis_parts(axis: Axis) -> Iterator[tuple[tuple[int, int | None], Axis]]:
 
 
 def _showing(group: str, values: Sequence[Sequence[Tap]]) -> Iterator[Tap]:
-    """What shows a group in one part alone, not in several that say the same."""
+    """The taps of a group, from those values that show it in exactly one part."""
     for parts in values:
-        mine = [tap for tap in parts if group in tap.groups]
-        if len(mine) == 1:
-            yield mine[0]
+        showing = [tap for tap in parts if group in tap.groups]
+        if len(showing) == 1:
+            yield showing[0]

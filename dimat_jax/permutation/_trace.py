@@ -1,9 +1,4 @@
-"""Following the axes of a model's variables through its jaxpr.
-
-A `Place` tells where in a jaxpr a value occurs: the numbers of the equations that lead
-to it, from the outermost jaxpr inwards, and last the number of the operand (or, as ~n,
-of the output).
-"""
+"""Follows the axes of a model's variables through its jaxpr."""
 
 import itertools
 import math
@@ -15,9 +10,18 @@ import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 
+from dimat_jax.permutation._jaxpr import (
+    Atom,
+    ClosedJaxpr,
+    Equation,
+    Jaxpr,
+    Place,
+    called_by,
+    shape_of,
+)
 from dimat_jax.permutation._rules import RULES
 from dimat_jax.permutation._units import (
-    Axes,
+    ArrayUnits,
     atoms,
     fix,
     fixed,
@@ -26,82 +30,70 @@ from dimat_jax.permutation._units import (
     unknown,
 )
 
-__all__ = ["Jaxpr", "Place", "Trace", "Value", "called_by", "constant"]
+__all__ = ["Trace", "Value", "constant"]
 
-Jaxpr = Any  # jax.extend.core.Jaxpr, whose attributes type checkers do not know
-Place = tuple[int, ...]
-
-# A matrix product or a convolution: the activations that go in are what units are for.
+# Matrix products and convolutions. A layer reads units by such an operation.
 _CONTRACTIONS = ("dot_general", "conv_general_dilated")
-
-# Operations that only call a jaxpr, on their own operands.
-_CALLS = (
-    "call",
-    "closed_call",
-    "composite",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "jit",
-    "remat2",
-)
 
 
 class Value(NamedTuple):
-    """What is known of one array.
+    """What a trace knows about one array.
 
     Attributes:
-        axes: the units along each of its axes.
-        sources: a bit set of the arguments that it depends on.
+        axes: the units along each axis of the array.
+        sources: the arguments on which the array depends, as a set of bits.
     """
 
-    axes: Axes
+    axes: ArrayUnits
     sources: int
 
 
 class Trace:
-    """What a jaxpr says about the axes of its arguments.
+    """What a jaxpr tells about the axes of its arguments.
 
     Attributes:
-        operands: what goes into contractions, with the place.
-        values: all that is computed, with the place.
+        operands: the operands of all contractions, with their places.
+        values: all computed values, with their places.
         first_used: the numbers of the arguments, in the order of their first use.
-        not_known: the names of operations without a rule.
+        without_rule: the names of the operations that have no rule.
     """
 
     def __init__(self):
         self.operands: list[tuple[Place, Value]] = []
         self.values: list[tuple[Place, Value]] = []
         self.first_used: list[int] = []
-        self.not_known: set[str] = set()
-        self._watched: dict[int, Value] = {}
+        self.without_rule: set[str] = set()
+        # By id(value). It holds the values too, so that no id is used a second time.
+        self._seen_operands: dict[int, Value] = {}
 
     def read(
         self, jaxpr: Jaxpr, arguments: Sequence[Value], place: Place | None = ()
     ) -> list[Value]:
-        """Follows all operations; returns the outputs.
+        """Follows all operations of a jaxpr and returns its outputs.
 
         Args:
-            jaxpr: an open one.
-            arguments: its constants first.
-            place: of the jaxpr; None where nothing can be watched.
+            jaxpr: an open jaxpr.
+            arguments: the jaxpr's constants, followed by its inputs.
+            place: the place of the jaxpr; None inside of loops and branches, whose
+                values cannot be recorded.
         """
-        known = dict(
-            zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True),
-        )
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True))
 
-        def value_of(atom) -> Value:
+        def value_of(atom: Atom) -> Value:
             if isinstance(atom, jex.core.Literal):
                 return constant(atom.val)
-            return known[atom]
+            return values[atom]
 
         for number, eqn in enumerate(jaxpr.eqns):
             inputs = [value_of(atom) for atom in eqn.invars]
             here = None if place is None else (*place, number)
             outputs = self._operation(eqn, inputs, here)
-            known.update(zip(eqn.outvars, outputs, strict=True))
+            values.update(zip(eqn.outvars, outputs, strict=True))
         return [value_of(atom) for atom in jaxpr.outvars]
 
-    def _operation(self, eqn, inputs: list[Value], place: Place | None) -> list[Value]:
+    def _operation(
+        self, eqn: Equation, inputs: list[Value], place: Place | None
+    ) -> list[Value]:
         name = eqn.primitive.name
         if (called := called_by(eqn)) is not None:
             return self.read(called.jaxpr, [*_constants(called), *inputs], place)
@@ -117,47 +109,52 @@ class Trace:
         if place is not None:
             self.values += [((*place, ~n), value) for n, value in enumerate(outputs)]
             if name in _CONTRACTIONS:
-                self._watch(place, inputs)
+                self._add_operands(place, inputs)
         return outputs
 
-    def _simple(self, eqn, inputs: list[Value]) -> list[Value]:
+    def _simple(self, eqn: Equation, inputs: list[Value]) -> list[Value]:
         for value in inputs:
-            self._use(value)
+            self._note_use(value)
         rule = RULES.get(eqn.primitive.name, self._no_rule)
         sources = _union(inputs)
         results = rule(eqn, [list(value.axes) for value in inputs])
         return [Value(axes, sources) for axes in results]
 
-    def _use(self, value: Value) -> None:
+    def _note_use(self, value: Value) -> None:
         if value.sources.bit_count() == 1:
             argument = value.sources.bit_length() - 1
             if argument not in self.first_used:
                 self.first_used.append(argument)
 
-    def _watch(self, place: Place, operands: list[Value]) -> None:
+    def _add_operands(self, place: Place, operands: list[Value]) -> None:
         for n, value in enumerate(operands):
-            # Queries, keys and values read the same array.
-            if id(value) not in self._watched:
-                self._watched[id(value)] = value
+            # One array may go into several contractions, as into those of an
+            # attention's queries, keys and values. It is kept once.
+            if id(value) not in self._seen_operands:
+                self._seen_operands[id(value)] = value
                 self.operands.append(((*place, n), value))
 
-    def _no_rule(self, eqn, inputs: list[Axes]) -> list[Axes]:
+    def _no_rule(self, eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
         name = eqn.primitive.name
-        self.not_known.add(name)
+        self.without_rule.add(name)
         touched = [axis for axis in itertools.chain(*inputs) if axis is not None]
-        # What it makes of fixed axes would be fixed in any case.
+        # An operation on axes that were fixed before costs no symmetry. Its results
+        # are then fixed for the earlier reasons, too, and no warning names it.
         reasons = {name}
         if not any(any(atoms(axis)) for axis in touched):
             reasons = reasons.union(*(axis.root().fixed for axis in touched))
-        results = [fixed_axes(atom.aval.shape, name) for atom in eqn.outvars]
+        results = [fixed_axes(shape_of(atom), name) for atom in eqn.outvars]
         for axis in itertools.chain(touched, *results):
             for reason in reasons:
                 fix(axis, reason)
         return results
 
-    def _scan(self, eqn, inputs: list[Value], place: Place | None) -> list[Value]:
+    def _scan(
+        self, eqn: Equation, inputs: list[Value], place: Place | None
+    ) -> list[Value]:
         n_constants, n_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        sources = _union(inputs)  # through the carry, everything may reach everything
+        # Through the carry every output may depend on every input.
+        sources = _union(inputs)
         constants, rest = inputs[:n_constants], inputs[n_constants:]
         carry = _loop_carried(rest[:n_carry], eqn.invars[n_constants:], sources)
         slices = []
@@ -171,7 +168,7 @@ class Trace:
         stacked = [Value([steps, *axes], own) for axes, own in outputs[n_carry:]]
         return [*_closed_loop(carry, outputs[:n_carry]), *stacked]
 
-    def _while(self, eqn, inputs: list[Value]) -> list[Value]:
+    def _while(self, eqn: Equation, inputs: list[Value]) -> list[Value]:
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         sources = _union(inputs)
         start = inputs[n_cond + n_body :]
@@ -181,7 +178,7 @@ class Trace:
         arguments = [*_constants(body), *inputs[n_cond : n_cond + n_body], *carry]
         return _closed_loop(carry, self.read(body.jaxpr, arguments, None))
 
-    def _cond(self, eqn, inputs: list[Value]) -> list[Value]:
+    def _cond(self, eqn: Equation, inputs: list[Value]) -> list[Value]:
         branches = [
             self.read(branch.jaxpr, [*_constants(branch), *inputs[1:]], None)
             for branch in eqn.params["branches"]
@@ -196,7 +193,10 @@ class Trace:
 
 
 def constant(array: Any) -> Value:
-    """An array that a model captured: where it is not uniform, it is fixed."""
+    """The value of an array that a model has captured.
+
+    Axes along which the array is not uniform are fixed.
+    """
     shape = jnp.shape(array)
     if math.prod(shape) <= 1:
         return Value([None] * len(shape), 0)
@@ -218,13 +218,18 @@ def _union(values: Sequence[Value]) -> int:
     return sources
 
 
-def _loop_carried(start: Sequence[Value], atoms, sources: int) -> list[Value]:
-    """What a loop begins with; what is uniform then need not stay so."""
+def _loop_carried(
+    start: Sequence[Value], atoms: Sequence[Atom], sources: int
+) -> list[Value]:
+    """The carry of a loop's steps, from the carry with which the loop starts.
+
+    An axis that is uniform at the start need not stay uniform, so it gets units.
+    """
     return [
         Value(
             [
                 unknown(size) if axis is None else axis
-                for axis, size in zip(value.axes, atom.aval.shape, strict=True)
+                for axis, size in zip(value.axes, shape_of(atom), strict=True)
             ],
             sources,
         )
@@ -233,6 +238,7 @@ def _loop_carried(start: Sequence[Value], atoms, sources: int) -> list[Value]:
 
 
 def _closed_loop(carry: list[Value], outputs: list[Value]) -> list[Value]:
+    """The carry after a loop: its units are the same before and after each step."""
     return [
         Value([same(*axes) for axes in zip(begin.axes, end.axes, strict=True)], sources)
         for begin, end in zip(carry, outputs, strict=True)
@@ -240,13 +246,5 @@ def _closed_loop(carry: list[Value], outputs: list[Value]) -> list[Value]:
     ]
 
 
-def called_by(eqn) -> Jaxpr | None:
-    """The closed jaxpr that an equation just calls, if it is one that does."""
-    if eqn.primitive.name not in _CALLS:
-        return None
-    jaxpr = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-    return jaxpr if hasattr(jaxpr, "jaxpr") else jex.core.ClosedJaxpr(jaxpr, ())
-
-
-def _constants(closed: Jaxpr) -> list[Value]:
+def _constants(closed: ClosedJaxpr) -> list[Value]:
     return [constant(array) for array in closed.consts]

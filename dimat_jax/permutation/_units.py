@@ -1,13 +1,13 @@
-"""What is known of the units along an array's axis, while a model is being traced.
+"""The units along the axes of arrays, as far as a trace knows them.
 
-An axis starts as an unknown. Operations teach which axes hold the same units
-(`same`), which are products of others (`split`, `product`), which are concatenations
-(`cut`, `concatenate`), and which cannot be permuted at all (`fix`). What was learnt is
-never taken back, so operations may come in any order: this is unification, with
-union-find underneath.
+At first nothing is known of an axis but its size. Operations then tell which axes hold
+the same units (`same`), which axes are products of others (`split`, `product`), which
+are concatenations (`cut`, `concatenate`), and which cannot be permuted (`fix`). A fact
+is never taken back, so operations may come in any order. The algorithm is unification
+on top of union-find.
 
-An axis along which an array is uniform (what broadcasting makes) says nothing of any
-units, and fits all: it is None here. So are axes of size 1.
+An axis along which an array is uniform, as broadcasting makes it, may be permuted in
+any way. It is None here, and so is an axis of size 1.
 """
 
 import itertools
@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Optional
 
 __all__ = [
-    "Axes",
-    "Known",
+    "ArrayUnits",
+    "AxisUnits",
     "Units",
     "atoms",
     "concatenate",
@@ -33,21 +33,22 @@ __all__ = [
     "unknown",
 ]
 
-Known = Optional["Units"]
-"""Units, or None where an array is uniform."""
+AxisUnits = Optional["Units"]
+"""The units along one axis, or None if the array is uniform along that axis."""
 
-Axes = list[Known]
+ArrayUnits = list[AxisUnits]
 """The units along each axis of an array."""
 
 
 class Units:
-    """The units along one axis; a node of the union-find forest.
+    """The units along one axis: a node of the union-find forest.
 
     Attributes:
-        size: how many.
-        kind: "atom" if nothing is known of an inner structure.
-        parts: what a "product" (row-major) or a "concat" consists of.
-        fixed: why they cannot be permuted; empty if they can.
+        size: the number of units.
+        kind: "product" or "concat" if the units have a known inner structure, "atom" if
+            they do not.
+        parts: the factors of a product (row-major), or the parts of a concatenation.
+        fixed: the reasons why the units cannot be permuted. It is empty if they can.
     """
 
     __slots__ = ("_parent", "fixed", "kind", "parts", "size")
@@ -66,7 +67,7 @@ class Units:
         self._parent: Units | None = None
 
     def root(self) -> "Units":
-        """The node that stands for all that were found to be the same."""
+        """The node that represents all nodes that hold the same units as this one."""
         node = self
         while node._parent is not None:
             if node._parent._parent is not None:
@@ -75,17 +76,17 @@ class Units:
         return node
 
     def become(self, other: "Units") -> None:
-        """Makes `other` stand for this root, too."""
+        """Makes `other` represent this root, too."""
         self._parent = other
 
 
-def unknown(size: int) -> Known:
-    """Units of which nothing is known yet."""
+def unknown(size: int) -> AxisUnits:
+    """New units of which nothing but the number is known."""
     return Units(size) if size > 1 else None
 
 
-def atoms(units: Known) -> Iterator[Units]:
-    """The permutable atoms that units consist of."""
+def atoms(units: AxisUnits) -> Iterator[Units]:
+    """Yields the permutable atoms that units consist of."""
     if units is not None:
         node = units.root()
         if node.fixed:
@@ -96,8 +97,8 @@ def atoms(units: Known) -> Iterator[Units]:
             yield from atoms(part)
 
 
-def fix(units: Known, reason: str) -> None:
-    """Units that must stay where they are."""
+def fix(units: AxisUnits, reason: str) -> None:
+    """Marks units as units that cannot be permuted."""
     if units is not None:
         _fix(units.root(), frozenset([reason]))
 
@@ -108,45 +109,51 @@ def _fix(node: Units, reasons: frozenset[str]) -> None:
         _fix(part.root(), reasons)
 
 
-def fixed(size: int, reason: str, *touched: Known) -> Known:
-    """Units that must stay where they are, as those must that they are made of."""
+def fixed(size: int, reason: str, *touched: AxisUnits) -> AxisUnits:
+    """New units that cannot be permuted. Fixes all `touched` units as well."""
     units = unknown(size)
     for axis in (units, *touched):
         fix(axis, reason)
     return units
 
 
-def fixed_axes(shape: Sequence[int], reason: str) -> Axes:
-    """The axes of an array that must stay as it is."""
+def fixed_axes(shape: Sequence[int], reason: str) -> ArrayUnits:
+    """The axes of an array none of whose axes can be permuted."""
     return [fixed(size, reason) for size in shape]
 
 
-def same(*axes: Known) -> Known:
-    """Units that are permuted alike, or not at all. Uniform axes do not matter."""
-    known = [axis for axis in axes if axis is not None]
-    for one, other in itertools.pairwise(known):
+def same(*axes: AxisUnits) -> AxisUnits:
+    """Unites units: from now on they are permuted alike, or all of them are fixed.
+
+    Uniform axes are ignored.
+    """
+    present = [axis for axis in axes if axis is not None]
+    for one, other in itertools.pairwise(present):
         _unify(one.root(), other.root())
-    return known[0].root() if known else None
+    return present[0].root() if present else None
 
 
-def split(units: Known, sizes: Sequence[int]) -> list[Known]:
-    """The factors of a product, row-major, the last one fastest.
+def split(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits]:
+    """Splits units into the factors of a product, row-major, the last one fastest.
 
-    Where the units have another structure already, everything is fixed.
+    If the units already have a structure that does not fit, everything is fixed.
     """
     return _split(units, sizes) or _fixed_parts(units, sizes)
 
 
-def cut(units: Known, sizes: Sequence[int]) -> list[Known]:
-    """The parts of a concatenation; fixed where a boundary does not fit."""
-    # Nothing is made of empty parts: else something would be a part of itself.
+def cut(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits]:
+    """Cuts units into the parts of a concatenation.
+
+    If a boundary does not fit the units' structure, everything is fixed.
+    """
+    # Empty parts are left out. With them, units could become a part of themselves.
     sizes_present = [size for size in sizes if size > 0]
     parts = iter(_cut(units, sizes_present) or _fixed_parts(units, sizes_present))
     return [next(parts) if size > 0 else None for size in sizes]
 
 
-def product(factors: Sequence[Known], sizes: Sequence[int]) -> Known:
-    """The inverse of `split`."""
+def product(factors: Sequence[AxisUnits], sizes: Sequence[int]) -> AxisUnits:
+    """Multiplies factors to one axis: the inverse of `split`."""
     if all(factor is None for factor in factors):
         return None
     parts = tuple(
@@ -157,8 +164,11 @@ def product(factors: Sequence[Known], sizes: Sequence[int]) -> Known:
     return parts[0] if len(parts) == 1 else Units(math.prod(sizes), "product", parts)
 
 
-def concatenate(parts: Sequence[Known], sizes: Sequence[int]) -> Known:
-    """The inverse of `cut`. Uniform parts may be permuted each within itself."""
+def concatenate(parts: Sequence[AxisUnits], sizes: Sequence[int]) -> AxisUnits:
+    """Joins parts to one axis: the inverse of `cut`.
+
+    A uniform part may be permuted within itself.
+    """
     present = [(p, size) for p, size in zip(parts, sizes, strict=True) if size > 0]
     if len(present) < 2:
         return present[0][0] if present else None
@@ -169,7 +179,8 @@ def concatenate(parts: Sequence[Known], sizes: Sequence[int]) -> Known:
 def _unify(a: Units, b: Units) -> None:
     if a is b:
         return
-    # So nothing ever becomes a part of itself: parts are smaller.
+    # Parts are smaller than the whole, so equal sizes rule out that units become a
+    # part of themselves.
     assert a.size == b.size, f"{a.size} units cannot be {b.size} others"
     if a.fixed or b.fixed:
         reasons = a.fixed | b.fixed
@@ -184,8 +195,8 @@ def _unify(a: Units, b: Units) -> None:
         sizes = _common_factors(_sizes(factors(a)), _sizes(factors(b)))
         _unify_parts(a, b, sizes and (_split(a, sizes), _split(b, sizes)))
     else:
-        # A product can be cut along its first factor; so products and concatenations
-        # meet as concatenations.
+        # A product can be cut along its first factor, so a product and a concatenation
+        # are compared as two concatenations.
         if a.kind == "concat":
             a, b = b, a
         sizes = _common_segments(_sizes(_segments(a)), _sizes(_segments(b)))
@@ -208,7 +219,7 @@ def _give_up(*units: Units) -> None:
         fix(node, "a structure that does not fit")
 
 
-def _fixed_parts(units: Known, sizes: Sequence[int]) -> list[Known]:
+def _fixed_parts(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits]:
     parts = [unknown(size) for size in sizes]
     if units is not None:
         _give_up(units)
@@ -217,15 +228,15 @@ def _fixed_parts(units: Known, sizes: Sequence[int]) -> list[Known]:
     return parts
 
 
-def _split(units: Known, sizes: Sequence[int]) -> list[Known] | None:
-    """As `split`; None where that is not possible."""
+def _split(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits] | None:
+    """Splits units as `split` does; returns None if that is not possible."""
     if units is None:
         return [None for _ in sizes]
     node = units.root()
     if node.fixed:
         return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
     large = [size for size in sizes if size > 1]
-    pieces: list[Known] | None = None
+    pieces: list[AxisUnits] | None = None
     match node.kind:
         case _ if len(large) == 1:
             pieces = [node]
@@ -242,12 +253,12 @@ def _split(units: Known, sizes: Sequence[int]) -> list[Known] | None:
     return [next(rest) if size > 1 else None for size in sizes]
 
 
-def _split_product(node: Units, sizes: list[int]) -> list[Known] | None:
+def _split_product(node: Units, sizes: list[int]) -> list[AxisUnits] | None:
     old = factors(node)
     common = _common_factors(_sizes(old), sizes)
     if common is None:
         return None
-    finer: list[Known] = []
+    finer: list[AxisUnits] = []
     rest = list(common)
     for factor in old:
         part_sizes = _take(rest, factor.size, math.prod)
@@ -263,8 +274,8 @@ def _split_product(node: Units, sizes: list[int]) -> list[Known] | None:
     return pieces
 
 
-def _split_concat(node: Units, sizes: list[int]) -> list[Known] | None:
-    """A concatenation of products whose inner factors are the same."""
+def _split_concat(node: Units, sizes: list[int]) -> list[AxisUnits] | None:
+    """Splits a concatenation of products whose inner factors are the same."""
     inner = math.prod(sizes[1:])
     segments = _segments(node)
     if any(segment.size % inner for segment in segments):
@@ -280,14 +291,14 @@ def _split_concat(node: Units, sizes: list[int]) -> list[Known] | None:
     return [concatenate(outer, outer_sizes), *itertools.starmap(same, inners)]
 
 
-def _cut(units: Known, sizes: Sequence[int]) -> list[Known] | None:
-    """As `cut`; None where that is not possible."""
+def _cut(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits] | None:
+    """Cuts units as `cut` does; returns None if that is not possible."""
     if units is None:
         return [None for _ in sizes]
     node = units.root()
     if node.fixed:
         return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
-    pieces: list[Known] | None = None
+    pieces: list[AxisUnits] | None = None
     match node.kind:
         case _ if len(sizes) == 1:
             pieces = [node]
@@ -301,7 +312,7 @@ def _cut(units: Known, sizes: Sequence[int]) -> list[Known] | None:
     return pieces and [p if s > 1 else None for p, s in zip(pieces, sizes, strict=True)]
 
 
-def _cut_product(node: Units, sizes: Sequence[int]) -> list[Known] | None:
+def _cut_product(node: Units, sizes: Sequence[int]) -> list[AxisUnits] | None:
     first, *rest = factors(node)
     inner = node.size // first.size
     if any(size % inner for size in sizes):
@@ -314,10 +325,10 @@ def _cut_product(node: Units, sizes: Sequence[int]) -> list[Known] | None:
     ]
 
 
-def _cut_concat(node: Units, sizes: Sequence[int]) -> list[Known] | None:
+def _cut_concat(node: Units, sizes: Sequence[int]) -> list[AxisUnits] | None:
     segments = _segments(node)
     common = _common_segments(_sizes(segments), sizes)
-    finer: list[Known] = []
+    finer: list[AxisUnits] = []
     rest = list(common)
     for segment in segments:
         parts = _cut(segment, _take(rest, segment.size, sum))
@@ -333,14 +344,14 @@ def _cut_concat(node: Units, sizes: Sequence[int]) -> list[Known] | None:
 
 
 def factors(node: Units) -> list[Units]:
-    """The factors of (nested) products; the node itself if it is none."""
+    """The factors of (nested) products, or the node itself if it is not a product."""
     if node.kind != "product":
         return [node]
     return [f for part in node.parts for f in factors(part.root())]
 
 
 def _segments(node: Units) -> list[Units]:
-    """The parts of (nested) concatenations; the node itself if it is none."""
+    """The parts of (nested) concatenations, or the node itself if it is not one."""
     if node.kind != "concat":
         return [node]
     return [s for part in node.parts for s in _segments(part.root())]
@@ -351,7 +362,7 @@ def _sizes(nodes: Sequence[Units]) -> list[int]:
 
 
 def _common_factors(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
-    """The coarsest factors that both `a` and `b` can be made of, if there are any."""
+    """The coarsest factors of which both `a` and `b` are made, if there are any."""
     times = operator.mul
     bounds = sorted({*itertools.accumulate(a, times), *itertools.accumulate(b, times)})
     pairs = list(itertools.pairwise([1, *bounds]))
@@ -361,7 +372,7 @@ def _common_factors(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
 
 
 def _common_segments(a: Sequence[int], b: Sequence[int]) -> list[int]:
-    """The longest segments that both `a` and `b` can be made of."""
+    """The longest segments of which both `a` and `b` are made."""
     bounds = sorted({*itertools.accumulate(a), *itertools.accumulate(b)})
     return [end - start for start, end in itertools.pairwise([0, *bounds])]
 
@@ -369,7 +380,7 @@ def _common_segments(a: Sequence[int], b: Sequence[int]) -> list[int]:
 def _take(
     sizes: list[int], total: int, combine: Callable[[list[int]], int]
 ) -> list[int]:
-    """Removes from the front of `sizes` what makes up `total`."""
+    """Removes the first `sizes` that together make `total`, and returns them."""
     n = 1
     while combine(sizes[:n]) < total:
         n += 1

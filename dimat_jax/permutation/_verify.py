@@ -1,4 +1,4 @@
-"""Does a declared symmetry hold? Permute the units and see if the outputs move."""
+"""Verifies a declared symmetry: permutes the units and compares the outputs."""
 
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 
 from dimat_jax.permutation._actions import Perms, apply, identity, random
 from dimat_jax.permutation._derive import derive
-from dimat_jax.permutation._mistakes import Mistake, mended, mistakes
+from dimat_jax.permutation._mistakes import Mistake, correct_spec, find_mistakes
 from dimat_jax.permutation._spec import (
     PermutationSpec,
     PermutationSpecError,
@@ -23,10 +23,12 @@ from dimat_jax.tree import PyTree, flatten, is_inexact
 
 __all__ = ["verify"]
 
+Forward = Callable[[PyTree, PyTree], PyTree]
+
 
 def verify(
     spec: PermutationSpec,
-    forward: Callable[[PyTree, PyTree], PyTree],
+    forward: Forward,
     variables: PyTree,
     inputs: PyTree,
     key: Key[Array, ""],
@@ -35,54 +37,59 @@ def verify(
 ) -> None:
     """Checks that random permutations leave a network's outputs unchanged.
 
-    A fresh network hides a wrong spec: its normalisation scales, biases and statistics
-    are constant, and no permutation moves a constant. So leaves that are constant along
-    some axis get random positive values first (a variance stays one), in a copy.
+    A new network hides a wrong spec: its normalisation scales, biases and statistics
+    are constant, and no permutation changes a constant leaf. So verify first copies the
+    variables and gives random positive values to leaves that are constant along some
+    axis. (They are positive because variances must be.)
 
     Args:
-        spec: the symmetry to check; `validate` runs first.
-        forward: `forward(variables, inputs) -> outputs`, any pytree of arrays. Return
-            the outputs of train and of eval mode to check both: running statistics
-            matter only in eval mode. It should compute in float32.
-        variables: one network's variables (initial or trained).
-        inputs: a few examples; permutations must not depend on them. BatchNorm over
-            too few magnifies rounding.
-        key: consumed.
-        tolerance: how far outputs may move, relative to the largest absolute output.
+        spec: the symmetry to check. `validate` checks its structure first.
+        forward: `forward(variables, inputs) -> outputs`, where outputs are any pytree
+            of arrays. It should compute in float32. To check both modes, return the
+            outputs of train and of eval mode: running statistics matter only in eval
+            mode.
+        variables: one network's variables, initial or trained.
+        inputs: a few examples. BatchNorm over too few examples magnifies rounding.
+        key: the key for the random values and permutations. It is consumed.
+        tolerance: the largest change of an output that is allowed, relative to the
+            largest absolute output.
 
     Raises:
-        PermutationSpecError: the outputs move, or are not finite. The message says how
-            far they moved, and names the groups and the leaves that are declared wrong:
-            those where the spec departs from what `derive` finds, or else the one leaf
-            that explains it. Where it does not depart, rounding is named.
+        PermutationSpecError: the outputs change or are not finite. The message tells
+            the size of the change and names the groups and leaves that are declared
+            wrongly. These are the leaves on which the spec and `derive` disagree, or
+            else the one leaf that explains the change. If the spec and `derive` agree,
+            the message names rounding as the cause.
     """
     validate(spec, variables)
     noise_key, perm_key = jax.random.split(key)
     check = _Check(forward, _without_constants(variables, noise_key), inputs, tolerance)
-    perms = _moving(random(spec, variables, perm_key))
-    moved = check.movement(spec, perms)
-    if moved <= tolerance:
+    perms = _without_identities(random(spec, variables, perm_key))
+    change = check.output_change(spec, perms)
+    if change <= tolerance:
         return
-    groups, cause = _cause(check, spec, perms, perm_key)
+    groups, cause = _find_cause(check, spec, perms, perm_key)
     named = ", ".join(map(repr, groups))
     units = (
         f"the units of group{'s' * (len(groups) > 1)} {named}" if groups else "units"
     )
     raise PermutationSpecError(
-        f"permuting {units} moves the outputs by {moved:.1e} of the largest (allowed: "
+        f"permuting {units} moves the outputs by {change:.1e} of the largest (allowed: "
         f"{tolerance:.0e}): {cause}"
     )
 
 
 class _Check:
-    """Measures how far permuted variables move the outputs."""
+    """Measures how far permuted variables change the outputs."""
 
-    def __init__(self, forward, variables: PyTree, inputs: PyTree, tolerance: float):
+    def __init__(
+        self, forward: Forward, variables: PyTree, inputs: PyTree, tolerance: float
+    ):
         self.variables = variables
         self._inputs = inputs
         self._tolerance = tolerance
         self._eager = forward
-        # Compiled once: tracking down a guilty leaf takes many evaluations.
+        # It is compiled because the search for a wrong leaf takes many evaluations.
         self._forward = jax.jit(forward)
         self._outputs = self._run(variables)
         if not self._outputs:
@@ -91,82 +98,91 @@ class _Check:
             raise PermutationSpecError("the outputs are not finite; nothing to verify")
 
     def _run(self, variables: PyTree) -> list[np.ndarray]:
-        # Reduced precision would move the outputs by itself.
+        # With reduced precision, rounding alone would change the outputs.
         with jax.default_matmul_precision("highest"):
             outputs = self._forward(variables, self._inputs)
         return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(outputs)]
 
-    def movement(self, spec: PermutationSpec, perms: Perms) -> float:
+    def output_change(self, spec: PermutationSpec, perms: Perms) -> float:
         """The largest change of an output, relative to the largest absolute output.
 
-        Infinite where outputs that were finite no longer are.
+        It is infinite if an output is no longer finite.
         """
-        moved = self._run(apply(spec, perms, self.variables))
-        if not all(np.isfinite(output).all() for output in moved):
+        outputs = self._run(apply(spec, perms, self.variables))
+        if not all(np.isfinite(output).all() for output in outputs):
             return np.inf
         return max(
             float(np.abs(after - before).max() / max(np.abs(before).max(), 1e-30))
-            for before, after in zip(self._outputs, moved, strict=True)
+            for before, after in zip(self._outputs, outputs, strict=True)
         )
 
     def holds(self, spec: PermutationSpec, perms: Perms) -> bool:
-        """Whether these permutations leave the outputs where they are."""
-        return self.movement(spec, perms) <= self._tolerance
+        """Whether these permutations leave the outputs unchanged."""
+        return self.output_change(spec, perms) <= self._tolerance
 
     def derived(self) -> tuple[PermutationSpec, str]:
-        """What the model's operations say, and why that may be too little."""
+        """The derived spec, and a message on operations that derive does not know.
+
+        Because of such operations the spec may lack symmetries. The message is empty
+        if derive knows all operations.
+        """
         arguments = (self._eager, self.variables, self._inputs)
         try:
             return derive(*arguments, strict=True), ""
         except PermutationSpecError as doubt:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it is told with the cause
+                # The error message of `verify` repeats the warning.
+                warnings.simplefilter("ignore")
                 return derive(*arguments), str(doubt)
 
 
-def _cause(
+def _find_cause(
     check: _Check, spec: PermutationSpec, perms: Perms, key: Key[Array, ""]
 ) -> tuple[list[str], str]:
-    """The groups at fault (none: it is rounding), and what to say of them."""
+    """Finds the groups that change the outputs, and the message on the cause.
+
+    There are no such groups if the cause is rounding.
+    """
     derived, doubt = check.derived()
-    wrong = mistakes(spec, derived, check.variables)
-    if not wrong:
+    mistakes = find_mistakes(spec, derived, check.variables)
+    if not mistakes:
         return [], (
             "derive finds the declared symmetry in the model's operations, which "
             "leaves rounding; forward should compute in float32, and BatchNorm needs "
             "more or larger examples, as statistics of few values magnify it"
         )
-    if not _mending_helps(check, spec, derived, wrong, key):
-        wrong = []
-    by_derive = _groups(wrong, perms), _listed(wrong)
-    if wrong and not doubt:
+    if not _correction_helps(check, spec, derived, mistakes, key):
+        mistakes = []
+    by_derive = _groups_of(mistakes, perms), _join(mistakes)
+    if mistakes and not doubt:
         return by_derive
-    still = identity(spec, check.variables)
+    identities = identity(spec, check.variables)
     for group in perms:
-        alone = {**still, group: perms[group]}
+        alone = {**identities, group: perms[group]}
         if check.holds(spec, alone):
             continue
         for mistake in _single_mistakes(check, spec, group, len(perms[group])):
-            # A group may be left without any leaf; its permutation is just not used.
-            if check.holds(mended(spec, [mistake]), alone):
+            # The corrected spec may have no leaf left in the group. Then the group's
+            # permutation is not used.
+            if check.holds(correct_spec(spec, [mistake]), alone):
                 return [group], str(mistake)
-        if not wrong:
+        if not mistakes:
             members = ", ".join(f"{leaf!r} axis {d}" for leaf, d in spec.groups[group])
             return [group], f"no single leaf explains it; it permutes {members}"
-    if wrong:
+    if mistakes:
         return by_derive[0], f"{by_derive[1]} (though {doubt})"
     return list(perms), "no group does so alone"
 
 
-def _mending_helps(
+def _correction_helps(
     check: _Check,
     spec: PermutationSpec,
     derived: PermutationSpec,
-    wrong: list[Mistake],
+    mistakes: list[Mistake],
     key: Key[Array, ""],
 ) -> bool:
-    """Whether the outputs stay where they are without what is said to be wrong."""
-    right = mended(spec, wrong)
+    """Whether the outputs do not change once these mistakes are corrected."""
+    right = correct_spec(spec, mistakes)
     sizes = group_sizes(derived, check.variables) | group_sizes(spec, check.variables)
     right = replace(right, sizes={group: sizes[group] for group in right.groups})
     return check.holds(right, random(right, check.variables, key))
@@ -175,8 +191,12 @@ def _mending_helps(
 def _single_mistakes(
     check: _Check, spec: PermutationSpec, group: str, size: int
 ) -> Iterator[Mistake]:
-    """All that can be wrong about whether one axis belongs to a group."""
-    # What may be missing comes first: taking a group its last axis "mends" it, too.
+    """Yields every mistake that a spec can make with one axis of a group.
+
+    The axis belongs to the group but is not declared so, or the other way round.
+    """
+    # Axes that the group may lack come first. Removing the last axis of a group would
+    # leave the outputs unchanged as well, but explains nothing.
     leaves = flatten(check.variables)
     for leaf, axes in spec.axes.items():
         for dimension, axis in enumerate(axes):
@@ -187,20 +207,21 @@ def _single_mistakes(
             yield Mistake(leaf, dimension, group, None)
 
 
-def _groups(wrong: list[Mistake], groups: Container[str]) -> list[str]:
-    """The groups that mistakes are about."""
-    axes = [axis for mistake in wrong for axis in (mistake.declared, mistake.right)]
+def _groups_of(mistakes: list[Mistake], groups: Container[str]) -> list[str]:
+    """Those of the groups that the mistakes name."""
+    axes = [axis for mistake in mistakes for axis in (mistake.declared, mistake.right)]
     named = dict.fromkeys(group for axis in axes for group in axis_groups(axis))
     return [group for group in named if group in groups]
 
 
-def _listed(wrong: list[Mistake], at_most: int = 10) -> str:
-    more = [f"and {len(wrong) - at_most} more"] if len(wrong) > at_most else []
-    return "; ".join([*map(str, wrong[:at_most]), *more])
+def _join(mistakes: list[Mistake], at_most: int = 10) -> str:
+    n_more = len(mistakes) - at_most
+    more = [f"and {n_more} more"] if n_more > 0 else []
+    return "; ".join([*map(str, mistakes[:at_most]), *more])
 
 
 def _without_constants(variables: PyTree, key: Key[Array, ""]) -> PyTree:
-    """Random positive noise on the leaves that are constant along some axis."""
+    """Puts random positive noise on the leaves that are constant along some axis."""
     leaves, treedef = jax.tree.flatten(variables)
     keys = jax.random.split(key, len(leaves))
 
@@ -221,8 +242,8 @@ def _constant_along_an_axis(leaf) -> bool:
     )
 
 
-def _moving(perms: Mapping[str, Array]) -> Perms:
-    """Replaces identities, which would check nothing, by a rotation."""
+def _without_identities(perms: Mapping[str, Array]) -> Perms:
+    """Replaces identities, which would check nothing, by rotations."""
     return {
         group: jnp.where((perm == jnp.arange(len(perm))).all(), jnp.roll(perm, 1), perm)
         for group, perm in perms.items()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dimat_jax.algorithms import (
@@ -217,7 +218,7 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 
 def learning_rate(step):
     """Falls every other step."""
-    return 0.05 * 0.9 ** (step // 2)
+    return 0.05 * 0.9 ** (jnp.asarray(step, jnp.float32) // 2)
 
 
 @functools.cache
@@ -272,7 +273,9 @@ def _runner(case: Case) -> tuple[Algorithm, Callable]:
     @jax.jit
     def steps(state, nows, rate, decay):
         # Rates are arguments, so that others are the same program.
-        algorithm = with_schedule(lambda t: rate / (1 + decay * t))
+        algorithm = with_schedule(
+            lambda t: rate / (1 + decay * jnp.asarray(t, jnp.float32))
+        )
 
         def step(state, now):
             network, key = now

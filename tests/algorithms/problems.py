@@ -32,7 +32,8 @@ def least_squares(variables, batch, key):
     """Half the mean squared error of a linear model."""
     del key
     error = batch.inputs @ variables["params"]["x"] - batch.labels
-    weights = batch.mask / jnp.maximum(batch.mask.sum(), 1)
+    mask = batch.mask.astype(jnp.float32)
+    weights = mask / jnp.maximum(mask.sum(), 1)
     value = 0.5 * (weights * error**2).sum()
     mean = KEEP * variables["batch_stats"]["mean"] + (1 - KEEP) * weights @ batch.inputs
     return value, ({"batch_stats": {"mean": mean}}, {"loss": value, "accuracy": value})

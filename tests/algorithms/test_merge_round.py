@@ -11,7 +11,7 @@ from dimat_jax.data._dataset import Split
 from dimat_jax.data.pipeline import Reader, place_pool
 from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import classifier
-from dimat_jax.network import static
+from dimat_jax.network import Links
 from dimat_jax.placement import place
 from dimat_jax.topology import TOPOLOGIES
 from dimat_jax.tree import flatten, map_with_path, unstack
@@ -88,7 +88,7 @@ class _World:
     def network(self, topology: str):
         adjacency = TOPOLOGIES[topology](N_AGENTS)
         W = MIXINGS["uniform"](adjacency)
-        return W, static(W, adjacency, self.placement.slots)
+        return W, Links(adjacency, W).at_round(1, self.placement.slots)
 
     def activations(self, agent: int, indices: np.ndarray) -> dict[str, np.ndarray]:
         seen = self.watch_one(

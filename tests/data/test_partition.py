@@ -11,13 +11,14 @@ from dimat_jax.data.partition import (
 )
 from dimat_jax.errors import UserError
 
-# Classes are skewed and need not be contiguous, and agents may outnumber them.
+# Classes have different sizes, their labels have gaps, and there may be more agents
+# than classes.
 labels_of = st.lists(
     st.sampled_from([0, 0, 0, 1, 2, 5, 6, 200]), min_size=1, max_size=80
 ).map(lambda labels: np.array(labels, np.int32))
 seeds = st.integers(0, 2**32)
 
-# "classes_per_agent" refuses what it cannot share out.
+# "classes_per_agent" refuses classes that it cannot divide among the agents.
 SPLITS_ANYTHING = sorted(PARTITIONS.keys() - {"classes_per_agent"})
 
 
@@ -41,7 +42,8 @@ def test_the_seed_alone_decides(name, labels, n_agents, seed):
     first = PARTITIONS[name](labels, n_agents, seed=seed)
     drawn = np.random.random()
     np.random.seed(0)
-    assert drawn == np.random.random()  # the global state was left alone
+    # The partition has not used NumPy's global state.
+    assert drawn == np.random.random()
     np.random.seed(1)
     second = PARTITIONS[name](labels, n_agents, seed=seed)
     for a, b in zip(first, second, strict=True):
@@ -140,7 +142,7 @@ def test_a_small_alpha_gives_classes_to_few_and_a_large_one_to_all():
 
 
 def test_dirichlet_proportions_have_the_moments_they_should():
-    # Mean 1/N; variance (1/N)(1 - 1/N) / (N alpha + 1).
+    # A share has the mean 1/N and the variance (1/N)(1 - 1/N) / (N alpha + 1).
     labels = np.repeat(np.arange(400), 100)
     shares = class_counts(labels, partition("dirichlet", labels, 4, seed=0)) / 100
     np.testing.assert_allclose(shares.mean(axis=1), 1 / 4, atol=0.05)
@@ -189,6 +191,7 @@ def test_class_counts_has_a_column_for_every_label_up_to_the_largest():
     np.testing.assert_array_equal(counts, [[1, 0, 0, 1], [0, 1, 0, 1]])
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("name", "labels", "n_agents", "message"),
     [
@@ -203,7 +206,7 @@ def test_class_counts_has_a_column_for_every_label_up_to_the_largest():
         ("iid", [0, 1], 3, "expected 1 to 2 agents .* got 3"),
         ("iid", [[0, 1]], 1, r"expected labels int\[samples\], got int64\[1, 2\]"),
         ("iid", [0.5, 1.0], 1, r"expected labels int\[samples\], got float64\[2\]"),
-        # Both classes are even: agent 1 of 2 has none.
+        # Both classes have even labels, so agent 1 of 2 has no class.
         ("by_class", [0, 2, 2], 2, r"by_class leaves agents \[1\] of 2 without"),
         # Agents 1 and 3 share class 1, which has a single sample.
         ("by_class", [0, 0, 0, 1], 4, r"by_class leaves agents \[3\] of 4 .*2 classes"),

@@ -21,7 +21,7 @@ from dimat_jax.data.pipeline import (
 from dimat_jax.data.sources import Split
 from dimat_jax.placement import Placement, place
 
-# Ragged shards of distinct indices, disjoint as a partition's are.
+# The shards have different sizes and no index in common, as those of a partition.
 shards_of = st.lists(st.integers(1, 20), min_size=1, max_size=4).map(
     lambda sizes: np.split(
         np.random.default_rng(sum(sizes)).permutation(sum(sizes)), np.cumsum(sizes)[:-1]
@@ -34,7 +34,7 @@ batch_sizes = st.integers(1, 8)
 
 
 def epoch_of(sampler: Sampler, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and mask of a whole epoch, both `[agents, steps, batch]`."""
+    """The indices and the mask of a whole epoch, both `[agents, steps, batch]`."""
     first = epoch * sampler.steps_per_epoch
     batches = [sampler.batch(first + i) for i in range(sampler.steps_per_epoch)]
     indices, mask = zip(*batches, strict=True)
@@ -54,7 +54,7 @@ def test_in_an_epoch_every_agent_sees_exactly_its_own_shard_once(
     assert indices.shape == (len(shards), sampler.steps_per_epoch, batch_size)
     for shard, own, seen in zip(shards, indices, mask, strict=True):
         np.testing.assert_array_equal(np.sort(own[seen]), np.sort(shard))
-        # What fills up batches is never somebody else's.
+        # The indices that fill up batches are never those of another agent.
         assert np.isin(own, shard).all()
 
 
@@ -167,7 +167,7 @@ def pool(placement) -> Pool:
 
 
 def assert_examples(batch: Any, indices: Any, mask: Any) -> None:
-    """A batch holds these examples of SPLIT wherever its mask says so."""
+    """Asserts that a batch holds these examples of SPLIT wherever its mask is True."""
     assert batch.inputs.dtype == jnp.float32 and batch.labels.dtype == jnp.int32
     np.testing.assert_array_equal(batch.mask, mask)
     kept, indices = np.asarray(mask), np.asarray(indices)[np.asarray(mask)]
@@ -269,7 +269,8 @@ def test_a_reader_compiles_once_however_many_samples_it_makes(
 
     read_all()
     once = len(traces)
-    assert once == 1 + 3  # the shared program, and the agents unrolled in the other
+    # The shared program is traced once, the other for each of the unrolled agents.
+    assert once == 1 + 3
     read_all()
     assert len(traces) == once
 
@@ -280,7 +281,7 @@ def test_a_reader_compiles_once_however_many_samples_it_makes(
 def augmented(
     images: np.ndarray, augmentation: Augmentation, seed: int = 0
 ) -> np.ndarray:
-    """Pixels as `load` augments them, with nothing to normalise."""
+    """The pixels as `load` augments them, without normalisation."""
     channels = images.shape[-1]
     pool = Pool(
         jnp.asarray(images),
@@ -298,7 +299,7 @@ def augmented(
 
 
 def windows(image: np.ndarray, augmentation: Augmentation) -> dict[tuple, np.ndarray]:
-    """All that an image can become, by (mirrored, row, column)."""
+    """All images that augmentation can make of an image, by (mirrored, row, column)."""
     height, width, _ = image.shape
     pad = augmentation.pad
     found = {}
@@ -313,7 +314,7 @@ def windows(image: np.ndarray, augmentation: Augmentation) -> dict[tuple, np.nda
 
 
 def drawn(images: np.ndarray, augmentation: Augmentation, seed: int = 0) -> list[tuple]:
-    """Which window each image has become; exactly one has to match."""
+    """Finds the window that each image has become. Exactly one window has to match."""
     result = []
     for image, outcome in zip(
         images, augmented(images, augmentation, seed), strict=True
@@ -330,7 +331,7 @@ def drawn(images: np.ndarray, augmentation: Augmentation, seed: int = 0) -> list
 
 def distinct_images(size: int, height: int = 6, width: int = 5) -> np.ndarray:
     rng = np.random.default_rng(1)
-    # No black pixel: black is what comes from outside.
+    # The image has no black pixel, so that black pixels are those from outside.
     return rng.integers(1, 256, (size, height, width, 3), dtype=np.uint8)
 
 
@@ -348,7 +349,7 @@ def test_by_default_a_key_changes_nothing(pool):
 def test_a_flip_mirrors_left_and_right_with_probability_one_half():
     images = distinct_images(400)
     mirrored = [what for what, _, _ in drawn(images, Augmentation(flip=True))]
-    # Five standard deviations.
+    # The tolerance is five standard deviations.
     assert abs(np.mean(mirrored) - 0.5) < 5 * 0.5 / np.sqrt(400)
 
 
@@ -361,7 +362,7 @@ def test_a_crop_is_any_window_of_the_image_padded_with_black(flip, pad):
     possible = windows(images[0], augmentation).keys()
     counts = np.array([outcomes.count(what) for what in possible])
     expected = len(images) / len(counts)
-    # All of them, equally often: chi squared is within 5 of its standard deviations.
+    # All windows are equally frequent: chi squared lies within 5 standard deviations.
     statistic, freedom = ((counts - expected) ** 2 / expected).sum(), len(counts) - 1
     assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom)
     # Rows and columns are drawn independently of each other.

@@ -51,13 +51,14 @@ def test_digits_are_split_evenly_in_every_class():
     data = load("digits")
     assert_well_formed(data, channels=1)
     assert data.name == "digits" and data.n_classes == 10
+    assert data.class_names == tuple("0123456789")
     assert data.train.images.shape[1:] == (8, 8, 1) and data.train.images.max() == 16
     train, test = (np.bincount(s.labels, minlength=10) for s in (data.train, data.test))
     assert train.sum() + test.sum() == 1797
     assert np.all(np.abs(test - (train + test) / 5) < 1)
     pixels = [s.images.reshape(-1, 64) for s in (data.train, data.test)]
     both = np.concatenate(pixels)
-    assert len(np.unique(both, axis=0)) == 1797  # so no sample is in both splits
+    assert len(np.unique(both, axis=0)) == 1797  # no sample is in both splits
 
 
 def test_statistics_are_those_of_the_full_training_split():
@@ -113,12 +114,15 @@ def test_an_unknown_name_gets_the_nearest_and_all():
 # CIFAR: a small CIFAR-10 as tfds would prepare it, and the real CIFAR-100
 
 
+LABELS = ("sea plane", *(f"kind {i}" for i in range(1, 10)))
+
+
 def write_tfds(data_dir: Path, version: str = "3.0.2", n: int = 12) -> Path:
-    """Writes a data set of random pixels in tfds's format, without TensorFlow."""
+    """Writes a data set of random pixels in the format of tfds, without TensorFlow."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
-    # Typed as Any, since protobuf makes the messages at import time.
+    # The type is Any, because protobuf makes the messages at import time.
     example_proto: Any = tf_example_pb2
     proto: Any = tf_feature_pb2
 
@@ -143,8 +147,7 @@ def write_tfds(data_dir: Path, version: str = "3.0.2", n: int = 12) -> Path:
         "featuresDict": {"features": features},
     }
     (folder / "features.json").write_text(json.dumps(features))
-    names = "\n".join(map(str, range(10)))
-    (folder / "label.labels.txt").write_text(names)
+    (folder / "label.labels.txt").write_text("\n".join(LABELS) + "\n")
     splits = []
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -184,7 +187,7 @@ def test_cifar_is_read_in_order_and_lossless(tmp_path):
     write_tfds(tmp_path)
     data = load("cifar10", directory=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     assert_well_formed(data, channels=3)
-    assert data.n_classes == 10
+    assert data.n_classes == 10 and data.class_names == LABELS
     for split in ("train", "test"):
         images, labels = getattr(data, split)
         np.testing.assert_array_equal(images, np.load(tmp_path / f"{split}.npy"))
@@ -207,6 +210,14 @@ def test_cifar_needs_neither_tensorflow_nor_jax(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_labels_without_a_name_for_each_class_have_none(tmp_path):
+    path = tmp_path / "label.labels.txt"
+    assert _cifar._class_names(path, 2) is None
+    for text, expected in (("", None), ("cat\n", None), ("cat\ndog", ("cat", "dog"))):
+        path.write_text(text)
+        assert _cifar._class_names(path, 2) == expected
 
 
 def test_tfds_default_folder_is_looked_in(tmp_path, monkeypatch):
@@ -236,7 +247,7 @@ def test_missing_cifar_says_where_and_how_to_prepare_it(tmp_path):
     with pytest.raises(DataError, match=prepare):
         load("cifar10", directory=str(tmp_path))
 
-    # As tfds's default format, TFRecord, would look.
+    # This is how TFRecord, the default format of tfds, would look.
     folder = write_tfds(tmp_path)
     test = folder / "cifar10-test.array_record-00000-of-00001"
     test.rename(folder / "cifar10-test.tfrecord-00000-of-00001")
@@ -263,6 +274,8 @@ def test_cifar100_is_complete_with_the_known_statistics(cifar100):
     assert_well_formed(cifar100, channels=3)
     assert cifar100.train.images.shape == (50_000, 32, 32, 3)
     assert cifar100.test.images.shape == (10_000, 32, 32, 3)
+    assert cifar100.class_names[:2] == ("apple", "aquarium_fish")
+    assert len(set(cifar100.class_names)) == 100
     assert np.all(np.bincount(cifar100.train.labels) == 500)
     assert np.all(np.bincount(cifar100.test.labels) == 100)
     mean, std = [0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]
@@ -291,7 +304,7 @@ WNIDS = ["n02", "n01"]
 
 
 def tiny_members() -> dict[str, bytes]:
-    """Two classes with two training images each, one greyscale, and one for test."""
+    """Two classes with two training images each (one greyscale) and a test image."""
     rng = np.random.default_rng(0)
     members = {"wnids.txt": "\n".join(WNIDS).encode()}
     for wnid in WNIDS:
@@ -345,6 +358,32 @@ def test_tiny_imagenet_reads_alike_from_zip_and_folder(tiny, tmp_path):
         archive.extractall(tmp_path / "unpacked")
     assert_same(load_tiny(tmp_path / "unpacked", tmp_path / "cache2"), expected)
     assert_same(load_tiny(tmp_path / "unpacked" / TINY, tmp_path / "cache3"), expected)
+
+
+WORDS = "n00\tentity\nn01\tgoldfish, Carassius auratus\nn02\tlion\nn03\ttoad, frog\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (None, None),
+        (WORDS, ("lion", "goldfish")),
+        (WORDS.replace("n02", "n05"), None),
+        (WORDS.replace("lion", " "), None),
+        ("n01 goldfish", None),
+    ],
+)
+def test_tiny_imagenets_classes_are_called_by_their_first_word(
+    tmp_path, words, expected
+):
+    path, members = tmp_path / "words.zip", tiny_members()
+    if words is not None:
+        members["words.txt"] = words.encode()
+    write_zip(path, members)
+    data = load_tiny(path, tmp_path / "cache")
+    assert data.class_names == expected
+    # They come from the cache, too.
+    assert load_tiny(path, tmp_path / "cache").class_names == expected
 
 
 def test_tiny_imagenet_must_be_found(tmp_path):
@@ -401,6 +440,7 @@ def test_the_real_tiny_imagenet_is_read(data_dir, data_cache):
     data = load_tiny(data_dir, data_cache)
     assert_well_formed(data, channels=3)
     assert data.n_classes == 200 and data.train.images.shape[1:] == (64, 64, 3)
+    assert data.class_names is not None and "goldfish" in data.class_names
     for labels in (data.train.labels, data.test.labels):
         counts = np.bincount(labels, minlength=200)
         assert np.all(counts == counts[0])
@@ -411,16 +451,16 @@ def test_the_real_tiny_imagenet_is_read(data_dir, data_cache):
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[str]:
-    """What has been decoded, one entry for each image."""
-    seen = []
+    """Records the decoded images, with one entry for each."""
+    images = []
     decode = _tiny_imagenet.decode_image
 
-    def spy(data, shape, where):
-        seen.append(where)
+    def decode_and_record(data, shape, where):
+        images.append(where)
         return decode(data, shape, where)
 
-    monkeypatch.setattr(_tiny_imagenet, "decode_image", spy)
-    return seen
+    monkeypatch.setattr(_tiny_imagenet, "decode_image", decode_and_record)
+    return images
 
 
 def test_a_second_load_decodes_nothing(tiny, tmp_path, decoded):
@@ -466,7 +506,9 @@ def test_changed_data_are_decoded_anew(tiny, tmp_path, decoded):
     assert not data.train.images[2].any()
 
 
-@pytest.mark.parametrize("field", ["train_images", "train_labels", "mean", "n_classes"])
+@pytest.mark.parametrize(
+    "field", ["train_images", "train_labels", "mean", "n_classes", "class_names"]
+)
 @pytest.mark.parametrize("damage", ["deleted", "empty", "truncated", "garbage"])
 def test_a_damaged_cache_is_rebuilt(tiny, tmp_path, decoded, caplog, field, damage):
     first = load_tiny(tiny, tmp_path / "cache")

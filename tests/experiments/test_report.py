@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs import quickstart
+from dimat_jax.experiment import Experiment
+from dimat_jax.workdir import Workdir
 from experiments import figures, report
 from experiments.runs import Partition, Runs, describe, load
 
@@ -439,6 +442,19 @@ def test_a_small_partition_has_numbers_and_white_where_there_is_nothing(
     assert (axis.images[0].get_array().mask == (counts == 0)).all()
     assert [label.get_text() for label in axis.get_xticklabels()] == names
     assert axis.get_title() == "by_class" and path.stat().st_size > 0
+
+
+def test_the_names_of_a_runs_classes_reach_its_picture(tmp_path, drawn):
+    config = quickstart.get_config("wa")
+    config.data.train_size, config.data.test_size = 50, 20
+    experiment = Experiment(config)
+    names = tuple(f"digit {label}" for label in range(10))
+    experiment.dataset = experiment.dataset._replace(class_names=names)
+    write_run(tmp_path / "run")
+    Workdir(tmp_path / "run").create(experiment)
+    figures.partition_figures(load([tmp_path]).partitions, tmp_path / "picture.png")
+    labels = drawn[0].axes[0].get_xticklabels()
+    assert tuple(label.get_text() for label in labels) == names
 
 
 def test_a_large_partition_has_neither_numbers_nor_a_hundred_names(tmp_path, drawn):

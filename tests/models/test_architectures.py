@@ -1,4 +1,4 @@
-"""What is particular to one architecture."""
+"""Tests of properties that only one architecture has."""
 
 from dataclasses import replace
 from functools import partial
@@ -225,7 +225,8 @@ def test_imagenet_resnets_have_as_many_parameters_as_torchvisions(name, publishe
 @pytest.mark.parametrize(
     ("name", "layers", "published"),
     [
-        # Of He et al. (2016), in millions, with parameterless shortcuts.
+        # He et al. (2016) state these numbers of parameters, in millions, for shortcuts
+        # without parameters.
         ("resnet20", 20, 0.27),
         ("resnet32", 32, 0.46),
         ("resnet44", 44, 0.66),
@@ -249,7 +250,7 @@ def test_resnet20_has_a_group_for_each_stream_and_each_block(width):
     streams = {g: n for g, n in sizes.items() if g.startswith("stream")}
     assert list(streams.values()) == [16 * width, 32 * width, 64 * width]
     assert len(sizes) == len(streams) + 9
-    # The stem, and behind every block of its stage.
+    # The stream's taps are at the stem and behind every block of its stage.
     assert [len(spec.taps_of(stream)) for stream in streams] == [4, 3, 3]
 
 
@@ -301,7 +302,7 @@ def test_shortcuts_are_those_of_the_published_networks(name, kernel):
 
 
 def test_a_stage_of_the_same_shape_at_one_pixel_still_has_its_shortcut():
-    # The module and its spec decide alike, whatever the images' size.
+    # The module and its spec make the same choice for every image size.
     model = ResNet((1, 1), (4, 4), 2)
     permutation.validate(permutation_spec(model), shapes_of(model, 1, 1, 3))
 
@@ -312,7 +313,7 @@ def test_a_stage_of_the_same_shape_at_one_pixel_still_has_its_shortcut():
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        # Of torchvision's vgg*_bn: all but the classifier.
+        # The numbers of parameters of torchvision's vgg*_bn without the classifier.
         ("vgg11", 9_225_984),
         ("vgg13", 9_410_880),
         ("vgg16", 14_723_136),

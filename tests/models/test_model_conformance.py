@@ -1,4 +1,4 @@
-"""What every bundled architecture must keep to. A new one only joins the table."""
+"""Tests for all bundled architectures. A new architecture needs only a table entry."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -30,7 +30,7 @@ BATCH = 6
 
 
 class Case(NamedTuple):
-    """The smallest network of an architecture that still has all its parts."""
+    """The smallest network of an architecture that has all of its parts."""
 
     model: Any
     input_shape: tuple[int, ...]
@@ -41,16 +41,16 @@ def registered(name: str, *input_shape: int, **settings: Any) -> Case:
 
 
 def resnet(*input_shape: int, **settings: Any) -> Case:
-    """Both kinds of blocks: with a shortcut that changes shape, and without."""
+    """A ResNet with both kinds of blocks: with and without a shortcut convolution."""
     return Case(ResNet((2, 1), (4, 8), N_CLASSES, **settings), input_shape)
 
 
 def vgg(**settings: Any) -> Case:
-    """Two stages; a feature map of 2 x 3 is left for the head."""
+    """A VGG with two stages. Its head reads a feature map of 2 x 3 pixels."""
     return Case(VGG(((8,), (8, 16)), N_CLASSES, **settings), (8, 12, 3))
 
 
-# One for each module, kind of block and kind of norm.
+# There is one case for each module, kind of block and kind of norm.
 SMALL = {
     "mlp": registered("mlp", 4, 4, 1, hidden=(9, 7)),
     "mlp, batch norm": registered("mlp", 4, 4, 1, hidden=(9, 7), norm="batch"),
@@ -70,8 +70,8 @@ CASES = SMALL | {
         32, 32, 3, block="bottleneck", stem="imagenet", shortcut="conv1x1"
     ),
     "resnet20": registered("resnet20", 8, 8, 3, width=1 / 2),
-    # On 8 x 8 images batch norms at the end would see six values each, and 53 of them
-    # amplify the rounding of those beyond what is allowed below.
+    # On 8 x 8 images, the last batch norms would have six values for each channel. The
+    # 53 batch norms of this network then amplify rounding beyond the tolerance below.
     "resnet50": registered("resnet50", 16, 16, 3, width=1 / 16, stem="cifar"),
     "vgg, layer norm": vgg(norm="layer"),
     "vgg, no norm": vgg(norm="none"),
@@ -79,7 +79,7 @@ CASES = SMALL | {
 }
 
 every_case = pytest.mark.parametrize("case", CASES)
-# For what takes long to compile, and does not depend on depth.
+# The cases for tests that take long to compile and do not depend on the depth.
 every_small_case = pytest.mark.parametrize("case", SMALL)
 every_name = pytest.mark.parametrize("name", MODELS)
 
@@ -94,7 +94,7 @@ class Subject(NamedTuple):
     learn: Callable[[PyTree, Batch], dict[str, Any]]
 
     def perms(self, seed: int) -> permutation.Perms:
-        """Random permutations; of few units, too, they move some."""
+        """Random permutations. Each of them moves some units, even if there are few."""
         perms = permutation.random(self.spec, self.variables, jax.random.key(seed))
         return {
             group: jnp.roll(perm, 1) if (perm == jnp.arange(len(perm))).all() else perm
@@ -124,7 +124,7 @@ def build(case: str) -> Subject:
 
 
 def precisely(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """As `verify` computes; so one finds what the other has compiled."""
+    """Computes in the precision of `verify`, so that both share compiled programs."""
 
     def call(*args):
         with jax.default_matmul_precision("highest"):
@@ -134,7 +134,7 @@ def precisely(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def trained_like(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """No leaf is constant, as they are at init: permutations would not move those."""
+    """Variables without constant leaves, which permutations would not change."""
     rng = np.random.default_rng(list(path.encode()))
     if path.endswith(("/var", "/scale")):
         values = rng.uniform(0.5, 1.5, leaf.shape)
@@ -192,7 +192,7 @@ def assert_spec_fits(model, variables, inputs):
     }
     for tap, units in seen.items():
         axes = spec.tap_axes(tap, units.ndim)
-        # Refuses axes of another size than their groups.
+        # This refuses axes of another size than their groups.
         shape = jax.eval_shape(partial(permute_leaf, axes, perms), units).shape
         assert shape == units.shape, tap
 
@@ -249,7 +249,7 @@ def test_taps_show_the_units_of_their_groups(subject):
         axes = subject.spec.tap_axes(tap, before[tap].ndim)
         expected = permute_leaf(axes, perms, before[tap])
         np.testing.assert_allclose(after[tap], expected, rtol=0, atol=1e-4)
-        # Else a tap that shows nothing would pass.
+        # Without this check, a tap that shows nothing would pass.
         assert float(jnp.abs(after[tap] - before[tap]).max()) > 1e-2, tap
 
 
@@ -360,7 +360,7 @@ def test_masked_examples_count_nowhere_in_train_mode(subject):
     rng = np.random.default_rng(0)
     inputs = np.asarray(subject.inputs)
     labels = rng.integers(0, N_CLASSES, BATCH).astype(np.int32)
-    # Masked examples lie between the others, and look like nothing seen before.
+    # Masked examples lie between the others and have quite different values.
     rows = np.array([0, 2, 3, 5, 6, 8])
     padded = rng.normal(3, 10, (9, *inputs.shape[1:])).astype(np.float32)
     padded_labels = np.zeros(9, np.int32)
@@ -375,7 +375,7 @@ def test_masked_examples_count_nowhere_in_train_mode(subject):
         smaller,
         atol=1e-5,
     )
-    # The masked examples would have made a difference.
+    # Without the mask, these examples would have changed the results.
     unmasked = subject.learn(
         subject.variables, batch_of(padded, padded_labels, mask | True)
     )
@@ -408,7 +408,7 @@ def batch_of(inputs: Any, labels: Any, mask: Any) -> Batch:
 
 
 def assert_close(tree: PyTree, expected: PyTree, atol: float) -> None:
-    """Leaf by leaf, relative to the largest entry of the leaf (or to one)."""
+    """Compares leaf by leaf, relative to the largest entry of the leaf (or to one)."""
     leaves, expected_leaves = flatten(tree), flatten(expected)
     assert leaves.keys() == expected_leaves.keys()
     for path, leaf in leaves.items():

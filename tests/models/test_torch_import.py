@@ -1,4 +1,4 @@
-"""PyTorch's weights: the same networks here and there, and what does not fit."""
+"""Tests that imported PyTorch weights give equal networks, and which are refused."""
 
 import pickle
 import sys
@@ -27,7 +27,7 @@ from dimat_jax.tree import PyTree, flatten, map_with_path
 
 
 class Case(NamedTuple):
-    """A network as PyTorch code writes it, and what is to be found out about it."""
+    """A network as PyTorch code writes it, and the arguments that its weights tell."""
 
     name: str
     build: Callable[[], Any]
@@ -151,13 +151,13 @@ def test_logits_are_those_of_pytorch_at_full_size(case):
     check_logits(FULL_SIZE[case], run(FULL_SIZE[case]))
 
 
-def check_logits(case: Case, there: Original):
-    # Else a network that forgets its input would do.
-    assert there.logits.std(axis=0).min() > 0.05
-    variables = from_torch(case.name, there.module.state_dict())
+def check_logits(case: Case, original: Original):
+    # Without this check, networks that ignore their inputs would pass.
+    assert original.logits.std(axis=0).min() > 0.05
+    variables = from_torch(case.name, original.module.state_dict())
     model = infer_model(case.name, variables)
-    logits = jax.jit(forward(model))(variables, there.images)
-    np.testing.assert_allclose(logits, there.logits, rtol=0, atol=1e-4)
+    logits = jax.jit(forward(model))(variables, original.images)
+    np.testing.assert_allclose(logits, original.logits, rtol=0, atol=1e-4)
 
 
 @every_case
@@ -173,7 +173,7 @@ def test_pytorch_loads_what_to_torch_makes_of_its_weights(case):
     name, module = CASES[case].name, original(case).module
     state_dict = module.state_dict()
     back = to_torch(name, from_torch(name, state_dict))
-    # Two cases have the spelling of the other family.
+    # Two cases use the names of the other family.
     respelt = {
         "resnet20, 1x1 shortcuts": [("shortcut", "downsample"), ("linear", "fc")],
         "resnet18, CIFAR names": [("downsample", "shortcut"), ("fc", "linear")],
@@ -198,7 +198,7 @@ def test_pytorch_loads_what_to_torch_makes_of_its_weights(case):
 
 @cache
 def variables_of(name: str, image_size: int = 32, **arguments: Any) -> PyTree:
-    """Variables of a narrow network, no two of their numbers alike."""
+    """Variables of a narrow network. All of their numbers are different."""
     model = MODELS[name](**{"n_classes": 3, "width": 1 / 8, **arguments})
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shapes = jax.eval_shape(partial(init, model), jax.random.key(0), image)
@@ -220,7 +220,7 @@ def test_every_convolutional_architecture_has_pytorch_names():
     )
 
 
-# The others differ in their number of blocks alone, and are slow to trace.
+# All other architectures differ only in the number of blocks, and tracing them is slow.
 QUICK = {"resnet18", "resnet20", "resnet50", "vgg11", "vgg16"}
 
 
@@ -271,7 +271,7 @@ def test_the_names_are_torchvisions_for_resnet50():
     assert keys == expected
 
 
-# Of torchvision's vgg16 and vgg16_bn.
+# The numbers of layers in torchvision's vgg16 and vgg16_bn.
 VGG16_CONVS = {
     "none": [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28],
     "batch": [0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40],
@@ -413,7 +413,7 @@ def test_the_model_computes_in_the_dtype_that_is_asked_for(variables):
 
 
 def refuse(name: str, source: Any, *parts: str) -> None:
-    """Every part is in the message, literally."""
+    """Checks that `from_torch` refuses weights, and that its message has all parts."""
     with pytest.raises(TorchImportError) as caught:
         from_torch(name, source)
     for part in parts:
@@ -555,6 +555,7 @@ def test_a_name_without_pytorch_names_is_refused(name, state_dict, variables):
             function(name, variables)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_what_is_neither_file_nor_mapping_is_refused(tmp_path):
     refuse("resnet20", [1, 2], "module.state_dict()", "got list")
     refuse("resnet20", tmp_path / "gone.pth", "gone.pth: there is no such file")
@@ -591,13 +592,13 @@ def test_a_pickle_in_a_pth_is_refused_and_not_executed(tmp_path):
         save({"conv1.weight": Trap(tmp_path / "executed")}, tmp_path / name)
         refuse("resnet20", tmp_path / name, name, "refused", "module.state_dict()")
         assert not (tmp_path / "executed").exists()
-    # The trap does work.
+    # This shows that the trap works.
     pickle.loads((tmp_path / "plain.pth").read_bytes())
     assert (tmp_path / "executed").exists()
 
 
 class Trap:
-    """Makes a file when it is unpickled."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

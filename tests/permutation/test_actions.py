@@ -1,4 +1,4 @@
-"""Permutations act as a group, on every kind of axis."""
+"""Tests that permutations act as a group, on every kind of axis."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from dimat_jax.permutation import (
 from dimat_jax.tree import stack, take
 
 GROUPS = {"a": 2, "b": 3, "c": 4}
-OPEN = 2  # the size of a Product's None
+# The size of the factor None of a Product.
+OPEN = 2
 
 
 def length(axis: Axis, fixed: int = 3) -> int:
@@ -44,7 +45,7 @@ def factor_length(factor: None | int | str) -> int:
 
 
 def sources(axis: Axis, size: int, perms: Mapping[str, Any]) -> list[int]:
-    """Where each index of an axis comes from: the definition, one index at a time."""
+    """Computes from which index each index of an axis comes, by the definition."""
     match axis:
         case str():
             return [int(unit) for unit in perms[axis]]
@@ -54,8 +55,8 @@ def sources(axis: Axis, size: int, perms: Mapping[str, Any]) -> list[int]:
             for index in np.ndindex(*shape):
                 source = 0
                 for i, factor, n in zip(index, factors, shape, strict=True):
-                    moved = int(perms[factor][i]) if isinstance(factor, str) else i
-                    source = source * n + moved
+                    unit = int(perms[factor][i]) if isinstance(factor, str) else i
+                    source = source * n + unit
                 result.append(source)
             return result
         case Concat(parts):
@@ -113,7 +114,7 @@ def cases(draw, n_perms: int = 1) -> Case:
         st.lists(st.lists(axes_of_any_kind, max_size=2), min_size=1, max_size=3)
     )
     axes |= {f"leaf{i}": tuple(leaf) for i, leaf in enumerate(leaves)}
-    # All entries differ, so that one in the wrong place is seen.
+    # All entries differ, so that the tests notice an entry in a wrong place.
     variables = {
         leaf: np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
         for leaf, shape in (
@@ -334,7 +335,7 @@ def test_a_leaf_that_the_spec_does_not_cover_is_refused():
     "axis", ["units", Product(2, "units"), Concat(("units", 3), (None, 3))]
 )
 def test_a_permutation_of_the_wrong_length_is_refused(axis, units):
-    # jnp.take would cut the leaf short, or read past its end.
+    # With these, jnp.take would cut the leaf short or read past its end.
     spec = PermutationSpec({"weight": (None, axis)})
     perms = {"units": jnp.arange(units, dtype=jnp.int32)}
     with pytest.raises(PermutationSpecError, match="'weight': axis 1 has size 6"):

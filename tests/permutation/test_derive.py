@@ -1,4 +1,4 @@
-"""`derive` finds the symmetry of models that it knows nothing of."""
+"""Tests that `derive` finds the symmetry of models that it knows nothing about."""
 
 import warnings
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def test_two_symmetries_are_told_apart():
 
 
 class Model(NamedTuple):
-    """A model, and how many groups of more than one unit it has."""
+    """A model, and the number of its groups that have more than one unit."""
 
     forward: Callable[[PyTree, Any], Any]
     variables: PyTree
@@ -88,7 +88,7 @@ class Model(NamedTuple):
 
 
 def trained_like(path: str, leaf: Any) -> Any:
-    """Nothing is constant, as scales and biases are at init."""
+    """Variables without constant leaves. At init, scales and biases are constant."""
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     rng = np.random.default_rng(list(path.encode()))
@@ -100,7 +100,7 @@ def trained_like(path: str, leaf: Any) -> Any:
 
 
 class EquinoxCNN(eqx.Module):
-    """Channels first, on one example; layers and functions in one list."""
+    """A CNN for one example, channels first, with layers and functions in one list."""
 
     layers: list
 
@@ -140,7 +140,7 @@ def equinox(vmapped: bool) -> Model:
 
 
 def equinox_lstm() -> Model:
-    """One sequence; the four gates are one array."""
+    """An LSTM for one sequence. Its four gates are one array."""
     model = (
         eqx.nn.LSTMCell(3, 5, key=jax.random.key(0)),
         eqx.nn.Linear(5, 5, key=jax.random.key(1)),
@@ -181,7 +181,7 @@ class NNXMLP(nnx.Module):
 
 
 def nnx_mlp() -> Model:
-    """All its state is in the variables: random keys and counters, too."""
+    """An MLP whose variables hold all its state, also random keys and counters."""
     graph, state = nnx.split(NNXMLP(nnx.Rngs(0)))
 
     def forward(state, x):
@@ -198,7 +198,7 @@ def linen(module: nn.Module, inputs: jax.Array, sizes: list[int]) -> Model:
 
 
 class DenseNet(nn.Module):
-    """Depthwise convolutions on what is concatenated; a flattened head."""
+    """Depthwise convolutions on concatenated feature maps, and a flattened head."""
 
     @nn.compact
     def __call__(self, x):
@@ -215,7 +215,7 @@ class DenseNet(nn.Module):
 
 
 class OptionA(nn.Module):
-    """He et al.'s shortcuts without weights: every second pixel, and zero channels."""
+    """He et al.'s shortcuts without weights: every second pixel, and padding with 0."""
 
     @nn.compact
     def __call__(self, x):
@@ -231,7 +231,7 @@ class OptionA(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Queries, keys and values of one dense layer, cut apart; causal."""
+    """Causal attention. One dense layer makes its queries, keys and values."""
 
     @nn.compact
     def __call__(self, x):
@@ -244,7 +244,7 @@ class FusedAttention(nn.Module):
 
 
 class TiedLanguageModel(nn.Module):
-    """Tokens in, the embedding transposed as the head."""
+    """A model of tokens whose head is the transposed embedding."""
 
     @nn.compact
     def __call__(self, tokens):
@@ -270,7 +270,7 @@ class Layer(nn.Module):
 
 
 class Scanned(nn.Module):
-    """The weights of three layers are stacked; gradients would recompute them."""
+    """A scan over three layers with stacked weights. Gradients recompute the layers."""
 
     @nn.compact
     def __call__(self, x):
@@ -299,9 +299,10 @@ UNSEEN: dict[str, Callable[[], Model]] = {
     "equinox LSTM": equinox_lstm,
     "nnx": nnx_mlp,
     "densenet": lambda: linen(DenseNet(), normal(*IMAGES), [6, 6, 6, 2, 6]),
-    # The stream grows: 4, then 2 + 4 + 2, then 3 + 8 + 3 channels.
+    # The stream grows from 4 to 2 + 4 + 2 and then to 3 + 8 + 3 channels.
     "option A": lambda: linen(OptionA(), normal(*IMAGES), [4, 4, 8, 2, 2, 14, 3, 3]),
-    # The stream; heads, what keys share with queries, values.
+    # The groups are the stream; the heads; the dimensions of queries and keys; and
+    # those of values.
     "fused attention": lambda: linen(FusedAttention(), normal(3, 5, 8), [8, 2, 4, 4]),
     "tied language model": lambda: linen(
         TiedLanguageModel(), jnp.arange(12).reshape(2, 6) % 8, [8, 2, 4, 4]
@@ -326,7 +327,7 @@ class Derived(NamedTuple):
         return permutation.identity(self.spec, self.variables)
 
     def perms(self, seed: int) -> permutation.Perms:
-        """Random permutations; of few units, too, they move some."""
+        """Random permutations. Each of them moves some units, even if there are few."""
         perms = permutation.random(self.spec, self.variables, jax.random.key(seed))
         return {
             group: jnp.roll(perm, 1) if (perm == jnp.arange(len(perm))).all() else perm
@@ -338,16 +339,16 @@ class Derived(NamedTuple):
 def derived(name: str) -> Derived:
     model = UNSEEN[name]()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no operation is unknown
+        warnings.simplefilter("error")  # derive knows all operations
         spec, activations = derive(
             model.forward, model.variables, model.inputs, with_activations=True
         )
     variables = map_with_path(trained_like, model.variables)
 
-    # Tiny programs, of which there are many: compiling them takes longer than running.
+    # There are many tiny programs: compiling them takes longer than running them.
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def run(perms, inputs):
-        """What the permuted model puts out, and what its taps show."""
+        """The outputs of the permuted model, and the activations at its taps."""
         permuted = permutation.apply(spec, perms, variables)
         return model.forward(permuted, inputs), activations(permuted, inputs)
 
@@ -373,11 +374,11 @@ def test_what_was_derived_of_an_unseen_model_holds_and_its_taps_show_it(name):
     assert before.keys() == spec.taps.keys()
     for group in spec.groups:
         assert spec.taps_of(group), group
-    for tap, seen in before.items():
-        expected = permute_leaf(spec.tap_axes(tap, seen.ndim), perms, seen)
+    for tap, units in before.items():
+        expected = permute_leaf(spec.tap_axes(tap, units.ndim), perms, units)
         assert distance(after[tap], expected) < 1e-4, tap
-        # Else a tap that shows nothing would pass.
-        assert distance(after[tap], seen) > 1e-3, tap
+        # Without this check, a tap that shows nothing would pass.
+        assert distance(after[tap], units) > 1e-3, tap
 
 
 @pytest.mark.parametrize("name", ["equinox", "nnx", "densenet"])
@@ -386,7 +387,7 @@ def test_what_was_derived_of_an_unseen_model_is_verified(name):
     verify(spec, model.forward, model.variables, model.inputs, jax.random.key(0))
 
 
-def distance(units: jax.Array, others: jax.Array) -> float:
+def distance(units: jax.Array, others: jax.Array | np.ndarray) -> float:
     """The largest difference, relative to the largest entry."""
     return float(jnp.abs(units - others).max() / jnp.abs(others).max())
 
@@ -399,7 +400,7 @@ def test_a_permutation_that_was_planted_in_an_unseen_model_is_found(name):
     spec, inputs = subject.spec, subject.model.inputs
     planted = subject.perms(2)
     permutee = permutation.apply(spec, planted, subject.variables)
-    # Enough of them to tell the units apart.
+    # There are enough examples to tell the units apart.
     batches = [normal(64, *inputs.shape[1:], seed=1)]
     found = activation_matching(
         spec, subject.activations, subject.variables, permutee, batches
@@ -419,7 +420,7 @@ def test_activations_of_other_batches_and_of_stacked_agents(name):
     agents = stack([subject.variables, subject.variables])
     stacked = jax.jit(jax.vmap(subject.activations, (0, None)))(agents, inputs)
     for tap, seen in expected.items():
-        # Examples come first, the steps of scans behind them.
+        # The axis of the examples comes first, that of a scan's steps behind it.
         assert len(seen) == n_examples
         for again in (
             doubled[tap][:n_examples],
@@ -457,7 +458,7 @@ def test_a_flattened_concatenation_is_spelt_out():
     spec = derived("densenet").spec
     axis, _ = spec.axes["params/Dense_0/kernel"]
     assert isinstance(axis, Concat)
-    # Two channels made of each of three times six, at four pixels.
+    # The convolution makes two channels of each of three times six, at four pixels.
     assert [size for _, size in axis.parts] == [12, 12, 12] * 4
     assert all(isinstance(part, Product) for part, _ in axis.parts)
 
@@ -469,7 +470,7 @@ def test_sizes_are_given_where_no_axis_tells_them():
 
 
 def test_a_concatenation_within_units_that_move_is_left_aside():
-    # No axis can be declared as a product of two groups, one of them concatenated.
+    # A spec cannot declare a product of two groups of which one is a concatenation.
     variables = {"w": normal(3, 2), "b": normal(4), "c": normal(6)}
 
     def forward(v, x):
@@ -579,7 +580,8 @@ def test_activations_of_inputs_that_trace_otherwise_are_refused():
 
 
 def test_activations_do_not_mind_what_changes_nothing():
-    # Numbers of weak type, as PReLU's slope in Equinox, are converted; others are not.
+    # Numbers of weak type, as the slope of Equinox's PReLU, are converted; other
+    # numbers are not.
     def forward(v, x):
         h = jnp.tanh(x @ v["a"])
         return (h * v["slope"] if len(x) % 2 else v["slope"] * (h + 0)) @ v["b"]

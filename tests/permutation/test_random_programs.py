@@ -1,8 +1,8 @@
-"""`derive` is right about networks that nobody would build.
+"""Tests `derive` on random programs that nobody would write by hand.
 
-Random programs of a few building blocks, with sizes of 2 and 4 everywhere, so that
-nothing can be told apart by its size. What is derived must hold for their outputs, and
-its taps must show it.
+The programs consist of a few building blocks. All sizes are 2 or 4, so that sizes do
+not tell axes apart. The derived symmetry must hold for the outputs of the programs, and
+the taps must show it.
 """
 
 from collections.abc import Callable, Sequence
@@ -257,13 +257,13 @@ Program = Sequence[tuple[str, int]]
 
 
 def run(program: Program, variables: dict[str, Any], x: Any) -> Any:
-    """The program's output. Weights that the variables lack are drawn and put there."""
+    """Computes the program's output. Draws all weights that the variables lack."""
     given_out: list[str] = []
 
     def weight(*shape: int) -> Any:
         rng = np.random.default_rng([len(given_out), *shape])
         alike = [name for name in given_out if variables[name].shape == shape]
-        # Now and then, one that was used before.
+        # Sometimes the program uses an earlier weight again.
         name = str(rng.choice(alike)) if alike and rng.random() < 0.2 else None
         name = name or f"w{len(given_out)}"
         given_out.append(name)
@@ -274,13 +274,13 @@ def run(program: Program, variables: dict[str, Any], x: Any) -> Any:
         y = BLOCKS[block](seen, weight, np.random.default_rng(seed))
         if 0 < y.ndim <= 4 and y.size <= 256:
             seen.append(y)
-    # One axis of the last value is the output's, if the program is of odd length.
+    # The output keeps one axis of the last value if the length of the program is odd.
     head = weight(*seen[-1].shape)
     return (head * seen[-1]).sum(axis=tuple(range(len(program) % 2, head.ndim)))
 
 
 class Subject(NamedTuple):
-    """A program as a model, and what was derived of it."""
+    """A program as a model, and what `derive` found out about it."""
 
     forward: Callable[[Any, Any], Any]
     variables: dict[str, Any]
@@ -304,7 +304,7 @@ def check(program: Program, shape: Sequence[int]) -> None:
     forward, variables, x, spec, activations = subject(program, shape)
     permutation.validate(spec, variables)
 
-    # The programs are tiny: compiling them takes longer than running.
+    # The programs are tiny: compiling them takes longer than running them.
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def outputs_and_taps(perms):
         permuted = permutation.apply(spec, perms, variables)
@@ -328,7 +328,7 @@ def assert_close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * scale)
 
 
-# Without dense layers between the others there would be few hidden units.
+# Without dense layers between the other blocks there would be few hidden units.
 NAMES = [*sorted(BLOCKS), *["dense"] * len(BLOCKS)]
 steps = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 99)), max_size=5)
 programs = steps.map(lambda steps: [("dense", 1), *steps])
@@ -349,7 +349,7 @@ def test_what_is_derived_of_many_random_programs_holds(program, shape):
 
 
 def test_random_programs_have_groups():
-    # Else the tests above would test little.
+    # Programs without groups would make the tests above worthless.
     rng = np.random.default_rng(0)
     n_groups = []
     for _ in range(30):

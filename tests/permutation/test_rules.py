@@ -1,7 +1,8 @@
-"""Each operation's rule: what it allows, and that what it allows leaves outputs alone.
+"""Tests each operation's rule: the groups that it allows must leave outputs unchanged.
 
-Every row is a network of one hidden layer, `sum(u * op(x @ w, *more))`, with what the
-axes of its weights must be: a group too many would be wrong, one too few a loss.
+Every row is a network of one hidden layer, `sum(u * op(x @ w, *more))`, with the axes
+that its weights must have. A rule that allows more groups would be wrong, and a rule
+that allows fewer groups would lose a symmetry.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,16 +22,16 @@ from dimat_jax.permutation._spec import Axes
 from tests.reference.symmetry import differences
 
 BATCH, INPUTS, UNITS = 4, 3, 6
-# Captured by the rows' functions.
+# The functions of some rows capture this array.
 PLACES = np.array([2, 0, 2])
 ROW = np.random.default_rng(0).normal(size=UNITS).astype(np.float32)
 NWC = ("NWC", "WIO", "NWC")
 
 
 class Row(NamedTuple):
-    """`op(h, *more)` with h `[batch, units]`; what the axes of u, w and `more` are.
+    """An operation `op(h, *more)` on h `[batch, units]`, and the axes of its weights.
 
-    `more` are the shapes of further weights; of integers, if written with a dtype.
+    `more` are the shapes of further weights. They are integers if a dtype is given.
     """
 
     op: Callable[..., Any]
@@ -41,8 +42,8 @@ class Row(NamedTuple):
     sizes: Mapping[str, int] = {}
 
 
-def moved(u: Axis = "a") -> tuple[Axes, Axis]:
-    """The units are one group in front of the operation, and `u` behind it."""
+def one_group(u: Axis = "a") -> tuple[Axes, Axis]:
+    """The axes of the weights: group "a" before the operation, axis `u` after it."""
     return (None, u), "a"
 
 
@@ -51,7 +52,7 @@ REDUCED: tuple[Axes, Axis] = (None,), "a"
 
 
 def conv(h, kernel, groups: int = 1, **settings: Any):
-    """Along the batch, as if it were a sequence."""
+    """A convolution along the batch, as if the batch were a sequence."""
     settings = {"window_strides": [1], "padding": "SAME", **settings}
     return lax.conv_general_dilated(
         h[None], kernel, dimension_numbers=NWC, feature_group_count=groups, **settings
@@ -84,37 +85,37 @@ def outer(h):
 
 ROWS = {
     # Elementwise
-    "relu": Row(jax.nn.relu, *moved()),
-    "gelu": Row(jax.nn.gelu, *moved()),
+    "relu": Row(jax.nn.relu, *one_group()),
+    "gelu": Row(jax.nn.gelu, *one_group()),
     "a weight for each unit": Row(
-        lambda h, b: jnp.maximum(h + b, -b), *moved(), ((UNITS,),), (("a",),)
+        lambda h, b: jnp.maximum(h + b, -b), *one_group(), ((UNITS,),), (("a",),)
     ),
     "a weight of all": Row(
-        lambda h, b: h * b[0] + b[1], *moved(), ((2, 1),), ((None, None),)
+        lambda h, b: h * b[0] + b[1], *one_group(), ((2, 1),), ((None, None),)
     ),
     "where one is larger": Row(
-        lambda h, b: jnp.where(h > b, h, 0), *moved(), ((UNITS,),), (("a",),)
+        lambda h, b: jnp.where(h > b, h, 0), *one_group(), ((UNITS,),), (("a",),)
     ),
-    "clamped by scalars": Row(lambda h: lax.clamp(-1.0, h, 1.0), *moved()),
+    "clamped by scalars": Row(lambda h: lax.clamp(-1.0, h, 1.0), *one_group()),
     "clamped by weights": Row(
-        lambda h, b: lax.clamp(h - b**2, h**2, h), *moved(), ((UNITS,),), (("a",),)
+        lambda h, b: lax.clamp(h - b**2, h**2, h), *one_group(), ((UNITS,),), (("a",),)
     ),
     "the bits of numbers": Row(
         lambda h: lax.bitcast_convert_type(
             lax.bitcast_convert_type(h, jnp.int16), jnp.float32
         ),
-        *moved(),
+        *one_group(),
     ),
     "captured numbers": Row(lambda h: h * ROW, *STAYS),
-    "captured numbers, all alike": Row(lambda h: h * np.full(UNITS, 2.0), *moved()),
+    "captured numbers, all alike": Row(lambda h: h * np.full(UNITS, 2.0), *one_group()),
     "counted places": Row(lambda h: h * jnp.arange(UNITS), *STAYS),
     "the identity matrix": Row(lambda h: h @ jnp.eye(UNITS), *STAYS),
     # Reductions
     "sum": Row(lambda h: h.sum(-1), *REDUCED),
     "max": Row(lambda h: h.max(-1), *REDUCED),
     "any": Row(lambda h: (h > 0).any(-1), *REDUCED),
-    "softmax": Row(jax.nn.softmax, *moved()),
-    "layer norm": Row(jax.nn.standardize, *moved()),
+    "softmax": Row(jax.nn.softmax, *one_group()),
+    "layer norm": Row(jax.nn.standardize, *one_group()),
     "argmax": Row(lambda h: h.argmax(-1), (None,), None),
     "cumulative sum": Row(lambda h: jnp.cumsum(h, -1), *STAYS),
     "cumulative sum, backwards": Row(
@@ -134,7 +135,7 @@ ROWS = {
     "sorted": Row(lambda h: jnp.sort(h, -1), (None, None), "a"),
     "sorted, with places": Row(lambda h: jnp.argsort(h, -1), *STAYS),
     "sorted along others": Row(
-        # Among those that are 0, the order decides.
+        # Several keys are 0. The order before decides the order of their values.
         lambda h, b: lax.sort((jax.nn.relu(h), h * b), num_keys=1)[1],
         *STAYS,
         ((UNITS,),),
@@ -165,19 +166,19 @@ ROWS = {
         (None, None, None),
         None,
     ),
-    "repeated": Row(lambda h: jnp.tile(h, 2), *moved(Product("b", "a"))),
-    "each repeated": Row(lambda h: jnp.repeat(h, 2, -1), *moved(Product("a", "b"))),
+    "repeated": Row(lambda h: jnp.tile(h, 2), *one_group(Product("b", "a"))),
+    "each repeated": Row(lambda h: jnp.repeat(h, 2, -1), *one_group(Product("a", "b"))),
     "nothing": Row(lambda h: h[:0].reshape(3, 0), ("b", None), "a"),
     # Parts
     "concatenated with itself": Row(
-        lambda h: jnp.concatenate([h, -h], -1), *moved(Concat(("a", 6), ("a", 6)))
+        lambda h: jnp.concatenate([h, -h], -1), *one_group(Concat(("a", 6), ("a", 6)))
     ),
     "concatenated with ones": Row(
         lambda h: jnp.concatenate([jnp.ones((BATCH, 2)), h], -1),
-        *moved(Concat(("b", 2), ("a", 6))),
+        *one_group(Concat(("b", 2), ("a", 6))),
     ),
     "concatenated with nothing": Row(
-        lambda h: lax.concatenate([h[:, :0], h], 1), *moved()
+        lambda h: lax.concatenate([h[:, :0], h], 1), *one_group()
     ),
     "unstacked": Row(lambda h: sum(jnp.unstack(h, axis=1)), (None,), None),
     "stacked": Row(lambda h: jnp.stack([h, 2 * h]), (None, None, "a"), "a"),
@@ -191,7 +192,7 @@ ROWS = {
     "every second": Row(lambda h: h[:, ::2], *STAYS),
     "gates": Row(jax.nn.glu, (None, "a"), Concat(("a", 3), ("a", 3))),
     "split at the start": Row(
-        lambda h: lax.split(h, (0, UNITS), axis=1)[1] + h, *moved()
+        lambda h: lax.split(h, (0, UNITS), axis=1)[1] + h, *one_group()
     ),
     "halves change places": Row(
         lambda h: jnp.roll(h, 3, -1),
@@ -201,7 +202,7 @@ ROWS = {
     "shifted by one": Row(lambda h: jnp.roll(h, 1, -1) + h, *STAYS),
     "padded": Row(
         lambda h: jnp.pad(h, ((0, 0), (2, 3)), constant_values=1.0),
-        *moved(Concat(("b", 2), ("a", 6), ("c", 3))),
+        *one_group(Concat(("b", 2), ("a", 6), ("c", 3))),
     ),
     "padded between": Row(
         lambda h: lax.pad(h, jnp.float32(0), [(0, 0, 0), (0, 0, 1)]), *STAYS
@@ -211,9 +212,10 @@ ROWS = {
     ),
     # Places
     "taken": Row(lambda h: h[:, PLACES], *STAYS),
-    "taken across the batch": Row(lambda h: h[PLACES], *moved()),
+    "taken across the batch": Row(lambda h: h[PLACES], *one_group()),
     "taken beyond the end": Row(
-        lambda h: jnp.take(h, np.array([0, 9]), 0, mode="fill", fill_value=1), *moved()
+        lambda h: jnp.take(h, np.array([0, 9]), 0, mode="fill", fill_value=1),
+        *one_group(),
     ),
     "taken where a weight says": Row(
         lambda h, i: h[:, i], (None, "b"), None, ((5, int),), (("b",),)
@@ -223,17 +225,17 @@ ROWS = {
     ),
     "taken for each unit": Row(
         lambda h: jnp.take_along_axis(h, jnp.abs(h).argmax(0, keepdims=True), 0),
-        *moved(),
+        *one_group(),
     ),
     "embedded": Row(
         lambda h, table, i: h @ table[i].T,
-        *moved("b"),
+        *one_group("b"),
         ((9, UNITS), (5, int)),
         ((None, "a"), ("b",)),
     ),
     "one-hot": Row(
         lambda h, table, i: h @ (jax.nn.one_hot(i, 9) @ table).T,
-        *moved("b"),
+        *one_group("b"),
         ((9, UNITS), (5, int)),
         ((None, "a"), ("b",)),
     ),
@@ -250,14 +252,14 @@ ROWS = {
     ),
     "a row replaced": Row(
         lambda h, b: lax.dynamic_update_slice(h, b, (1, 0)),
-        *moved(),
+        *one_group(),
         ((1, UNITS),),
         ((None, "a"),),
     ),
     "a place set": Row(lambda h: h.at[:, 0].set(1), *STAYS),
-    "a row set": Row(lambda h, b: h.at[1].set(b), *moved(), ((UNITS,),), (("a",),)),
+    "a row set": Row(lambda h, b: h.at[1].set(b), *one_group(), ((UNITS,),), (("a",),)),
     "nodes summed": Row(
-        lambda h: jax.ops.segment_sum(h, PLACES[[0, 1, 2, 0]], 3), *moved()
+        lambda h: jax.ops.segment_sum(h, PLACES[[0, 1, 2, 0]], 3), *one_group()
     ),
     "units summed": Row(
         lambda h, i: jax.ops.segment_sum(h.T, i, 3),
@@ -279,10 +281,10 @@ ROWS = {
         lambda h: jnp.diagonal(outer(h), axis1=1, axis2=2), *STAYS
     ),
     "once more through itself": Row(
-        lambda h, k: jnp.tanh(h @ k) @ k, *moved(), ((UNITS, UNITS),), (("a", "a"),)
+        lambda h, k: jnp.tanh(h @ k) @ k, *one_group(), ((UNITS, UNITS),), (("a", "a"),)
     ),
     "and back through itself": Row(
-        lambda h, k: jnp.tanh(h @ k) @ k.T, *moved(), ((UNITS, 5),), (("a", "b"),)
+        lambda h, k: jnp.tanh(h @ k) @ k.T, *one_group(), ((UNITS, 5),), (("a", "b"),)
     ),
     "a matrix for each unit": Row(
         lambda h, k: jnp.einsum("bu,uij->bij", h, jnp.einsum("uik,ujk->uij", k, k)),
@@ -300,21 +302,21 @@ ROWS = {
     ),
     "normalised weights": Row(
         lambda h, k: h @ (k / jnp.linalg.norm(k, axis=0)),
-        *moved("b"),
+        *one_group("b"),
         ((UNITS, 5),),
         (("a", "b"),),
     ),
     # Windows
-    "convolution": Row(conv, *moved("b"), ((3, UNITS, 5),), ((None, "a", "b"),)),
+    "convolution": Row(conv, *one_group("b"), ((3, UNITS, 5),), ((None, "a", "b"),)),
     "dilated convolution": Row(
         partial(conv, padding=[(2, 1)], lhs_dilation=[2], rhs_dilation=[2]),
-        *moved("b"),
+        *one_group("b"),
         ((2, UNITS, 5),),
         ((None, "a", "b"),),
     ),
     "depthwise convolution": Row(
         partial(conv, groups=UNITS),
-        *moved(Product("a", "b")),
+        *one_group(Product("a", "b")),
         ((3, 1, 2 * UNITS),),
         ((None, None, Product("a", "b")),),
     ),
@@ -328,7 +330,7 @@ ROWS = {
     ),
     "convolution of one pixel": Row(
         partial(conv, padding="VALID"),
-        *moved("b"),
+        *one_group("b"),
         ((1, UNITS, 5),),
         ((None, "a", "b"),),
     ),
@@ -341,7 +343,7 @@ ROWS = {
     ),
     "convolution over a part of the batch": Row(
         partial(conv, batch_group_count=1, padding=[(0, 3)], window_strides=[2]),
-        *moved("b"),
+        *one_group("b"),
         ((2, UNITS, 4),),
         ((None, "a", "b"),),
     ),
@@ -365,7 +367,7 @@ ROWS = {
     ),
     "pooled over the batch": Row(
         lambda h: lax.reduce_window(h, -jnp.inf, lax.max, (2, 1), (2, 1), "SAME"),
-        *moved(),
+        *one_group(),
     ),
     "pooled over the units": Row(
         lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 2), (1, 1), "SAME"), *STAYS
@@ -373,7 +375,7 @@ ROWS = {
     # Loops and calls
     "a loop from zeros": Row(
         lambda h, b: loop(h, lambda c: jnp.tanh(c + h) * b),
-        *moved(),
+        *one_group(),
         ((UNITS,),),
         (("a",),),
     ),
@@ -390,13 +392,13 @@ ROWS = {
             None,
             length=2,
         )[0][0],
-        *moved(),
+        *one_group(),
         ((UNITS,),),
         (("a",),),
     ),
     "a recurrence over the batch": Row(
         recurrence,
-        *moved(),
+        *one_group(),
         ((UNITS, UNITS),),
         (("a", "a"),),
     ),
@@ -409,13 +411,13 @@ ROWS = {
         lambda h, b: lax.while_loop(
             lambda c: (c**2).sum() > 1, lambda c: c * jax.nn.sigmoid(b), h
         ),
-        *moved(),
+        *one_group(),
         ((UNITS,),),
         (("a",),),
     ),
     "a branch": Row(
         lambda h, b: lax.cond(h.sum() > 0, lambda: h * b, lambda: jnp.zeros_like(h)),
-        *moved(),
+        *one_group(),
         ((UNITS,),),
         (("a",),),
     ),
@@ -424,22 +426,22 @@ ROWS = {
     ),
     "a branch for each unit": Row(
         jax.vmap(lambda t: lax.cond(t.sum() > 0, lambda: t, lambda: 3 * t), 1, 1),
-        *moved(),
+        *one_group(),
     ),
     "an associative scan": Row(
         lambda h: lax.associative_scan(jnp.add, h, axis=1), *STAYS
     ),
     "functions that are called twice": Row(
         lambda h, b: jax.jit(jnp.add)(jax.jit(jnp.add)(h, b[0]), b[1]),
-        *moved(),
+        *one_group(),
         ((2, UNITS),),
         ((None, "a"),),
     ),
-    "rematerialised": Row(jax.checkpoint(jnp.tanh), *moved()),
-    "with a derivative of its own": Row(gate, *moved()),
-    "a gradient": Row(jax.grad(lambda h: jnp.tanh(h).sum(-1).prod()), *moved()),
-    "behind a barrier": Row(lax.optimization_barrier, *moved()),
-    "shown": Row(lambda h: [jax.debug.callback(lambda _: None, h), h][1], *moved()),
+    "rematerialised": Row(jax.checkpoint(jnp.tanh), *one_group()),
+    "with a derivative of its own": Row(gate, *one_group()),
+    "a gradient": Row(jax.grad(lambda h: jnp.tanh(h).sum(-1).prod()), *one_group()),
+    "behind a barrier": Row(lax.optimization_barrier, *one_group()),
+    "shown": Row(lambda h: [jax.debug.callback(lambda _: None, h), h][1], *one_group()),
 }
 
 
@@ -449,7 +451,7 @@ def x() -> jax.Array:
 
 
 def network(row: Row, x: jax.Array):
-    """The row's network, and weights for it."""
+    """The network of a row, and weights for it."""
     rng = np.random.default_rng(0)
 
     def weight(*shape: Any) -> np.ndarray:
@@ -495,7 +497,7 @@ def test_an_operation_allows_just_what_leaves_the_outputs_alone(name, x):
 
 
 def operations(jaxpr: Any) -> set[str]:
-    """The names of all operations, but for those of loops and branches."""
+    """The names of all operations of a program, without those of loops and branches."""
     names = {eqn.primitive.name for eqn in jaxpr.eqns}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "jit":

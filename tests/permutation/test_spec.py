@@ -1,4 +1,4 @@
-"""What a spec may say, and how `validate` refuses the rest."""
+"""Tests which specs are allowed, and how `validate` refuses all others."""
 
 import dataclasses
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What is learnt of units holds for every permutation that they allow."""
+"""Tests that all facts about units hold for every permutation that the units allow."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat_jax.permutation._units import (
-    Known,
+    AxisUnits,
     Units,
     atoms,
     concatenate,
@@ -34,13 +34,13 @@ def units(size: int) -> Units:
 
 
 class Permutations:
-    """A random permutation of every atom, and what it makes of other units."""
+    """A random permutation of every atom, and the permutations of all other units."""
 
     def __init__(self, seed: int):
         self._rng = np.random.default_rng(seed)
         self._of: dict[Units, np.ndarray] = {}
 
-    def of(self, axis: Known, size: int) -> np.ndarray:
+    def of(self, axis: AxisUnits, size: int) -> np.ndarray:
         if axis is None:
             assert size <= 1
             return np.arange(size)
@@ -65,18 +65,18 @@ def side_by_side(perms: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def nested(perms: Sequence[np.ndarray]) -> np.ndarray:
-    """Row-major: the last one is the fastest."""
+    """Combines the indices of factors, row-major: the last factor is the fastest."""
     grid = np.arange(math.prod(map(len, perms))).reshape([len(p) for p in perms])
     return grid[np.ix_(*perms)].reshape(-1)
 
 
-# Any size has many structures.
+# Each of these sizes allows many structures.
 SIZES = [2, 3, 4, 6, 8, 12]
 
 
 @st.composite
 def lessons(draw):
-    """What is to be learnt of a few axes of one size, in any order."""
+    """Draws facts about a few axes of one size. Their order does not matter."""
     size = draw(st.sampled_from(SIZES))
     n_axes = draw(st.integers(1, 3))
     divisors = [n for n in range(2, size + 1) if size % n == 0]
@@ -102,8 +102,8 @@ def lessons(draw):
 @given(lessons())
 def test_all_that_was_learnt_holds_for_every_permutation(lesson):
     size, n_axes, steps = lesson
-    axes: list[Known] = [units(size) for _ in range(n_axes)]
-    pieces: list[tuple[Known, int]] = []
+    axes: list[AxisUnits] = [units(size) for _ in range(n_axes)]
+    pieces: list[tuple[AxisUnits, int]] = []
     learnt = []
     for kind, n, detail in steps:
         axis = axes[n]
@@ -127,7 +127,7 @@ def test_all_that_was_learnt_holds_for_every_permutation(lesson):
                 if pieces:
                     fix(pieces[-1 if detail else 0][0], "a test")
             case "join":
-                # In another order, and one of them twice.
+                # The facts come in another order, and one of them comes twice.
                 both = [axis, axes[detail], axis]
                 whole = concatenate(both, [size] * 3)
                 learnt.append((whole, 3 * size, side_by_side, both, [size] * 3))
@@ -145,7 +145,7 @@ def test_all_that_was_learnt_holds_for_every_permutation(lesson):
 # Structures ===========================================================================
 
 
-def groups(*axes: Known) -> list[int]:
+def groups(*axes: AxisUnits) -> list[int]:
     """The sizes of the different groups on these axes."""
     return [
         atom.size for atom in dict.fromkeys(a for axis in axes for a in atoms(axis))
@@ -225,7 +225,7 @@ def test_a_product_is_cut_along_its_outermost_factor():
 
 
 def test_the_parts_of_a_concatenation_are_split_alike():
-    # Queries, keys and values in one array, then seen as three times heads.
+    # Queries, keys and values lie in one array, which is then split by heads.
     whole = units(24)
     q, k, v = cut(whole, [8, 8, 8])
     three, heads, within = split(whole, [3, 2, 4])

@@ -1,4 +1,4 @@
-"""`verify` accepts symmetries that hold, and names what breaks those that do not."""
+"""Tests that `verify` accepts symmetries that hold and names mistakes in others."""
 
 import dataclasses
 import re
@@ -33,7 +33,7 @@ def key(seed: int = 0) -> jax.Array:
 
 # The bundled models ===================================================================
 
-# As many inputs, units and logits in every layer: no mistake shows in a size.
+# All numbers of inputs, units and logits are equal, so that no size reveals a mistake.
 MLP = MODELS["mlp"](n_classes=6, hidden=(6, 6))
 RESNET20 = MODELS["resnet20"](n_classes=5)
 SPECS = {
@@ -53,7 +53,7 @@ class Subject(NamedTuple):
 
 @cache
 def subject(name: str) -> Subject:
-    """One `forward` for all tests, so that it compiles once."""
+    """A model with its `forward`, which all tests share, so that it compiles once."""
     model, shape = {"mlp": (MLP, (3, 2, 1)), "resnet20": (RESNET20, (8, 8, 1))}[name]
     inputs = jax.random.normal(key(1), (6, *shape))
     fresh = jax.jit(partial(init, model))(key(2), inputs)
@@ -74,7 +74,8 @@ def says(error, leaf: str, dimension: int, declared: Axis, right: Axis) -> bool:
     ) in str(error.value)
 
 
-# Of the ResNet the stem, the head and one block with a shortcut: the others are alike.
+# The ResNet is tested at the stem, the head and one block with a shortcut, because all
+# other blocks are similar.
 ALL_AXES = [
     pytest.param(name, leaf, dimension, id=f"{name}-{leaf}-{dimension}")
     for name, spec in SPECS.items()
@@ -92,7 +93,7 @@ def test_declared_symmetries_of_fresh_networks_hold(name):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_declared_symmetries_of_trained_networks_hold(name):
-    # As after training: nothing is constant, and nothing is what init made it.
+    # As after training, no leaf is constant and no leaf has its initial value.
     rng = np.random.default_rng(0)
 
     def trained(path, leaf):
@@ -265,7 +266,7 @@ def test_the_axis_left_out_is_named_where_its_group_has_but_one_other(leaf, dime
 
 
 def test_every_group_is_moved_even_if_its_random_permutation_is_the_identity():
-    # A group of two: half of all keys draw the identity.
+    # For a group of two units, half of all keys draw the identity.
     variables = {"w": jnp.array([1.0, 2.0])}
     spec = PermutationSpec({"w": ("units",)})
     for seed in range(6):
@@ -274,10 +275,11 @@ def test_every_group_is_moved_even_if_its_random_permutation_is_the_identity():
 
 
 def test_groups_that_only_move_the_outputs_together_are_noticed():
-    # Each group alone multiplies by the other's constant difference, zero.
+    # One group alone does not change the output, because its difference is multiplied
+    # by that of the other group, which is 0.
     def forward(variables, x):
-        moved = [jnp.abs(variables[g] - jnp.arange(1.0, 5.0)).sum() for g in "ab"]
-        return x.sum() + moved[0] * moved[1]
+        a, b = (jnp.abs(variables[g] - jnp.arange(1.0, 5.0)).sum() for g in "ab")
+        return x.sum() + a * b
 
     variables = {g: jnp.arange(1.0, 5.0) for g in "ab"}
     spec = PermutationSpec({"a": ("a",), "b": ("b",)})
@@ -297,7 +299,7 @@ def test_outputs_that_are_not_finite_are_refused(bad):
 
 
 def test_outputs_that_a_permutation_makes_nan_are_noticed():
-    # NaN is no larger than any tolerance, nor than the change of another output.
+    # Comparisons with NaN are false: it exceeds no tolerance, and no other change.
     variables = {"w": jnp.array([1.0, 2.0, -3.0, -4.0])}
     spec = PermutationSpec({"w": ("units",)})
 
@@ -383,7 +385,7 @@ def test_units_that_are_no_single_group_are_described_as_what_they_are():
 
 
 def hidden(units):
-    """As `tanh`, but nobody can see what it does."""
+    """Computes `tanh` in a way that `derive` cannot follow."""
     return jax.pure_callback(np.tanh, jax.typeof(units), units)
 
 
@@ -423,8 +425,8 @@ def test_its_one_mistake_is_named(wrong):
 
 @pytest.mark.parametrize("function", [jnp.tanh, hidden], ids=["known", "unknown"])
 def test_rounding_is_not_blamed_on_a_leaf(function):
-    # A sum depends on the order of its terms, in its last digits. What derive cannot
-    # follow, it fixes; so what it does find can be relied on.
+    # The last digits of a sum depend on the order of its terms. Derive fixes what it
+    # cannot follow, so the symmetry that it finds does hold.
     spec = PermutationSpec({"w": (None, "units"), "bias": (None,)})
     variables = {"w": normal(4, 1000), "bias": normal(5)}
 

@@ -1,8 +1,8 @@
 """Decentralized algorithms as NumPy loops, each written from its paper's equations.
 
 Everything is float64. `gradient(i, x)` is agent i's gradient at x, the same at every
-step; `W[t]` is the mixing matrix of step t, and `x[i]` agent i's vector. Each returns
-the list of x after every step, x(0) first.
+step. `W[t]` is the mixing matrix of step t, and `x[i]` is agent i's vector. Each
+function returns the list of x after every step, and x(0) comes first.
 """
 
 import numpy as np
@@ -16,13 +16,13 @@ def gradients(gradient, x):
 def cdsgd(gradient, W, x, alpha, present=None):
     """Jiang et al. 2017, equation 3; Lian et al. 2017, Algorithm 1.
 
-    `present[t]`: who takes part in step t.
+    `present[t]` marks the agents that take part in step t.
     """
     path = [x]
     for t, mixing in enumerate(W):
-        there = np.ones(len(x)) if present is None else present[t]
+        takes_part = np.ones(len(x)) if present is None else present[t]
         step = alpha * gradients(gradient, path[-1])
-        path.append(mixing @ path[-1] - there[:, None] * step)
+        path.append(mixing @ path[-1] - takes_part[:, None] * step)
     return path
 
 
@@ -78,22 +78,24 @@ def d2(gradient, W, x, alpha):
 
 
 def dsgt(gradient, W, x, alpha, present=None):
-    """Pu & Nedic 2021, equation 3; y(0) = g(0). `present[t]`: who takes part in step t.
+    """Pu & Nedic 2021, equation 3, with y(0) = g(0).
 
-    Where that is not who took part when one last did, trackers start anew, from g.
+    `present[t]` marks the agents that take part in step t. If some of them took part in
+    another company the last time, all trackers start again from g.
     """
     path, y, g = [x], np.zeros_like(x), np.zeros_like(x)
+    # For each agent, the agents that took part in its last step.
     company = np.ones((len(x), len(x)), bool)
     for t, mixing in enumerate(W):
-        who = company[0] if present is None else present[t]
-        there = who[:, None]
-        if (company != who)[who].any():
-            y = np.where(there, g, y)
-        company[who] = who
-        new = np.where(there, gradients(gradient, path[-1]), g)
+        active = company[0] if present is None else present[t]
+        takes_part = active[:, None]
+        if (company != active)[active].any():
+            y = np.where(takes_part, g, y)
+        company[active] = active
+        new = np.where(takes_part, gradients(gradient, path[-1]), g)
         y = mixing @ y + new - g
         g = new
-        path.append(mixing @ (path[-1] - alpha * there * y))
+        path.append(mixing @ (path[-1] - alpha * takes_part * y))
     return path
 
 
@@ -108,7 +110,7 @@ def qgm(gradient, W, x, alpha, beta):
 
 
 def qgm_alone(gradient_at, x, alpha, beta):
-    """The same for a single agent. `gradient_at(t, x)`; alpha may change. Returns x."""
+    """QG-DSGDm for a single agent. `gradient_at(t, x)`; alpha may change. Returns x."""
     m = np.zeros_like(x, np.float64)
     for t, rate in enumerate(alpha):
         direction = beta * m + gradient_at(t, x)
@@ -132,18 +134,19 @@ def cga(gradient, W, x, alpha, beta):
 def compcga(gradient, W, x, alpha, beta, compress):
     """Esfandiari et al. 2021, section 3.3: compressed cross-gradients, with feedback.
 
-    An answer that a link loses was never made: x_i did not arrive, either.
+    If a link fails, neither x_i arrives at agent j nor is there an answer, so the
+    feedback does not change.
     """
-    path, v, lost = [x], np.zeros_like(x), {}
+    path, v, errors = [x], np.zeros_like(x), {}
     for mixing in W:
         x, direction = path[-1], np.zeros_like(v)
         for i in range(len(x)):
             others = []
             for j in np.flatnonzero(mixing[i]):
                 if j != i:
-                    meant = gradient(j, x[i]) + lost.get((i, j), 0)
-                    others.append(compress(meant))
-                    lost[i, j] = meant - others[-1]
+                    exact = gradient(j, x[i]) + errors.get((i, j), 0)
+                    others.append(compress(exact))
+                    errors[i, j] = exact - others[-1]
             direction[i] = projected(gradient(i, x[i]), others)
         v = beta * v - alpha * direction
         path.append(mixing @ x + v)
@@ -152,26 +155,26 @@ def compcga(gradient, W, x, alpha, beta, compress):
 
 def choco(gradient, W, x, alpha, gamma, compress):
     """Koloskova, Stich & Jaggi 2019, Algorithm 2."""
-    path, known = [x], np.zeros_like(x)
+    path, x_hat = [x], np.zeros_like(x)
     for mixing in W:
         half = path[-1] - alpha * gradients(gradient, path[-1])
-        known = known + np.stack([compress(d) for d in half - known])
-        path.append(half + gamma * (mixing @ known - known))
+        x_hat = x_hat + np.stack([compress(d) for d in half - x_hat])
+        path.append(half + gamma * (mixing @ x_hat - x_hat))
     return path
 
 
 def choco_by_edge(gradient, W, x, alpha, gamma, compress):
-    """The same where links fail: `known[i, j]` is what j knows of i."""
+    """CHOCO with links that fail. `x_hat[i, j]` is agent j's copy of x^_i."""
     agents = range(len(x))
-    path, known = [x], {(i, j): np.zeros_like(x[i]) for i in agents for j in agents}
+    path, x_hat = [x], {(i, j): np.zeros_like(x[i]) for i in agents for j in agents}
     for mixing in W:
         half = path[-1] - alpha * gradients(gradient, path[-1])
         links = [(i, j) for i in agents for j in agents if i != j and mixing[i, j]]
         for i, j in links:
-            known[i, j] = known[i, j] + compress(half[i] - known[i, j])
+            x_hat[i, j] = x_hat[i, j] + compress(half[i] - x_hat[i, j])
         new = half.copy()
         for i, j in links:
-            new[i] += gamma * mixing[i, j] * (known[j, i] - known[i, j])
+            new[i] += gamma * mixing[i, j] * (x_hat[j, i] - x_hat[i, j])
         path.append(new)
     return path
 
@@ -180,7 +183,7 @@ def choco_by_edge(gradient, W, x, alpha, gamma, compress):
 
 
 def by_rounds(communicate, gradient, x, alpha, steps, n_rounds):
-    """`communicate(round, x)` at the beginning of each round, then local SGD steps."""
+    """Each round is one call of `communicate(round, x)`, then local SGD steps."""
     path = [x]
     for number in range(n_rounds):
         x = communicate(number, path[-1])
@@ -191,7 +194,7 @@ def by_rounds(communicate, gradient, x, alpha, steps, n_rounds):
 
 
 def fedavg(gradient, examples, x, alpha, steps, n_rounds):
-    """McMahan et al. 2017, Algorithm 1, with everyone present."""
+    """McMahan et al. 2017, Algorithm 1, with all agents present."""
     shares = np.asarray(examples) / np.sum(examples)
     return by_rounds(
         lambda number, x: np.tile(shares @ x, (len(x), 1)),
@@ -204,18 +207,18 @@ def fedavg(gradient, examples, x, alpha, steps, n_rounds):
 
 
 def weight_averaging(gradient, W, x, alpha, steps):
-    """DIMAT (arXiv 2404.08079), Algorithm 1, where there is nothing to permute."""
+    """DIMAT (arXiv 2404.08079), Algorithm 1, without permutations."""
     return by_rounds(lambda number, x: W[number] @ x, gradient, x, alpha, steps, len(W))
 
 
 def announced_averaging(gradient, W, x, alpha, steps, compress):
-    """The same, of what the others know of each other: x^ <- x^ + Q(x - x^)."""
-    known = x.copy()
+    """Weight averaging with copies x^ of the other agents: x^ <- x^ + Q(x - x^)."""
+    x_hat = x.copy()
 
     def communicate(number, x):
-        nonlocal known
-        known = known + np.stack([compress(d) for d in x - known])
+        nonlocal x_hat
+        x_hat = x_hat + np.stack([compress(d) for d in x - x_hat])
         own = np.diag(np.diag(W[number]))
-        return own @ x + (W[number] - own) @ known
+        return own @ x + (W[number] - own) @ x_hat
 
     return by_rounds(communicate, gradient, x, alpha, steps, len(W))

@@ -1,7 +1,8 @@
 """One merge round as plain loops over agents, edges, groups and leaves, in NumPy.
 
-Written from the equations (DIMAT, arXiv 2404.08079, section 3), for agents that are a
-list of dicts {leaf path: array}; as slow and as obvious as can be. Float64.
+The loops are written from the equations (DIMAT, arXiv 2404.08079, section 3), as simply
+as possible and without regard to speed. Agents are a list of dicts {leaf path: array}.
+Everything is float64.
 """
 
 import networkx as nx
@@ -10,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 
 def permute(axes, perms, leaf):
-    """Permutes one array; plain group names are all that these networks need."""
+    """Permutes one array. Its axes are group names or None."""
     for dimension, group in enumerate(axes):
         if group is not None:
             leaf = np.take(leaf, perms[group], axis=dimension)
@@ -23,7 +24,7 @@ def permute_all(spec, perms, agent):
 
 
 def activation_scores(spec, reference, permutee, stay=0.0):
-    """For each group its units' correlations, averaged over the group's taps.
+    """Computes the correlations of each group's units, averaged over the group's taps.
 
     `reference` and `permutee` are {tap: activations[..., units]} on the same examples.
     """
@@ -44,9 +45,10 @@ def activation_scores(spec, reference, permutee, stay=0.0):
 
 
 def weight_scores(spec, reference, permutee, perms, group, known, stay=0.0):
-    """What matching each two units of a group is worth, the others matched by `perms`.
+    """Scores each pair of a group's units, with the other groups matched by `perms`.
 
-    Leaves count whose other groups are known, and that are no running statistics.
+    Only those leaves count whose other groups have permutations. Running statistics do
+    not count.
     """
     rows = []
     for path, axes in spec.axes.items():
@@ -68,14 +70,14 @@ def weight_scores(spec, reference, permutee, perms, group, known, stay=0.0):
 
 
 def weight_norm(spec, agent):
-    """Of everything that counts."""
+    """The norm of all weights that count for the scores."""
     return np.sqrt(
         sum((agent[path] ** 2).sum() for path in spec.axes if "batch_stats" not in path)
     )
 
 
 def alone(scores):
-    """{edge: scores} -> {edge: perm}: every edge its own best assignment."""
+    """{edge: scores} -> {edge: perm}: the best assignment for every edge alone."""
     return {
         edge: linear_sum_assignment(score, maximize=True)[1]
         for edge, score in scores.items()
@@ -83,9 +85,10 @@ def alone(scores):
 
 
 def together(scores):
-    """{edge: scores} -> {edge: perm}: P_ij = Q_i^T Q_j, Q_i permutation matrices.
+    """{edge: scores} -> {edge: perm}: P_ij = Q_i^T Q_j, with permutation matrices Q_i.
 
-    Agent by agent, from a breadth-first tree on: <C_ij, Q_i^T Q_j> is linear in Q_i.
+    The Q_i start from a breadth-first tree and are then improved agent by agent, which
+    is possible because <C_ij, Q_i^T Q_j> is linear in Q_i.
     """
     graph = nx.Graph(list(scores))
     Q = {}
@@ -121,7 +124,7 @@ def match_activations(spec, edges, watch, solve=alone, stay=0.0):
 
 
 def match_weights(spec, edges, agents, solve=alone, stay=0.0):
-    """{edge: perms}: a first pass over the groups in their order, then sweeps."""
+    """{edge: perms}: one pass over the groups in their order, followed by sweeps."""
     sizes = {g: agents[0][m[0][0]].shape[m[0][1]] for g, m in spec.groups.items()}
     perms = {e: {g: np.arange(n) for g, n in sizes.items()} for e in edges}
     norms = [weight_norm(spec, agent) for agent in agents]
@@ -142,7 +145,7 @@ def match_weights(spec, edges, agents, solve=alone, stay=0.0):
 
 
 def both_ways(perms):
-    """The permutations of edges and, inverted, of the opposite edges."""
+    """Adds the inverted permutations for the opposite edges."""
     return perms | {
         (j, i): {g: np.argsort(perm) for g, perm in of_edge.items()}
         for (i, j), of_edge in perms.items()
@@ -188,7 +191,7 @@ def merge_reference_frame(spec, W, agents, perms):
 
 
 def recalibrate(statistics, counts):
-    """The mean of the batches' statistics, weighted by how many examples they had."""
+    """Averages the statistics of batches, weighted by their numbers of examples."""
     return {
         path: sum(n * batch[path] for n, batch in zip(counts, statistics, strict=True))
         / sum(counts)

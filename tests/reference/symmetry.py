@@ -1,7 +1,8 @@
-"""Whether two specs declare one symmetry, whatever they call its groups.
+"""Tells whether two specs declare the same symmetry, with any names of groups.
 
-Every axis is written as one row of segments, each a product of factors: a group's name
-or None, with a size. What does not tell two symmetries apart is left out.
+Every axis is written as one row of segments. Each segment is a product of factors, and
+a factor is a group's name or None, with a size. Details that do not matter for a
+symmetry are left out.
 """
 
 import math
@@ -11,12 +12,12 @@ from dimat_jax.tree import flatten
 
 
 def same_symmetry(spec, other, variables):
-    """Whether groups correspond one to one, so that all axes agree."""
+    """Whether the groups correspond one to one so that all axes agree."""
     return not differences(spec, other, variables)
 
 
 def differences(spec, other, variables):
-    """The axes that do not agree, in words."""
+    """Describes the axes that do not agree."""
     sizes, other_sizes = (group_sizes(s, variables) for s in (spec, other))
     there, back = {}, {}
     found = []
@@ -56,8 +57,8 @@ def segments(axis, size, sizes):
 
 
 def product(factors):
-    """One segment; or, if its outermost factor is fixed, that many."""
-    # A group of one unit never moves it.
+    """The segments of a product: one, or several if its outermost factor is fixed."""
+    # A group of one unit is the same as a fixed factor.
     factors = [(None if n == 1 else group, n) for group, n in factors]
     n_times = 1
     while factors and factors[0][0] is None:
@@ -74,7 +75,7 @@ def product(factors):
 
 
 def merge_fixed(row):
-    """Fixed segments side by side as one."""
+    """Joins neighbouring fixed segments to one."""
     merged = []
     for segment in row:
         if merged and names([merged[-1]]) == names([segment]) == []:
@@ -85,10 +86,10 @@ def merge_fixed(row):
 
 
 def names(row):
-    """The groups in a row of segments, in order."""
+    """Lists the groups in a row of segments, in order."""
     return [group for segment in row for group, _ in segment if group is not None]
 
 
 def shape(row):
-    """A row of segments without the groups' names."""
+    """Removes the groups' names from a row of segments."""
     return [[(group is None, n) for group, n in segment] for segment in row]

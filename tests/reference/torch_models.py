@@ -1,4 +1,4 @@
-"""The networks that `torch_import` reads, as PyTorch code has them; any width."""
+"""The networks that `from_torch` reads, as PyTorch code writes them, of any width."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ __all__ = ["VGG", "ResNet", "randomise"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is called what it is called."""
+    """Two 3x3 convolutions beside a shortcut whose name is an argument."""
 
     expansion = 1
     shortcut_name: str
@@ -65,13 +65,17 @@ def add_shortcut(block, inputs: int, outputs: int, stride: int, name: str, kerne
 
 
 class ResNet(nn.Module):
-    """Args:
-    blocks: in each stage.
-    width: the channels of the first stage.
-    bottleneck: the kind of block.
-    stem: the kernel of the first convolution; 7 has a stride, and a pool behind it.
-    shortcut: the name of shortcuts, and their kernel.
-    head: the name of the dense layer.
+    """A residual network.
+
+    Args:
+        blocks: the number of blocks in each stage.
+        width: the number of channels in the first stage.
+        n_classes: the number of logits.
+        bottleneck: whether blocks are bottlenecks instead of basic blocks.
+        stem: the kernel size of the first convolution. With 7 it has a stride, and a
+            pool follows.
+        shortcut: the name of shortcuts, and their kernel size.
+        head: the name of the dense layer.
     """
 
     def __init__(
@@ -111,11 +115,15 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """Args:
-    layers: the convolutions of each of the five stages.
-    width: the channels of the first stage; the others have 2, 4, 8, 8 times as many.
-    image_size: of square images, in pixels.
-    batch_norm: whether there is any.
+    """A VGG network.
+
+    Args:
+        layers: the number of convolutions in each of the five stages.
+        width: the number of channels in the first stage. The other stages have 2, 4, 8
+            and 8 times as many.
+        n_classes: the number of logits.
+        image_size: the side of the square images, in pixels.
+        batch_norm: whether a BatchNorm follows each convolution.
     """
 
     def __init__(
@@ -144,9 +152,9 @@ class VGG(nn.Module):
 
 
 def randomise(module: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Module:
-    """Random weights, none of them constant, and statistics roughly those of `images`.
+    """Draws random weights without constants, and takes statistics from `images`.
 
-    Statistics that are not would let activations double from block to block.
+    With other statistics, activations would double from block to block.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -165,7 +173,7 @@ def randomise(module: nn.Module, images: torch.Tensor, seed: int = 0) -> nn.Modu
         for norm in norms:
             norm.weight.add_(1)
             norm.momentum = 1.0
-        # Without this, float32 itself is no better than 1e-4 behind 16 bottlenecks.
+        # Without this, the rounding of float32 alone exceeds 1e-4 after 16 bottlenecks.
         for block in module.modules():
             if isinstance(block, (BasicBlock, Bottleneck)):
                 last = block.bn3 if isinstance(block, Bottleneck) else block.bn2

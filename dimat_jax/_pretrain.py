@@ -1,0 +1,161 @@
+"""Pre-training: every agent trains alone, or runs share agents that one has trained."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dimat_jax
+from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._trainer import Trainer
+from dimat_jax.algorithms.base import State, Variables
+from dimat_jax.config import result_fields
+from dimat_jax.experiment import Experiment
+from dimat_jax.workdir import Results
+
+__all__ = ["SharedAgents", "pretrain"]
+
+
+def pretrain(
+    experiment: Experiment,
+    results: Results,
+    state: State | None,
+    log: Callable[[str], None],
+    tick: Callable[[int], Any],
+) -> tuple[State, dict[str, Any]]:
+    """Trains every agent alone, or reads agents that another run has trained.
+
+    Args:
+        experiment: What the run's config describes.
+        results: The run's files. Its progress ends at the end of pre-training.
+        state: The agents' state in the middle of pre-training; None at the beginning.
+            It is donated.
+        log: A function that receives lines of text.
+        tick: A function that is called with the number of steps just done.
+
+    Returns:
+        The state that the rounds start from, and the metrics of the last epoch.
+    """
+    progress = results.progress
+    shared = SharedAgents(experiment)
+    found = shared.read() if state is None else None
+    if found is not None:
+        log(f"pre-trained agents come from {shared.path}")
+        variables, metrics, seconds = found
+        # Times of runs are compared, so the run counts as if it had trained them.
+        progress.seconds += seconds
+        tick(experiment.pretrain_steps)
+    else:
+        variables, metrics = _train_alone(experiment, results, state, tick)
+        shared.write(variables, metrics, progress.total_seconds)
+    progress.epoch = experiment.config.pretrain.epochs
+    progress.step = experiment.pretrain_steps
+    return experiment.algorithm.init(variables), metrics
+
+
+def _train_alone(
+    experiment: Experiment,
+    results: Results,
+    state: State | None,
+    tick: Callable[[int], Any],
+) -> tuple[Variables, dict[str, np.ndarray]]:
+    """Does the epochs that are left; see `pretrain`."""
+    progress, options = results.progress, experiment.config.pretrain
+    algorithm, sampler = experiment.pretrain_algorithm, experiment.pretrain_sampler
+    steps = sampler.steps_per_epoch
+    if state is None:
+        state = algorithm.init(experiment.initial_variables())
+    trainer = Trainer(experiment, algorithm, sampler, experiment.key("pretrain"))
+    # A step takes a network, but agents that train alone do not look at it.
+    networks = [experiment.network_at_round(1)] * steps
+    metrics: dict[str, np.ndarray] = {}
+    for epoch in range(progress.epoch, options.epochs):
+        if epoch > progress.epoch and epoch % options.checkpoint_every == 0:
+            progress.epoch, progress.step = epoch, epoch * steps
+            results.save(state)
+        state, metrics = trainer.train(state, epoch * steps, networks, tick)
+    return algorithm.variables(state), metrics
+
+
+class SharedAgents:
+    """Pre-trained agents in `config.pretrain.cache_dir`, where other runs find them.
+
+    Runs share agents if all that their pre-training depends on is equal.
+
+    Args:
+        experiment: What the run's config describes.
+
+    Attributes:
+        path: The folder of these agents; None if the config names no `cache_dir`.
+    """
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        cache_dir = experiment.config.pretrain.cache_dir
+        self.path = Path(cache_dir) / _fingerprint(experiment) if cache_dir else None
+
+    def read(self) -> tuple[Variables, dict[str, Any], float] | None:
+        """Reads what another run has written.
+
+        Returns:
+            The agents' variables on the devices, the metrics of the last epoch, and
+            the seconds that the training took. None if there are no such agents yet.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        checkpoints = Checkpoints(self.path, create=False)
+        try:
+            restored = checkpoints.restore(
+                lambda record: self._experiment.abstract_variables()
+            )
+        finally:
+            checkpoints.close()
+        if restored is None:
+            return None
+        agents, record = restored
+        variables = self._experiment.placement.put(agents)
+        return variables, record["metrics"], record["seconds"]
+
+    def write(
+        self, variables: Variables, metrics: dict[str, np.ndarray], seconds: float
+    ) -> None:
+        """Writes pre-trained agents for other runs, if the config names a folder."""
+        if self.path is None:
+            return
+        agents = self._experiment.placement.gather(variables)
+        lists = {name: value.tolist() for name, value in metrics.items()}
+        # Several runs may pre-train the same agents at a time. Each writes a folder of
+        # its own, and then renames it, so that nobody reads a folder that is half full.
+        partial = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex}")
+        checkpoints = Checkpoints(partial, keep=1)
+        checkpoints.save(0, agents, {"seconds": seconds, "metrics": lists})
+        checkpoints.close()
+        try:
+            os.replace(partial, self.path)
+        except OSError:  # Another run was faster, and its agents are the same.
+            shutil.rmtree(partial)
+
+
+def _fingerprint(experiment: Experiment) -> str:
+    """A name for the agents that a run pre-trains. Only equal agents share a name."""
+    config, dataset = experiment.config, experiment.dataset
+    parts = ("data.", "augmentation.", "model.", "pretrain.", "seed", "init")
+    fields = {
+        field: value
+        for field, value in result_fields(config.to_dict()).items()
+        if field.startswith(parts)
+    }
+    fields |= {
+        "agents": experiment.placement.n_agents,
+        "examples": len(dataset.train.labels),
+        "mean": dataset.mean.tolist(),
+        "version": dimat_jax.__version__,
+    }
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    return digest.hexdigest()[:16]

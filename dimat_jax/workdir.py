@@ -1,0 +1,356 @@
+"""The files of a run. Its folder holds these:
+
+    config.json      the config that the run was started with
+    partition.json   how many training samples of each class every agent has
+    metrics.jsonl    a row for every evaluation
+    events.out.*     the numbers of these rows, for TensorBoard
+    checkpoints/     the newest states, from which a run that was killed goes on
+    summary.json     the last rows, once the run has finished
+
+A folder with a config.json holds a run; one with a summary.json, a finished one.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int64
+
+import dimat_jax
+from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._metrics import MetricsWriter, read_rows, write_json
+from dimat_jax.algorithms import Algorithm
+from dimat_jax.algorithms.base import State, Variables
+from dimat_jax.config import Config, ConfigError, default_config, result_fields
+from dimat_jax.data.partition import class_counts
+from dimat_jax.evaluate import Evaluation
+from dimat_jax.experiment import Experiment
+from dimat_jax.ledger import Ledger
+from dimat_jax.mixing import spectral_gap
+from dimat_jax.tree import PyTree
+
+__all__ = ["Progress", "Results", "Workdir", "load_agents"]
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come. Everything else about it follows from its config.
+
+    Attributes:
+        ledger: What the agents have sent.
+        epoch: The number of pre-training epochs done.
+        round: The number of rounds done.
+        step: The number of local steps done, those of pre-training included.
+        rows: The number of rows in metrics.jsonl.
+        seconds: The wall time of the run before this process took it up.
+    """
+
+    ledger: Ledger
+    epoch: int = 0
+    round: int = 0
+    step: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self):
+        self._started = time.perf_counter()
+
+    @property
+    def total_seconds(self) -> float:
+        """The wall time of the run, over all processes that it took."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def record(self) -> dict[str, Any]:
+        """The progress as JSON content."""
+        return {**dataclasses.asdict(self), "seconds": self.total_seconds}
+
+    @staticmethod
+    def of(record: dict[str, Any]) -> "Progress":
+        """The progress that `record` was made from. Its clock runs on."""
+        return Progress(**{**record, "ledger": Ledger.of(record["ledger"])})
+
+
+class Workdir:
+    """The folder of one run.
+
+    Args:
+        path: The folder. It may be missing.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the folder holds a run."""
+        return self._config.exists()
+
+    def check(self, config: Config) -> None:
+        """Refuses a folder that cannot take the run of a config.
+
+        Raises:
+            ConfigError: The folder holds the run of another config, or other files.
+        """
+        if not self.is_started:
+            leftovers = ("metrics.jsonl", "summary.json", "checkpoints")
+            exist = [(self.path / name).exists() for name in leftovers]
+            if self.path.is_file() or any(exist):
+                raise ConfigError(
+                    f"{self.path} is no fresh folder, and has no config.json"
+                )
+            return
+        try:
+            there = result_fields(json.loads(self._config.read_text()))
+        except ValueError as error:
+            raise ConfigError(f"{self._config} cannot be read: {error}") from error
+        here = result_fields(_as_dict(config))
+        differing = [
+            f"{field} ({there.get(field)!r} there, {here.get(field)!r} here)"
+            for field in sorted(there.keys() | here.keys())
+            if there.get(field) != here.get(field)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{self.path} holds the run of another config; they differ in "
+                f"{', '.join(differing)}. Choose another workdir"
+            )
+
+    def create(self, experiment: Experiment) -> Int64[np.ndarray, "agents classes"]:
+        """Makes the folder, with config.json and partition.json.
+
+        Returns:
+            How many training samples of each class every agent has.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        dataset, config = experiment.dataset, experiment.config
+        counts = class_counts(dataset.train.labels, experiment.shards)
+        names = dataset.class_names
+        partition = {
+            "partition": config.data.partition,
+            # A small training set may lack the last classes; then so do the counts.
+            "classes": names and names[: counts.shape[1]],
+            "counts": counts,
+        }
+        write_json(self.path / "partition.json", partition)
+        # config.json comes last, since it marks the folder as that of a run.
+        write_json(self._config, _as_dict(config))
+        return counts
+
+    def read_config(self) -> Config:
+        """Reads the run's config. Fields that an older config lacks have defaults.
+
+        Raises:
+            ConfigError: There is no config.json, or it cannot be used.
+        """
+        config = default_config()
+        try:
+            fields = json.loads(self._config.read_text())
+            allowed = result_fields(_as_dict(config)).keys()
+            unknown = result_fields(fields).keys() - allowed
+            if unknown:
+                raise ValueError(f"there are no fields {', '.join(sorted(unknown))}")
+            config.update(fields)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{self._config} cannot be used: {error}") from error
+        return config
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Reads summary.json; None for a run that has not finished."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.json"
+
+
+class Results:
+    """The files that a run adds to while it goes on: rows, checkpoints, the summary.
+
+    The run goes on from the newest checkpoint, if there is one. Rows that were written
+    after that checkpoint are removed, since the run will write them again. Use it as a
+    context manager: at the end everything is on disk, and closed.
+
+    Args:
+        workdir: The run's folder, which exists.
+        experiment: What the run's config describes.
+
+    Attributes:
+        progress: How far the run has come. The code that does the work updates it.
+    """
+
+    def __init__(self, workdir: Workdir, experiment: Experiment):
+        self._workdir = workdir
+        self._experiment = experiment
+        self._checkpoints = Checkpoints(
+            workdir.path / "checkpoints", experiment.config.checkpoint.keep
+        )
+        record = self._checkpoints.read_record()
+        if record is None:
+            self.progress = Progress(Ledger(experiment.placement.n_agents))
+        else:
+            self.progress = Progress.of(record)
+        self._rows = MetricsWriter(workdir.path, keep_rows=self.progress.rows)
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._rows.close()
+        self._checkpoints.close()
+
+    def restore(self) -> State | None:
+        """The agents' state in the newest checkpoint, on the devices.
+
+        It is not kept here, so that its memory is free once the caller gives it up.
+
+        Returns:
+            None if there is no checkpoint.
+        """
+        restored = _restore(self._experiment, self._checkpoints)
+        if restored is None:
+            return None
+        _, state = restored
+        return self._experiment.placement.put(state)
+
+    def write(
+        self, phase: str, number: int, evaluation: Evaluation, metrics: dict[str, Any]
+    ) -> None:
+        """Adds a row to metrics.jsonl and to TensorBoard's events.
+
+        Args:
+            phase: "pretrained", "merged" or "trained".
+            number: The round; 0 before the first one.
+            evaluation: How good the agents are.
+            metrics: Further entries of the row.
+        """
+        accuracy, loss, distance = evaluation
+        progress, ledger = self.progress, self.progress.ledger
+        self._rows.write(
+            {
+                "round": number,
+                "step": progress.step,
+                "phase": phase,
+                "test_accuracy": accuracy,
+                "test_accuracy_mean": accuracy.mean(),
+                "test_accuracy_std": accuracy.std(),
+                "test_loss": loss,
+                "test_loss_mean": loss.mean(),
+                "consensus_distance": distance,
+                "bytes_sent_total": ledger.bytes_sent,
+                "bytes_sent_by_kind": ledger.by_kind,
+                "bytes_sent_by_link": ledger.by_link,
+                "comm_rounds_total": ledger.comm_rounds,
+                "present": self._experiment.links.present(number),
+                "seconds_total": progress.total_seconds,
+                **metrics,
+            }
+        )
+
+    def save(self, state: State) -> None:
+        """Saves a checkpoint of the agents' state and of the progress."""
+        progress = self.progress
+        progress.rows = self._rows.rows
+        self._checkpoints.save(
+            progress.epoch + progress.round,
+            self._experiment.placement.gather(state),
+            progress.record(),
+        )
+
+    def summarize(self) -> dict[str, Any]:
+        """Writes summary.json: the last rows, and what computed them.
+
+        Returns:
+            Its content.
+        """
+        rows = read_rows(self._workdir.path)
+        summary = {
+            **rows[-1],
+            # The last row of each phase. It also shows the agents right after the last
+            # merge, before they trained on.
+            **{f"last_{row['phase']}": row for row in rows},
+            # This is the gap without faults, over one period of the topology.
+            "spectral_gap": spectral_gap(self._experiment.links.mixing_matrix),
+            "seconds_total": self.progress.total_seconds,
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "versions": {"dimat_jax": dimat_jax.__version__, "jax": jax.__version__},
+        }
+        # A run with a summary counts as finished, so its checkpoints come first.
+        self._checkpoints.wait()
+        write_json(self._workdir.path / "summary.json", summary)
+        return json.loads((self._workdir.path / "summary.json").read_text())
+
+
+def load_agents(
+    workdir: str | os.PathLike[str], data_dir: str | None = None
+) -> tuple[Experiment, Variables]:
+    """Loads the agents of a run, finished or not. The run's folder stays as it is.
+
+    Args:
+        workdir: The run's folder.
+        data_dir: Where the run's data are now, if they have moved.
+
+    Returns:
+        The run's experiment, and the agents' variables in its newest checkpoint: NumPy
+        arrays `[agents, ...]`.
+
+    Raises:
+        UserError: The folder holds no run that can be read, or no checkpoint.
+    """
+    folder = Workdir(workdir)
+    config = folder.read_config()
+    if data_dir:
+        config.data.dir = data_dir
+    experiment = Experiment(config)
+    checkpoints = Checkpoints(folder.path / "checkpoints", create=False)
+    try:
+        restored = _restore(experiment, checkpoints)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
+    algorithm, state = restored
+    placement = experiment.placement
+    return experiment, placement.gather(algorithm.variables(placement.put(state)))
+
+
+def _restore(
+    experiment: Experiment, checkpoints: Checkpoints
+) -> tuple[Algorithm, State] | None:
+    """The newest checkpoint: the algorithm it belongs to, and its state on the host."""
+    placement = experiment.placement
+
+    def algorithm_of(record: dict[str, Any]) -> Algorithm:
+        pretraining = record["epoch"] < experiment.config.pretrain.epochs
+        return experiment.pretrain_algorithm if pretraining else experiment.algorithm
+
+    def abstract_state(record: dict[str, Any]) -> PyTree:
+        # Algorithms work on slots, checkpoints hold agents alone.
+        variables = _resized(experiment.abstract_variables(), placement.slots)
+        state = jax.eval_shape(algorithm_of(record).init, variables)
+        return _resized(state, placement.n_agents)
+
+    restored = checkpoints.restore(abstract_state)
+    if restored is None:
+        return None
+    state, record = restored
+    return algorithm_of(record), state
+
+
+def _resized(abstract: PyTree, size: int) -> PyTree:
+    """`jax.ShapeDtypeStruct`s with another length of the leading axis."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), abstract
+    )
+
+
+def _as_dict(config: Config) -> dict[str, Any]:
+    return json.loads(config.to_json())
