@@ -140,7 +140,9 @@ def test_the_examples_run(name, folder, request):
             (folder / block.title).write_text(block.text)
         # Empty lines before the text: errors then name the line of the page.
         code = "\n" * (block.line - 1) + block.text
-        exec(compile(code, str(ROOT / name), "exec"), namespace)
+        # Examples are users' programs, in which JAX's own defaults hold.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            exec(compile(code, str(ROOT / name), "exec"), namespace)
 
 
 def run_shell(script: str, folder: Path) -> None:
