@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dimat_jax import _checkpoint, algorithms, evaluate
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
+from dimat_jax.algorithms._merging import OPT_STATE
 from dimat_jax.algorithms.record import INIT
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
@@ -335,7 +336,7 @@ def _check_together(fields: Fields) -> None:
         fields[COMPRESSOR.path],
         COMPRESSOR.entry(fields[COMPRESSOR.path]),
     )
-    if record.merges and fields["merge.opt_state"] == "merge":
+    if record.merges and fields[OPT_STATE.path] == "merge":
         if not compressor(**arguments(compressor, fields)).lossless:
             raise ConfigError(
                 "config.merge.opt_state is 'merge', but the optimizer's moments do not "

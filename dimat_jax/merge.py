@@ -47,9 +47,9 @@ def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) ->
     """Averages aligned models, with weights.
 
     Args:
-        models: pytrees with the same leaves. Real and complex leaves are averaged in at
-            least float32 (or complex64) precision and keep their dtype. All other leaves
-            are taken from the first model.
+        models: pytrees with the same leaves. Real and complex leaves are averaged with
+            float32 precision or better and keep their dtype. All other leaves are taken
+            from the first model.
         weights: one weight for each model. They are divided by their sum. None: all
             models have the same weight.
 

@@ -18,7 +18,7 @@ from dimat_jax.config import (
     resolved,
     result_fields,
 )
-from dimat_jax.options import Option
+from dimat_jax.options import Option, Record
 
 OPTIONS = {option.path: option for option in options.every(ROOT)}
 READERS = options.readers(ROOT)
@@ -34,9 +34,7 @@ def test_every_option_is_documented(path):
     option = OPTIONS[path]
     assert option.meaning[0].isupper() and option.meaning.endswith(".")
     assert path in fields_of(default_config())
-    for name, record in (
-        dict(option.choices or {}).items() if is_registry(option) else ()
-    ):
+    for name, record in registry_of(option).items():
         assert record.meaning.endswith("."), f"{path}={name} has no summary"
 
 
@@ -61,17 +59,17 @@ def test_every_option_is_one_object_wherever_it_is_read(path):
     }
 
 
-def is_registry(option: Option) -> bool:
-    return isinstance(option.choices, Mapping)
+def registry_of(option: Option) -> Mapping[str, Record]:
+    """The records that an option chooses among; none if it chooses among names."""
+    return option.choices if isinstance(option.choices, Mapping) else {}
 
 
 def walk(roots):
     for option in roots:
         yield option
         yield from walk(option.opens)
-        if is_registry(option):
-            for record in option.choices.values():
-                yield from walk(record.reads)
+        for record in registry_of(option).values():
+            yield from walk(record.reads)
 
 
 def another_value(option: Option) -> Any:
@@ -115,7 +113,7 @@ def not_reading(path: str) -> dict[str, Any] | None:
         if values == [""]:
             fields[opener.path] = type(opener.default)()
             continue
-        others = [name for name in opener.choices if name not in values]
+        others = [name for name in registry_of(opener) if name not in values]
         if not others:
             return None  # every entry of the registry reads it
         fields.setdefault(opener.path, others[0])

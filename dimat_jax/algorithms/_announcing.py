@@ -2,15 +2,16 @@
 
     q_i  =  Q(x_i - x^_i),    x^_i  <-  x^_i + q_i
 
-x^_i is what the others know of agent i, and what they match and average with their own
-weights as they are; what Q loses stays in the difference, and is sent later: error
-feedback (the estimates are CHOCO's, Koloskova et al. 2019, arXiv 1902.00340; unlike
-there, the mean over agents is not preserved while they are inexact). The first time
-that two agents meet, they send what they have as it is; after that, who has missed
-announcements is sent them with the next. So all know the same x^_i.
+x^_i is what the other agents know of agent i. They match x^_i with their own weights
+and average it. What Q loses stays in the difference x_i - x^_i, and is sent later:
+error feedback. The estimates are CHOCO's (Koloskova et al. 2019, arXiv 1902.00340);
+unlike there, the mean over agents is not preserved while the estimates are inexact. The
+first time that two agents are linked, they send what they have as it is. After that, an
+agent that has missed announcements is sent them with the next one. So all agents know
+the same x^_i.
 
-Params alone are compressed. Running statistics are few, and would not survive it: what
-is left of a variance may be negative.
+Only params are compressed. Running statistics are small, and compression would harm
+them: what is left of a variance may be negative.
 """
 
 from collections.abc import Callable
@@ -19,10 +20,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
-from dimat_jax import compression
-from dimat_jax.algorithms.base import Algorithm, State
-from dimat_jax.compression import Compressor
+from dimat_jax.algorithms._frames import Views
+from dimat_jax.algorithms.base import Algorithm, MergeData, Metrics, State
+from dimat_jax.compression import Compressor, announce
+from dimat_jax.network import Network
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
 
@@ -34,7 +37,7 @@ class AnnouncingState(NamedTuple):
 
     Attributes:
         exact: the state as it is.
-        known: x^, like the params, in the agent's own frame.
+        known: x^, in the structure of the params and in the agent's own frame.
     """
 
     exact: State
@@ -45,16 +48,17 @@ def announcing(
     exact: Algorithm,
     placement: Placement,
     *,
-    merge_round: Callable,
+    merge_round: Callable[
+        [Views, MergeData, Network, Key[Array, ""]], tuple[Views, Metrics]
+    ],
     compressor: Compressor,
 ) -> Algorithm:
     """A merging algorithm whose messages are compressed.
 
     Args:
-        exact: without compression.
+        exact: the algorithm without compression.
         placement: where the agents live.
-        merge_round: `merge_round(state, announced, data, network, key) -> (state,
-            announced, metrics)`, announced being the state as the others know it.
+        merge_round: `merge_round(views, data, network, key) -> (views, metrics)`.
         compressor: Q.
     """
 
@@ -65,24 +69,22 @@ def announcing(
         variables = {**exact.variables(state.exact), "params": state.known}
         return exact.with_variables(state.exact, variables)
 
-    tell = placement.per_agent(partial(compression.announce, compressor))
+    update_known = placement.per_agent(partial(announce, compressor))
 
     @partial(jax.jit, out_shardings=placement.sharding)
-    def announce(state: AnnouncingState, key):
-        known = tell(params(state.exact), state.known, placement.keys(key))
+    def announced_state(state: AnnouncingState, key):
+        known = update_known(params(state.exact), state.known, placement.keys(key))
         return as_known(AnnouncingState(state.exact, known))
 
     def communicate(state, data, network, key):
         key, compression_key = jax.random.split(key)
-        announced = announce(state, compression_key)
-        new, announced, metrics = merge_round(
-            state.exact, announced, data, network, key
-        )
-        return AnnouncingState(new, params(announced)), metrics
+        views = Views(state.exact, announced_state(state, compression_key))
+        views, metrics = merge_round(views, data, network, key)
+        return AnnouncingState(views.own, params(views.announced)), metrics
 
     def init(variables):
         state = exact.init(variables)
-        # A copy: a step may be given the buffers of either to overwrite.
+        # A copy, because a step may reuse the buffers of either of the two.
         return AnnouncingState(state, jax.tree.map(jnp.copy, params(state)))
 
     def step(state, batch, network, key):

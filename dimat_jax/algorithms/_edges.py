@@ -1,76 +1,82 @@
 """Matching along the edges of a graph, all agents at once.
 
-Edges are worked off in waves of as many edges as there are agents, so that a wave is
-stacked, sharded and balanced like the agents themselves, whatever the graph: a ring
-takes two waves, a fully connected graph N - 1, a star two. Where matching j with i is
-matching i with j inverted, half of them will do.
+Edges are worked off in waves of as many edges as there are agents. So a wave is
+stacked, sharded and balanced like the agents themselves, whatever the graph is: a ring
+takes two waves, a fully connected graph N - 1, a star two. Where matching j with i also
+tells how to match i with j (by the inverse permutation), half of the edges are enough.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
+import networkx as nx
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms.base import MergeData
-from dimat_jax.data.pipeline import Samples
-from dimat_jax.matching._activation import (
-    Activations,
-    ActivationScorer,
-    TapMoments,
-    centre,
-    check_taps,
-    group_scores,
-    no_moments,
-    tap_units,
-    update_taps,
-)
+from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._descent import (
     PairPerms,
     Pairs,
-    Solver,
-    descend,
+    Problem,
+    Scorer,
     every_pair_alone,
-    identities,
 )
 from dimat_jax.matching._joint import all_pairs_together
-from dimat_jax.matching._weight import check_restarts, match_by_weights
-from dimat_jax.matching._weight_scores import (
-    WeightScorer,
-    included,
-    not_running_statistics,
-)
-from dimat_jax.permutation import (
-    PermutationSpec,
-    PermutationSpecError,
-    group_sizes,
-)
 from dimat_jax.placement import Placement
-from dimat_jax.tree import PyTree, take
+from dimat_jax.topology import Adjacency, components
+from dimat_jax.tree import PyTree
 
 __all__ = [
-    "ActivationMatcher",
     "EdgePerms",
+    "Edges",
+    "MatchedEdges",
     "Matcher",
-    "WeightMatcher",
+    "every_edge",
     "match_edges",
+    "no_edges",
+    "spanning_forest",
+    "stack_wave",
     "waves",
 ]
 
 Edges = Int[np.ndarray, "edges 2"]
-"""(receiver, sender)s: the sender is to be aligned with the receiver."""
+"""Pairs (receiver, sender): the sender is to be aligned with the receiver."""
 
 EdgePerms = dict[tuple[int, int], dict[str, np.ndarray]]
 """For every edge (receiver, sender), what aligns the sender with the receiver."""
 
 
+# Which edges ==========================================================================
+
+
+def every_edge(active_edges: Adjacency) -> Edges:
+    """All edges of a graph."""
+    return np.argwhere(active_edges)
+
+
+def no_edges(active_edges: Adjacency) -> Edges:
+    """No edge at all."""
+    del active_edges
+    return np.zeros((0, 2), np.int64)
+
+
+def spanning_forest(active_edges: Adjacency) -> Edges:
+    """Edges (parent, child) away from each component's lowest agent, breadth first."""
+    graph = nx.from_numpy_array(active_edges | active_edges.T)
+    edges = [
+        edge
+        for component in components(active_edges)
+        for edge in nx.bfs_edges(graph, component[0], sort_neighbors=sorted)
+    ]
+    return np.array(edges, np.int64).reshape(-1, 2)
+
+
 def waves(edges: Edges, slots: int) -> list[Pairs]:
     """Groups edges into waves of `slots`, filled up with self-loops of agent 0."""
-    # By offset first: on a ring or a fully connected graph whose agents fill the slots
-    # every wave then holds each receiver exactly once, in order.
+    # Edges are sorted by offset first. If agents fill the slots, every wave of a ring
+    # or a fully connected graph then holds each receiver exactly once, in order.
     offsets = (edges[:, 1] - edges[:, 0]) % slots
     edges = edges[np.lexsort((edges[:, 0], offsets))]
     result = []
@@ -82,87 +88,117 @@ def waves(edges: Edges, slots: int) -> list[Pairs]:
     return result
 
 
-@runtime_checkable
+def stack_wave(perms: EdgePerms, wave: Pairs) -> PairPerms:
+    """The permutations of a wave's edges; identities where the wave is filled up."""
+    some = next(iter(perms.values()))
+    identity = {group: np.arange(len(perm)) for group, perm in some.items()}
+    edges = zip(wave.references.tolist(), wave.permutees.tolist(), strict=True)
+    rows = [perms.get(edge, identity) for edge in edges]
+    return {
+        group: np.stack([row[group] for row in rows]).astype(np.int32)
+        for group in identity
+    }
+
+
+# Matching along them ==================================================================
+
+
 class Matcher(Protocol):
     """Matches stacked agents along edges."""
 
     def both_ways(self, data: MergeData) -> bool:
-        """Whether aligning j with i tells how to align i with j: inverted."""
+        """Whether aligning j with i tells how to align i with j: by the inverse."""
         ...
 
-    def match(
+    def scorer(
         self,
         variables: PyTree,
         edge_waves: Sequence[Pairs],
-        solver: Solver,
         data: MergeData,
-        *,
-        stay: float,
-        key: Key[Array, ""],
         stopwatch: Stopwatch,
-    ) -> tuple[PairPerms, Float[np.ndarray, " edges"]]:
-        """Finds the permutations along all edges.
+    ) -> Scorer:
+        """How good permutations along edges are.
 
         Args:
-            variables: stacked.
+            variables: the agents' variables, stacked.
             edge_waves: the edges; at least one.
-            solver: which permutations are allowed.
             data: the examples to look at.
-            stay: what a unit must gain for it to move.
-            key: consumed.
-            stopwatch: books phases.
-
-        Returns:
-            the permutations, in the order of the waves' edges, and each edge's
-            similarity of what is then aligned, within [-1, 1].
+            stopwatch: books what is computed on the devices, by phase.
         """
         ...
 
+    def search(self, problem: Problem, key: Key[Array, ""]) -> PairPerms:
+        """Finds good permutations, in the order of the waves' edges.
+
+        Args:
+            problem: its scorer is what `scorer` returned.
+            key: consumed.
+        """
+        ...
+
+    def score_bytes(self, group_sizes: Sequence[int]) -> int:
+        """The bytes of one pair's scores; 0 if they follow from the weights alone."""
+        ...
+
+
+class MatchedEdges(NamedTuple):
+    """What matching along edges found.
+
+    Attributes:
+        perms: the permutations of each edge, in the order of the edges.
+        similarity: how well agents fit once they are aligned, within [-1, 1]: the mean
+            over the pairs that were matched. None if there are no edges.
+    """
+
+    perms: EdgePerms
+    similarity: float | None
+
 
 def match_edges(
-    matcher: Matcher,
+    matcher: Matcher | None,
     variables: PyTree,
     edges: Edges,
     data: MergeData,
     *,
     placement: Placement,
     joint: bool = False,
-    stay: float = 0.0,
+    stay: float = STAY.default,
     key: Key[Array, ""],
     stopwatch: Stopwatch,
-) -> tuple[EdgePerms, float]:
-    """Matches along edges, each of both directions once where one tells the other.
+) -> MatchedEdges:
+    """Matches agents along edges; of two opposite edges one if it tells the other.
 
     Args:
-        matcher: how.
-        variables, data, stay, key, stopwatch: as for `Matcher.match`.
-        edges: at least one.
+        matcher: how agents are matched; it may be None if there are no edges.
+        variables: the agents' variables, stacked.
+        edges: the edges to match.
+        data: the examples to look at.
         placement: where the agents live.
-        joint: whether permutations must agree: be the identity round any cycle.
+        joint: whether permutations must agree: be the identity along any cycle.
+        stay: how much a unit must gain to move.
+        key: consumed.
+        stopwatch: books the phase "assignment", and what the matcher books.
 
-    Returns:
-        the permutations by edge, and the mean similarity.
+    Raises:
+        OptionError: `stay` is negative or not finite.
     """
-    both_ways = matcher.both_ways(data)
-    edge_waves = waves(
-        _one_way(edges, placement.slots) if both_ways else edges, placement.slots
-    )
+    if matcher is None or not len(edges):
+        return MatchedEdges({}, None)
+    both_ways, slots = matcher.both_ways(data), placement.slots
+    edge_waves = waves(_one_way(edges, slots) if both_ways else edges, slots)
     pairs = np.concatenate([np.stack(w[:2], axis=1)[: w.real] for w in edge_waves])
-    perms, similarity = matcher.match(
-        variables,
-        edge_waves,
-        all_pairs_together(pairs) if joint else every_pair_alone(len(pairs)),
-        data,
-        stay=stay,
-        key=key,
-        stopwatch=stopwatch,
+    solver = (
+        all_pairs_together(pairs, stay) if joint else every_pair_alone(len(pairs), stay)
     )
+    with stopwatch("assignment"):
+        scorer = matcher.scorer(variables, edge_waves, data, stopwatch)
+        perms = matcher.search(Problem(scorer, solver), key)
+        similarity = float(scorer.similarity(perms).mean())
     found = _by_edge(pairs, perms)
     if both_ways:
         inverted = {group: np.argsort(perm, axis=1) for group, perm in perms.items()}
         found |= _by_edge(pairs[:, ::-1], inverted)
-    wanted = {(i, j): found[i, j] for i, j in edges.tolist()}
-    return wanted, float(similarity.mean())
+    return MatchedEdges({(i, j): found[i, j] for i, j in edges.tolist()}, similarity)
 
 
 def _by_edge(pairs: Edges, perms: PairPerms) -> EdgePerms:
@@ -173,178 +209,10 @@ def _by_edge(pairs: Edges, perms: PairPerms) -> EdgePerms:
 
 
 def _one_way(edges: Edges, slots: int) -> Edges:
-    """Of two opposite edges the one that `waves` balances best."""
+    """Of two opposite edges the one that makes `waves` most balanced."""
     receivers, senders = edges.T
     there, back = (senders - receivers) % slots, (receivers - senders) % slots
     second = (there > back) | ((there == back) & (receivers > senders))
     opposite = set(map(tuple, edges[:, ::-1].tolist()))
     paired = np.array([edge in opposite for edge in map(tuple, edges.tolist())], bool)
     return edges[~(second & paired)]
-
-
-class ActivationMatcher:
-    """Matches units that are active alike.
-
-    Where all agents look at the same examples, each computes its activations once for
-    all its edges. On own data a receiver runs every model that it was sent.
-
-    Args:
-        spec: the symmetry, with a tap for each group.
-        activations: for one agent, `activations(variables, inputs) -> {tap: array}`.
-        placement: where the agents live.
-    """
-
-    def __init__(
-        self,
-        spec: PermutationSpec,
-        activations: Callable[[PyTree, Array], Activations],
-        placement: Placement,
-    ):
-        check_taps(spec)
-        self._spec = spec
-        self._placement = placement
-
-        def watch(variables, inputs, mask):
-            shown = activations(variables, inputs)
-            units = tap_units(spec, group_sizes(spec, variables), shown)
-            return {
-                group: {tap: centre_examples(tap, taps[tap], mask) for tap in taps}
-                for group, taps in units.items()
-            }
-
-        def centre_examples(tap, units, mask):
-            if len(units) % len(mask):
-                raise PermutationSpecError(
-                    f"tap {tap!r} shows {len(units)} samples of {len(mask)} examples; "
-                    "the first axis of its activations must be the examples"
-                )
-            # Every position of a feature map is a sample of its example.
-            return centre(units, jnp.repeat(mask, len(units) // len(mask)))
-
-        def watch_received(variables, inputs, mask, senders, receivers):
-            return placement.per_agent(watch)(
-                _pick(variables, senders),
-                _pick(inputs, receivers),
-                _pick(mask, receivers),
-            )
-
-        def update(moments, seen, receivers, sent, senders):
-            return placement.per_agent(update_taps)(
-                moments, _pick(seen, receivers), _pick(sent, senders)
-            )
-
-        self._watch_shared = jax.jit(
-            placement.per_agent(watch, in_axes=(0, None, None))
-        )
-        self._watch_own = jax.jit(placement.per_agent(watch))
-        self._watch_received = jax.jit(watch_received)
-        self._update = jax.jit(update, donate_argnums=0)
-        self._scores = jax.jit(placement.per_agent(group_scores))
-
-    def both_ways(self, data: MergeData) -> bool:
-        return data.match is not None and data.match.shared
-
-    def match(
-        self, variables, edge_waves, solver, data, *, stay, key, stopwatch
-    ) -> tuple[PairPerms, np.ndarray]:
-        """Books "activations", "correlations" and "assignment"."""
-        del key
-        if data.match is None:
-            raise ValueError("matching needs examples to look at: MergeData.match")
-        scores = self._correlate(variables, edge_waves, data.match, stopwatch)
-        with stopwatch("assignment"):
-            scorer = ActivationScorer(scores, edge_waves, fetch=self._placement.fetch)
-            perms = descend(scorer, solver, identities(scorer), stay=stay)
-            return perms, scorer.similarity(perms)
-
-    def _correlate(
-        self,
-        variables: PyTree,
-        edge_waves: Sequence[Pairs],
-        samples: Samples,
-        stopwatch: Stopwatch,
-    ) -> list[dict[str, Array]]:
-        """For each wave and group the scores `[slots, units, units]`."""
-        watch = self._watch_shared if samples.shared else self._watch_own
-        moments = [self._empty(variables) for _ in edge_waves]
-        for inputs, _, mask in samples:
-            with stopwatch("activations") as block:
-                seen = block(watch(variables, inputs, mask))
-            for w, (receivers, senders, _) in enumerate(edge_waves):
-                if np.array_equal(receivers, np.arange(self._placement.slots)):
-                    receivers = None  # in order already; spares a copy
-                sent = (seen, senders)
-                if not samples.shared:
-                    with stopwatch("activations") as block:
-                        received = self._watch_received(
-                            variables, inputs, mask, senders, receivers
-                        )
-                        sent = (block(received), None)
-                with stopwatch("correlations") as block:
-                    moments[w] = block(self._update(moments[w], seen, receivers, *sent))
-        return [self._scores(of_wave) for of_wave in moments]
-
-    def _empty(self, variables: PyTree) -> TapMoments:
-        """The moments of no samples, for one wave."""
-        sizes = group_sizes(self._spec, _one_agent(variables))
-        return jax.tree.map(
-            lambda x: self._placement.zeros(*x.shape), no_moments(self._spec, sizes)
-        )
-
-
-class WeightMatcher:
-    """Matches units whose weights are alike; looks at no data.
-
-    Args:
-        spec: the symmetry.
-        placement: where the agents live.
-        restarts: as for `matching.weight_matching`.
-
-    Raises:
-        ValueError: `restarts` < 1.
-    """
-
-    def __init__(self, spec: PermutationSpec, placement: Placement, restarts: int = 1):
-        check_restarts(restarts)
-        self._spec, self._placement, self._restarts = spec, placement, restarts
-        self._lift = placement.per_agent
-
-    def both_ways(self, data: MergeData) -> bool:
-        del data
-        return True
-
-    def match(
-        self, variables, edge_waves, solver, data, *, stay, key, stopwatch
-    ) -> tuple[PairPerms, np.ndarray]:
-        """Books "scores" and "assignment"."""
-        del data
-        agents, slots = self._placement.n_agents, self._placement.slots
-
-        def fetch(scores):
-            with stopwatch("scores"):
-                return self._placement.fetch(scores)
-
-        with stopwatch("assignment"):
-            scorer = WeightScorer(
-                self._spec,
-                group_sizes(self._spec, _one_agent(variables)),
-                included(variables, not_running_statistics),
-                edge_waves,
-                lift=self._lift,
-                fetch=fetch,
-                names=[f"agent {slot % agents}" for slot in range(slots)],
-            )
-            perms = match_by_weights(
-                scorer, solver, key=key, restarts=self._restarts, stay=stay
-            )
-            return perms, scorer.similarity(perms)
-
-
-def _one_agent(variables: PyTree) -> PyTree:
-    """The shapes of one agent's variables."""
-    return jax.eval_shape(lambda v: take(v, 0), variables)
-
-
-def _pick(stacked: PyTree, indices: Array | np.ndarray | None) -> PyTree:
-    """Stacked entries by index; None leaves them as they are."""
-    return stacked if indices is None else take(stacked, indices)

@@ -1,192 +1,243 @@
-"""In whose frame agents meet: four ways to average permuted networks.
+"""In whose frame agents merge.
 
 A hidden layer's units have no order of their own; a frame is an agent's choice of one.
-A `Meeting` brings the exchanged part of every state together over the network:
-
-    meet(state, announced, network, match) -> (state, announced, merged)
-
-`announced` is the state as the neighbours know it, where messages lose something; None:
-they know it as it is. `match(state, edges, joint)` finds the permutations along edges
-(see `match_edges`); `merged` is what becomes of the exchanged part; the returned states
-live in the frame that `merged` lives in.
+Averaging weights makes sense only in a common frame, and there are several ways to get
+there. Each is a `Frame`: a record of which edges are matched, how agents merge once the
+permutations are known, and what is sent for it.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import networkx as nx
 import numpy as np
+from jaxtyping import Array, Float
 
 from dimat_jax import permutation
-from dimat_jax.algorithms._edges import EdgePerms, Edges, waves
+from dimat_jax.algorithms._edges import (
+    EdgePerms,
+    Edges,
+    every_edge,
+    no_edges,
+    spanning_forest,
+    stack_wave,
+    waves,
+)
+from dimat_jax.algorithms._traffic import (
+    Traffic,
+    joint_traffic,
+    no_traffic,
+    reference_traffic,
+)
 from dimat_jax.algorithms.base import Algorithm, State
-from dimat_jax.matching._descent import PairPerms, Pairs
 from dimat_jax.mixing import mix
-from dimat_jax.network import Network
+from dimat_jax.options import Record, registry
 from dimat_jax.permutation import Perms
-from dimat_jax.topology import Adjacency, components
+from dimat_jax.topology import Adjacency
 from dimat_jax.tree import PyTree, is_inexact, stack, take
 
-__all__ = ["MEETINGS", "Meeting", "same_frame", "spanning_forest"]
-
-Match = Callable[[State, Edges, bool], EdgePerms]
-Meeting = Callable[
-    [State, State | None, Network, Match], tuple[State, State | None, PyTree]
-]
-Exchanged = Callable[[State], PyTree]
+__all__ = ["AS_THEY_ARE", "FRAMES", "Frame", "Merge", "Views"]
 
 
-def same_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
-    """x_i <- sum_j W_ij x_j: no permutations (weight averaging)."""
-    del inner
-    average = _averaging(exchanged)
+class Views(NamedTuple):
+    """All agents' states, as the agents have them and as their neighbours know them.
 
-    def meet(state, announced, network, match):
-        del match
-        return state, announced, average(state, announced, network.W)
-
-    return meet
-
-
-def own_frame(inner: Algorithm, exchanged: Exchanged, joint: bool = False) -> Meeting:
-    """x_i <- W_ii x_i + sum_j W_ij P_ij x_j: everyone stays in its own frame.
-
-    One assignment problem for each edge and group (DIMAT, arXiv 2404.08079, eq. 4).
+    Attributes:
+        own: the states as they are, stacked.
+        announced: the states as the neighbours know them, where compressed messages
+            lose something; None: the neighbours know them as they are.
     """
 
-    own_share = jax.jit(lambda state, W: _own_share(W, exchanged(state)))
+    own: State
+    announced: State | None
+
+    @property
+    def known(self) -> State:
+        """The states as the neighbours know them."""
+        return self.own if self.announced is None else self.announced
+
+
+Exchanged = Callable[[State], PyTree]
+"""The part of a state that agents send, align and average."""
+
+Merge = Callable[[Views, EdgePerms, Array | np.ndarray], tuple[Views, PyTree]]
+"""`merge(views, perms, W) -> (views, merged)`.
+
+`perms` are the permutations along the frame's edges; there are none where no edge is
+active. `merged` is the average of the exchanged part, for each agent. The returned
+views are in the frames in which `merged` is.
+"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Frame(Record[Merge]):
+    """A way to merge agents whose units are in different orders.
+
+    `build(inner, exchanged)` makes its `Merge`.
+
+    Attributes:
+        edges: `edges(active_edges)`: the edges along which agents are matched.
+        joint: whether permutations must agree: be the identity along any cycle.
+        two_way: whether a receiver must be able to answer its sender.
+        traffic: what finding the permutations sends, beyond the weights that are mixed.
+    """
+
+    edges: Callable[[Adjacency], Edges]
+    joint: bool = False
+    two_way: bool = False
+    traffic: Traffic = no_traffic
+
+
+# How agents merge, given the permutations =============================================
+
+
+def average_as_they_are(inner: Algorithm, exchanged: Exchanged) -> Merge:
+    """x_i <- sum_j W_ij x_j: no unit is permuted (weight averaging)."""
+    del inner
+    mix_in_place = _mixing_in_place(exchanged)
+
+    def merge(views, perms, W):
+        del perms
+        return views, mix_in_place(views, W)
+
+    return merge
+
+
+def own_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
+    """x_i <- sum_j W_ij P_ij x_j: every agent stays in its own frame.
+
+    One assignment problem is solved for each edge and group (DIMAT, arXiv 2404.08079,
+    equation 4).
+    """
+
+    def align(x, P):
+        return exchanged(inner.aligned(x, P))
 
     @jax.jit
-    def receive(merged, state, W, perms, wave):
-        receivers, senders, real = wave
-        sent = exchanged(inner.aligned(take(state, senders), perms))
-        weights = jnp.where(jnp.arange(len(senders)) < real, W[receivers, senders], 0.0)
+    def own_share(x, W):
+        return _weighted(jnp.diagonal(W), exchanged(x))  # W_ii x_i
 
-        def add(total, leaf):
-            if not is_inexact(leaf):
-                return total
-            share = weights.reshape(-1, *[1] * (leaf.ndim - 1)) * leaf
-            return total.at[receivers].add(share.astype(total.dtype))
+    @jax.jit
+    def add_wave(total, x, W, P_ij, wave):
+        i, j, real = wave
+        W_ij = jnp.where(jnp.arange(len(j)) < real, W[i, j], 0.0)
+        return _add_at(i, total, _weighted(W_ij, align(take(x, j), P_ij)))
 
-        return jax.tree.map(add, merged, sent)
+    def merge(views, perms, W):
+        # x_i <- W_ii x_i + sum_j W_ij P_ij x_j, one wave of edges (i, j) at a time.
+        merged = own_share(views.own, W)
+        for wave in waves(_edges_of(perms), len(W)):
+            merged = add_wave(merged, views.known, W, stack_wave(perms, wave), wave)
+        return views, merged
 
-    def meet(state, announced, network, match):
-        known = state if announced is None else announced
-        edges = np.argwhere(network.active_edges)
-        merged = own_share(state, network.W)
-        if len(edges):
-            perms = match(known, edges, joint)
-            for wave in waves(edges, len(network.present)):
-                stacked = _stack_wave(perms, wave)
-                merged = receive(merged, known, network.W, stacked, wave)
-        return state, announced, merged
-
-    return meet
+    return merge
 
 
-def joint_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
-    """x_i <- sum_j W_ij Q_i^-1 Q_j x_j: everyone stays in its own frame, consistently.
+def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
+    """x_i <- sum_j W_ij P_j x_j: every agent moves into the frame of a root, and stays.
 
-    Every agent has one permutation Q_i into a frame that all who are connected share,
-    found from all their edges at once; so going round any cycle is the identity.
-    """
-    return own_frame(inner, exchanged, joint=True)
-
-
-def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Meeting:
-    """x_i <- sum_j W_ij P_j x_j: everyone moves into the frame of a root and stays.
-
-    P_j is composed along a spanning tree, from j to the least agent of its connected
-    component, so N - 1 edges are matched, and everybody's P_j is the same for all.
+    The root is the lowest agent of a connected component. P_j is composed along a
+    spanning tree, from j to the root. So N - 1 edges are matched, and all agents use
+    the same P_j.
     """
     align = jax.jit(inner.aligned)
-    average = _averaging(exchanged)
+    mix_in_place = _mixing_in_place(exchanged)
 
-    def meet(state, announced, network, match):
-        slots = len(network.present)
-        tree = spanning_forest(np.asarray(network.active_edges))
-        if tree:
-            known = state if announced is None else announced
-            to_roots = _to_roots(tree, match(known, np.array(tree), False), slots)
-            state = align(state, to_roots)
-            if announced is not None:
-                announced = align(announced, to_roots)
-        return state, announced, average(state, announced, network.W)
+    def merge(views, perms, W):
+        if perms:
+            to_root = _to_roots(perms, len(W))
+            own, announced = views
+            announced = None if announced is None else align(announced, to_root)
+            views = Views(align(own, to_root), announced)
+        return views, mix_in_place(views, W)
 
-    return meet
+    return merge
 
 
-MEETINGS: dict[str, Callable[[Algorithm, Exchanged], Meeting]] = {
-    "own": own_frame,
-    "reference": reference_frame,
-    "joint": joint_frame,
-}
+def _to_roots(perms: EdgePerms, slots: int) -> Perms:
+    """Stacked permutations into the roots' frames; the identity for the roots.
+
+    Args:
+        perms: by edge (parent, child) of a spanning forest, parents before children.
+        slots: the number of stacked agents.
+    """
+    some = next(iter(perms.values()))
+    identity: Perms = {group: jnp.arange(len(perm)) for group, perm in some.items()}
+    to_root = [identity] * slots
+    for (parent, child), to_parent in perms.items():
+        # The child is aligned with its parent, and then moves with it to the root.
+        to_root[child] = permutation.compose(to_parent, to_root[parent])
+    return stack(to_root)
 
 
-def spanning_forest(adjacency: Adjacency) -> list[tuple[int, int]]:
-    """Edges (parent, child) away from each component's least agent, breadth first."""
-    graph = nx.from_numpy_array(adjacency | adjacency.T)
-    return [
-        edge
-        for component in components(adjacency)
-        for edge in nx.bfs_edges(graph, component[0], sort_neighbors=sorted)
-    ]
+def _mixing_in_place(exchanged: Exchanged):
+    """Makes `mix_in_place(views, W)`: sum_j W_ij x_j for every agent i.
 
-
-def _averaging(exchanged: Exchanged):
-    """sum_j W_ij x_j, of oneself as one is and of the others as they are known."""
+    An agent takes its own x_i as it is, and its neighbours' as it knows them.
+    """
 
     @jax.jit
-    def average(state, announced, W):
-        if announced is None:
-            return mix(W, exchanged(state))
-        heard = mix(W - jnp.diag(jnp.diagonal(W)), exchanged(announced))
+    def mix_in_place(views: Views, W: Array) -> PyTree:
+        if views.announced is None:
+            return mix(W, exchanged(views.own))
+        received = mix(W - jnp.diag(jnp.diagonal(W)), exchanged(views.announced))
         return jax.tree.map(
             lambda own, others: own + others if is_inexact(own) else own,
-            _own_share(W, exchanged(state)),
-            heard,
+            _weighted(jnp.diagonal(W), exchanged(views.own)),
+            received,
         )
 
-    return average
+    return mix_in_place
 
 
-def _own_share(W, stacked: PyTree) -> PyTree:
-    """W_ii x_i; counters stay as they are."""
+def _edges_of(perms: EdgePerms) -> Edges:
+    return np.array(list(perms), np.int64).reshape(-1, 2)
+
+
+def _weighted(weights: Float[Array, " agents"], stacked: PyTree) -> PyTree:
+    """Each agent's leaves times the agent's weight; counters stay as they are."""
 
     def weigh(leaf):
-        weights = jnp.diagonal(W).reshape(-1, *[1] * (leaf.ndim - 1))
-        return (weights * leaf).astype(leaf.dtype) if is_inexact(leaf) else leaf
+        by_agent = weights.reshape(-1, *[1] * (leaf.ndim - 1))
+        return (by_agent * leaf).astype(leaf.dtype) if is_inexact(leaf) else leaf
 
     return jax.tree.map(weigh, stacked)
 
 
-def _to_roots(tree: list[tuple[int, int]], perms: EdgePerms, slots: int) -> Perms:
-    """Stacked permutations into the roots' frames; the identity for the roots."""
-    some = next(iter(perms.values()))
-    identity: Perms = {group: jnp.arange(len(perm)) for group, perm in some.items()}
-    to_root = [identity] * slots
-    for parent, child in tree:
-        # To the parent first, then, as the parent itself, on to the root.
-        to_root[child] = permutation.compose(perms[parent, child], to_root[parent])
-    return stack(to_root)
+def _add_at(agents: Array, total: PyTree, terms: PyTree) -> PyTree:
+    """Adds each term to an agent's leaves; counters stay as they are."""
+    return jax.tree.map(
+        lambda leaf, term: leaf.at[agents].add(term) if is_inexact(term) else leaf,
+        total,
+        terms,
+    )
 
 
-def _stack_wave(perms: EdgePerms, wave: Pairs) -> PairPerms:
-    """The permutations of a wave's edges; identities where it is filled up."""
-    some = next(iter(perms.values()))
-    identity = {group: np.arange(len(perm)) for group, perm in some.items()}
-    edges = zip(wave.references.tolist(), wave.permutees.tolist(), strict=True)
-    rows = [perms.get(edge, identity) for edge in edges]
-    return {
-        group: np.stack([row[group] for row in rows]).astype(np.int32)
-        for group in identity
-    }
+# The registry =========================================================================
 
+AS_THEY_ARE = Frame("as they are", average_as_they_are, edges=no_edges)
+"""Weight averaging: no agent is aligned with another. No config can choose it."""
 
-class _Shim:
-    def __init__(self, two_way):
-        self.two_way = two_way
-
-
-FRAMES = {"own": _Shim(False), "reference": _Shim(True), "joint": _Shim(True)}
+FRAMES: dict[str, Frame] = registry(
+    Frame("own", own_frame, edges=every_edge),
+    Frame(
+        "reference",
+        reference_frame,
+        edges=spanning_forest,
+        two_way=True,
+        traffic=reference_traffic,
+    ),
+    Frame(
+        "joint",
+        own_frame,
+        summary="x_i <- sum_j W_ij Q_i^-1 Q_j x_j: every agent stays in its own frame, "
+        "and the permutations agree along every cycle of the network.",
+        edges=every_edge,
+        joint=True,
+        two_way=True,
+        traffic=joint_traffic,
+    ),
+)
+"""The frames that a config can choose, by name."""

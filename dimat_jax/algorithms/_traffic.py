@@ -1,69 +1,101 @@
 """What matching sends beyond the weights that are mixed, in bytes for every link.
 
-Nothing in agents' own frames: a receiver has the weights, and examples to run them on.
-Frames that several agents share have to be agreed upon. (With compressed messages, who
-has missed some would have to be told how frames have changed, too. That is left out.)
+In agents' own frames it sends nothing: a receiver has the weights, and examples to run
+them on. Frames that several agents share have to be agreed upon. (With compressed
+messages, an agent that has missed some would also have to learn how frames have changed
+since. This is not counted.)
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import networkx as nx
 import numpy as np
 from jaxtyping import Int
 
-from dimat_jax.algorithms._edges import Edges
-from dimat_jax.algorithms._frames import spanning_forest
+from dimat_jax.algorithms._edges import Edges, spanning_forest
 from dimat_jax.topology import Adjacency
 
-__all__ = ["matching_bytes"]
+__all__ = [
+    "MatchingSizes",
+    "Traffic",
+    "joint_traffic",
+    "no_traffic",
+    "reference_traffic",
+]
 
 
-def matching_bytes(
-    frame: str,
-    active_edges: Adjacency,
-    *,
-    pairs: Edges,
-    perms: int,
-    scores: int,
-    weights: int,
-) -> Int[np.ndarray, "agents agents"]:
-    """Bytes of one merge's matching, `[receiver, sender]`.
+class MatchingSizes(NamedTuple):
+    """The sizes of what matching can send, in bytes.
 
-    "reference": a parent in the spanning tree tells its child how to permute into the
-    root's frame; everyone passes that on to its neighbours, who hold its weights as
-    they were. "joint": what the permutations are found from goes up the tree to its
-    root, hop by hop, and the permutations come back, and go to the neighbours.
-
-    Args:
-        frame: a key of `MEETINGS`.
-        active_edges: who hears whom, undirected.
-        pairs: (receiver, sender)s that are matched.
-        perms: bytes of one agent's permutations.
-        scores: bytes of the scores of one pair, which its receiver has; 0 where the
-            weights are what is matched.
-        weights: bytes of one agent's params.
+    Attributes:
+        perms: one agent's permutations.
+        scores: the scores of one pair, which the pair's receiver has computed; 0 if
+            agents are matched by their weights, from which the scores follow.
+        weights: one agent's params.
     """
-    traffic = np.zeros(active_edges.shape, np.int64)
-    if frame == "own":
-        return traffic
-    tree = spanning_forest(active_edges)
-    for parent, child in tree:
-        traffic[child, parent] += perms
-    traffic += perms * active_edges.astype(np.int64)
-    if frame == "reference":
-        return traffic
-    up = {child: parent for parent, child in tree}
+
+    perms: int
+    scores: int
+    weights: int
+
+
+Bytes = Int[np.ndarray, "agents agents"]
+"""Bytes `[receiver, sender]`."""
+
+Traffic = Callable[[Adjacency, Edges, MatchingSizes], Bytes]
+"""`traffic(active_edges, pairs, sizes)`: the bytes that one merge's matching sends.
+
+`active_edges` are undirected; `pairs` are the pairs (receiver, sender) that have been
+matched.
+"""
+
+
+def no_traffic(active_edges: Adjacency, pairs: Edges, sizes: MatchingSizes) -> Bytes:
+    """Nothing is sent."""
+    del pairs, sizes
+    return np.zeros(active_edges.shape, np.int64)
+
+
+def reference_traffic(
+    active_edges: Adjacency, pairs: Edges, sizes: MatchingSizes
+) -> Bytes:
+    """What moving into a root's frame sends.
+
+    A parent in the spanning tree sends its child the permutations into the root's
+    frame. Every agent passes its permutations on to its neighbours, who hold its
+    weights as they were.
+    """
+    del pairs
+    traffic = sizes.perms * active_edges.astype(np.int64)
+    for parent, child in spanning_forest(active_edges):
+        traffic[child, parent] += sizes.perms
+    return traffic
+
+
+def joint_traffic(active_edges: Adjacency, pairs: Edges, sizes: MatchingSizes) -> Bytes:
+    """What finding permutations that agree sends.
+
+    The scores, or else the weights, go up the spanning tree to its root, hop by hop.
+    The permutations come back the same way, and go to the neighbours.
+    """
+    # The last hop of the permutations to each agent, and what neighbours are sent, are
+    # as in a root's frame.
+    traffic = reference_traffic(active_edges, pairs, sizes)
+    tree = spanning_forest(active_edges).tolist()
+    parent_of = {child: parent for parent, child in tree}
     evidence = np.zeros(len(active_edges), np.int64)
-    if scores:
-        np.add.at(evidence, pairs[:, 0], scores)
+    if sizes.scores:
+        np.add.at(evidence, pairs[:, 0], sizes.scores)
     else:
-        evidence[list(nx.from_edgelist(tree).nodes)] = weights
+        evidence[list(nx.from_edgelist(tree).nodes)] = sizes.weights
     for agent, sent in enumerate(evidence):
         hop, first = agent, True
-        while hop in up:
-            # A parent has its child's weights already: to merge with.
-            if scores or not first:
-                traffic[up[hop], hop] += sent
-            # Its permutations come back; the last hop of them is counted above.
+        while hop in parent_of:
+            # A parent has its child's weights already, because it merges with them.
+            if sizes.scores or not first:
+                traffic[parent_of[hop], hop] += sent
             if not first:
-                traffic[hop, up[hop]] += perms
-            hop, first = up[hop], False
+                traffic[hop, parent_of[hop]] += sizes.perms
+            hop, first = parent_of[hop], False
     return traffic

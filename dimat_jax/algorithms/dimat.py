@@ -1,17 +1,69 @@
-from functools import partial
+"""DIMAT: align the neighbours' networks by their activations, average, train on.
 
-from dimat_jax.algorithms._merging import merging
-from dimat_jax.algorithms._shim import FRAME, OPT_STATE, STAY
+    x_i  <-  sum_j W_ij P_ij x_j            once a round
+    x_i  <-  an optimizer step on agent i's own data
+
+P_ij permutes agent j's hidden units onto agent i's. For every layer it maximises the
+sum of the correlations of matched units' activations on the same inputs, which is a
+linear assignment problem (DIMAT: Decentralized Iterative Merging-And-Training, CVPR
+2024, arXiv 2404.08079, equation 4 and Algorithms 1 to 3). W is the mixing matrix.
+"""
+
+from dimat_jax.algorithms._merging import FRAME, OPT_STATE, OptStatePolicy, merging
+from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.record import GRAPH, MergingRecord
-from dimat_jax.compression import COMPRESSOR
+from dimat_jax.compression import COMPRESSOR, Compressor, none
 from dimat_jax.data.selection import BN_DATA, MATCH_DATA
+from dimat_jax.matching._assignment import STAY
+from dimat_jax.placement import Placement
+
+__all__ = ["RECORD", "dimat"]
+
+
+def dimat(
+    inner: Algorithm,
+    task: Task,
+    placement: Placement,
+    *,
+    frame: str = FRAME.default,
+    stay: float = STAY.default,
+    opt_state: OptStatePolicy = OPT_STATE.default,
+    compressor: Compressor = none(),  # noqa: B008
+) -> Algorithm:
+    """Merges networks that are aligned by their activations, once a round.
+
+    Args:
+        inner: how agents train between merges.
+        task: what the agents learn; its spec has a tap for each group.
+        placement: where the agents live.
+        frame: in whose frame agents merge.
+        stay: how much a unit's correlation must gain for the unit to move.
+        opt_state: what becomes of the optimizer state at a merge.
+        compressor: compresses what is sent.
+
+    Raises:
+        OptionError, UserError: as of `merging`.
+        PermutationSpecError: a group without a tap.
+    """
+    return merging(
+        inner,
+        task,
+        placement,
+        match="activations",
+        frame=frame,
+        stay=stay,
+        opt_state=opt_state,
+        compressor=compressor,
+    )
+
 
 RECORD = MergingRecord(
     "dimat",
-    partial(merging, match="activations"),
+    dimat,
     (FRAME, STAY, OPT_STATE),
     leads_to=(*GRAPH, COMPRESSOR, MATCH_DATA, BN_DATA),
-    summary="Neighbours' units are matched by their activations, then averaged (Saadati et al. 2024).",
+    summary="Neighbours' units are matched by their activations, then averaged "
+    "(Saadati et al. 2024).",
     compressor="none",
     facts=frozenset({"compressor"}),
     merges=True,

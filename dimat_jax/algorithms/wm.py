@@ -1,14 +1,69 @@
-from functools import partial
+"""Weight matching (WM): align the neighbours' networks by their weights, and average.
 
-from dimat_jax.algorithms._merging import merging
-from dimat_jax.algorithms._shim import FRAME, OPT_STATE, RESTARTS, STAY
+    x_i  <-  sum_j W_ij P_ij x_j            once a round
+    x_i  <-  an optimizer step on agent i's own data
+
+P_ij permutes agent j's hidden units onto agent i's. It maximises <x_i, P_ij x_j>, the
+inner product of the two networks' weights, by coordinate descent over the layers
+(Ainsworth et al. 2023, "Git Re-Basin", arXiv 2209.04836; a baseline in DIMAT, arXiv
+2404.08079). No data are looked at. W is the mixing matrix.
+"""
+
+from dimat_jax.algorithms._merging import FRAME, OPT_STATE, OptStatePolicy, merging
+from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.record import GRAPH, MergingRecord
-from dimat_jax.compression import COMPRESSOR
+from dimat_jax.compression import COMPRESSOR, Compressor, none
 from dimat_jax.data.selection import BN_DATA
+from dimat_jax.matching._assignment import STAY
+from dimat_jax.matching._weight import RESTARTS
+from dimat_jax.placement import Placement
+
+__all__ = ["RECORD", "wm"]
+
+
+def wm(
+    inner: Algorithm,
+    task: Task,
+    placement: Placement,
+    *,
+    frame: str = FRAME.default,
+    stay: float = STAY.default,
+    opt_state: OptStatePolicy = OPT_STATE.default,
+    restarts: int = RESTARTS.default,
+    compressor: Compressor = none(),  # noqa: B008
+) -> Algorithm:
+    """Merges networks that are aligned by their weights, once a round.
+
+    Args:
+        inner: how agents train between merges.
+        task: what the agents learn; its spec needs no taps.
+        placement: where the agents live.
+        frame: in whose frame agents merge.
+        stay: how much a unit's share of the weights' cosine must gain for the unit to
+            move.
+        opt_state: what becomes of the optimizer state at a merge.
+        restarts: how many times weights are matched; the best permutations are kept.
+        compressor: compresses what is sent.
+
+    Raises:
+        OptionError, UserError: as of `merging`.
+    """
+    return merging(
+        inner,
+        task,
+        placement,
+        match="weights",
+        frame=frame,
+        stay=stay,
+        opt_state=opt_state,
+        restarts=restarts,
+        compressor=compressor,
+    )
+
 
 RECORD = MergingRecord(
     "wm",
-    partial(merging, match="weights"),
+    wm,
     (FRAME, STAY, OPT_STATE, RESTARTS),
     leads_to=(*GRAPH, COMPRESSOR, BN_DATA),
     summary="Neighbours' units are matched by their weights, then averaged.",

@@ -1,8 +1,8 @@
 """Arrays cut into blocks, on each of whose axes at most one group acts.
 
-Products are split into their factors and concatenations into their parts. What is left
-to know of a block is which of its axes a group permutes, so matching can be written for
-plain axes alone.
+Products are split into their factors and concatenations into their parts. Each axis of
+a block is then permuted by one group or by none, so the rest of the matching code needs
+to handle plain axes only.
 """
 
 import itertools
@@ -24,7 +24,7 @@ class Block(NamedTuple):
 
     Attributes:
         bounds: for each of the array's dimensions, where the part starts and stops.
-        shape: the part's, products split into their factors.
+        shape: the shape of the part, with products split into their factors.
         groups: for each axis of `shape`, the group that permutes it, or None.
     """
 
@@ -34,7 +34,13 @@ class Block(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A part of one axis."""
+    """A part of one axis.
+
+    Attributes:
+        bounds: where the part starts and stops.
+        shape: its size, split into factors.
+        groups: for each factor, the group that permutes it, or None.
+    """
 
     bounds: tuple[int, int]
     shape: tuple[int, ...]
@@ -44,15 +50,15 @@ class _Part(NamedTuple):
 def cut_blocks(
     axes: Axes, shape: tuple[int, ...], sizes: Mapping[str, int]
 ) -> list[Block]:
-    """The blocks of an array: one, but for concatenations.
+    """Cuts an array into blocks: a single one, unless an axis is a concatenation.
 
     Args:
         axes: what each of the array's dimensions is.
-        shape: the array's.
-        sizes: of the groups.
+        shape: the array's shape.
+        sizes: each group's number of units.
 
     Raises:
-        PermutationSpecError: an axis that its size does not fit.
+        PermutationSpecError: an axis whose size is not what its groups need.
     """
     parts = [
         list(_cut_axis(axis, 0, size, sizes))

@@ -1,75 +1,83 @@
-"""Matching group by group: the one driver behind every way of matching.
+"""Matching group by group: the search that every way of matching uses.
 
-How well two networks fit is a function of the permutations of all their groups. With
-all groups but one held fixed it is, in that group's permutation, a linear assignment
-problem. So coordinates are groups, and a step is an exact assignment: one is enough
-where groups do not depend on each other (activations), and steps are repeated until
-none gains anything where they do (weights; Ainsworth et al. 2023, arXiv 2209.04836).
+How well two networks fit is a function of the permutations of all their groups. While
+the permutations of all other groups are held fixed, finding one group's permutation is
+a linear assignment problem. So the coordinates of the search are the groups, and one
+step solves one group's assignment exactly. One step for each group is enough where the
+groups do not depend on each other (activations). Where they do (weights), steps are
+repeated until none of them gains anything (Ainsworth et al. 2023, arXiv 2209.04836).
 
-Many pairs of networks are matched at once. What a permutation is worth comes from a
-`Scorer`; which permutations are allowed, any for each pair or only such as agree with
-each other, is a `Solver`'s concern.
+Many pairs of networks are matched at once. A `Scorer` says how good permutations are. A
+`Solver` says which permutations are allowed and how strongly units prefer to stay where
+they are. Together they are a `Problem`.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int, Int32
 
-from dimat_jax.matching._assignment import prefer_staying, solve_assignment
+from dimat_jax.matching._assignment import STAY, prefer_staying, solve_assignment
 
 __all__ = [
-    "Known",
+    "MatchedGroups",
     "PairPerms",
     "Pairs",
+    "Problem",
     "Scorer",
     "Solver",
     "better",
-    "descend",
+    "coordinate_descent",
     "every_pair_alone",
     "identities",
-    "improve",
-    "total_worth",
-    "worth",
+    "improve_group",
+    "objective",
+    "total_score",
+    "two_networks",
 ]
 
 PairPerms = dict[str, Int32[np.ndarray, "pairs units"]]
-"""For each group and pair the permutation that aligns the permutee."""
+"""For each group and each pair, the permutation that aligns the permutee."""
 
 
 class Pairs(NamedTuple):
-    """Pairs of stacked networks, by index; they may be filled up to some length.
+    """Pairs of networks. Entries at the end may only fill up the arrays.
 
     Attributes:
-        references: int32[length].
-        permutees: int32[length].
-        real: how many of them, from the start, count.
+        references: the index of each pair's reference, int32.
+        permutees: the index of each pair's permutee, int32.
+        real: how many entries, counted from the start, are pairs to be matched.
     """
 
-    references: np.ndarray
-    permutees: np.ndarray
+    references: Int32[np.ndarray, " length"]
+    permutees: Int32[np.ndarray, " length"]
     real: int
 
 
-class Known(NamedTuple):
-    """What can be relied on before all groups have been matched.
+def two_networks() -> Pairs:
+    """The single pair of two networks: the first is the reference."""
+    return Pairs(np.zeros(1, np.int32), np.ones(1, np.int32), 1)
+
+
+class MatchedGroups(NamedTuple):
+    """The groups whose permutations can be relied on during a first pass.
 
     Attributes:
-        groups: that have been matched.
-        slack: how many axes of other groups a leaf may have and count all the same.
+        groups: the names of the groups that have been matched.
+        slack: how many axes of unmatched groups a leaf may have and still count.
     """
 
     groups: frozenset[str]
     slack: int = 0
 
 
-@runtime_checkable
 class Scorer(Protocol):
-    """What permutations are worth, for some pairs of networks.
+    """How good permutations are, for some pairs of networks.
 
     Attributes:
-        n_pairs: how many pairs.
+        n_pairs: how many pairs there are.
     """
 
     n_pairs: int
@@ -80,51 +88,88 @@ class Scorer(Protocol):
         ...
 
     def scores(
-        self, group: str, perms: PairPerms, known: Known | None = None
+        self, group: str, perms: PairPerms, matched: MatchedGroups | None = None
     ) -> Float[np.ndarray, "pairs units units"]:
-        """What matching each two units of a group is worth, the other groups fixed.
+        """The score of matching each two units of a group, the other groups fixed.
 
         Args:
-            group: whose units.
-            perms: of all groups.
-            known: what to rely on; None: on all of `perms`.
+            group: the group whose units are scored.
+            perms: the permutations of all groups.
+            matched: the groups whose permutations count; None: all groups.
         """
         ...
 
     def scale(
-        self, group: str, known: Known | None = None
+        self, group: str, matched: MatchedGroups | None = None
     ) -> Float[np.ndarray, " pairs"]:
-        """What the scores are to be divided by for means over units within [-1, 1]."""
+        """The size of a group's scores: divided by it, their mean is in [-1, 1]."""
         ...
 
     def neighbours(self, group: str) -> Collection[str]:
         """The groups whose scores depend on this group's permutation.
 
-        With the group itself among them, scores are a linear approximation.
+        If the group itself is among them, its scores are a linear approximation.
+        """
+        ...
+
+    def total(self, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
+        """The sum that all groups' scores are parts of.
+
+        When one group's permutation changes, the total changes by exactly as much as
+        the sum of the scores that the permutation picks, unless the group's scores are
+        a linear approximation.
         """
         ...
 
     def similarity(self, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
-        """How well the permuted networks fit, within [-1, 1]."""
+        """How well the permuted networks fit, within [-1, 1]: a number to report."""
         ...
 
 
-class Solver(NamedTuple):
-    """Finds one group's permutations for all pairs.
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """Which permutations of pairs are allowed, and which are preferred.
 
     Attributes:
-        solve: `solve(scores, perms) -> perms`, from the scores `[pairs, units, units]`
-            and the permutations `[pairs, units]` so far; at least as good as they are.
-        blocks: int[pairs]: pairs of the same number stand or fall together.
+        solve: `solve(scores, perms) -> perms` finds one group's permutations from the
+            scores `[pairs, units, units]` and the permutations `[pairs, units]` so
+            far. The result is at least as good as those.
+        blocks: a number for each pair; pairs with the same number must agree with each
+            other, so their permutations are accepted or rejected together.
+        stay: how much a unit's mean score must gain for it to move.
+
+    Raises:
+        OptionError: `stay` is negative or not finite.
     """
 
     solve: Callable[[np.ndarray, np.ndarray], np.ndarray]
     blocks: Int[np.ndarray, " pairs"]
+    stay: float = STAY.default
+
+    def __post_init__(self):
+        STAY.check(self.stay)
 
 
-def every_pair_alone(n_pairs: int) -> Solver:
-    """Each pair's best assignment, whatever the others'."""
-    return Solver(lambda scores, perms: solve_assignment(scores), np.arange(n_pairs))
+def every_pair_alone(n_pairs: int, stay: float = STAY.default) -> Solver:
+    """Any permutation is allowed for each pair: it gets its best assignment."""
+    return Solver(
+        lambda scores, perms: solve_assignment(scores), np.arange(n_pairs), stay
+    )
+
+
+S = TypeVar("S", bound=Scorer, covariant=True)
+
+
+class Problem(NamedTuple, Generic[S]):
+    """One matching problem.
+
+    Attributes:
+        scorer: how good permutations are.
+        solver: which permutations are allowed and preferred.
+    """
+
+    scorer: S
+    solver: Solver
 
 
 def identities(scorer: Scorer) -> PairPerms:
@@ -135,7 +180,7 @@ def identities(scorer: Scorer) -> PairPerms:
     }
 
 
-def worth(
+def total_score(
     scores: Float[np.ndarray, "*batch units units"],
     perms: Int[np.ndarray, "*batch units"],
 ) -> Float[np.ndarray, "*batch"]:
@@ -144,80 +189,85 @@ def worth(
     return picked.sum(axis=-1, dtype=np.float64)
 
 
-def total_worth(
-    scorer: Scorer, perms: PairPerms, stay: float
-) -> Float[np.ndarray, " pairs"]:
-    """What never decreases: the similarity, and `stay` for each unit that stays."""
+def objective(problem: Problem, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
+    """What coordinate descent never decreases.
+
+    It is the scorer's total, and in addition `stay`, in units of the group's scale, for
+    every unit that stays where it is.
+    """
+    scorer, solver = problem
     staying = sum(
-        stay * scorer.scale(group) * (perm == np.arange(perm.shape[-1])).sum(axis=-1)
+        solver.stay
+        * scorer.scale(group)
+        * (perm == np.arange(perm.shape[-1])).sum(axis=-1)
         for group, perm in perms.items()
     )
-    return scorer.similarity(perms) + staying
+    return scorer.total(perms) + staying
 
 
-def improve(
-    scorer: Scorer,
-    solver: Solver,
+def improve_group(
+    problem: Problem,
     group: str,
     perms: PairPerms,
     *,
-    stay: float,
     tolerance: float = 0.0,
-    known: Known | None = None,
+    matched: MatchedGroups | None = None,
 ) -> PairPerms:
-    """Matches one group anew, where that gains more than the tolerance.
+    """Solves one group's assignment, and keeps the result where it gains enough.
 
     Args:
-        scorer: what permutations are worth.
-        solver: which are allowed.
-        group: to be matched.
-        perms: of all groups, so far.
-        stay: what a unit's mean score must gain for it to move.
-        tolerance: what a group's mean score must gain for anything to move.
-        known: as in `Scorer.scores`.
+        problem: what to solve.
+        group: the group to be matched.
+        perms: the permutations of all groups so far.
+        tolerance: how much the group's mean score must gain for a pair's permutation
+            to be replaced.
+        matched: the groups whose permutations count, as in `Scorer.scores`.
 
     Returns:
-        the permutations of all groups; `perms` itself if nothing gained.
+        the permutations of all groups; `perms` itself if no pair gained.
     """
-    scale = scorer.scale(group, known)
-    scores = scorer.scores(group, perms, known)
-    scores = prefer_staying(scores, stay, scale)
+    scorer, solver = problem
+    scale = scorer.scale(group, matched)
+    scores = scorer.scores(group, perms, matched)
+    scores = prefer_staying(scores, solver.stay, scale)
     old = perms[group]
     new = {**perms, group: solver.solve(scores, old)}
-    if known is None and group in scorer.neighbours(group):
-        gain = total_worth(scorer, new, stay) - total_worth(scorer, perms, stay)
+    if matched is None and group in scorer.neighbours(group):
+        gain = objective(problem, new) - objective(problem, perms)
     else:
-        gain = worth(scores, new[group]) - worth(scores, old)
+        gain = total_score(scores, new[group]) - total_score(scores, old)
     gains = _over_blocks(solver, gain) > _over_blocks(
         solver, tolerance * scale * scorer.sizes[group]
     )
     return _choose(gains, new, perms) if gains.any() else perms
 
 
-def descend(
-    scorer: Scorer,
-    solver: Solver,
+def coordinate_descent(
+    problem: Problem,
     perms: PairPerms,
     *,
-    stay: float,
     tolerance: float = 0.0,
     rng: np.random.Generator | None = None,
 ) -> PairPerms:
-    """Improves group after group until no group gains anything.
+    """Improves one group after the other until no group gains anything.
 
-    Arguments as of `improve`; `rng` draws the order of the groups, if given. What is
-    worth something between groups has to have a tolerance: rounding is no gain.
+    Args:
+        problem: what to solve.
+        perms: the permutations to start from.
+        tolerance: as of `improve_group`. Where groups depend on each other it must be
+            above 0, so that rounding errors do not count as gains.
+        rng: draws the order of the groups; None: the scorer's order.
     """
+    scorer = problem.scorer
     waiting = list(scorer.sizes)
     while waiting:
         if rng is not None:
             rng.shuffle(waiting)
         changed: set[str] = set()
         for group in waiting:
-            improved = improve(
-                scorer, solver, group, perms, stay=stay, tolerance=tolerance
-            )
-            # What it depends on is as it is now; no other change concerns a group.
+            improved = improve_group(problem, group, perms, tolerance=tolerance)
+            # A group's scores depend only on its neighbouring groups, so a group is
+            # solved again only after one of these has changed.
             changed.discard(group)
             if improved is not perms:
                 changed.update(scorer.neighbours(group))
@@ -226,12 +276,10 @@ def descend(
     return perms
 
 
-def better(
-    scorer: Scorer, solver: Solver, one: PairPerms, other: PairPerms, stay: float
-) -> PairPerms:
-    """For each block of pairs whichever is worth more; `one` if they are equal."""
-    gain = total_worth(scorer, other, stay) - total_worth(scorer, one, stay)
-    return _choose(_over_blocks(solver, gain) > 0, other, one)
+def better(problem: Problem, one: PairPerms, other: PairPerms) -> PairPerms:
+    """For each block of pairs those with the larger objective; `one` if equal."""
+    gain = objective(problem, other) - objective(problem, one)
+    return _choose(_over_blocks(problem.solver, gain) > 0, other, one)
 
 
 def _over_blocks(solver: Solver, values: np.ndarray) -> np.ndarray:
@@ -240,4 +288,5 @@ def _over_blocks(solver: Solver, values: np.ndarray) -> np.ndarray:
 
 
 def _choose(which: np.ndarray, one: Mapping[str, Any], other: Mapping[str, Any]):
+    """Takes `one` for the pairs where `which` is true, and `other` elsewhere."""
     return {group: np.where(which[:, None], one[group], other[group]) for group in one}

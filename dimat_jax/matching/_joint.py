@@ -1,14 +1,17 @@
 """Cycle-consistent matching: permutations that agree with each other on any path.
 
-Matched pair by pair, three networks may contradict each other: j's unit onto i's, k's
-onto j's, and yet another of k's onto i's. Here every network i has one permutation Q_i
-into a frame that all share, and P_ij = Q_i^-1 Q_j aligns j with i: round any cycle the
-product is the identity. That is permutation synchronisation (Pachauri, Kondor & Singh
-2013); merging networks this way is in the spirit of C2M3 (Crisostomi et al. 2024, arXiv
-2405.17897). It takes N assignments instead of one for each pair.
+If three networks are matched pair by pair, the results can contradict each other: a
+unit of k goes to a unit of j, which goes to a unit of i; but when k is matched with i
+directly, another unit of k goes to this unit of i. Here every network i has one
+permutation Q_i into a frame that all networks share, and P_ij = Q_i^-1 Q_j aligns j
+with i. Along any cycle the product of these is the identity. This is permutation
+synchronisation (Pachauri, Kondor & Singh 2013); merging networks in this way is in the
+spirit of C2M3 (Crisostomi et al. 2024, arXiv 2405.17897). It takes N assignments
+instead of one for each pair.
 
-What is maximised is the sum over pairs of <C_ij, P_ij>, C_ij the pair's scores, network
-by network: with all others fixed, the best Q_i is one assignment.
+The search maximises the sum over pairs of <C_ij, P_ij>, where C_ij are the pair's
+scores. It treats one network after the other: while all others are fixed, the best Q_i
+is one assignment.
 """
 
 from collections import defaultdict
@@ -22,9 +25,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key
 
 from dimat_jax.matching._activation import Activations, match_activations
-from dimat_jax.matching._assignment import solve_assignment
-from dimat_jax.matching._descent import PairPerms, Pairs, Solver, worth
-from dimat_jax.matching._weight import match_weights
+from dimat_jax.matching._assignment import STAY, solve_assignment
+from dimat_jax.matching._descent import PairPerms, Pairs, Solver, total_score
+from dimat_jax.matching._weight import RESTARTS, match_weights
 from dimat_jax.matching._weight_scores import Include, not_running_statistics
 from dimat_jax.permutation import Perms, PermutationSpec, identity
 from dimat_jax.tree import PyTree
@@ -43,28 +46,34 @@ def joint_activation_matching(
     models: Sequence[PyTree],
     batches: Iterable[Any],
     *,
-    stay: float = 0.0,
+    stay: float = STAY.default,
 ) -> list[Perms]:
     """Finds permutations that bring networks into the first one's frame, all at once.
 
-    As `activation_matching` of every two of them, but so that they agree.
+    Every two networks are matched as by `activation_matching`, under the condition that
+    all permutations agree with each other.
 
     Args:
-        spec, activations, batches, stay: as for `activation_matching`.
-        models: the networks' variables.
+        spec: the symmetry, with a tap for each group.
+        activations: `activations(variables, inputs) -> {tap: array}`.
+        models: the variables of each network.
+        batches: inputs, one batch at a time.
+        stay: a unit moves only if its correlation gains more than this.
 
     Returns:
         perms for each network: the identity for the first, and such that
         `permutation.apply(spec, perms[i], models[i])` are all aligned.
 
     Raises:
-        PermutationSpecError, ValueError: as `activation_matching`, and for no networks.
+        PermutationSpecError: as of `activation_matching`.
+        ValueError: as of `activation_matching`, and if there are no networks.
     """
     return _into_first_frame(
         spec,
         models,
+        stay,
         lambda pairs, solver: match_activations(
-            spec, activations, models, pairs, solver, batches, stay=stay
+            spec, activations, models, pairs, solver, batches
         ),
     )
 
@@ -74,27 +83,34 @@ def joint_weight_matching(
     models: Sequence[PyTree],
     *,
     key: Key[Array, ""],
-    restarts: int = 1,
-    stay: float = 0.0,
+    restarts: int = RESTARTS.default,
+    stay: float = STAY.default,
     include: Include = not_running_statistics,
 ) -> list[Perms]:
     """Finds permutations that bring networks into the first one's frame, all at once.
 
-    As `weight_matching` of every two of them, but so that they agree.
+    Every two networks are matched as by `weight_matching`, under the condition that all
+    permutations agree with each other.
 
     Args:
-        spec, key, restarts, stay, include: as for `weight_matching`.
-        models: the networks' variables.
+        spec: the symmetry; taps are not needed.
+        models: the variables of each network.
+        key: draws the order of the groups; consumed.
+        restarts: how many orders to try; the best permutations win.
+        stay: a unit moves only if its mean score gains more than this.
+        include: which leaves count, by path.
 
     Returns:
         as `joint_activation_matching`.
 
     Raises:
-        PermutationSpecError, ValueError: as `weight_matching`, and for no networks.
+        PermutationSpecError: as of `weight_matching`.
+        ValueError: as of `weight_matching`, and if there are no networks.
     """
     return _into_first_frame(
         spec,
         models,
+        stay,
         lambda pairs, solver: match_weights(
             spec,
             models,
@@ -103,7 +119,6 @@ def joint_weight_matching(
             [f"network {i}" for i in range(len(models))],
             key=key,
             restarts=restarts,
-            stay=stay,
             include=include,
         ),
     )
@@ -112,8 +127,13 @@ def joint_weight_matching(
 def _into_first_frame(
     spec: PermutationSpec,
     models: Sequence[PyTree],
+    stay: float,
     match: Callable[[Pairs, Solver], PairPerms],
 ) -> list[Perms]:
+    """Matches all pairs jointly, and returns those with the first network.
+
+    `match(pairs, solver)` finds the permutations of the pairs that the solver allows.
+    """
     if not models:
         raise ValueError("joint matching needs at least one network")
     first = identity(spec, models[0])
@@ -122,19 +142,24 @@ def _into_first_frame(
     # The pairs with the first network come first.
     ends = np.array(list(combinations(range(len(models)), 2)), np.int32)
     pairs = Pairs(ends[:, 0], ends[:, 1], len(ends))
-    perms = match(pairs, all_pairs_together(ends))
+    perms = match(pairs, all_pairs_together(ends, stay))
     return [first] + [
         {group: jnp.asarray(perm[i]) for group, perm in perms.items()}
         for i in range(len(models) - 1)
     ]
 
 
-def all_pairs_together(pairs: Int[np.ndarray, "pairs 2"]) -> Solver:
-    """Cycle-consistent permutations; connected pairs stand or fall together."""
+def all_pairs_together(
+    pairs: Int[np.ndarray, "pairs 2"], stay: float = STAY.default
+) -> Solver:
+    """Only permutations that agree along every cycle are allowed.
+
+    Pairs that are connected with each other are one block.
+    """
     blocks = np.zeros(len(pairs), np.int64)
     for number, own in enumerate(_components(pairs)):
         blocks[own] = number
-    return Solver(lambda scores, perms: synchronise(scores, pairs, perms), blocks)
+    return Solver(lambda scores, perms: synchronise(scores, pairs, perms), blocks, stay)
 
 
 def synchronise(
@@ -142,27 +167,28 @@ def synchronise(
     pairs: Int[np.ndarray, "pairs 2"],
     perms: Int32[np.ndarray, "pairs units"],
 ) -> Int32[np.ndarray, "pairs units"]:
-    """Permutations that agree with each other, of large total score.
+    """Finds permutations that agree with each other and have a large total score.
 
-    Climbs from the better of two starts: the permutations so far, and networks brought
-    into a common frame one after the other, each by its pairs with those before it.
+    The search starts from the better of two starting points: the permutations so far,
+    and networks that are brought into a common frame one after the other, each by its
+    pairs with the networks before it.
 
     Args:
-        scores: of each pair.
-        pairs: of networks: (reference, permutee).
-        perms: of each pair, so far; they agree.
+        scores: the scores of each pair.
+        pairs: the networks of each pair: (reference, permutee).
+        perms: the permutations of each pair so far, which agree with each other.
 
     Returns:
-        for each pair `perm`, with a total score of no less than that of `perms`.
+        for each pair a permutation; their total score is at least that of `perms`.
     """
     scores = np.asarray(scores)
     result = np.array(perms)
     for own in _components(pairs):
         component = _Component(scores, pairs, own)
         starts = [component.frames(perms), component.one_by_one()]
-        worths = [worth(scores[own], component.perms(x)).sum() for x in starts]
-        climbed = component.climb(starts[int(np.argmax(worths))])
-        result[own] = component.perms(climbed)
+        totals = [total_score(scores[own], component.perms(x)).sum() for x in starts]
+        improved = component.improve(starts[int(np.argmax(totals))])
+        result[own] = component.perms(improved)
     return result
 
 
@@ -177,15 +203,16 @@ def _components(pairs: Int[np.ndarray, "pairs 2"]) -> list[np.ndarray]:
 
 
 _Frames = dict[int, np.ndarray]
-"""For each network int32[units]: `Q[c]` is its unit at place c of the common frame."""
+"""Each network's Q, int32[units]: its unit `Q[c]` is at place c of the common frame."""
 
 
 class _Component:
-    """Networks that are connected by pairs.
+    """One set of networks that pairs connect with each other.
 
     Args:
-        scores, pairs: as for `synchronise`.
-        own: the indices of this component's pairs.
+        scores: the scores of all pairs.
+        pairs: the networks of all pairs.
+        own: the indices of the pairs that belong to this component.
     """
 
     def __init__(self, scores: np.ndarray, pairs: np.ndarray, own: np.ndarray):
@@ -201,7 +228,7 @@ class _Component:
         self._order = [root, *(child for _, child in self._tree)]
 
     def frames(self, perms: np.ndarray) -> _Frames:
-        """The frames that permutations of pairs amount to; the root's is its own."""
+        """The frames that pairs' permutations stand for; the root keeps its order."""
         frames = {self._order[0]: np.arange(perms.shape[1], dtype=np.int32)}
         for parent, child in self._tree:
             pair = next(
@@ -219,16 +246,17 @@ class _Component:
         )
 
     def one_by_one(self) -> _Frames:
-        """Brings each network into the frame by its pairs with those before it."""
+        """Brings each network into the frame by its pairs with earlier networks."""
         frames = {self._order[0]: np.arange(self._scores.shape[-1], dtype=np.int32)}
         for network in self._order[1:]:
             frames[network] = solve_assignment(self._places(network, frames))
         return frames
 
-    def climb(self, frames: _Frames) -> _Frames:
-        """Assigns one network after the other anew, until none gains anything."""
+    def improve(self, frames: _Frames) -> _Frames:
+        """Solves one network's assignment after the other until none gains anything."""
         frames = dict(frames)
-        # Sums of many float32 scores in two orders differ by more than nothing.
+        # Two sums of the same float32 scores in another order differ by rounding. A
+        # gain must be larger than this difference, or the search would never end.
         least = (
             1e-9
             * self._scores.shape[-1]
@@ -238,15 +266,16 @@ class _Component:
         while waiting:
             network = waiting.pop(0)
             places = self._places(network, frames)
-            moved = solve_assignment(places)
-            if worth(places, moved) - worth(places, frames[network]) > least:
-                frames[network] = moved
+            assigned = solve_assignment(places)
+            gain = total_score(places, assigned) - total_score(places, frames[network])
+            if gain > least:
+                frames[network] = assigned
                 others = {other for _, other in self._pairs_of[network]}
                 waiting += sorted(others - set(waiting))
         return frames
 
     def _places(self, network: int, frames: _Frames) -> np.ndarray:
-        """What each unit of a network is worth at each place: float64 [place, unit]."""
+        """The score of each unit of a network at each place: float64 [place, unit]."""
         places = np.zeros(self._scores.shape[1:])
         for pair, other in self._pairs_of[network]:
             if other in frames:

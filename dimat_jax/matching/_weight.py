@@ -1,9 +1,9 @@
 """Matching units by their weights.
 
-Two networks fit as well as their weights point in one direction: the similarity is
+Two networks fit well if their weights point in the same direction: the similarity is
 <reference, P permutee> / (|reference| |permutee|), summed over all leaves. No data are
-needed. Group after group is assigned while the others stay, until none gains anything
-(Ainsworth et al. 2023, "Git Re-Basin", arXiv 2209.04836, section 3.2).
+needed. One group after the other is assigned while the others are fixed, until none
+gains anything (Ainsworth et al. 2023, "Git Re-Basin", arXiv 2209.04836, section 3.2).
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from dimat_jax.matching._assignment import check_stay
+from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._descent import (
-    Known,
+    MatchedGroups,
     PairPerms,
     Pairs,
+    Problem,
     Solver,
     better,
-    descend,
+    coordinate_descent,
     every_pair_alone,
     identities,
-    improve,
+    improve_group,
+    two_networks,
 )
 from dimat_jax.matching._weight_scores import (
     Include,
@@ -32,19 +34,28 @@ from dimat_jax.matching._weight_scores import (
     included,
     not_running_statistics,
 )
+from dimat_jax.options import Option
 from dimat_jax.permutation import Perms, PermutationSpec, group_sizes, validate
 from dimat_jax.tree import PyTree, stack
 
 __all__ = [
-    "check_restarts",
-    "construct",
+    "RESTARTS",
+    "first_pass",
     "match_by_weights",
     "match_weights",
     "weight_matching",
     "weight_similarity",
 ]
 
-# What rounding may make of a group's mean score.
+RESTARTS = Option(
+    "merge.restarts",
+    1,
+    "How many times weights are matched, each time with the groups in another random "
+    "order. The permutations with the largest similarity are kept.",
+    at_least=1,
+)
+
+# A group's mean score may change by about this much through rounding alone.
 _TOLERANCE = 1e-6
 
 _stack = jax.jit(stack)
@@ -56,15 +67,16 @@ def weight_matching(
     permutee: PyTree,
     *,
     key: Key[Array, ""],
-    restarts: int = 1,
-    stay: float = 0.0,
+    restarts: int = RESTARTS.default,
+    stay: float = STAY.default,
     include: Include = not_running_statistics,
 ) -> Perms:
     """Finds the permutations of a network's units that bring its weights nearest.
 
-    Coordinate descent over groups from the better of two starts, the identity and a
-    first pass in which every group is matched by those leaves alone whose other groups
-    are matched already. See `weight_similarity` for what is maximised.
+    This is coordinate descent over groups. It starts from the better of two starting
+    points: the identity, and a first pass in which every group is matched only by the
+    leaves whose other groups have been matched already. `weight_similarity` is what is
+    maximised.
 
     Args:
         spec: the symmetry; taps are not needed.
@@ -88,12 +100,11 @@ def weight_matching(
     perms = match_weights(
         spec,
         [reference, permutee],
-        Pairs(np.array([0]), np.array([1]), 1),
-        every_pair_alone(1),
+        two_networks(),
+        every_pair_alone(1, stay),
         ["the reference", "the permutee"],
         key=key,
         restarts=restarts,
-        stay=stay,
         include=include,
     )
     return {group: jnp.asarray(perm[0]) for group, perm in perms.items()}
@@ -118,7 +129,7 @@ def weight_similarity(
         return sum((dot(a[path], b[path]) for path in a), jnp.zeros(()))
 
     norms = jnp.sqrt(inner(one, one)) * jnp.sqrt(inner(other, other))
-    # Rounding may leave the bounds.
+    # Rounding can lead slightly out of the bounds.
     return jnp.clip(inner(one, other) / jnp.where(norms > 0, norms, 1), -1, 1)
 
 
@@ -131,16 +142,25 @@ def match_weights(
     *,
     key: Key[Array, ""],
     restarts: int,
-    stay: float,
     include: Include,
 ) -> PairPerms:
-    """Weight matching of pairs of some networks; `names` are the networks' in errors.
+    """Matches pairs of some networks by their weights.
+
+    Args:
+        spec: the symmetry.
+        models: the variables of each network.
+        pairs: which networks to match with which.
+        solver: which permutations are allowed and preferred.
+        names: what to call each network in error messages.
+        key: draws the order of the groups; consumed.
+        restarts: how many orders to try.
+        include: which leaves count, by path.
 
     Raises:
-        as `weight_matching`.
+        PermutationSpecError: a spec that does not fit the networks.
+        ValueError: networks whose shapes differ, or weights that are not finite.
+        OptionError: `restarts` < 1.
     """
-    check_stay(stay)
-    check_restarts(restarts)
     for model in models:
         validate(spec, model)
     leaves = [included(model, include) for model in models]
@@ -156,61 +176,57 @@ def match_weights(
     scorer = WeightScorer(
         spec, group_sizes(spec, models[0]), _stack(leaves), [pairs], names=names
     )
-    return match_by_weights(scorer, solver, key=key, restarts=restarts, stay=stay)
-
-
-def check_restarts(restarts: int) -> None:
-    """Raises ValueError for less than one start."""
-    if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    return match_by_weights(Problem(scorer, solver), key=key, restarts=restarts)
 
 
 def match_by_weights(
-    scorer: WeightScorer,
-    solver: Solver,
+    problem: Problem[WeightScorer],
     *,
     key: Key[Array, ""],
-    restarts: int = 1,
-    stay: float = 0.0,
+    restarts: int = RESTARTS.default,
 ) -> PairPerms:
-    """Coordinate descent over groups from several starts. The key is consumed.
+    """Runs coordinate descent over groups from several starting points.
+
+    Args:
+        problem: what to solve.
+        key: draws the order of the groups; consumed.
+        restarts: how many orders to try; the best permutations win.
 
     Raises:
-        ValueError: `restarts` < 1.
+        OptionError: `restarts` < 1.
     """
-    check_restarts(restarts)
+    RESTARTS.check(restarts)
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), jnp.uint32)))
-    found = identity = identities(scorer)
+    found = identity = identities(problem.scorer)
     for _ in range(restarts):
-        start = construct(scorer, solver, rng, stay)
-        start = better(scorer, solver, identity, start, stay)
-        perms = descend(scorer, solver, start, stay=stay, tolerance=_TOLERANCE, rng=rng)
-        found = better(scorer, solver, found, perms, stay)
+        start = better(problem, identity, first_pass(problem, rng))
+        perms = coordinate_descent(problem, start, tolerance=_TOLERANCE, rng=rng)
+        found = better(problem, found, perms)
     return found
 
 
-def construct(
-    scorer: WeightScorer, solver: Solver, rng: np.random.Generator, stay: float
-) -> PairPerms:
-    """Matches group after group by what is known: leaves without unmatched groups.
+def first_pass(problem: Problem[WeightScorer], rng: np.random.Generator) -> PairPerms:
+    """Matches every group once, by the leaves without unmatched groups.
 
-    What other, unmatched groups permute tells little but noise. The order is random;
-    groups of which much is known are likely to come first. Where nothing is known of
-    any (the norm groups of a layer and the channels within them permute the same
-    leaves, and so do heads and what is in them), leaves count as if their unmatched
-    groups' units could be permuted in each place at will.
+    A leaf that an unmatched group permutes says little about any other group, so it is
+    left out. The order of the groups is random; a group about which the counting leaves
+    say much is likely to come early. Sometimes no leaf counts for any waiting group:
+    the norm groups of a layer and the channels within them permute the same leaves,
+    and so do attention heads and the units in them. Then leaves count as if the units
+    of their unmatched groups could be permuted separately at each place.
     """
+    scorer = problem.scorer
     perms = identities(scorer)
-    matched: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
     waiting = [group for group in scorer.sizes if scorer.evidence(group) > 0]
     slack = 0
     while waiting:
-        known = Known(matched, slack)
-        evidence = np.array([scorer.evidence(group, known) for group in waiting])
+        matched = MatchedGroups(groups, slack)
+        evidence = np.array([scorer.evidence(group, matched) for group in waiting])
         if not evidence.any():
             slack += 1
             continue
         group = waiting.pop(rng.choice(len(waiting), p=evidence / evidence.sum()))
-        perms = improve(scorer, solver, group, perms, stay=stay, known=known)
-        matched, slack = matched | {group}, 0
+        perms = improve_group(problem, group, perms, matched=matched)
+        groups, slack = groups | {group}, 0
     return perms

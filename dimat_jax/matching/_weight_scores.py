@@ -1,8 +1,10 @@
-"""What permutations are worth by the weights of networks.
+"""Scores of permutations by the weights of networks.
 
-The inner product of a network's weights with another's permuted ones is, in each single
-group's permutation, a sum of scores, which small programs compute: a group and a stack
-of pairs at a time, compiled once for all groups, calls and networks that look the same.
+Take the inner product of one network's weights with another's permuted weights, while
+all permutations but one group's are fixed. It is a sum of scores that the group's
+permutation picks. Small programs compute these scores for one group and a stack of
+pairs at a time. Each is compiled once for all groups, calls and networks of the same
+structure.
 """
 
 import math
@@ -16,45 +18,47 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dimat_jax.matching._blocks import Block, cut_blocks, take_block
-from dimat_jax.matching._descent import Known, PairPerms, Pairs
+from dimat_jax.matching._descent import MatchedGroups, PairPerms, Pairs
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.tree import PyTree, flatten, take
 
 __all__ = ["Include", "WeightScorer", "dot", "included", "not_running_statistics"]
 
 Include = Callable[[str], bool]
-"""Whether the leaf of that path counts."""
+"""A function that says whether the leaf with a path counts."""
 
 
 def not_running_statistics(path: str) -> bool:
-    """Leaves out BatchNorm's running statistics: they follow from weights and data."""
+    """Leaves out BatchNorm's running statistics, which follow from weights and data."""
     return path.split("/")[0] != "batch_stats"
 
 
 class _Term(NamedTuple):
-    """A block of a leaf."""
+    """A block of a leaf.
+
+    Attributes:
+        path: the leaf's path.
+        block: which part of the leaf it is, and which groups permute its axes.
+    """
 
     path: str
     block: Block
 
 
 class WeightScorer:
-    """What permutations are worth by the weights of stacked networks.
-
-    Computed a group and a stack of pairs at a time, in small programs that are compiled
-    once for all groups, calls and networks that look the same.
+    """Scores permutations by the weights of stacked networks; a `Scorer`.
 
     Args:
         spec: the symmetry.
-        sizes: of its groups.
-        leaves: what counts of the networks: by path, arrays `[networks, ...]`.
-        waves: pairs of networks; each wave is a stack of its own.
-        lift: makes a function of one pair one of stacked pairs, as `jax.vmap` does.
+        sizes: each group's number of units.
+        leaves: the leaves that count, by path: arrays `[networks, ...]`.
+        waves: the pairs of networks. The pairs of one wave are computed together.
+        lift: makes a function of one pair a function of stacked pairs, as `jax.vmap`.
         fetch: brings arrays to the host.
-        names: of the networks, for errors.
+        names: what to call each network in error messages.
 
     Raises:
-        ValueError: weights that are not finite.
+        ValueError: weights that are not finite, or too large to be squared.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class WeightScorer:
         squares = self._squares(names)
         references = np.concatenate([w.references[: w.real] for w in waves])
         permutees = np.concatenate([w.permutees[: w.real] for w in waves])
-        # Of every term the squares of the pair's two networks.
+        # For every term the sums of squares of the pair's two networks.
         self._squares_of = {
             term: np.stack([square[references], square[permutees]])
             for term, square in squares.items()
@@ -93,23 +97,23 @@ class WeightScorer:
         self._per_norm = 1 / np.where(norms > 0, norms, np.inf)
 
     def scores(
-        self, group: str, perms: PairPerms, known: Known | None = None
+        self, group: str, perms: PairPerms, matched: MatchedGroups | None = None
     ) -> Float[np.ndarray, "pairs units units"]:
         terms = self._terms_of[group]
         if not terms:
             return np.zeros((self.n_pairs, *2 * [self.sizes[group]]), np.float32)
-        program = _program(terms, group, known)
-        reliable = np.array([_reliable(term, group, known) for term in terms])
-        scores = self._run(_scores, program, perms, reliable.astype(np.float32))
+        program = _program(terms, group, matched)
+        counting = np.array([_counts(term, group, matched) for term in terms])
+        scores = self._run(_scores, program, perms, counting.astype(np.float32))
         return scores * self._per_norm.astype(np.float32)[:, None, None]
 
     def scale(
-        self, group: str, known: Known | None = None
+        self, group: str, matched: MatchedGroups | None = None
     ) -> Float[np.ndarray, " pairs"]:
         squares = [
             self._squares_of[term]
             for term in self._terms_of[group]
-            if _reliable(term, group, known)
+            if _counts(term, group, matched)
         ]
         return _norms(squares, self.n_pairs) * self._per_norm / self.sizes[group]
 
@@ -117,24 +121,30 @@ class WeightScorer:
         found = set()
         for _, block in self._terms_of[group]:
             others = list(block.groups)
-            others.remove(group)  # once: a term may have the group on two axes
+            # Only once: a term may have the group on two of its axes.
+            others.remove(group)
             found.update(other for other in others if other is not None)
         return found
 
-    def evidence(self, group: str, known: Known | None = None) -> float:
-        """How many numbers tell of each unit, by what is known."""
+    def evidence(self, group: str, matched: MatchedGroups | None = None) -> float:
+        """How many numbers for each unit the counting leaves hold."""
         return sum(
             math.prod(term.block.shape) / self.sizes[group]
             for term in self._terms_of[group]
-            if _reliable(term, group, known)
+            if _counts(term, group, matched)
         )
 
     def similarity(self, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
+        """The cosine of the angle between the reference and the permuted permutee."""
         program = _program(self._terms)
         return self._run(_inner_product, program, perms) * self._per_norm
 
+    def total(self, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
+        """The similarity: scores are parts of the same inner product."""
+        return self.similarity(perms)
+
     def _run(self, compute, program: "_Program", perms: PairPerms, *shared):
-        """Runs a program on every wave; its results by pair, on the host."""
+        """Runs a program on every wave. Returns its results by pair, on the host."""
         leaves = [self._leaves[path] for path in program.paths]
         results, start = [], 0
         for references, permutees, real in self._waves:
@@ -156,7 +166,7 @@ class WeightScorer:
         return np.concatenate(results)
 
     def _squares(self, names: Sequence[str]) -> dict[_Term, np.ndarray]:
-        """Of every term the sum of squares, for each network."""
+        """For every term the sum of squares of each network."""
         program = _program(self._terms)
         leaves = [self._leaves[path] for path in program.paths]
         squares = self._fetch(_squares(leaves, blocks=program.blocks, lift=self._lift))
@@ -170,27 +180,28 @@ class WeightScorer:
         return dict(zip(self._terms, squares.T, strict=True))
 
 
-def _unknown(term: _Term, group: str, known: Known | None) -> list[str]:
-    """The groups of a term's other axes whose permutations cannot be relied on."""
-    if known is None:
+def _unmatched(term: _Term, group: str, matched: MatchedGroups | None) -> list[str]:
+    """The groups of a term's other axes that have not been matched yet."""
+    if matched is None:
         return []
     others = list(term.block.groups)
     others.remove(group)
-    return [g for g in others if g is not None and g not in known.groups]
+    return [g for g in others if g is not None and g not in matched.groups]
 
 
-def _reliable(term: _Term, group: str, known: Known | None) -> bool:
-    return known is None or len(_unknown(term, group, known)) <= known.slack
+def _counts(term: _Term, group: str, matched: MatchedGroups | None) -> bool:
+    """Whether a term counts when a group is matched."""
+    return matched is None or len(_unmatched(term, group, matched)) <= matched.slack
 
 
 def _norms(squares: Collection[np.ndarray], n_pairs: int) -> np.ndarray:
-    """|reference| |permutee| for each pair, of what has these squares."""
+    """|reference| |permutee| for each pair, from the sums of squares of some terms."""
     reference, permutee = sum(squares, np.zeros((2, n_pairs)))
     return np.sqrt(reference) * np.sqrt(permutee)
 
 
 def _filled(perms: np.ndarray, length: int) -> np.ndarray:
-    """Adds identities for the pairs that only fill up a wave."""
+    """Adds identities for the entries that only fill up a wave."""
     rest = np.arange(perms.shape[1], dtype=np.int32)
     return np.concatenate([perms, np.tile(rest, (length - len(perms), 1))])
 
@@ -199,13 +210,13 @@ def _filled(perms: np.ndarray, length: int) -> np.ndarray:
 
 
 class _Program(NamedTuple):
-    """What is to be computed, and for what; equal parts of networks share `blocks`.
+    """What is to be computed. Parts of networks with equal `blocks` share a program.
 
     Attributes:
-        paths: of the leaves.
-        groups: whose permutations are needed.
-        blocks: of the leaves, each with the leaf's number; groups are numbered, too.
-            Last come the groups that may be permuted at will.
+        paths: the paths of the leaves that are needed.
+        groups: the groups whose permutations are needed.
+        blocks: for each block the number of its leaf, the block with numbers in place
+            of its groups' names, and the numbers of the groups that are not matched.
     """
 
     paths: tuple[str, ...]
@@ -214,9 +225,11 @@ class _Program(NamedTuple):
 
 
 def _program(
-    terms: Sequence[_Term], group: str | None = None, known: Known | None = None
+    terms: Sequence[_Term],
+    group: str | None = None,
+    matched: MatchedGroups | None = None,
 ) -> _Program:
-    """Numbers leaves and groups as they come, `group` first."""
+    """Numbers leaves and groups in the order of the terms; `group` is number 0."""
     paths: dict[str, int] = {}
     groups = {} if group is None else {group: 0}
     blocks = []
@@ -227,34 +240,34 @@ def _program(
             for other in block.groups
         )
         leaf = paths.setdefault(path, len(paths))
-        free = frozenset()
-        if group is not None and _reliable(term, group, known):
-            free = frozenset(groups[g] for g in _unknown(term, group, known))
-        blocks.append((leaf, block._replace(groups=numbers), free))
+        unmatched = frozenset()
+        if group is not None and _counts(term, group, matched):
+            unmatched = frozenset(groups[g] for g in _unmatched(term, group, matched))
+        blocks.append((leaf, block._replace(groups=numbers), unmatched))
     return _Program(tuple(paths), tuple(groups), tuple(blocks))
 
 
 @partial(jax.jit, static_argnames=("blocks", "lift"))
-def _scores(leaves, perms, references, permutees, reliable, *, blocks, lift):
+def _scores(leaves, perms, references, permutees, counting, *, blocks, lift):
     """The scores of the units of group 0: float32 `[pairs, units, units]`."""
 
-    def of_pair(reference, permutee, perms, reliable):
+    def of_pair(reference, permutee, perms, counting):
         total = jnp.zeros(())
-        for i, (leaf, block, free) in enumerate(blocks):
+        for i, (leaf, block, unmatched) in enumerate(blocks):
             ours, theirs = _cut(block, reference[leaf]), _cut(block, permutee[leaf])
             for axis, group in enumerate(block.groups):
                 if group == 0:
                     permuted = _permute(theirs, block, perms, fixed=axis)
                     one, other = (
-                        _by_unit(x, block, axis, free) for x in (ours, permuted)
+                        _by_unit(x, block, axis, unmatched) for x in (ours, permuted)
                     )
-                    total += reliable[i] * jnp.matmul(
+                    total += counting[i] * jnp.matmul(
                         one, other.T, precision=jax.lax.Precision.HIGHEST
                     )
         return total
 
     return lift(of_pair, in_axes=(0, 0, 0, None))(
-        take(leaves, references), take(leaves, permutees), perms, reliable
+        take(leaves, references), take(leaves, permutees), perms, counting
     )
 
 
@@ -288,22 +301,22 @@ def _cut(block: Block, leaf: Array) -> Array:
 
 
 def _permute(array: Array, block: Block, perms, fixed: int | None = None) -> Array:
-    """Permutes all axes but one that are to stay as they are."""
+    """Permutes all axes that a group acts on, except the axis `fixed`."""
     for axis, group in enumerate(block.groups):
         if group is not None and axis != fixed:
-            # Permutations stay within bounds; to check it takes code, and time.
+            # A permutation's entries are within bounds, and checking them costs time.
             array = jnp.take(array, perms[group], axis=axis, mode="clip")
     return array
 
 
-def _by_unit(array: Array, block: Block, axis: int, free: frozenset[int]) -> Array:
-    """A row for each unit on an axis; what is free to be permuted is sorted.
+def _by_unit(array: Array, block: Block, axis: int, unmatched: frozenset[int]) -> Array:
+    """A row for each unit on an axis; the axes of unmatched groups are sorted.
 
-    Of all ways to permute two lists, sorting makes their inner product largest: so it
-    is a bound on what matching the units can be worth, once the others are matched.
+    Of all ways to permute two lists, sorting both makes their inner product largest. So
+    the score is an upper bound of the score once the other groups are matched.
     """
     axes = [a for a in range(array.ndim) if a != axis]
-    last = [a for a in axes if block.groups[a] in free]
+    last = [a for a in axes if block.groups[a] in unmatched]
     first = [axis] + [a for a in axes if a not in last]
     array = array.transpose(*first, *last)
     if last:
@@ -312,12 +325,18 @@ def _by_unit(array: Array, block: Block, axis: int, free: frozenset[int]) -> Arr
 
 
 def dot(a: Array, b: Array) -> Array:
+    """The inner product of two arrays of the same shape, in float32."""
     a, b = (x.astype(jnp.float32).reshape(-1) for x in (a, b))
     return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def included(tree: PyTree, include: Include) -> dict[str, Array]:
-    """The leaves that count, by path."""
+    """The leaves that count, by path: those that are floating and that `include` takes.
+
+    Args:
+        tree: any pytree of arrays.
+        include: which leaves count, by path.
+    """
     return {
         path: jnp.asarray(leaf)
         for path, leaf in flatten(tree).items()

@@ -11,11 +11,8 @@ import pytest
 from dimat_jax import permutation
 from dimat_jax.algorithms import (
     ALGORITHMS,
-    WATCHING,
     Algorithm,
     MergeData,
-    MergeOptions,
-    Options,
 )
 from dimat_jax.compression import Compressor, float16, int8, none, random_k, sign, top_k
 from dimat_jax.errors import UserError
@@ -48,10 +45,15 @@ def merging(
     problem: str = "mlp",
     inner: str = "local",
 ) -> Algorithm:
-    merge = MergeOptions(frame=frame, opt_state="keep", inner=inner)
-    options = Options(merge, compressor=compressor)
-    task = PROBLEMS[problem].task
-    return ALGORITHMS[name](task, optax.sgd(0.1), PLACEMENT, options)
+    return ALGORITHMS[name](
+        PROBLEMS[problem].task,
+        optax.sgd(0.1),
+        PLACEMENT,
+        opt_state="keep",
+        inner=inner,
+        compressor=compressor,
+        **({"frame": frame} if ALGORITHMS[name].aligns else {}),
+    )
 
 
 def now(topology: str = "ring") -> Network:
@@ -80,7 +82,9 @@ def changed(variables: PyTree, seed: int) -> PyTree:
     [("wa", "own"), ("dimat", "own"), ("dimat", "reference"), ("wm", "joint")],
 )
 def test_what_loses_nothing_changes_nothing(name, frame):
-    data = MergeData(match=shared_images() if name in WATCHING else None)
+    data = MergeData(
+        match=shared_images() if ALGORITHMS[name].matches_activations else None
+    )
     ends = []
     for compressor in (none(), top_k(1.0)):
         algorithm = merging(name, compressor, frame)
@@ -98,7 +102,7 @@ def test_what_loses_nothing_changes_nothing(name, frame):
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_what_the_others_know_comes_to_be_true_where_nothing_changes(name):
-    """Error feedback: what was lost is said later, until nothing is left to say."""
+    """Error feedback: what was lost is sent later, until nothing is left to send."""
     algorithm = merging("wa", COMPRESSORS[name], problem="convex")
     state = algorithm.init(PLACEMENT.put(convex_variables(START)))
     new = PLACEMENT.put(convex_variables(START[::-1]))
@@ -161,7 +165,7 @@ def test_what_the_others_know_moves_into_another_frame_along_with_the_rest(inner
 
 @pytest.mark.parametrize("frame", ["own", "reference", "joint"])
 def test_shuffled_copies_that_are_known_roughly_merge_into_roughly_the_same(frame):
-    """Also what is known of them: it goes to the frames that the agents go to."""
+    """What the neighbours know of them moves to the same frames as the agents."""
     algorithm = merging("dimat", float16(), frame)
     one = take(NETWORKS.variables(N_AGENTS), np.zeros(N_AGENTS, int))
     align, perms = jax.jit(algorithm.aligned), random_frames()
@@ -184,7 +188,6 @@ def test_shuffled_copies_that_are_known_roughly_merge_into_roughly_the_same(fram
 
 
 def test_moments_are_not_compressed():
-    merge = MergeOptions(opt_state="merge")
-    options = Options(merge, compressor=float16())
+    options = {"opt_state": "merge", "compressor": float16()}
     with pytest.raises(UserError, match="'keep' or 'reset'"):
-        ALGORITHMS["wa"](NETWORKS.task, optax.adam(0.1), PLACEMENT, options)
+        ALGORITHMS["wa"](NETWORKS.task, optax.adam(0.1), PLACEMENT, **options)

@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from dimat_jax import permutation
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms import MergeData
-from dimat_jax.algorithms._edges import (
-    ActivationMatcher,
-    EdgePerms,
-    Matcher,
-    WeightMatcher,
-    match_edges,
-    waves,
-)
+from dimat_jax.algorithms._edges import EdgePerms, Matcher, match_edges, waves
+from dimat_jax.algorithms._matchers import ActivationMatcher, WeightMatcher
 from dimat_jax.data.pipeline import Reader, Samples, place_pool
 from dimat_jax.data.sources import Split
 from dimat_jax.matching import activation_matching, weight_matching
@@ -145,7 +139,7 @@ class Agents(NamedTuple):
             key=jax.random.key(0),
             **{"stopwatch": Stopwatch(), **settings},
         )
-        assert -1 <= similarity <= 1
+        assert similarity is not None and -1 <= similarity <= 1
         return found
 
 
@@ -154,7 +148,7 @@ def agents(kind: str) -> Agents:
     keys = jax.random.split(jax.random.key(0), N_AGENTS)
     if kind == "mlp":
         model = MODELS["mlp"](n_classes=3, hidden=(10, 7))
-        spec, watch = permutation_spec(model), activations(model)
+        spec, observe = permutation_spec(model), activations(model)
         fresh = jax.jit(partial(init, model))
         each = [fresh(key, IMAGES[:1]) for key in keys]
         placement = place(N_AGENTS, jax.devices()[:1], batching="unroll")
@@ -163,11 +157,11 @@ def agents(kind: str) -> Agents:
             {"kernel": (None, "units")},
             {"last": "units", "first": (None, "units", None, None)},
         )
-        watch = maps_of
+        observe = maps_of
         each = [{"kernel": jax.random.normal(key, (3, 12))} for key in keys]
         placement = place(N_AGENTS, jax.devices()[:1], batching="vmap")
     return Agents(
-        spec, watch, each, placement, ActivationMatcher(spec, watch, placement)
+        spec, observe, each, placement, ActivationMatcher(spec, observe, placement)
     )
 
 
@@ -185,10 +179,12 @@ def alone(kind: str, whose: str, receiver: int, sender: int) -> Perms:
     """One pair, matched on all examples at once: nothing is filled up or masked."""
     indices = SHARDS[receiver] if whose == "own" else PROXY
     inputs = np.float32((IMAGES[indices] - MEAN) / STD)
-    spec, watch, each, *_ = agents(kind)
+    spec, observe, each, *_ = agents(kind)
     # Without jit, as every call would compile anew.
     with jax.disable_jit():
-        return activation_matching(spec, watch, each[receiver], each[sender], [inputs])
+        return activation_matching(
+            spec, observe, each[receiver], each[sender], [inputs]
+        )
 
 
 @pytest.mark.parametrize("whose", ["shared", "own"])
@@ -272,7 +268,7 @@ def test_edges_that_tell_each_other_are_matched_once():
     matched = []
 
     class Recording(ActivationMatcher):
-        def match(self, variables, edge_waves, *rest, **settings):
+        def scorer(self, variables, edge_waves, data, stopwatch):
             for references, permutees, real in edge_waves:
                 matched.extend(
                     zip(
@@ -281,7 +277,7 @@ def test_edges_that_tell_each_other_are_matched_once():
                         strict=True,
                     )
                 )
-            return super().match(variables, edge_waves, *rest, **settings)
+            return super().scorer(variables, edge_waves, data, stopwatch)
 
     subject = agents("mlp")
     matcher = Recording(subject.spec, subject.activations, subject.placement)
@@ -376,7 +372,7 @@ def test_examples_that_do_not_count_are_masked_at_every_tap():
         {"flat": (Product("heads", "within"),), "maps": ("heads", None, "within")},
     )
 
-    def watch(variables, inputs):  # [batch, 4, 4, 3]
+    def observe(variables, inputs):  # [batch, 4, 4, 3]
         units = jnp.tanh(inputs @ variables["kernel"])
         split = units.reshape(*units.shape[:-1], 4, 3)
         return {"flat": units, "maps": jnp.moveaxis(split, 3, 2)}
@@ -385,14 +381,14 @@ def test_examples_that_do_not_count_are_masked_at_every_tap():
     placement = place(N_AGENTS, jax.devices()[:1], "vmap")
     keys = jax.random.split(jax.random.key(0), N_AGENTS)
     each = [{"kernel": jax.random.normal(key, (3, 12))} for key in keys]
-    matcher = ActivationMatcher(spec, watch, placement)
-    subject = Agents(spec, watch, each, placement, matcher)
+    matcher = ActivationMatcher(spec, observe, placement)
+    subject = Agents(spec, observe, each, placement, matcher)
     # Shards that fill no batch: what fills them up must not count.
     found = subject.match(GRAPHS["one way"], samples("maps", "own"))
     for (receiver, sender), perms in found.items():
         inputs = np.float32((IMAGES[SHARDS[receiver]] - MEAN) / STD)
         expected = activation_matching(
-            spec, watch, each[receiver], each[sender], [inputs]
+            spec, observe, each[receiver], each[sender], [inputs]
         )
         for group, perm in perms.items():
             np.testing.assert_array_equal(perm, expected[group])
@@ -401,12 +397,12 @@ def test_examples_that_do_not_count_are_masked_at_every_tap():
 def test_a_tap_whose_first_axis_is_not_the_examples_is_named():
     spec = PermutationSpec({"kernel": (None, "units")}, {"mean": "units"})
 
-    def watch(variables, inputs):
+    def observe(variables, inputs):
         return {"mean": jnp.tanh(inputs @ variables["kernel"]).mean(axis=(0, 1))}
 
     placement = place(N_AGENTS, jax.devices()[:1], "vmap")
     each = [{"kernel": jnp.ones((3, 12))}] * N_AGENTS
-    matcher = ActivationMatcher(spec, watch, placement)
-    subject = Agents(spec, watch, each, placement, matcher)
+    matcher = ActivationMatcher(spec, observe, placement)
+    subject = Agents(spec, observe, each, placement, matcher)
     with pytest.raises(PermutationSpecError, match="'mean' shows 4 samples of 8"):
         subject.match(GRAPHS["ring"], samples("maps", "shared"))

@@ -8,10 +8,7 @@ import pytest
 from dimat_jax import permutation
 from dimat_jax.algorithms import (
     ALGORITHMS,
-    WATCHING,
     MergeData,
-    MergeOptions,
-    Options,
     Task,
 )
 from dimat_jax.network import Absence, Faults, Network
@@ -23,8 +20,8 @@ from tests.algorithms.cases import (
     CASES,
     KEY,
     Built,
-    Case,
     Layout,
+    case_of,
     learning_rate,
     links,
     make,
@@ -39,7 +36,7 @@ EVERYONE_AS_THE_FIRST = np.zeros(N_AGENTS, int)
 
 
 def merging(name: str, **options) -> Built:
-    case = Case(name, merge=MergeOptions(**options))
+    case = case_of(name, **{"opt_state": "reset", **options})
     return on_placement(case, "deep mlp", PLACEMENT)
 
 
@@ -49,7 +46,9 @@ def now(topology: str, faults: Faults = Faults()) -> Network:  # noqa: B008
 
 def examples(name: str) -> MergeData:
     """Matching by weights has no need of any."""
-    return MergeData(match=shared_images() if name in WATCHING else None)
+    return MergeData(
+        match=shared_images() if ALGORITHMS[name].matches_activations else None
+    )
 
 
 def random_frames(seed: int = 5) -> PyTree:
@@ -158,29 +157,36 @@ def test_where_nobody_hears_anybody_nothing_changes(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (MergeOptions(frame="mine"), "frame is one of"),
-        (MergeOptions(stay=-0.1), "stay must be at least 0"),
-        (MergeOptions(opt_state="lose"), "opt_state is one of"),  # type: ignore
-        (MergeOptions(inner="fedavg"), "between merges: allowed: .*cdsgd"),
+        ({"frame": "mine"}, "frame is 'mine'; allowed: joint, own, reference"),
+        ({"stay": -0.1}, "stay is -0.1; it must be at least 0"),
+        ({"opt_state": "lose"}, "opt_state is 'lose'; allowed: keep, merge, reset"),
+        ({"inner": "fedavg"}, "inner is 'fedavg'; allowed: .*cdsgd"),
     ],
 )
 def test_merging_refuses_what_it_does_not_know(options, message):
     with pytest.raises(ValueError, match=message):
-        ALGORITHMS["dimat"](DEEP.task, optax.sgd(0.1), PLACEMENT, Options(options))
+        ALGORITHMS["dimat"](DEEP.task, optax.sgd(0.1), PLACEMENT, **options)
 
 
 def test_weights_are_matched_at_least_once():
-    options = Options(MergeOptions(restarts=0))
-    with pytest.raises(ValueError, match="restarts must be at least 1"):
-        ALGORITHMS["wm"](DEEP.task, optax.sgd(0.1), PLACEMENT, options)
+    with pytest.raises(ValueError, match="restarts is 0; it must be at least 1"):
+        ALGORITHMS["wm"](DEEP.task, optax.sgd(0.1), PLACEMENT, restarts=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("dimat", {"restarts": 2}), ("wa", {"frame": "own"}), ("wa", {"stay": 0.0})],
+)
+def test_options_of_other_algorithms_are_no_arguments(name, option):
+    with pytest.raises(TypeError, match=next(iter(option))):
+        ALGORITHMS[name](DEEP.task, optax.sgd(0.1), PLACEMENT, **option)
 
 
 @pytest.mark.parametrize("frame", ["own", "reference", "joint"])
 def test_weight_matching_needs_no_activations_at_all(frame):
     spec = PermutationSpec(DEEP.task.spec.axes)  # without taps
     task = Task(loss=DEEP.task.loss, spec=spec)
-    options = Options(MergeOptions(frame=frame))
-    algorithm = ALGORITHMS["wm"](task, optax.sgd(0.1), PLACEMENT, options)
+    algorithm = ALGORITHMS["wm"](task, optax.sgd(0.1), PLACEMENT, frame=frame)
     state = algorithm.init(PLACEMENT.put(DEEP.variables(N_AGENTS)))
     results = [
         algorithm.communicate(state, MergeData(), now("ring"), key)

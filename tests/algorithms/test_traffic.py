@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.algorithms._traffic import matching_bytes
+from dimat_jax.algorithms._frames import FRAMES
+from dimat_jax.algorithms._traffic import MatchingSizes
 from dimat_jax.topology import TOPOLOGIES
 
 PERMS, SCORES, WEIGHTS = 10, 1000, 100_000
@@ -16,18 +17,17 @@ ONE_WAY = BOTH[BOTH[:, 0] < BOTH[:, 1]]
 
 
 def traffic(frame: str, pairs=ONE_WAY, scores: int = SCORES, edges=PATH) -> np.ndarray:
-    return matching_bytes(
-        frame, edges, pairs=pairs, perms=PERMS, scores=scores, weights=WEIGHTS
-    )
+    sizes = MatchingSizes(PERMS, scores, WEIGHTS)
+    return FRAMES[frame].traffic(edges, pairs, sizes)
 
 
-def test_who_stays_in_its_own_frame_sends_nothing():
+def test_agents_that_stay_in_their_own_frames_send_nothing():
     assert not traffic("own").any()
 
 
 def test_on_a_path_to_a_reference_frame():
-    # 0 finds 1's permutations and tells it, 1 finds 2's and tells it; then both ends of
-    # a link tell each other theirs.
+    # 0 finds 1's permutations and sends them to it, and 1 does the same for 2. Then the
+    # ends of each link send each other their permutations.
     assert traffic("reference").tolist() == [
         [0, PERMS, 0],
         [2 * PERMS, 0, PERMS],
@@ -36,8 +36,9 @@ def test_on_a_path_to_a_reference_frame():
 
 
 def test_on_a_path_to_a_joint_frame_with_scores():
-    # 0 has the scores of 0 and 1, and is sent those of 1 and 2, which 1 has. Back go
-    # the permutations of 1, and of 2 by way of 1; then both ends of a link tell theirs.
+    # 0 has the scores of 0 and 1, and is sent those of 1 and 2, which 1 has. The
+    # permutations of 1 come back, and those of 2 by way of 1. Then the ends of each
+    # link send each other their permutations.
     assert traffic("joint").tolist() == [
         [0, SCORES + PERMS, 0],
         [3 * PERMS, 0, PERMS],
@@ -81,13 +82,13 @@ def test_everything_takes_the_shortest_way_to_the_root_of_its_part(
             if agent in part
         ]
     )
-    told = PERMS * edges.sum()
+    to_neighbours = PERMS * edges.sum()
     if frame == "reference":
-        assert found.sum() == told + PERMS * (hops > 0).sum()
+        assert found.sum() == to_neighbours + PERMS * (hops > 0).sum()
     else:
         receivers = pairs[:, 0]
         if scores:
             sent = (np.bincount(receivers, minlength=n) * scores * hops).sum()
         else:
             sent = (WEIGHTS * np.maximum(hops - 1, 0)).sum()
-        assert found.sum() == told + PERMS * hops.sum() + sent
+        assert found.sum() == to_neighbours + PERMS * hops.sum() + sent

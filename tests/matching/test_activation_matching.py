@@ -116,8 +116,8 @@ def unmistakable(trained: Trained, variables: PyTree) -> dict[str, np.ndarray]:
     A group's correlations are averaged over its taps, so a unit that is dead at some of
     them has less than 1 with itself; a twin is as like it as the two are themselves.
     """
-    watch = jax.jit(trained.activations)
-    seen = [watch(variables, inputs) for inputs in trained.batches]
+    observe = jax.jit(trained.activations)
+    seen = [observe(variables, inputs) for inputs in trained.batches]
     result = {}
     for group in trained.spec.groups:
         taps = trained.spec.taps_of(group)
@@ -237,7 +237,7 @@ def test_a_unit_moves_only_if_its_correlation_gains_more_than_stay(mlp):
 
 
 def test_a_negative_stay_is_refused(mlp):
-    with pytest.raises(ValueError, match="stay"):
+    with pytest.raises(ValueError, match="stay is -0.1; it must be at least 0"):
         mlp.match(mlp.variables, mlp.variables, stay=-0.1)
 
 

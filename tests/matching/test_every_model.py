@@ -12,7 +12,7 @@ import pytest
 from dimat_jax import permutation
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.matching import activation_matching, weight_matching, weight_similarity
-from dimat_jax.matching._activation import tap_units
+from dimat_jax.matching._taps import tap_units
 from dimat_jax.models.classifier import init
 from dimat_jax.permutation import Perms
 from dimat_jax.tree import PyTree, map_with_path

@@ -19,7 +19,7 @@ from dimat_jax.matching import (
     weight_matching,
     weight_similarity,
 )
-from dimat_jax.matching._descent import worth
+from dimat_jax.matching._descent import total_score
 from dimat_jax.matching._joint import all_pairs_together, synchronise
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.tree import flatten
@@ -96,16 +96,18 @@ def test_round_every_cycle_the_permutations_are_the_identity(graph, units, seed)
 
 @given(graph=graphs, units=sizes, seed=seeds)
 @settings(deadline=None)
-def test_no_component_is_ever_worth_less_than_before(graph, units, seed):
+def test_no_component_ever_scores_less_than_before(graph, units, seed):
     scores = random_scores(graph, units, seed)
     pairs, blocks = pairs_of(graph), all_pairs_together(pairs_of(graph)).blocks
     before = from_frames(graph, random_frames(graph, units, seed))
     after = synchronise(scores, pairs, before)
-    gains = np.bincount(blocks, worth(scores, after) - worth(scores, before))
+    gains = np.bincount(
+        blocks, total_score(scores, after) - total_score(scores, before)
+    )
     assert (gains >= -1e-6).all()
     # And again there is nothing to be gained.
-    again = worth(scores, synchronise(scores, pairs, after))
-    assert again.sum() >= worth(scores, after).sum() - 1e-6
+    again = total_score(scores, synchronise(scores, pairs, after))
+    assert again.sum() >= total_score(scores, after).sum() - 1e-6
 
 
 @given(graph=graphs, units=st.integers(1, 4), seed=seeds)
@@ -113,7 +115,7 @@ def test_no_component_is_ever_worth_less_than_before(graph, units, seed):
 def test_no_network_can_be_permuted_to_advantage_in_the_end(graph, units, seed):
     scores, pairs = random_scores(graph, units, seed), pairs_of(graph)
     perms = synchronise(scores, pairs, still(graph, units))
-    total = worth(scores, perms).sum()
+    total = total_score(scores, perms).sum()
     for network_ in np.unique(pairs):
         for perm in map(np.array, permutations(range(units))):
             other = perms.copy()
@@ -122,7 +124,7 @@ def test_no_network_can_be_permuted_to_advantage_in_the_end(graph, units, seed):
                     other[p] = perm[perms[p]]
                 elif i == network_:
                     other[p] = perms[p][np.argsort(perm)]
-            assert worth(scores, other).sum() <= total + 1e-5
+            assert total_score(scores, other).sum() <= total + 1e-5
 
 
 @given(graph=graphs, units=sizes, seed=seeds)
@@ -143,8 +145,8 @@ def test_pairs_that_agree_already_all_get_their_best(graph, units, seed):
 def test_a_single_pair_gets_its_best_assignment(units, seed):
     scores = random_scores("pair", units, seed)
     found = synchronise(scores, pairs_of("pair"), still("pair", units))
-    best = worth(scores, solve_assignment(scores))
-    np.testing.assert_allclose(worth(scores, found), best, atol=1e-6)
+    best = total_score(scores, solve_assignment(scores))
+    np.testing.assert_allclose(total_score(scores, found), best, atol=1e-6)
 
 
 @given(units=sizes, seed=seeds)
@@ -157,7 +159,9 @@ def test_two_directions_of_a_pair_get_the_best_for_their_sum(units, seed):
     )
     np.testing.assert_array_equal(found[1], np.argsort(found[0]))
     both = scores[0] + scores[1].T
-    assert worth(both, found[0]) == pytest.approx(worth(both, solve_assignment(both)))
+    assert total_score(both, found[0]) == pytest.approx(
+        total_score(both, solve_assignment(both))
+    )
 
 
 def test_components_are_solved_as_if_they_were_alone():
@@ -289,9 +293,9 @@ def test_no_networks_and_senseless_settings_are_refused():
         joint_weight_matching(SPEC, [], key=KEY)
     with pytest.raises(ValueError, match="at least one network"):
         joint_activation_matching(SPEC, activations, [], INPUTS)
-    with pytest.raises(ValueError, match="stay must be"):
+    with pytest.raises(ValueError, match="stay is -1; it must be at least 0"):
         joint_weight_matching(SPEC, layers(2, 0.0), key=KEY, stay=-1)
-    with pytest.raises(ValueError, match="stay must be"):
+    with pytest.raises(ValueError, match="stay is -1; it must be at least 0"):
         joint_activation_matching(SPEC, activations, layers(2, 0.0), INPUTS, stay=-1)
     with pytest.raises(ValueError, match="at least one batch"):
         joint_activation_matching(SPEC, activations, layers(2, 0.0), [])

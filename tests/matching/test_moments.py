@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.matching._activation import (
+from dimat_jax.matching._moments import (
     Moments,
     centre,
     correlation,
     empty_moments,
     group_scores,
-    tap_units,
     update_moments,
 )
+from dimat_jax.matching._taps import tap_units
 from dimat_jax.permutation import PermutationSpec, PermutationSpecError, Product
 
 UNITS = 6

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from dimat_jax import permutation
 from dimat_jax.matching import weight_matching, weight_similarity
 from dimat_jax.matching._descent import (
-    Known,
+    MatchedGroups,
     PairPerms,
     Pairs,
+    Problem,
     Solver,
     every_pair_alone,
-    improve,
-    total_worth,
-    worth,
+    improve_group,
+    objective,
+    total_score,
 )
-from dimat_jax.matching._weight import construct
+from dimat_jax.matching._weight import first_pass
 from dimat_jax.matching._weight_scores import WeightScorer
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import init
@@ -108,7 +109,9 @@ def test_scores_tell_what_any_other_permutation_of_a_group_changes(kind, seed):
             continue  # scores are a linear approximation
         change = scorer.similarity({**perms, group: others[group]}) - before
         scores = scorer.scores(group, perms)
-        expected = worth(scores, others[group]) - worth(scores, perms[group])
+        expected = total_score(scores, others[group]) - total_score(
+            scores, perms[group]
+        )
         np.testing.assert_allclose(change, expected, atol=1e-5)
 
 
@@ -124,7 +127,7 @@ def test_mean_scores_in_units_of_their_scale_lie_between_minus_and_plus_1(kind):
     for group, size in scorer.sizes.items():
         if group in scorer.neighbours(group):
             continue
-        means = worth(scorer.scores(group, still), still[group]) / size
+        means = total_score(scorer.scores(group, still), still[group]) / size
         np.testing.assert_allclose(means / scorer.scale(group), [1, -1], atol=1e-5)
 
 
@@ -153,17 +156,17 @@ def test_permuting_or_scaling_both_networks_changes_no_similarity():
 @settings(deadline=None, max_examples=5)
 def test_no_step_ever_lowers_the_objective(kind, stay, seed):
     scorer = scorer_of(kind, three_networks(kind, seed), PAIRS)
-    solver = every_pair_alone(2)
+    problem = Problem(scorer, every_pair_alone(2, stay))
     rng = np.random.default_rng(seed)
     perms = random_perms(scorer, rng)
-    value = total_worth(scorer, perms, stay)
+    value = objective(problem, perms)
     for group in rng.choice(list(scorer.sizes), 8):
-        new = improve(scorer, solver, group, perms, stay=stay)
+        new = improve_group(problem, group, perms)
         if group not in scorer.neighbours(group):
             # And then nothing is to be gained by this group.
-            again = improve(scorer, solver, group, new, stay=stay, tolerance=1e-6)
+            again = improve_group(problem, group, new, tolerance=1e-6)
             assert again is new
-        better = total_worth(scorer, new, stay)
+        better = objective(problem, new)
         assert (better >= value - 1e-6).all()
         perms, value = new, better
 
@@ -176,7 +179,8 @@ def test_a_step_that_would_lower_the_objective_is_not_taken():
         perms = random_perms(scorer, np.random.default_rng(seed))
         best = every_pair_alone(2).solve(scorer.scores("state", perms), perms["state"])
         gains = scorer.similarity({"state": best}) - scorer.similarity(perms)
-        new = improve(scorer, every_pair_alone(2), "state", perms, stay=0.0)["state"]
+        problem = Problem(scorer, every_pair_alone(2))
+        new = improve_group(problem, "state", perms)["state"]
         for p in range(2):
             kept = best[p] if gains[p] > 1e-6 else perms["state"][p]
             np.testing.assert_array_equal(new[p], kept)
@@ -197,7 +201,7 @@ def test_no_group_can_be_permuted_to_advantage_in_the_end(kind):
         scores = scorer.scores(group, perms)[0]
         every = np.array(list(permutations(range(size))))
         best = scores[np.arange(size), every].sum(axis=1).max()
-        assert worth(scores, perms[group][0]) == pytest.approx(best, abs=1e-6)
+        assert total_score(scores, perms[group][0]) == pytest.approx(best, abs=1e-6)
 
 
 def test_more_restarts_never_find_less_and_sometimes_more():
@@ -263,13 +267,14 @@ def test_the_first_pass_alone_finds_what_was_planted():
     _, copy = shuffled(spec_of("residual"), base, 1)
     scorer = scorer_of("residual", [base, copy], [(0, 1)])
     rng = np.random.default_rng(0)
-    perms = construct(scorer, every_pair_alone(1), rng, stay=0.0)
+    perms = first_pass(Problem(scorer, every_pair_alone(1)), rng)
     assert scorer.similarity(perms) == pytest.approx(1, abs=1e-6)
 
 
 def test_first_passes_prefer_groups_of_which_much_is_known():
     scorer = scorer_of("residual", [network("residual")] * 2, [(0, 1)])
-    nothing, stream = Known(frozenset()), Known(frozenset({"stream"}))
+    nothing = MatchedGroups(frozenset())
+    stream = MatchedGroups(frozenset({"stream"}))
     # Three inputs and two outputs of the stream; nothing of what is inside.
     assert scorer.evidence("stream", nothing) == 5
     assert scorer.evidence("inner1", nothing) == 0
@@ -387,7 +392,10 @@ def test_networks_that_do_not_fit_the_spec_are_refused_by_leaf():
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
-    [({"restarts": 0}, "restarts must be"), ({"stay": -0.1}, "stay must be")],
+    [
+        ({"restarts": 0}, "restarts is 0; it must be at least 1"),
+        ({"stay": -0.1}, "stay is -0.1; it must be at least 0"),
+    ],
 )
 def test_senseless_settings_are_refused(settings, complaint):
     with pytest.raises(ValueError, match=complaint):
@@ -406,10 +414,9 @@ def test_pairs_of_one_block_stand_or_fall_together():
     totals = scores[:, np.arange(5), every].sum(axis=-1)
     proposed = every[np.stack([totals[0].argmax(), totals[1].argmin()], axis=0)]
     for blocks, moves in ((np.array([0, 1]), [True, False]), (np.zeros(2, int), None)):
-        new = improve(
-            scorer, Solver(lambda s, p: proposed, blocks), "a", perms, stay=0.0
-        )["a"]
-        gain = worth(scores, proposed) - worth(scores, perms["a"])
+        problem = Problem(scorer, Solver(lambda s, p: proposed, blocks))
+        new = improve_group(problem, "a", perms)["a"]
+        gain = total_score(scores, proposed) - total_score(scores, perms["a"])
         expected = [gain.sum() > 0] * 2 if moves is None else moves
         for p in range(2):
             kept = proposed[p] if expected[p] else perms["a"][p]

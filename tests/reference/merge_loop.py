@@ -44,16 +44,15 @@ def activation_scores(spec, reference, permutee, stay=0.0):
     return result
 
 
-def weight_scores(spec, reference, permutee, perms, group, known, stay=0.0):
-    """Scores each pair of a group's units, with the other groups matched by `perms`.
+def weight_scores(spec, reference, permutee, perms, group, matched, stay=0.0):
+    """The score of matching each two units of a group, the others matched by `perms`.
 
-    Only those leaves count whose other groups have permutations. Running statistics do
-    not count.
+    A leaf counts if its other groups are matched, and if it is no running statistic.
     """
     rows = []
     for path, axes in spec.axes.items():
         others = [g for g in axes if g not in (None, group)]
-        if group in axes and known.issuperset(others) and "batch_stats" not in path:
+        if group in axes and matched.issuperset(others) and "batch_stats" not in path:
             only_others = [None if g == group else g for g in axes]
             moved = permute(only_others, perms, permutee[path].astype(np.float64))
             rows.append(
@@ -113,10 +112,10 @@ def together(scores):
     return {(i, j): (Q[i].T @ Q[j]).argmax(axis=1) for i, j in scores}
 
 
-def match_activations(spec, edges, watch, solve=alone, stay=0.0):
-    """{edge: perms}. `watch(i, j)` is j's activations on i's examples."""
+def match_activations(spec, edges, observe, solve=alone, stay=0.0):
+    """{edge: perms}. `observe(i, j)` is j's activations on i's examples."""
     scores = {
-        (i, j): activation_scores(spec, watch(i, i), watch(i, j), stay)
+        (i, j): activation_scores(spec, observe(i, i), observe(i, j), stay)
         for i, j in edges
     }
     solved = {g: solve({e: scores[e][g] for e in edges}) for g in spec.groups}
@@ -128,19 +127,19 @@ def match_weights(spec, edges, agents, solve=alone, stay=0.0):
     sizes = {g: agents[0][m[0][0]].shape[m[0][1]] for g, m in spec.groups.items()}
     perms = {e: {g: np.arange(n) for g, n in sizes.items()} for e in edges}
     norms = [weight_norm(spec, agent) for agent in agents]
-    known = set()
+    matched = set()
     for _ in range(10):
         for group in spec.groups:
             scores = {
                 (i, j): weight_scores(
-                    spec, agents[i], agents[j], perms[i, j], group, known, stay
+                    spec, agents[i], agents[j], perms[i, j], group, matched, stay
                 )
                 / (norms[i] * norms[j])
                 for i, j in edges
             }
             for edge, perm in solve(scores).items():
                 perms[edge][group] = perm
-            known.add(group)
+            matched.add(group)
     return perms
 
 

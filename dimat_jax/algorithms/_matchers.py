@@ -1,0 +1,264 @@
+"""The two ways to match agents along edges: by their activations, by their weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from dimat_jax._stopwatch import Stopwatch
+from dimat_jax.algorithms.base import MergeData, one_agent
+from dimat_jax.data.pipeline import Batch
+from dimat_jax.matching._activation import ActivationScorer, stream_scores
+from dimat_jax.matching._descent import (
+    PairPerms,
+    Pairs,
+    Problem,
+    coordinate_descent,
+    identities,
+)
+from dimat_jax.matching._moments import (
+    TapMoments,
+    centre,
+    group_scores,
+    no_moments,
+    update_taps,
+)
+from dimat_jax.matching._taps import Activations, check_taps, tap_units
+from dimat_jax.matching._weight import RESTARTS, match_by_weights
+from dimat_jax.matching._weight_scores import (
+    WeightScorer,
+    included,
+    not_running_statistics,
+)
+from dimat_jax.permutation import PermutationSpec, PermutationSpecError, group_sizes
+from dimat_jax.placement import Placement
+from dimat_jax.tree import PyTree, take
+
+__all__ = ["ActivationMatcher", "WeightMatcher"]
+
+SCORE_BYTES = 4
+"""The bytes of one score, a float32."""
+
+
+class ActivationMatcher:
+    """Matches units that are active alike.
+
+    Where all agents look at the same examples, each agent computes its activations once
+    for all its edges. On own data a receiver runs every model that it was sent on its
+    own examples.
+
+    Args:
+        spec: the symmetry, with a tap for each group.
+        activations: for one agent, `activations(variables, inputs) -> {tap: array}`.
+        placement: where the agents live.
+
+    Raises:
+        PermutationSpecError: a group without a tap.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        activations: Callable[[PyTree, Array], Activations],
+        placement: Placement,
+    ):
+        check_taps(spec)
+        self._programs = _Programs(spec, activations, placement)
+        self._placement = placement
+
+    def both_ways(self, data: MergeData) -> bool:
+        return data.match is not None and data.match.shared
+
+    def scorer(
+        self,
+        variables: PyTree,
+        edge_waves: Sequence[Pairs],
+        data: MergeData,
+        stopwatch: Stopwatch,
+    ) -> ActivationScorer:
+        """Books "activations" and "correlations"."""
+        if data.match is None:
+            raise ValueError("matching needs examples to look at: MergeData.match")
+        agents = _StackedAgents(self._programs, variables, data.match.shared)
+        scores = stream_scores(agents, data.match, edge_waves, stopwatch)
+        return ActivationScorer(scores, edge_waves, fetch=self._placement.fetch)
+
+    def search(self, problem: Problem, key: Key[Array, ""]) -> PairPerms:
+        del key
+        return coordinate_descent(problem, identities(problem.scorer))
+
+    def score_bytes(self, group_sizes: Sequence[int]) -> int:
+        return SCORE_BYTES * sum(size**2 for size in group_sizes)
+
+
+class _Programs:
+    """The compiled programs of an `ActivationMatcher`, on stacked agents.
+
+    Attributes:
+        observe_shared: what all agents show on the same inputs.
+        observe_own: what each agent shows on its own inputs.
+        observe_received: what senders show on their receivers' inputs.
+        update: adds a batch to the moments of a wave.
+        scores: the scores of a wave.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        activations: Callable[[PyTree, Array], Activations],
+        placement: Placement,
+    ):
+        def observe(variables, inputs, mask):
+            shown = activations(variables, inputs)
+            units = tap_units(spec, group_sizes(spec, variables), shown)
+            return {
+                group: {tap: _centre_examples(tap, taps[tap], mask) for tap in taps}
+                for group, taps in units.items()
+            }
+
+        def observe_received(variables, inputs, mask, senders, receivers):
+            return placement.per_agent(observe)(
+                _pick(variables, senders),
+                _pick(inputs, receivers),
+                _pick(mask, receivers),
+            )
+
+        def update(moments, references, receivers, permutees, senders):
+            return placement.per_agent(update_taps)(
+                moments, _pick(references, receivers), _pick(permutees, senders)
+            )
+
+        self.spec, self.placement = spec, placement
+        self.observe_shared = jax.jit(
+            placement.per_agent(observe, in_axes=(0, None, None))
+        )
+        self.observe_own = jax.jit(placement.per_agent(observe))
+        self.observe_received = jax.jit(observe_received)
+        self.update = jax.jit(update, donate_argnums=0)
+        self.scores = jax.jit(placement.per_agent(group_scores))
+
+
+class _StackedAgents:
+    """Agents that are stacked over devices; a kind of `ObservedNetworks`.
+
+    Args:
+        programs: what is computed on them.
+        variables: the agents' variables, stacked.
+        shared: whether all agents look at the same examples.
+    """
+
+    def __init__(self, programs: _Programs, variables: PyTree, shared: bool):
+        self._programs, self._variables, self._shared = programs, variables, shared
+
+    def no_moments(self, wave: Pairs) -> TapMoments:
+        del wave
+        spec, placement = self._programs.spec, self._programs.placement
+        sizes = group_sizes(spec, one_agent(self._variables))
+        return jax.tree.map(
+            lambda x: placement.zeros(*x.shape), no_moments(spec, sizes)
+        )
+
+    def observe(self, batch: Batch) -> Any:
+        programs = self._programs
+        observe = programs.observe_shared if self._shared else programs.observe_own
+        return observe(self._variables, batch.inputs, batch.mask)
+
+    def observe_permutees(self, batch: Batch, wave: Pairs) -> Any:
+        if self._shared:
+            return None
+        return self._programs.observe_received(
+            self._variables,
+            batch.inputs,
+            batch.mask,
+            wave.permutees,
+            self._receivers(wave),
+        )
+
+    def add(
+        self, moments: TapMoments, observed: Any, permutees: Any, wave: Pairs
+    ) -> TapMoments:
+        shown = (observed, wave.permutees) if self._shared else (permutees, None)
+        return self._programs.update(moments, observed, self._receivers(wave), *shown)
+
+    def scores(self, moments: TapMoments) -> dict[str, Array]:
+        return self._programs.scores(moments)
+
+    def _receivers(self, wave: Pairs) -> np.ndarray | None:
+        """A wave's receivers; None if they are all agents in order: no copy is made."""
+        slots = self._programs.placement.slots
+        in_order = np.array_equal(wave.references, np.arange(slots))
+        return None if in_order else wave.references
+
+
+def _centre_examples(tap: str, units: Array, mask: Array):
+    """Centres what a tap shows of the examples that the mask lets count."""
+    if len(units) % len(mask):
+        raise PermutationSpecError(
+            f"tap {tap!r} shows {len(units)} samples of {len(mask)} examples; "
+            "the first axis of its activations must be the examples"
+        )
+    # Every position of a feature map is a sample of its example.
+    return centre(units, jnp.repeat(mask, len(units) // len(mask)))
+
+
+class WeightMatcher:
+    """Matches units whose weights are alike. It looks at no data.
+
+    Args:
+        spec: the symmetry.
+        placement: where the agents live.
+        restarts: as for `matching.weight_matching`.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        placement: Placement,
+        restarts: int = RESTARTS.default,
+    ):
+        self._spec, self._placement, self._restarts = spec, placement, restarts
+        self._lift = placement.per_agent
+
+    def both_ways(self, data: MergeData) -> bool:
+        del data
+        return True
+
+    def scorer(
+        self,
+        variables: PyTree,
+        edge_waves: Sequence[Pairs],
+        data: MergeData,
+        stopwatch: Stopwatch,
+    ) -> WeightScorer:
+        """Books "scores"."""
+        del data
+        agents, slots = self._placement.n_agents, self._placement.slots
+
+        def fetch(scores):
+            with stopwatch("scores"):
+                return self._placement.fetch(scores)
+
+        return WeightScorer(
+            self._spec,
+            group_sizes(self._spec, one_agent(variables)),
+            included(variables, not_running_statistics),
+            edge_waves,
+            lift=self._lift,
+            fetch=fetch,
+            names=[f"agent {slot % agents}" for slot in range(slots)],
+        )
+
+    def search(self, problem: Problem, key: Key[Array, ""]) -> PairPerms:
+        return match_by_weights(problem, key=key, restarts=self._restarts)
+
+    def score_bytes(self, group_sizes: Sequence[int]) -> int:
+        del group_sizes
+        return 0
+
+
+def _pick(stacked: PyTree, indices: Array | np.ndarray | None) -> PyTree:
+    """Stacked entries by index; None: all of them as they are."""
+    return stacked if indices is None else take(stacked, indices)

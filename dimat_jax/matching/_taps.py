@@ -1,0 +1,74 @@
+"""What taps show of groups: a network's activations as samples by units."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dimat_jax.matching._blocks import cut_blocks
+from dimat_jax.permutation import PermutationSpec, PermutationSpecError
+
+__all__ = ["Activations", "check_taps", "tap_units"]
+
+Activations = Mapping[str, Array]
+"""What each tap shows for a batch of inputs: one array for each tap's name."""
+
+
+def check_taps(spec: PermutationSpec) -> None:
+    """Raises PermutationSpecError for a group without a tap: it cannot be matched."""
+    for group in spec.groups:
+        if not spec.taps_of(group):
+            raise PermutationSpecError(
+                f"group {group!r} has no tap, so its activations cannot be matched"
+            )
+
+
+def tap_units(
+    spec: PermutationSpec, sizes: Mapping[str, int], activations: Activations
+) -> dict[str, dict[str, Float[Array, "samples units"]]]:
+    """For each group what each of its taps shows, flattened to samples by units.
+
+    Every position of a feature map is a sample. Where a tap shows several groups, a
+    group's units are averaged over the units of the other groups, because the other
+    groups' permutations do not change such a mean. Samples keep their order: if
+    examples are the array's first axis, the samples of one example are consecutive.
+
+    Args:
+        spec: the symmetry, with its taps.
+        sizes: each group's number of units.
+        activations: an array for each tap.
+
+    Raises:
+        PermutationSpecError: the activations lack a tap, or do not have its axes.
+    """
+    return {
+        group: {
+            tap: _tap_units(spec, sizes, group, tap, activations)
+            for tap in spec.taps_of(group)
+        }
+        for group in spec.groups
+    }
+
+
+def _tap_units(spec, sizes, group: str, tap: str, activations: Activations) -> Array:
+    if tap not in activations:
+        raise PermutationSpecError(
+            f"group {group!r} is observed at tap {tap!r}, which the activations lack; "
+            f"they have {sorted(activations)}"
+        )
+    array = jnp.asarray(activations[tap])
+    try:
+        (block,) = cut_blocks(spec.tap_axes(tap, array.ndim), array.shape, sizes)
+    except PermutationSpecError as error:
+        raise PermutationSpecError(
+            f"tap {tap!r}, of shape {array.shape}: {error}"
+        ) from None
+    others = tuple(
+        axis for axis, other in enumerate(block.groups) if other not in (None, group)
+    )
+    units = jnp.moveaxis(
+        array.reshape(block.shape).mean(others, keepdims=True, dtype=jnp.float32),
+        block.groups.index(group),
+        -1,
+    )
+    return units.reshape(-1, units.shape[-1])

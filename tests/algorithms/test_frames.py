@@ -1,0 +1,244 @@
+"""Frames as records: which edges they match, what they ask for, and how they merge."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dimat_jax import permutation
+from dimat_jax.algorithms import MergeData
+from dimat_jax.algorithms._edges import EdgePerms
+from dimat_jax.algorithms._frames import AS_THEY_ARE, FRAMES, Frame, Views
+from dimat_jax.algorithms._merging import FRAME, OPT_STATE, merging
+from dimat_jax.algorithms._traffic import MatchingSizes
+from dimat_jax.algorithms.dimat import dimat
+from dimat_jax.algorithms.local import local
+from dimat_jax.algorithms.wa import wa
+from dimat_jax.algorithms.wm import wm
+from dimat_jax.options import OptionError, Record
+from dimat_jax.topology import components
+from dimat_jax.tree import PyTree, take
+from tests.algorithms.cases import KEY, Layout, links, placed
+from tests.algorithms.problems import N_AGENTS, PROBLEMS, shared_images
+
+ALL = {"as they are": AS_THEY_ARE, **FRAMES}
+every_frame = pytest.mark.parametrize("frame", ALL.values(), ids=ALL)
+PLACEMENT = placed(Layout())
+DEEP = PROBLEMS["deep mlp"]
+LOCAL = local(DEEP.task, optax.sgd(0.1), PLACEMENT)
+
+
+@st.composite
+def graphs(draw: st.DrawFn, directed: bool = False) -> np.ndarray:
+    n = draw(st.integers(1, 8))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    edges = rng.random((n, n)) < draw(st.floats(0, 1))
+    np.fill_diagonal(edges, False)
+    return edges if directed else edges | edges.T
+
+
+# Records ==============================================================================
+
+
+def test_the_frames_of_a_config_are_the_records_by_name():
+    assert {name: frame.name for name, frame in FRAMES.items()} == {
+        name: name for name in ("own", "reference", "joint")
+    }
+    assert FRAME.choices is FRAMES
+    assert AS_THEY_ARE.name not in FRAMES
+    for frame in ALL.values():
+        assert isinstance(frame, Record)
+        assert frame.meaning.startswith("x_i <- sum_j W_ij")
+        assert not frame.reads
+
+
+@every_frame
+def test_frames_that_agents_share_need_answers_and_the_others_do_not(frame: Frame):
+    assert frame.two_way == (frame.name in ("reference", "joint"))
+    assert frame.joint == (frame.name == "joint")
+
+
+@given(active=graphs(directed=True))
+@settings(deadline=None, max_examples=60)
+def test_own_frames_match_every_active_edge(active):
+    expected = {(i, j) for i, j in np.argwhere(active).tolist()}
+    for name in ("own", "joint"):
+        edges = FRAMES[name].edges(active)
+        assert edges.shape == (active.sum(), 2)
+        assert set(map(tuple, edges.tolist())) == expected
+
+
+@given(active=graphs())
+@settings(deadline=None, max_examples=60)
+def test_a_reference_frame_matches_a_tree_of_every_component(active):
+    edges = FRAMES["reference"].edges(active)
+    parts = components(active)
+    assert edges.shape == (len(active) - len(parts), 2)
+    assert all(active[parent, child] for parent, child in edges.tolist())
+    # Parents come before their children, from each component's lowest agent on.
+    reached = {part[0] for part in parts}
+    for parent, child in edges.tolist():
+        assert parent in reached and child not in reached
+        reached.add(child)
+    assert reached == set(range(len(active)))
+
+
+@given(active=graphs(directed=True))
+@settings(deadline=None, max_examples=20)
+def test_weight_averaging_matches_no_edge(active):
+    assert AS_THEY_ARE.edges(active).shape == (0, 2)
+
+
+@every_frame
+@given(active=graphs())
+@settings(deadline=None, max_examples=30)
+def test_only_frames_that_need_answers_send_anything_to_be_matched(frame, active):
+    pairs = np.argwhere(np.triu(active))
+    sent = frame.traffic(active, pairs, MatchingSizes(1, 2, 3))
+    assert sent.shape == active.shape
+    assert (sent.sum() > 0) == (frame.two_way and active.any())
+    assert not sent[~active].any()
+
+
+# Merging, given the permutations ======================================================
+
+
+def variables() -> PyTree:
+    return DEEP.variables(N_AGENTS)
+
+
+def random_perms(edges: np.ndarray, seed: int = 0) -> EdgePerms:
+    one = take(variables(), 0)
+    return {
+        (i, j): {
+            group: np.asarray(perm)
+            for group, perm in permutation.random(
+                DEEP.task.spec, one, jax.random.key(100 * seed + 10 * i + j)
+            ).items()
+        }
+        for i, j in edges.tolist()
+    }
+
+
+def merged_by(frame: Frame, views: Views, perms: EdgePerms, W) -> tuple[Any, PyTree]:
+    merge = frame.build(LOCAL, lambda state: state.variables)
+    views, merged = merge(views, perms, W)
+    return views, PLACEMENT.gather(merged)
+
+
+def changed(tree: PyTree) -> PyTree:
+    rng = np.random.default_rng(3)
+    return jax.tree.map(
+        lambda x: np.float32(x + 0.1 * rng.standard_normal(x.shape)), tree
+    )
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("topology", ["ring", "star", "disconnected"])
+@every_frame
+def test_merging_is_the_sum_of_weighted_permuted_networks(frame, topology, lossy):
+    """sum_j W_ij P_ij x_j by loops: one's own x as it is, others' as they are known."""
+    network = links(topology).at_round(1, PLACEMENT.slots)
+    W, active = np.asarray(network.W), np.asarray(network.active_edges)
+    own = LOCAL.init(PLACEMENT.put(variables()))
+    known = LOCAL.init(PLACEMENT.put(changed(variables())))
+    perms = random_perms(frame.edges(active))
+    spec, apply = DEEP.task.spec, permutation.apply
+    views, merged = merged_by(frame, Views(own, known if lossy else None), perms, W)
+
+    identity = permutation.identity(spec, take(variables(), 0))
+    to_root = {part[0]: identity for part in components(active)}
+    if frame.name == "reference":
+        for parent, child in frame.edges(active).tolist():
+            to_root[child] = permutation.compose(perms[parent, child], to_root[parent])
+    for i in range(N_AGENTS):
+        terms = []
+        for j in np.flatnonzero(W[i]).tolist():
+            state = known if lossy and j != i else own
+            x = take(state.variables, j)
+            if frame.name == "reference":
+                x = apply(spec, to_root[j], x)
+            elif i != j and frame.name != "as they are":
+                x = apply(spec, perms[i, j], x)
+            terms.append(jax.tree.map(lambda leaf, w=W[i, j]: w * leaf, x))
+        expected = jax.tree.map(lambda *leaves: sum(leaves), *terms)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+            take(merged, i),
+            expected,
+        )
+        # Only a reference frame moves agents, and what others know of them.
+        for before, after in zip((own, known), views, strict=True):
+            if after is not None:
+                moved = take(before.variables, i)
+                if frame.name == "reference":
+                    moved = apply(spec, to_root[i], moved)
+                jax.tree.map(
+                    np.testing.assert_array_equal, take(after.variables, i), moved
+                )
+    assert (views.announced is None) == (not lossy)
+
+
+def test_views_are_known_as_they_are_unless_something_else_was_announced():
+    assert Views("own", None).known == "own"
+    assert Views("own", "announced").known == "announced"
+
+
+# The three algorithms =================================================================
+
+
+def communicated(algorithm, data: MergeData) -> PyTree:
+    state = algorithm.init(PLACEMENT.put(variables()))
+    network = links("ring").at_round(1, PLACEMENT.slots)
+    state, _ = algorithm.communicate(state, data, network, KEY)
+    return PLACEMENT.gather(algorithm.variables(state))
+
+
+@pytest.mark.parametrize(
+    ("build", "match", "options"),
+    [
+        (dimat, "activations", {"frame": "reference", "stay": 0.1}),
+        (dimat, "activations", {}),
+        (wm, "weights", {"frame": "joint", "stay": 0.01, "restarts": 2}),
+        (wm, "weights", {}),
+        (wa, None, {"opt_state": "keep"}),
+    ],
+)
+def test_each_algorithm_is_merging_with_its_own_matching(build, match, options):
+    data = MergeData(match=shared_images())
+    found, expected = (
+        communicated(algorithm, data)
+        for algorithm in (
+            build(LOCAL, DEEP.task, PLACEMENT, **options),
+            merging(LOCAL, DEEP.task, PLACEMENT, match=match, **options),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stay": -1.0}, "stay is -1.0; it must be at least 0"),
+        ({"stay": np.nan}, "stay is nan; it must be at least 0"),
+        ({"frame": "hers"}, "frame is 'hers'; allowed: joint, own, reference"),
+        ({"opt_state": "drop"}, "opt_state is 'drop'; allowed: keep, merge, reset"),
+        ({"restarts": 0}, "restarts is 0; it must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("match", ["activations", "weights", None])
+def test_merging_refuses_what_it_cannot_do_before_anything_runs(
+    match, options, message
+):
+    with pytest.raises(OptionError, match=message):
+        merging(LOCAL, DEEP.task, PLACEMENT, match=match, **options)
+
+
+def test_every_policy_for_the_optimizer_is_explained():
+    policies = list(OPT_STATE.choices or ())
+    assert OPT_STATE.default in policies and FRAME.default in FRAMES
+    assert all(f'"{policy}"' in OPT_STATE.meaning for policy in policies)
