@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quick test-slow lint types format bench clean
+.PHONY: demo test test-quick test-slow lint types format docs bench clean
 
 demo: $(VENV)/installed  ## the quickstart: trains, merges, prints tables, plots
 	$(BIN)/python -m experiments.sweep \
@@ -39,11 +39,14 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/installed-docs  ## the site, in build/site; dead links are errors
+	$(BIN)/python -m docs.build
+
 bench: $(VENV)/installed
 	$(BIN)/python -m experiments.bench merge --out=runs/bench-merge.json
 
 clean:
-	rm -rf $(VENV) runs/quickstart
+	rm -rf $(VENV) build runs/quickstart
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, found " \
@@ -56,4 +59,8 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@ $(VENV)/installed

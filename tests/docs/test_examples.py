@@ -1,0 +1,303 @@
+"""Every code block of the site and of the README runs, or is checked word by word.
+
+Python blocks of one page run one after the other in one namespace and one folder, and
+with them the shell blocks below a line `<!-- run -->`. A block with a title is also
+written to a file of that name. The commands of all shell blocks are checked: programs,
+files, flags and config fields have to exist.
+"""
+
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from dimat_jax.config import check
+from dimat_jax.experiment import check_network
+from dimat_jax.models import MODELS
+from dimat_jax.models._torch_import import to_torch
+from dimat_jax.models.classifier import init
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "experiments" / "RESULTS.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+# What a shell block may hold beside the project's own programs.
+OTHER_PROGRAMS = {"pip", "tfds", "source", "for", "do", "done", "git"}
+
+
+FENCED = re.compile(
+    r"""
+    (?: (<!--\ run\ -->)\n )?
+    ^ (\ *) ``` (\w*) (?: \ + title="([^"\n]*)" )? \n
+    (.*?)
+    ^ \2 ``` $
+    """,
+    flags=re.DOTALL | re.MULTILINE | re.VERBOSE,
+)
+
+
+class Block(NamedTuple):
+    """A fenced block of a page.
+
+    Attributes:
+        language: the word after the fence.
+        title: of the file that the block is; "" if it is none.
+        text: without the fences.
+        line: where its text begins in the page.
+        run: whether the page says that a shell block is to be run.
+    """
+
+    language: str
+    title: str
+    text: str
+    line: int
+    run: bool
+
+
+def blocks_of(page: Path) -> list[Block]:
+    """All fenced blocks of a page, indented ones included."""
+    text = page.read_text()
+    found = []
+    fence = (
+        r"(?:(<!-- run -->)\n)?^( *)```(\w*)(?: +title=\"([^\"\n]*)\")?\n(.*?)^\2```$"
+    )
+    for match in re.finditer(fence, text, flags=re.DOTALL | re.MULTILINE):
+        run, indent, language, title, body = match.groups()
+        body = re.sub(f"^{indent}", "", body, flags=re.MULTILINE)
+        line = text.count("\n", 0, match.start(5)) + 1
+        found.append(Block(language, title or "", body, line, bool(run)))
+    # Nothing may hide in a fence that the pattern does not know.
+    assert 2 * len(found) == len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE))
+    return found
+
+
+BLOCKS = {name: blocks_of(page) for name, page in zip(NAMES, PAGES, strict=True)}
+
+
+def is_run(block: Block) -> bool:
+    return block.language == "python" or block.run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_are_python_shell_or_output(name):
+    for block in BLOCKS[name]:
+        assert block.language in ("python", "bash", "text"), block
+
+
+def test_readme_tutorials_and_how_tos_have_examples():
+    for name in NAMES:
+        if name == "README.md" or name.startswith(("docs/tutorials", "docs/how-to")):
+            assert any(block.language == "python" for block in BLOCKS[name]), name
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A new folder that looks like the project's, to run examples in."""
+    for name in ("configs", "dimat_jax", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def torch_files(folder):
+    """Two narrow ResNet-18s, as files that PyTorch could have written."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    model = MODELS["resnet18"](n_classes=3, width=1 / 16)
+    start = jax.jit(partial(init, model))
+    for seed, name in enumerate("ab"):
+        variables = start(jax.random.key(seed), jnp.ones((1, 64, 64, 3)))
+        state_dict = to_torch("resnet18", variables)
+        safetensors.save_file(state_dict, folder / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if any(map(is_run, BLOCKS[n]))])
+def test_the_examples_run(name, folder, request):
+    if any("a.safetensors" in block.text for block in BLOCKS[name]):
+        request.getfixturevalue("torch_files")
+    namespace = {"__name__": "example"}
+    for block in filter(is_run, BLOCKS[name]):
+        if block.language == "bash":
+            run_shell(block.text, folder)
+            continue
+        if block.title:
+            (folder / block.title).write_text(block.text)
+        # Empty lines before the text: errors then name the line of the page.
+        code = "\n" * (block.line - 1) + block.text
+        # Examples are users' programs, in which JAX's own defaults hold.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            exec(compile(code, str(ROOT / name), "exec"), namespace)
+
+
+def run_shell(script: str, folder: Path) -> None:
+    compiled = str(jax.config.values["jax_compilation_cache_dir"])
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "JAX_COMPILATION_CACHE_DIR": compiled,
+        "PYTHONPATH": str(folder),
+    }
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# Shell blocks, word by word ===========================================================
+
+
+def commands(script: str) -> list[list[str]]:
+    """The commands of a script, as lists of words."""
+    lines = script.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] if line[:1] == ["do"] else line for line in words if line]
+
+
+SHELL = [
+    pytest.param(name, block, id=f"{name}:{block.line}")
+    for name, blocks in BLOCKS.items()
+    for block in blocks
+    if block.language == "bash"
+]
+
+
+@pytest.mark.parametrize("name, block", SHELL)
+def test_shell_blocks_are_correct(name, block, folder, monkeypatch):
+    subprocess.run(["bash", "-n", "-c", block.text], check=True)
+    for other in BLOCKS[name]:
+        if other.title:
+            (folder / other.title).write_text(other.text)
+    for command in commands(block.text):
+        if command[0] == "make":
+            assert len(command) > 1
+            for target in command[1:]:
+                assert target in make_targets(), target
+        elif command[:2] == ["python", "-m"]:
+            check_program(command[2], command[3:], monkeypatch)
+        elif command[0] == "dimat":
+            check_program(f"experiments.{command[1]}", command[2:], monkeypatch)
+        else:
+            assert command[0] in OTHER_PROGRAMS, command
+
+
+@functools.cache
+def make_targets() -> frozenset[str]:
+    makefile = (ROOT / "Makefile").read_text()
+    return frozenset(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
+
+
+@functools.cache
+def flags_of(module: str) -> frozenset[str]:
+    """The flags that a program has, as its --help lists them."""
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return frozenset(re.findall(r"--(?:\[no\])?([\w.]+)", result.stdout))
+
+
+def check_program(module: str, arguments: list[str], monkeypatch) -> None:
+    """Checks a command of one of the project's programs.
+
+    Args:
+        module: what comes after `python -m`.
+        arguments: all else.
+        monkeypatch: pytest's.
+    """
+    assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+    for argument in arguments:
+        name, _, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            continue
+        assert name.partition(".")[0] in flags_of(module), f"{module} has no --{name}"
+        if name in ("config", "sweep"):
+            assert Path(value.partition(":")[0]).is_file(), value
+    settings = [word for word in arguments if word.startswith("--config")]
+    if settings:
+        check_config(settings, monkeypatch)
+
+
+def check_config(settings: list[str], monkeypatch) -> None:
+    """Checks that a config with these flags could be run."""
+    settings = [re.sub(r"\$\w+", "0", setting) for setting in settings]
+    if not any(setting.startswith("--config=") for setting in settings):
+        return
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    command = ["program", *settings]
+    monkeypatch.setattr(sys, "argv", command)  # ml_collections reads settings there
+    with warnings.catch_warnings():
+        # ml_collections loads config files in a way that Python 3.12 warns of.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        values(command)
+    config = values["config"].value
+    check(config)
+    check_network(config)
+
+
+# Files and pages that are named =======================================================
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_files_that_pages_name_exist(name):
+    text = Path(ROOT, name).read_text()
+    known = "configs|dimat_jax|experiments|docs|tests"
+    named = set(re.findall(rf"(?<![\w/.])(?:{known})/[\w/]+\.\w+", text))
+    assert not [path for path in sorted(named) if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_to_files_of_the_project_lead_somewhere(name):
+    """As a code host shows the pages, which are not yet the site."""
+    page = ROOT / name
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, _ = link.partition("#")
+        if not re.match(r"\w+:", link) and path:
+            assert (page.parent / path).exists(), link
+
+
+def test_the_readme_has_the_numbers_of_the_quickstart():
+    def rows(name):
+        lines = Path(ROOT, name).read_text().splitlines()
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        return [row for row in cells if row]
+
+    names = {
+        ("dimat", "reference"): "DIMAT, one frame for all",
+        ("dimat", "own"): "DIMAT, own frames (the paper)",
+        ("wm", "joint"): "matched by weights, joint",
+        ("wa", ""): "plain averaging",
+    }
+    expected = {name: [name] for name in names.values()}
+    for row in rows("docs/quickstart.md"):
+        _, _, algorithm, frame, _, *accuracies = row
+        if (algorithm, frame) in names:
+            cell = f"{accuracies[0]}, {accuracies[-1]}"
+            expected[names[algorithm, frame]].append(cell)
+    shown = {row[0]: row for row in rows("README.md")}
+    assert expected == {name: shown[name] for name in expected}
