@@ -136,8 +136,12 @@ class Matcher(Protocol):
         """
         ...
 
-    def score_bytes(self, group_sizes: Sequence[int]) -> int:
-        """The bytes of one pair's scores; 0 if they follow from the weights alone."""
+    def score_bytes(self, sizes: Sequence[int]) -> int:
+        """The bytes of one pair's scores; 0 if they follow from the weights alone.
+
+        Args:
+            sizes: each group's number of units.
+        """
         ...
 
 
