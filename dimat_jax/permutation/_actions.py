@@ -32,8 +32,11 @@ __all__ = [
     "random",
 ]
 
-Perms = dict[str, Int32[Array, " units"]]
-"""For each group, `perm[u]`: the permutee's unit that lands on the reference's `u`."""
+Perms = dict[str, Int32[Array, " _units"]]
+"""For each group, `perm[u]`: the permutee's unit that lands on the reference's `u`.
+
+Groups differ in size, so the length of one says nothing about that of another.
+"""
 
 
 def apply(spec: PermutationSpec, perms: Mapping[str, Any], variables: PyTree) -> PyTree:
