@@ -87,7 +87,13 @@ class Experiment:
         if devices[0].platform == "cpu":
             devices = devices[: config.placement.cpu_devices]
         self.placement = place(n_agents, devices, config.placement.batching)
-        self.model = models.MODELS[config.model.name](
+        self._build_task()
+        self._build_samplers(pretrain_shards)
+        self._build_algorithms()
+
+    def _build_task(self) -> None:
+        """Builds the model, and what the agents learn."""
+        self.model = models.MODELS[self.config.model.name](
             n_classes=self.dataset.n_classes, **model_arguments(self._fields)
         )
         self.task = Task(
@@ -98,6 +104,10 @@ class Experiment:
         )
         if self.task.batch_statistics is not None and self.record.uses_graph:
             no_negative_weights(f"{self.record.name} with BatchNorm", self.links)
+
+    def _build_samplers(self, pretrain_shards: Sequence[Shard]) -> None:
+        """Builds the samplers of both phases, and counts their steps."""
+        config = self.config
         self.sampler = Sampler(self.shards, config.batch_size, self.seeds("order"))
         self.pretrain_sampler = Sampler(
             pretrain_shards, config.pretrain.batch_size, self.seeds("pretrain_order")
@@ -108,6 +118,9 @@ class Experiment:
         self.local_steps = (
             config.local_steps or config.local_epochs * self.sampler.steps_per_epoch
         )
+
+    def _build_algorithms(self) -> None:
+        """Builds the algorithms of both phases."""
         self.pretrain_algorithm = local(
             self.task,
             self._optimizer(
@@ -118,7 +131,7 @@ class Experiment:
         self.algorithm: Algorithm = self.record(
             self.task,
             self._optimizer(
-                "", self.sampler.steps_per_epoch, config.rounds * self.local_steps
+                "", self.sampler.steps_per_epoch, self.config.rounds * self.local_steps
             ),
             self.placement,
             **arguments(self.record, self._fields),

@@ -97,10 +97,8 @@ def announcing(
 
     def messages(state):
         sent = exact.messages(state.exact)
-        compressed = compressor.message(sent.round["params"])
-        return sent._replace(
-            round={**sent.round, "params": compressed}, whole=sent.round
-        )
+        announced = {**sent.round, "params": compressor.message(sent.round["params"])}
+        return sent._replace(round=announced, whole=sent.round)
 
     return Algorithm(
         init=init,

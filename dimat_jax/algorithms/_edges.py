@@ -7,7 +7,7 @@ tells how to match i with j (by the inverse permutation), half of the edges are 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import networkx as nx
 import numpy as np
@@ -103,6 +103,7 @@ def stack_wave(perms: EdgePerms, wave: Pairs) -> PairPerms:
 # Matching along them ==================================================================
 
 
+@runtime_checkable
 class Matcher(Protocol):
     """Matches stacked agents along edges."""
 
@@ -136,8 +137,12 @@ class Matcher(Protocol):
         """
         ...
 
-    def score_bytes(self, group_sizes: Sequence[int]) -> int:
-        """The bytes of one pair's scores; 0 if they follow from the weights alone."""
+    def score_bytes(self, sizes: Sequence[int]) -> int:
+        """The bytes of one pair's scores; 0 if they follow from the weights alone.
+
+        Args:
+            sizes: each group's number of units.
+        """
         ...
 
 

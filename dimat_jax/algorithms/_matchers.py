@@ -90,8 +90,8 @@ class ActivationMatcher:
         del key
         return coordinate_descent(problem, identities(problem.scorer))
 
-    def score_bytes(self, group_sizes: Sequence[int]) -> int:
-        return SCORE_BYTES * sum(size**2 for size in group_sizes)
+    def score_bytes(self, sizes: Sequence[int]) -> int:
+        return SCORE_BYTES * sum(size**2 for size in sizes)
 
 
 class _Programs:
@@ -254,8 +254,8 @@ class WeightMatcher:
     def search(self, problem: Problem, key: Key[Array, ""]) -> PairPerms:
         return match_by_weights(problem, key=key, restarts=self._restarts)
 
-    def score_bytes(self, group_sizes: Sequence[int]) -> int:
-        del group_sizes
+    def score_bytes(self, sizes: Sequence[int]) -> int:
+        del sizes
         return 0
 
 

@@ -16,6 +16,7 @@ and what was lost is added to the next ones.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 from dimat_jax.algorithms.base import (
     Algorithm,
+    Gradient,
     Task,
     apply_updates,
     gradient,
@@ -45,9 +47,12 @@ from dimat_jax.tree import PyTree, take
 
 __all__ = ["RECORDS", "cga", "project"]
 
-# Of the first-order solver that pivoting begins with; of pivoting.
+# The number of steps of the first-order solver whose answer is where pivoting starts.
 _ITERATIONS = 100
-_TOLERANCE, _PATIENCE = 1e-6, 3
+# A coefficient or a slope below minus this number counts as negative.
+_TOLERANCE = 1e-6
+# The number of exchanges of all wrong coefficients at once that may bring no progress.
+_PATIENCE = 3
 
 
 def cga(
@@ -58,69 +63,61 @@ def cga(
     adjacency: Adjacency,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
-    """Gossip and cross-gradients with every local step; W is to be doubly stochastic.
+    """Gossip and cross-gradients with every local step. W must be doubly stochastic.
 
     Running statistics are those of an agent's own model on its own data, averaged like
     the params. A neighbour that is away, or has no examples, does not object.
 
     Args:
-        task: what to learn.
+        task: what the agents learn.
         tx: makes a step of the projected gradient; `OPTIMIZERS["heavy_ball"]` is the
             paper's.
         placement: where the agents live.
-        adjacency: all edges that there ever are; undirected, for gradients travel back.
-        compressor: of the cross-gradients.
+        adjacency: all edges that ever exist. They are undirected, because gradients
+            travel back along them.
+        compressor: compresses the cross-gradients.
     """
     exchange = Exchange.over(adjacency, placement.slots)
     slots = range(exchange.neighbours.shape[1])
-
-    @placement.per_agent
-    def own_gradient(variables, batch, key):
-        return gradient(task, variables, batch, key)
+    ask_neighbours = _cross_gradients(task, placement, exchange)
 
     @placement.per_agent
     def aggregate(own, crossed, residuals, active, key):
-        lost = []
-        for k, residual in enumerate(residuals):
-            crossed[k], missing = with_feedback(
-                compressor, crossed[k], residual, jax.random.fold_in(key, k)
-            )
-            # Who is not heard has sent nothing, and lost nothing.
-            keep = functools.partial(jnp.where, active[k])
-            lost.append(jax.tree.map(keep, missing, residual))
-        return project(own, crossed, active), lost
+        received, lost = [], list(residuals)
+        for k in slots:
+            arrived, residual = crossed[k], residuals[k] if residuals else None
+            if residual is not None:
+                arrived, missing = with_feedback(
+                    compressor, arrived, residual, jax.random.fold_in(key, k)
+                )
+                # A neighbour that is not active has sent nothing, and lost nothing.
+                keep = functools.partial(jnp.where, active[k])
+                lost[k] = jax.tree.map(keep, missing, residual)
+            received.append(arrived)
+        return project(own, received, active), lost
 
     @placement.per_agent
     def adapt(direction, state, batch):
-        updates, opt_state = optimizer_step(
-            tx, batch, direction, state.opt_state, state.variables["params"]
-        )
-        return updates, opt_state
+        params = state.variables["params"]
+        return optimizer_step(tx, batch, direction, state.opt_state, params)
 
     def step(state: MemoryState, batch, network, key):
         gradient_key, compression_key = jax.random.split(key)
-        keys = placement.keys(gradient_key)
         variables = state.local.variables
-        own = own_gradient(variables, batch, keys)
-        returned = [
-            own_gradient(take(variables, exchange.neighbours[:, k]), batch, keys).grads
-            for k in slots
-        ]
-        crossed = [exchange.answers(returned, k) for k in slots]
-        # Who has no examples has no objections, and nothing to send.
-        answering = network.active_edges & batch.mask.any(axis=1)[None, :]
-        residuals = [state.memory[name] for name in state.memory]
+        own, crossed, active = ask_neighbours(
+            variables, batch, network, placement.keys(gradient_key)
+        )
         direction, lost = aggregate(
             own.grads,
             crossed,
-            residuals,
-            exchange.active(answering),
+            list(state.memory.values()),
+            active,
             placement.keys(compression_key),
         )
         updates, opt_state = adapt(direction, state.local, batch)
-        variables = mix(network.W, {**variables, **own.model_state})
+        mixed = mix(network.W, {**variables, **own.model_state})
+        local_state = LocalState(apply_updates(mixed, updates), opt_state)
         memory = dict(zip(state.memory, lost, strict=True))
-        local_state = LocalState(apply_updates(variables, updates), opt_state)
         return MemoryState(local_state, memory), own.metrics
 
     def messages(state):
@@ -136,6 +133,34 @@ def cga(
         step=step,
         messages=messages,
     )
+
+
+def _cross_gradients(
+    task: Task, placement: Placement, exchange: Exchange
+) -> Callable[..., tuple[Gradient, list[PyTree], Array]]:
+    """Makes the function with which agents ask their neighbours for gradients.
+
+    `ask(variables, batch, network, keys) -> (own, crossed, active)`: every agent's own
+    `Gradient`; for each k the gradient of its model on its k-th neighbour's data; and
+    which of these count, bool `[agents, neighbours]`.
+    """
+
+    @placement.per_agent
+    def gradient_on(variables, batch, key):
+        return gradient(task, variables, batch, key)
+
+    def ask(variables, batch, network, keys):
+        returned = [
+            gradient_on(take(variables, senders), batch, keys).grads
+            for senders in exchange.neighbours.T
+        ]
+        crossed = [exchange.answers(returned, k) for k in range(len(returned))]
+        # An agent without examples has no objections, and nothing to send.
+        answering = network.active_edges & batch.mask.any(axis=1)[None, :]
+        own = gradient_on(variables, batch, keys)
+        return own, crossed, exchange.active(answering)
+
+    return ask
 
 
 def project(

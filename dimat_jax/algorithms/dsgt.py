@@ -10,11 +10,12 @@ or returns, what it tracked is not in balance with the others any more: then all
 there start anew, from their gradients.
 """
 
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool
 
 from dimat_jax.algorithms.base import (
     Algorithm,
@@ -47,11 +48,11 @@ def dsgt(
         placement: where the agents live.
     """
 
-    def track(state: MemoryState, heard, batch, key):
+    def track(state: MemoryState, received, batch, key):
         (variables, opt_state), memory, marks = state
         grads, model_state, metrics = gradient(task, variables, batch, key)
         tracker = jax.tree.map(
-            lambda y, new, old: y + new - old, heard, grads, memory["gradient"]
+            lambda y, new, old: y + new - old, received, grads, memory["gradient"]
         )
         updates, opt_state = tx.update(tracker, opt_state, variables["params"])
         memory = {"tracker": tracker, "gradient": grads}
@@ -59,36 +60,12 @@ def dsgt(
         return MemoryState(LocalState(variables, opt_state), memory, marks), metrics
 
     def step(state, batch, network, key):
-        heard = mix(network.W, state.memory["tracker"])
+        received = mix(network.W, state.memory["tracker"])
         state, metrics = placement.per_agent(track)(
-            state, heard, batch, placement.keys(key)
+            state, received, batch, placement.keys(key)
         )
         variables = mix(network.W, state.local.variables)
         return state._replace(local=state.local._replace(variables=variables)), metrics
-
-    def everyone():
-        # Without the slots that fill up devices: runs resume on others.
-        company = jnp.ones((placement.slots, placement.n_agents), bool)
-        return {"company": jax.device_put(company, placement.sharding)}
-
-    @partial(jax.jit, out_shardings=placement.sharding)
-    def meet(state: MemoryState, present):
-        agents = present[: placement.n_agents]
-        others = (state.marks["company"] != agents[None, :]).any(axis=1)
-        changed = (others & present).any()
-        tracker = jax.tree.map(
-            lambda y, g: jnp.where(changed, g, y),
-            state.memory["tracker"],
-            state.memory["gradient"],
-        )
-        company = jnp.broadcast_to(agents, state.marks["company"].shape)
-        return state._replace(
-            memory={**state.memory, "tracker": tracker}, marks={"company": company}
-        )
-
-    def communicate(state, data, network, key):
-        del data, key
-        return meet(state, network.present), {}
 
     tracking = remembering(
         local(task, tx, placement),
@@ -96,14 +73,51 @@ def dsgt(
         placement,
         memories=["tracker", "gradient"],
         step=step,
-        marks=everyone,
+        marks=functools.partial(_all_present, placement),
         messages=lambda state: Messages(
             step=one_agent(
                 {**state.local.variables, "tracker": state.memory["tracker"]}
             )
         ),
     )
+    restart = jax.jit(
+        functools.partial(_restart_if_changed, placement.n_agents),
+        out_shardings=placement.sharding,
+    )
+
+    def communicate(state, data, network, key):
+        del data, key
+        return restart(state, network.present), {}
+
     return tracking._replace(communicate=communicate)
+
+
+def _all_present(placement: Placement) -> dict[str, Array]:
+    """The marks at the start: every agent was last together with all agents.
+
+    The marks have no slots that fill up devices, so that a run may resume on another
+    number of devices.
+    """
+    company = jnp.ones((placement.slots, placement.n_agents), bool)
+    return {"company": jax.device_put(company, placement.sharding)}
+
+
+def _restart_if_changed(
+    n_agents: int, state: MemoryState, present: Bool[Array, " slots"]
+) -> MemoryState:
+    """Restarts all trackers from the gradients where an agent has left or returned."""
+    agents = present[:n_agents]
+    others = (state.marks["company"] != agents[None, :]).any(axis=1)
+    changed = (others & present).any()
+    tracker = jax.tree.map(
+        lambda y, g: jnp.where(changed, g, y),
+        state.memory["tracker"],
+        state.memory["gradient"],
+    )
+    company = jnp.broadcast_to(agents, state.marks["company"].shape)
+    return state._replace(
+        memory={**state.memory, "tracker": tracker}, marks={"company": company}
+    )
 
 
 RECORD = AlgorithmRecord(

@@ -14,7 +14,7 @@ they are. Together they are a `Problem`.
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int, Int32
@@ -73,6 +73,7 @@ class MatchedGroups(NamedTuple):
     slack: int = 0
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """How good permutations are, for some pairs of networks.
 
