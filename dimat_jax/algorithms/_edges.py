@@ -201,14 +201,17 @@ def match_edges(
         similarity = float(scorer.similarity(perms).mean())
     found = _by_edge(pairs, perms)
     if both_ways:
-        inverted = {group: np.argsort(perm, axis=1) for group, perm in perms.items()}
+        inverted = {
+            group: np.argsort(perm, axis=1).astype(np.int32)
+            for group, perm in perms.items()
+        }
         found |= _by_edge(pairs[:, ::-1], inverted)
     return MatchedEdges({(i, j): found[i, j] for i, j in edges.tolist()}, similarity)
 
 
 def _by_edge(pairs: Edges, perms: PairPerms) -> EdgePerms:
     return {
-        (i, j): {group: perm[e].astype(np.int32) for group, perm in perms.items()}
+        (i, j): {group: perm[e] for group, perm in perms.items()}
         for e, (i, j) in enumerate(pairs.tolist())
     }
 

@@ -19,7 +19,16 @@ from dimat_jax.data._dataset import DataError, Dataset, Split, make_split, mean_
 from dimat_jax.errors import nearest
 from dimat_jax.options import SEED, Option, Record, registry
 
-__all__ = ["SOURCE", "SOURCES", "DataError", "Dataset", "Split", "load"]
+__all__ = [
+    "SOURCE",
+    "SOURCES",
+    "DataError",
+    "Dataset",
+    "Split",
+    "load",
+    "make_split",
+    "mean_std",
+]
 
 DIRECTORY = Option(
     "data.dir",

@@ -1,7 +1,7 @@
 """Matching units by how their activations correlate."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +116,7 @@ def match_activations(
 # From activations to scores ===========================================================
 
 
+@runtime_checkable
 class ObservedNetworks(Protocol):
     """Some networks, and how to compute their activations and correlations.
 

@@ -1,6 +1,7 @@
 """The linear assignment problem. This is the only module that solves it."""
 
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Float, Int32
 from scipy.optimize import linear_sum_assignment
 
@@ -20,7 +21,7 @@ STAY = Option(
 
 
 def solve_assignment(
-    scores: Float[np.ndarray, "*batch units units"],
+    scores: ArrayLike,
 ) -> Int32[np.ndarray, "*batch units"]:
     """Assigns a permutee's unit to each unit of a reference, maximising the score.
 

@@ -38,7 +38,7 @@ __all__ = [
     "two_networks",
 ]
 
-PairPerms = dict[str, Int32[np.ndarray, "pairs units"]]
+PairPerms = dict[str, Int32[np.ndarray, "pairs _units"]]
 """For each group and each pair, the permutation that aligns the permutee."""
 
 

@@ -60,7 +60,7 @@ def centre(
     weights = weights.astype(jnp.float32)
     count = weights.sum()
     mean = jnp.where(weights[:, None] > 0, units, 0).sum(axis=0) / jnp.maximum(count, 1)
-    deviations = jnp.where(weights[:, None] > 0, units - mean, 0)
+    deviations = jnp.where(weights[:, None] > 0, units - mean[None, :], 0)
     return Centred(count, mean, (deviations**2).sum(axis=0), deviations)
 
 
@@ -132,7 +132,7 @@ def correlation(moments: Moments) -> Float[Array, "units units"]:
     return (
         moments.products
         * inverse_deviation(moments.mean_reference, moments.squares_reference)[:, None]
-        * inverse_deviation(moments.mean_permutee, moments.squares_permutee)
+        * inverse_deviation(moments.mean_permutee, moments.squares_permutee)[None, :]
     )
 
 

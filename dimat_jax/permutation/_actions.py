@@ -35,8 +35,8 @@ __all__ = [
 Perms = dict[str, Int32[Array, " _units"]]
 """A permutation for each group.
 
-`perm[u]` is the permutee's unit that lands on the reference's unit `u`. Groups differ in
-size, so the length of one says nothing about that of another.
+`perm[u]` is the permutee's unit that lands on the reference's unit `u`. Groups differ
+in size, so the length of one says nothing about that of another.
 """
 
 AnyPerms = Mapping[str, Array | np.ndarray]

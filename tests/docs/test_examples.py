@@ -23,10 +23,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from dimat_jax.cli import COMMANDS
 from dimat_jax.config import check
 from dimat_jax.experiment import check_network
-from dimat_jax.models import MODELS
-from dimat_jax.models._torch_import import to_torch
+from dimat_jax.models import MODELS, to_torch
 from dimat_jax.models.classifier import init
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ PAGES = [
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # What a shell block may hold beside the project's own programs.
-OTHER_PROGRAMS = {"pip", "tfds", "source", "for", "do", "done", "git"}
+OTHER_PROGRAMS = {"pip", "tfds", "pre-commit", "source", "for", "do", "done", "git"}
 
 
 FENCED = re.compile(
@@ -194,11 +194,13 @@ def test_shell_blocks_are_correct(name, block, folder, monkeypatch):
             for target in command[1:]:
                 assert target in make_targets(), target
         elif command[:2] == ["python", "-m"]:
-            check_program(command[2], command[3:], monkeypatch)
+            check_program(("-m", command[2]), command[3:], monkeypatch)
         elif command[0] == "dimat":
-            check_program(f"experiments.{command[1]}", command[2:], monkeypatch)
+            assert command[1] in COMMANDS, command
+            program = "from dimat_jax.cli import main; main()"
+            check_program(("-c", program, command[1]), command[2:], monkeypatch)
         else:
-            assert command[0] in OTHER_PROGRAMS, command
+            assert Path(command[0]).name in OTHER_PROGRAMS, command
 
 
 @functools.cache
@@ -208,44 +210,50 @@ def make_targets() -> frozenset[str]:
 
 
 @functools.cache
-def flags_of(module: str) -> frozenset[str]:
+def flags_of(program: tuple[str, ...]) -> frozenset[str]:
     """The flags that a program has, as its --help lists them."""
     result = subprocess.run(
-        [sys.executable, "-m", module, "--help"],
+        [sys.executable, *program, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
     )
+    assert result.stdout, result.stderr
     return frozenset(re.findall(r"--(?:\[no\])?([\w.]+)", result.stdout))
 
 
-def check_program(module: str, arguments: list[str], monkeypatch) -> None:
+def check_program(
+    program: tuple[str, ...], arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Checks a command of one of the project's programs.
 
     Args:
-        module: what comes after `python -m`.
-        arguments: all else.
+        program: what comes after `python`.
+        arguments: what comes after the program.
         monkeypatch: pytest's.
     """
-    assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+    known, settings = flags_of(program), []
     for argument in arguments:
-        name, _, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--"):
             continue
-        assert name.partition(".")[0] in flags_of(module), f"{module} has no --{name}"
+        name, _, value = argument.removeprefix("--").partition("=")
+        assert name.partition(".")[0] in known, f"{program} has no --{name}"
         if name in ("config", "sweep"):
-            assert Path(value.partition(":")[0]).is_file(), value
-    settings = [word for word in arguments if word.startswith("--config")]
-    if settings:
+            file, colon, form = value.partition(":")
+            if program[0] == "-c" and not file.endswith(".py"):
+                file = f"configs/{file}.py"  # a bundled one
+            assert Path(file).is_file(), value
+            argument = f"--{name}={file}{colon}{form}"
+        if argument.startswith("--config"):
+            settings.append(argument)
+    if any(setting.startswith("--config=") for setting in settings):
         check_config(settings, monkeypatch)
 
 
-def check_config(settings: list[str], monkeypatch) -> None:
+def check_config(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks that a config with these flags could be run."""
     settings = [re.sub(r"\$\w+", "0", setting) for setting in settings]
-    if not any(setting.startswith("--config=") for setting in settings):
-        return
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
     command = ["program", *settings]
