@@ -19,7 +19,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dimat_jax import algorithms as algorithms
-    from dimat_jax import arguments as arguments
     from dimat_jax import cli as cli
     from dimat_jax import compression as compression
     from dimat_jax import config as config
@@ -39,9 +38,11 @@ if TYPE_CHECKING:
     from dimat_jax import permutation as permutation
     from dimat_jax import placement as placement
     from dimat_jax import reports as reports
+    from dimat_jax import sweeps as sweeps
     from dimat_jax import topology as topology
     from dimat_jax import train as train
     from dimat_jax import tree as tree
+    from dimat_jax import workdir as workdir
     from dimat_jax.algorithms import ALGORITHMS as ALGORITHMS
     from dimat_jax.compression import COMPRESSORS as COMPRESSORS
     from dimat_jax.config import default_config as default_config

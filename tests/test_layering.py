@@ -32,6 +32,7 @@ FLOORS = [
     ["evaluate"],
     ["arguments"],
     ["config"],
+    ["sweeps"],
     ["experiment"],
     ["_trainer", "workdir"],
     ["_pretrain"],

@@ -83,18 +83,15 @@ def cga(
 
     @placement.per_agent
     def aggregate(own, crossed, residuals, active, key):
-        received, lost = [], list(residuals)
-        for k in slots:
-            arrived, residual = crossed[k], residuals[k] if residuals else None
-            if residual is not None:
-                arrived, missing = with_feedback(
-                    compressor, arrived, residual, jax.random.fold_in(key, k)
-                )
-                # A neighbour that is not active has sent nothing, and lost nothing.
-                keep = functools.partial(jnp.where, active[k])
-                lost[k] = jax.tree.map(keep, missing, residual)
-            received.append(arrived)
-        return project(own, received, active), lost
+        lost = []
+        for k, residual in enumerate(residuals):
+            crossed[k], missing = with_feedback(
+                compressor, crossed[k], residual, jax.random.fold_in(key, k)
+            )
+            # A neighbour that is not active has sent nothing, and lost nothing.
+            keep = functools.partial(jnp.where, active[k])
+            lost.append(jax.tree.map(keep, missing, residual))
+        return project(own, crossed, active), lost
 
     @placement.per_agent
     def adapt(direction, state, batch):

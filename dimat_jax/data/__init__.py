@@ -11,6 +11,7 @@ from dimat_jax._lazy import importer, public_names
 if TYPE_CHECKING:
     from dimat_jax.data import partition as partition
     from dimat_jax.data import pipeline as pipeline
+    from dimat_jax.data import selection as selection
     from dimat_jax.data import sources as sources
 else:
     __getattr__ = importer(__name__, {})

@@ -161,7 +161,8 @@ def every_pair_alone(n_pairs: int, stay: float = STAY.default) -> Solver:
 S = TypeVar("S", bound=Scorer, covariant=True)
 
 
-class Problem(NamedTuple, Generic[S]):
+@dataclasses.dataclass(frozen=True)
+class Problem(Generic[S]):
     """One matching problem.
 
     Attributes:
@@ -196,7 +197,7 @@ def objective(problem: Problem, perms: PairPerms) -> Float[np.ndarray, " pairs"]
     It is the scorer's total, and in addition `stay`, in units of the group's scale, for
     every unit that stays where it is.
     """
-    scorer, solver = problem
+    scorer, solver = problem.scorer, problem.solver
     staying = sum(
         solver.stay
         * scorer.scale(group)
@@ -227,7 +228,7 @@ def improve_group(
     Returns:
         the permutations of all groups; `perms` itself if no pair gained.
     """
-    scorer, solver = problem
+    scorer, solver = problem.scorer, problem.solver
     scale = scorer.scale(group, matched)
     scores = scorer.scores(group, perms, matched)
     scores = prefer_staying(scores, solver.stay, scale)

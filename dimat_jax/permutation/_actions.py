@@ -32,10 +32,11 @@ __all__ = [
     "random",
 ]
 
-Perms = dict[str, Int32[Array, " units"]]
+Perms = dict[str, Int32[Array, " _units"]]
 """A permutation for each group.
 
-`perms[group][u]` is the permutee's unit that lands on the reference's unit `u`.
+`perm[u]` is the permutee's unit that lands on the reference's unit `u`. Groups differ in
+size, so the length of one says nothing about that of another.
 """
 
 AnyPerms = Mapping[str, Array | np.ndarray]
