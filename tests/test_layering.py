@@ -30,7 +30,6 @@ FLOORS = [
     ["optimizers", "compression"],
     ["algorithms"],
     ["evaluate"],
-    ["arguments"],
     ["config"],
     ["sweeps"],
     ["experiment"],

@@ -41,7 +41,7 @@ __all__ = [
     "waves",
 ]
 
-Edges = Int[np.ndarray, "edges 2"]
+Edges = Int[np.ndarray, "_edges 2"]
 """Pairs (receiver, sender): the sender is to be aligned with the receiver."""
 
 EdgePerms = dict[tuple[int, int], dict[str, np.ndarray]]

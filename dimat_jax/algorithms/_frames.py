@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from dimat_jax import permutation
 from dimat_jax.algorithms._edges import (
@@ -156,7 +156,7 @@ def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
     return merge
 
 
-def _to_roots(perms: EdgePerms, slots: int) -> Perms:
+def _to_roots(perms: EdgePerms, slots: int) -> dict[str, Int32[Array, "slots _units"]]:
     """Stacked permutations into the roots' frames; the identity for the roots.
 
     Args:

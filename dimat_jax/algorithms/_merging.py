@@ -11,7 +11,7 @@ column-stochastic, an agent takes the average of what it has.
 """
 
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -50,9 +50,7 @@ from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.tree import nbytes, take
 
-__all__ = ["FRAME", "OPT_STATE", "OptStatePolicy", "merging"]
-
-OptStatePolicy = Literal["reset", "keep", "merge"]
+__all__ = ["FRAME", "OPT_STATE", "merging"]
 
 FRAME = Option(
     "merge.frame",
@@ -67,7 +65,7 @@ OPT_STATE = Option(
     'What becomes of the optimizer state at a merge. "reset": it starts anew, while '
     'learning-rate schedules go on. "keep": it stays as it is. "merge": it is permuted '
     "and averaged like the weights.",
-    choices=get_args(OptStatePolicy),
+    choices=("reset", "keep", "merge"),
 )
 
 
@@ -79,7 +77,7 @@ def merging(
     match: Literal["activations", "weights"] | None,
     frame: str = FRAME.default,
     stay: float = STAY.default,
-    opt_state: OptStatePolicy = OPT_STATE.default,
+    opt_state: str = OPT_STATE.default,
     restarts: int = RESTARTS.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:

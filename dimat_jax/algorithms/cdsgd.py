@@ -15,8 +15,6 @@ The other order, x_i <- sum_j W_ij (x_j + u_j), is adapt-then-combine (Chen & Sa
 2012).
 """
 
-from typing import Literal, get_args
-
 import optax
 
 from dimat_jax.algorithms.base import (
@@ -35,16 +33,14 @@ from dimat_jax.mixing import mix
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 
-__all__ = ["RECORDS", "Order", "cdsgd"]
-
-Order = Literal["combine_then_adapt", "adapt_then_combine"]
+__all__ = ["RECORDS", "cdsgd"]
 
 ORDER = Option(
     "gossip.order",
     "combine_then_adapt",
     "Whether an agent's own step is added after its neighbours' weights are mixed "
     "(combine_then_adapt), or is mixed with them (adapt_then_combine).",
-    choices=get_args(Order),
+    choices=("combine_then_adapt", "adapt_then_combine"),
 )
 
 
@@ -53,7 +49,7 @@ def cdsgd(
     tx: optax.GradientTransformation,
     placement: Placement,
     *,
-    order: Order = ORDER.default,
+    order: str = ORDER.default,
 ) -> Algorithm:
     """Gossip with every local step. W is to be doubly stochastic.
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from dimat_jax.algorithms.base import (
     Algorithm,
@@ -83,15 +83,11 @@ def cga(
 
     @placement.per_agent
     def aggregate(own, crossed, residuals, active, key):
-        lost = []
-        for k, residual in enumerate(residuals):
-            crossed[k], missing = with_feedback(
-                compressor, crossed[k], residual, jax.random.fold_in(key, k)
+        if residuals:
+            crossed, residuals = _compressed(
+                compressor, crossed, residuals, active, key
             )
-            # A neighbour that is not active has sent nothing, and lost nothing.
-            keep = functools.partial(jnp.where, active[k])
-            lost.append(jax.tree.map(keep, missing, residual))
-        return project(own, crossed, active), lost
+        return project(own, crossed, active), residuals
 
     @placement.per_agent
     def adapt(direction, state, batch):
@@ -158,6 +154,34 @@ def _cross_gradients(
         return own, crossed, exchange.active(answering)
 
     return ask
+
+
+def _compressed(
+    compressor: Compressor,
+    crossed: list[PyTree],
+    residuals: list[PyTree],
+    active: Bool[Array, " others"],
+    key: Key[Array, ""],
+) -> tuple[list[PyTree], list[PyTree]]:
+    """What arrives at one agent of compressed cross-gradients, and what they lose.
+
+    Args:
+        compressor: compresses each cross-gradient.
+        crossed: the cross-gradient from each neighbour.
+        residuals: what each neighbour's messages have lost so far.
+        active: which neighbours send.
+        key: consumed.
+    """
+    received, lost = [], []
+    for k, (message, residual) in enumerate(zip(crossed, residuals, strict=True)):
+        arrived, missing = with_feedback(
+            compressor, message, residual, jax.random.fold_in(key, k)
+        )
+        # A neighbour that is not active has sent nothing, and lost nothing.
+        keep = functools.partial(jnp.where, active[k])
+        received.append(arrived)
+        lost.append(jax.tree.map(keep, missing, residual))
+    return received, lost
 
 
 def project(

@@ -9,7 +9,7 @@ linear assignment problem (DIMAT: Decentralized Iterative Merging-And-Training, 
 2024, arXiv 2404.08079, equation 4 and Algorithms 1 to 3). W is the mixing matrix.
 """
 
-from dimat_jax.algorithms._merging import FRAME, OPT_STATE, OptStatePolicy, merging
+from dimat_jax.algorithms._merging import FRAME, OPT_STATE, merging
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.record import GRAPH, MergingRecord
 from dimat_jax.compression import COMPRESSOR, Compressor, none
@@ -27,7 +27,7 @@ def dimat(
     *,
     frame: str = FRAME.default,
     stay: float = STAY.default,
-    opt_state: OptStatePolicy = OPT_STATE.default,
+    opt_state: str = OPT_STATE.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
     """Merges networks that are aligned by their activations, once a round.

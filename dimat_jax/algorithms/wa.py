@@ -7,7 +7,7 @@ This is DIMAT (arXiv 2404.08079) without its permutations, and one of its baseli
 is the mixing matrix.
 """
 
-from dimat_jax.algorithms._merging import OPT_STATE, OptStatePolicy, merging
+from dimat_jax.algorithms._merging import OPT_STATE, merging
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.record import GRAPH, MergingRecord
 from dimat_jax.compression import COMPRESSOR, Compressor, none
@@ -22,7 +22,7 @@ def wa(
     task: Task,
     placement: Placement,
     *,
-    opt_state: OptStatePolicy = OPT_STATE.default,
+    opt_state: str = OPT_STATE.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
     """Averages networks as they are, once a round.

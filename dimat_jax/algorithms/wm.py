@@ -9,7 +9,7 @@ inner product of the two networks' weights, by coordinate descent over the layer
 2404.08079). No data are looked at. W is the mixing matrix.
 """
 
-from dimat_jax.algorithms._merging import FRAME, OPT_STATE, OptStatePolicy, merging
+from dimat_jax.algorithms._merging import FRAME, OPT_STATE, merging
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.record import GRAPH, MergingRecord
 from dimat_jax.compression import COMPRESSOR, Compressor, none
@@ -28,7 +28,7 @@ def wm(
     *,
     frame: str = FRAME.default,
     stay: float = STAY.default,
-    opt_state: OptStatePolicy = OPT_STATE.default,
+    opt_state: str = OPT_STATE.default,
     restarts: int = RESTARTS.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:

@@ -188,7 +188,7 @@ def total_score(
 ) -> Float[np.ndarray, "*batch"]:
     """The sum of the scores that a permutation picks, in float64."""
     picked = np.take_along_axis(scores, perms[..., None], axis=-1)[..., 0]
-    return picked.sum(axis=-1, dtype=np.float64)
+    return np.asarray(picked.sum(axis=-1, dtype=np.float64))
 
 
 def objective(problem: Problem, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
