@@ -212,7 +212,13 @@ def result_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_of(fields: Fields) -> AlgorithmRecord:
-    """The record of a config's algorithm, with what it does between merges."""
+    """The record of a config's algorithm, with what it does between merges.
+
+    Raises:
+        ConfigError: the config names an algorithm that does not exist.
+    """
+    for option in (ALGORITHM, INNER):
+        _check_value(option, fields)
     return algorithms.record(fields[ALGORITHM.path], fields[INNER.path])
 
 
@@ -276,8 +282,6 @@ def check(config: Config) -> None:
         ConfigError: names the field, its value and what is allowed.
     """
     fields = fields_of(config)
-    for option in (ALGORITHM, INNER):
-        _check_value(option, fields)
     whole = resolved(fields)
     found = read(ROOT, whole)
     for option in found.values():
