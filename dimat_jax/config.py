@@ -312,9 +312,13 @@ def _why_unread(path: str, fields: Fields, found: Mapping[str, Option]) -> str:
     """Which choices of a config do not read an option, and which would."""
     if path in {option.path for option in record_of(fields).ignores}:
         return f"{ALGORITHM.path}={fields[ALGORITHM.path]!r} does not read it"
-    routes = readers(ROOT)[path]
-    # A choice that is not read itself is no help to the user.
-    routes = [route for route in routes if route[0].path in found] or routes
+    every_route = readers(ROOT)[path]
+    routes = [route for route in every_route if route[0].path in found]
+    if not routes:
+        opener = every_route[0][0].path
+        return f"nothing reads {opener}, which leads to it: " + _why_unread(
+            opener, fields, found
+        )
     now = [f"{option.path}={fields[option.path]!r}" for option, _ in routes]
     verb = "does" if len(now) == 1 else "do"
     return (
