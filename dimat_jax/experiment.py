@@ -186,6 +186,15 @@ class Experiment:
         """The network of a local step of a round; steps count from the first round."""
         return self.links.at_step(step, round_number, self.placement.slots)
 
+    def steps_of_round(self, round_number: int) -> range:
+        """The local steps of a round. Steps count from the first round on, from 0."""
+        first = (round_number - 1) * self.local_steps
+        return range(first, first + self.local_steps)
+
+    def communication_key(self, round_number: int) -> Key[Array, ""]:
+        """The key of everything random in a round's communication."""
+        return jax.random.fold_in(self.key("communicate"), round_number)
+
     def placed(self, network: Network) -> Network:
         """A network on all devices. Of one that comes again it is kept there."""
         if id(network) not in self._placed:

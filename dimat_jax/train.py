@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -51,86 +50,75 @@ def run(
     """
     folder = Workdir(workdir)
     folder.check(config)
-    summary = folder.read_summary()
-    if summary is not None:
+    if (summary := folder.read_summary()) is not None:
         log(f"{folder.path} holds this run, finished")
         return summary
+    experiment = _prepare(config, folder, log)
+    algorithm = experiment.algorithm
+    with Results(folder, experiment) as results, _bar(experiment, results) as bar:
+        log = log if bar.disable else bar.write
+        evaluate = _Evaluations(experiment, results, log)
+        progress, state = results.progress, results.restore()
+        if state is not None:
+            log(f"going on after local step {progress.step}")
+        if state is None or progress.epoch < config.pretrain.epochs:
+            state, metrics = pretrain(experiment, results, state, log, bar.update)
+            evaluate("pretrained", 0, state, metrics)
+            results.save(state)
+        messages, trainer = algorithm.messages(state), _trainer(experiment)
+
+        for number in range(progress.round + 1, config.rounds + 1):
+            is_last = number == config.rounds
+            evaluates = is_last or number % config.eval.every == 0
+
+            network, data = experiment.network_at_round(number), experiment.merge_data
+            state, metrics = algorithm.communicate(
+                state, data(number), network, experiment.communication_key(number)
+            )
+            matching = metrics.pop("matching_bytes", None)
+            edges = experiment.links.edges
+            progress.ledger.record_round(messages, network, edges, matching)
+            if evaluates:
+                changed = bool(messages.round or messages.server)
+                evaluate("merged", number, state, metrics, changed)
+
+            steps = experiment.steps_of_round(number)
+            networks = [experiment.network_at_step(step, number) for step in steps]
+            state, metrics = trainer.train(state, steps.start, networks, bar.update)
+            progress.ledger.record_steps(messages, networks)
+            progress.step, progress.round = progress.step + len(steps), number
+            if evaluates:
+                evaluate("trained", number, state, metrics)
+            if is_last or number % config.checkpoint.every == 0:
+                results.save(state)
+        return results.summarize()
+
+
+def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
+    """Builds and checks a run's experiment, and makes its folder if it is new."""
     experiment = Experiment(config)
     if not folder.is_started:
         if experiment.record.aligns:
             experiment.verify_spec()
         log(table(folder.create(experiment)))
-    steps = experiment.pretrain_steps + config.rounds * experiment.local_steps
-    with (
-        Results(folder, experiment) as results,
-        # `disable=None` draws the bar on terminals only.
-        tqdm(
-            total=steps, initial=results.progress.step, unit="step", disable=None
-        ) as bar,
-    ):
-        log = log if bar.disable else bar.write
-        _finish(experiment, results, log, bar.update)
-        return results.summarize()
+    return experiment
 
 
-def _finish(
-    experiment: Experiment,
-    results: Results,
-    log: Callable[[str], None],
-    tick: Callable[[int], Any],
-) -> None:
-    """Runs all that is left of an experiment.
+def _trainer(experiment: Experiment) -> Trainer:
+    """What trains the agents in the rounds."""
+    key = experiment.key("rounds")
+    return Trainer(experiment, experiment.algorithm, experiment.sampler, key)
 
-    Args:
-        experiment: What the run's config describes.
-        results: The run's files, which know its progress.
-        log: A function that receives lines of text.
-        tick: A function that is called with the number of steps just done.
-    """
-    config, algorithm = experiment.config, experiment.algorithm
-    progress, evaluate = results.progress, _Evaluations(experiment, results, log)
-    state = results.restore()
-    if state is not None:
-        log(f"going on after local step {progress.step}")
 
-    if state is None or progress.epoch < config.pretrain.epochs:
-        state, metrics = pretrain(experiment, results, state, log, tick)
-        evaluate("pretrained", 0, state, metrics)
-        results.save(state)
-
-    messages = algorithm.messages(state)
-    trainer = Trainer(
-        experiment, algorithm, experiment.sampler, experiment.key("rounds")
+def _bar(experiment: Experiment, results: Results) -> tqdm:
+    """A progress bar over all local steps, drawn on terminals only."""
+    rounds = experiment.config.rounds
+    return tqdm(
+        total=experiment.pretrain_steps + rounds * experiment.local_steps,
+        initial=results.progress.step,
+        unit="step",
+        disable=None,
     )
-    for number in range(progress.round + 1, config.rounds + 1):
-        is_last = number == config.rounds
-        evaluates = is_last or number % config.eval.every == 0
-
-        network = experiment.network_at_round(number)
-        key = jax.random.fold_in(experiment.key("communicate"), number)
-        state, metrics = algorithm.communicate(
-            state, experiment.merge_data(number), network, key
-        )
-        matching = metrics.pop("matching_bytes", None)
-        progress.ledger.record_round(
-            messages, network, experiment.links.edges, matching
-        )
-        if evaluates:
-            changed = bool(messages.round or messages.server)
-            evaluate("merged", number, state, metrics, changed)
-
-        steps = range(
-            (number - 1) * experiment.local_steps, number * experiment.local_steps
-        )
-        networks = [experiment.network_at_step(step, number) for step in steps]
-        state, metrics = trainer.train(state, steps.start, networks, tick)
-        progress.ledger.record_steps(messages, networks)
-        progress.step, progress.round = progress.step + len(steps), number
-        if evaluates:
-            evaluate("trained", number, state, metrics)
-
-        if is_last or number % config.checkpoint.every == 0:
-            results.save(state)
 
 
 class _Evaluations:

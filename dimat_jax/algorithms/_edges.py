@@ -128,7 +128,7 @@ class Matcher(Protocol):
         """
         ...
 
-    def search(self, problem: Problem, key: Key[Array, ""]) -> PairPerms:
+    def search(self, problem: Problem, key: Key[Array, ""], /) -> PairPerms:
         """Finds good permutations, in the order of the waves' edges.
 
         Args:

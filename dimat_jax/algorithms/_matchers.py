@@ -1,6 +1,7 @@
 """The two ways to match agents along edges: by their activations, by their weights."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -86,7 +87,7 @@ class ActivationMatcher:
         scores = stream_scores(agents, data.match, edge_waves, stopwatch)
         return ActivationScorer(scores, edge_waves, fetch=self._placement.fetch)
 
-    def search(self, problem: Problem, key: Key[Array, ""]) -> PairPerms:
+    def search(self, problem: Problem, key: Key[Array, ""], /) -> PairPerms:
         del key
         return coordinate_descent(problem, identities(problem.scorer))
 
@@ -219,7 +220,10 @@ class WeightMatcher:
         placement: Placement,
         restarts: int = RESTARTS.default,
     ):
-        self._spec, self._placement, self._restarts = spec, placement, restarts
+        self._spec, self._placement = spec, placement
+        self.search: Callable[[Problem, Key[Array, ""]], PairPerms] = partial(
+            match_by_weights, restarts=restarts
+        )
         self._lift = placement.per_agent
 
     def both_ways(self, data: MergeData) -> bool:
@@ -250,9 +254,6 @@ class WeightMatcher:
             fetch=fetch,
             names=[f"agent {slot % agents}" for slot in range(slots)],
         )
-
-    def search(self, problem: Problem, key: Key[Array, ""]) -> PairPerms:
-        return match_by_weights(problem, key=key, restarts=self._restarts)
 
     def score_bytes(self, sizes: Sequence[int]) -> int:
         del sizes

@@ -176,12 +176,11 @@ def match_weights(
     scorer = WeightScorer(
         spec, group_sizes(spec, models[0]), _stack(leaves), [pairs], names=names
     )
-    return match_by_weights(Problem(scorer, solver), key=key, restarts=restarts)
+    return match_by_weights(Problem(scorer, solver), key, restarts)
 
 
 def match_by_weights(
     problem: Problem[WeightScorer],
-    *,
     key: Key[Array, ""],
     restarts: int = RESTARTS.default,
 ) -> PairPerms:
