@@ -42,6 +42,7 @@ __all__ = [
     "ROOT",
     "Config",
     "ConfigError",
+    "UnreadOptionError",
     "check",
     "default_config",
     "drop_unread",
@@ -62,6 +63,10 @@ Fields = Mapping[str, Any]
 
 class ConfigError(UserError):
     """A config that cannot be run: which field, what it holds, what is allowed."""
+
+
+class UnreadOptionError(ConfigError):
+    """Options that are set although nothing in this config reads them."""
 
 
 # The options of the run itself ========================================================
@@ -305,7 +310,7 @@ def _refuse_unread(fields: Fields, found: Mapping[str, Option]) -> None:
         if path not in found and fields[path] != option.default
     ]
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise UnreadOptionError("; ".join(problems))
 
 
 def _why_unread(path: str, fields: Fields, found: Mapping[str, Option]) -> str:

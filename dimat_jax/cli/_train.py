@@ -12,9 +12,17 @@ from absl import flags
 
 from dimat_jax import reports, train
 from dimat_jax.cli import _bundled, _program
+from dimat_jax.config import UnreadOptionError
+from dimat_jax.errors import UserError
 from dimat_jax.placement import request_cpu_devices
 
 __all__ = ["COMMAND"]
+
+_HINT = (
+    "If the config file has set these for another algorithm, name the algorithm in the "
+    "config's argument (--config=quickstart:wa), so that the file drops what it does "
+    "not read (dimat_jax.config.drop_unread)"
+)
 
 
 def define_flags() -> None:
@@ -28,7 +36,10 @@ def main(arguments: list[str]) -> None:
     _program.expect_no(arguments)
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     request_cpu_devices(config.placement.cpu_devices)
-    train.run(config, workdir)
+    try:
+        train.run(config, workdir)
+    except UnreadOptionError as error:
+        raise UserError(f"{error}. {_HINT}") from None
     for path in reports.write([workdir], workdir):
         print(f"wrote {path}")
 
