@@ -315,7 +315,7 @@ class Experiment:
         )
 
     def seeds(self, purpose: str) -> Sequence[int]:
-        """Returns the seeds for `numpy.random.default_rng` on the host, for a purpose."""
+        """Returns seeds for `numpy.random.default_rng`, on the host, for a purpose."""
         return [self.config.seed, _PURPOSES.index(purpose)]
 
     def _check_sizes(self) -> None:

@@ -239,7 +239,8 @@ SCHEDULES: dict[str, Record[Schedule]] = registry(
     Record("exponential", exponential, (DECAY,)),
     Record("cosine", cosine),
 )
-"""`SCHEDULES[name](rate, steps_per_epoch=..., total_steps=..., **options)` builds one."""
+"""`SCHEDULES[name](rate, steps_per_epoch=..., total_steps=..., **options)` builds a
+schedule."""
 
 OPTIMIZER = Option(
     "optimizer.name",

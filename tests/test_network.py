@@ -189,7 +189,10 @@ def test_faults_come_as_often_as_they_should_and_as_the_seed_says():
         ({"edge_loss": float("nan")}, "edge_loss is nan; it must be at least 0"),
         ({"absences": (Absence(0, 0),)}, "rounds counting from 1; got"),
         ({"absences": (Absence(0, 3, 3),)}, "round it is back for"),
-        ({"absences": (Absence(7, 1),)}, "agent 7 is to be absent, but there are only"),
+        (
+            {"absences": (Absence(7, 1),)},
+            "an absence names agent 7, but there are only",
+        ),
     ],
 )
 def test_faults_that_make_no_sense_say_why(faults, message):

@@ -1,4 +1,4 @@
-"""Models of one architecture, some data, and what can be done with both."""
+"""Matches, averages, mends and evaluates models of one architecture."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a merge of model files can be told."""
+"""The options of a merge of model files."""
 
 import dataclasses
 from pathlib import Path
@@ -16,25 +16,25 @@ FRAMES = ("reference", "joint")
 
 
 def _field(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field with a default, and with what else an `Option` says of it."""
+    """Makes a field with a default, and with the other arguments of its `Option`."""
     metadata = {"meaning": meaning, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def option_of(field: dataclasses.Field) -> Option:
-    """What a field of `Options` means, and the values that it may have."""
+    """Makes the `Option` of a field: its meaning, and the values that it may have."""
     return Option(field.name, field.default, **field.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to merge, and how.
+    """The models of a merge, and the way in which they are merged.
 
-    The fields after the first two are flags of `dimat merge`; each says what it means.
+    The fields after the first two are flags of `dimat merge`; each holds its meaning.
 
     Attributes:
-        models: two or more of them: the workdir of a run (DIR:2 is its agent 2, DIR its
-            agent 0), a PyTorch file, or the `out` of an earlier merge.
+        models: two or more names. Each is the workdir of a run (DIR:2 is its agent 2,
+            DIR its agent 0), a PyTorch file, or the `out` of an earlier merge.
         out: the folder for all results, which must be new or empty.
     """
 
@@ -88,7 +88,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Refuses what can be refused before anything is read.
+    """Checks the options before any file is read.
 
     Raises:
         UserError: names the flag, its value and what is allowed.

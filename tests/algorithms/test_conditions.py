@@ -17,10 +17,10 @@ BOTH_WAYS = {"cga", "compcga"}
 SYMMETRIC = {"choco", "d2"}
 FAULTY = Faults(dropout=0.3, edge_loss=0.3)
 
-CONNECTED = "a connected network, in which everyone hears of everyone"
+CONNECTED = "a connected network, in which information from every agent reaches"
 SUMS = "rows and columns sum to 1"
 COLUMNS = "without negative weights whose columns sum to 1"
-TWO_WAY = "an undirected network: who receives has to answer"
+TWO_WAY = "an undirected network: every receiver must be able to answer its sender"
 THE_SAME = "the same network at every step"
 
 
@@ -30,7 +30,7 @@ def test_there_is_a_condition_for_every_algorithm():
 
 
 def refusal(name: str, network: Links, inner: str = "local", **options) -> str:
-    """The reason why an algorithm refuses a network; empty: it does not."""
+    """Returns why an algorithm refuses a network; "" if it takes the network."""
     try:
         record(name, inner).check_network(network, **options)
     except NetworkError as error:
@@ -39,7 +39,7 @@ def refusal(name: str, network: Links, inner: str = "local", **options) -> str:
 
 
 def expected(name: str, network: Links) -> str:
-    """What theory has against a network, found from its matrices alone."""
+    """Finds from a network's matrices alone which condition of the theory fails."""
     matrices, edges = network.mixing_matrix, network.edges
     graph = nx.from_numpy_array(edges.T, create_using=nx.DiGraph)
     columns = np.allclose(matrices.sum(axis=1), 1)
