@@ -58,7 +58,8 @@ class Options:
     )
     frame: str = _field(
         "reference",
-        "reference: all models are aligned to the first; joint: all to all.",
+        "reference: all models are aligned to the first. joint: all models are aligned "
+        "to each other.",
         choices=FRAMES,
     )
     weights: tuple[float, ...] | None = _field(
@@ -78,7 +79,7 @@ class Options:
     test_size: int | None = _field(
         None, "The number of test images to evaluate on. By default, all."
     )
-    seed: int = _field(0, "The seed of everything that is random.", at_least=0)
+    seed: int = _field(0, "The seed of all random numbers.", at_least=0)
     restarts: int = _field(
         1, "The number of starts of weight matching; the best is taken.", at_least=1
     )
@@ -91,7 +92,8 @@ def check(options: Options) -> None:
     """Checks the options before any file is read.
 
     Raises:
-        UserError: names the flag, its value and what is allowed.
+        UserError: an option is wrong; the message names the flag, its value and what is
+            allowed.
     """
     if len(set(options.models)) < max(2, len(options.models)):
         raise UserError(
@@ -105,4 +107,4 @@ def check(options: Options) -> None:
     merge.check_weights(options.weights, len(options.models))
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} is there already; choose a new folder")
+        raise UserError(f"--out={out} exists already; choose a new folder")

@@ -205,7 +205,7 @@ def permute_opt_state(
     opt_state: optax.OptState,
     params: PyTree,
 ) -> optax.OptState:
-    """Permutes the parts of one agent's optimizer state that are shaped like its params.
+    """Permutes what is shaped like the params in one agent's optimizer state.
 
     Momenta are in the frame of the params that they move; counters are in no frame.
     """

@@ -114,7 +114,7 @@ def _learning_rate(tx: optax.GradientTransformation, opt_state, params) -> Array
         updates, _ = tx.update(jax.tree.map(like, params), opt_state, params)
         return jax.tree.leaves(updates)[0].ravel()[0].astype(jnp.float32)
 
-    # Weight decay adds the same number to both steps, so it drops out of the difference.
+    # Weight decay adds the same number to both steps and cancels in the difference.
     return step_for(jnp.zeros_like) - step_for(jnp.ones_like)
 
 

@@ -101,7 +101,7 @@ def load(
 
 
 def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split:
-    """Draws a subset that takes from every class in turn, and keeps the stored order."""
+    """Draws a subset that takes from every class in turn, in the stored order."""
     n_samples = len(split.labels)
     if size is None:
         return split

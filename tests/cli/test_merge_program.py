@@ -294,7 +294,7 @@ BAD = {
             f.save(str(i), fresh("mlp", i, n_classes=7, hidden=[9])) for i in (0, 1)
         ],
         {},
-        "tells 7 classes apart, but digits has 10",
+        "is for 7 classes, but digits has 10",
     ),
     "NaN": (
         lambda f: [f.run, f.save("nan", with_nan(fresh("mlp")))],
@@ -322,7 +322,7 @@ def test_bad_input_is_named_and_leaves_no_files(
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path, workdir):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         run(Options(agents(workdir, 0, 1), str(tmp_path)), quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
