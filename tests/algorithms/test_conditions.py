@@ -88,17 +88,17 @@ def test_networks_are_taken_or_refused_with_the_reason(topology, mixing):
 @pytest.mark.parametrize(
     ("topology", "mixing", "refused"),
     [
-        # Weights of an undirected graph stay doubly stochastic, whatever fails, ...
+        # Under faults, weights of an undirected graph remain doubly stochastic, ...
         ("ring", "uniform", {"d2": THE_SAME}),
         ("star", "metropolis_hastings", {"d2": THE_SAME}),
-        # ... those of a directed one keep what they push, ...
+        # ... the columns of a directed one remain at the sum 1, ...
         (
             "exponential",
             "uniform",
             {name: SUMS for name in BALANCED | BOTH_WAYS | {"choco"}}
             | {"d2": THE_SAME},
         ),
-        # ... and rows alone can only be averaged, by those who merge.
+        # ... and if only rows sum to 1, only merging algorithms can use the weights.
         (
             "ring",
             "row_stochastic",
@@ -129,7 +129,8 @@ def test_networks_in_parts_are_for_those_who_merge():
             assert not refusal(name, parts)
         else:
             assert CONNECTED in refusal(name, parts)
-    # Strongly connected in time is enough, one way is not.
+    # It is enough that the edges of all times together are strongly connected. One
+    # direction is not enough.
     one_way = from_graph(nx.DiGraph([(0, 1), (1, 2)]))
     assert CONNECTED in refusal("sgp", Links(one_way, MIXINGS["column_stochastic"]))
     parts_in_turn = np.stack([TOPOLOGIES["disconnected"](3), TOPOLOGIES["ring"](3)])
