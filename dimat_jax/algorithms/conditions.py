@@ -67,7 +67,7 @@ def pushing(name: str, links: Links) -> None:
     if (own <= 0).any():
         agent = int(np.argmax((own <= 0).any(axis=0)))
         raise NetworkError(
-            f"{name} needs agents that keep a part of what they have, but W[{agent}, "
+            f"{name} needs every agent to have a weight for itself, but W[{agent}, "
             f"{agent}] is {own[:, agent].min():g}"
         )
 
