@@ -207,7 +207,7 @@ def test_it_says_what_each_entry_is(capsys):
         line.split(maxsplit=1) for line in shown(capsys, "topologies").splitlines()
     ]
     assert ["ring", meaning] in lines
-    assert "quickstart         Five agents on" in shown(capsys, "configs")
+    assert "quickstart         Five agents learn" in shown(capsys, "configs")
 
 
 @pytest.mark.parametrize("topic", ["quickstart:wa", "configs/quickstart.py:wa"])
