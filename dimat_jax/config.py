@@ -215,7 +215,12 @@ def record_of(fields: Fields) -> AlgorithmRecord:
     """Returns the record of a config's algorithm.
 
     For an algorithm that merges, it includes what agents do between merges.
+
+    Raises:
+        ConfigError: the config names an algorithm that does not exist.
     """
+    for option in (ALGORITHM, INNER):
+        _check_value(option, fields)
     return algorithms.record(fields[ALGORITHM.path], fields[INNER.path])
 
 
@@ -287,8 +292,6 @@ def check(config: Config) -> None:
             allowed.
     """
     fields = fields_of(config)
-    for option in (ALGORITHM, INNER):
-        _check_value(option, fields)
     whole = resolved(fields)
     found = read(ROOT, whole)
     for option in found.values():
@@ -319,9 +322,13 @@ def _why_unread(path: str, fields: Fields, found: Mapping[str, Option]) -> str:
     """Says which choices of a config do not read an option, and which would."""
     if path in {option.path for option in record_of(fields).ignores}:
         return f"{ALGORITHM.path}={fields[ALGORITHM.path]!r} does not read it"
-    routes = readers(ROOT)[path]
-    # A choice that is itself not read does not help the user.
-    routes = [route for route in routes if route[0].path in found] or routes
+    every_route = readers(ROOT)[path]
+    routes = [route for route in every_route if route[0].path in found]
+    if not routes:
+        opener = every_route[0][0].path
+        return f"nothing reads {opener}, which leads to it: " + _why_unread(
+            opener, fields, found
+        )
     now = [f"{option.path}={fields[option.path]!r}" for option, _ in routes]
     verb = "does" if len(now) == 1 else "do"
     return (

@@ -214,7 +214,12 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
             "config.merge.stay is 0.1, but alg",
         ),
         ({"algorithm": "wa", "merge__frame": "joint"}, "config.merge.frame is 'joint'"),
-        ({"algorithm": "wm", "merge__match_samples": 10}, "config.merge.match_samples"),
+        (
+            {"algorithm": "wm", "merge__match_samples": 10},
+            "config.merge.match_samples is 10, but nothing reads merge.match_data, "
+            "which leads to it: algorithm='wm' does not read it; it is read where "
+            "algorithm is 'dimat'$",
+        ),
         (
             {"algorithm": "dimat", "merge__restarts": 3},
             "config.merge.restarts is 3, bu",

@@ -13,7 +13,7 @@ from configs import cifar100_resnet20, quickstart
 from dimat_jax import models, train
 from dimat_jax._metrics import read_rows
 from dimat_jax._trainer import Trainer
-from dimat_jax.config import ConfigError, default_config
+from dimat_jax.config import ConfigError, default_config, drop_unread
 from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
@@ -32,9 +32,12 @@ def small(algorithm: str = "dimat", **changes):
         "data.test_size": 100,
         "pretrain.epochs": 3,
         "pretrain.checkpoint_every": 1,
-        **{name.replace("__", "."): value for name, value in changes.items()},
     }
     config.update_from_flattened_dict(fields)
+    drop_unread(config)
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+    )
     return config
 
 
@@ -205,7 +208,7 @@ def test_a_round_communicates_trains_books_both_and_is_saved(tmp_path, events):
 def test_rounds_in_between_are_neither_evaluated_nor_saved(tmp_path, events):
     config = small("wa", rounds=3, eval__every=2, checkpoint__every=2)
     config.pretrain.epochs = 0
-    train.run(config, tmp_path, quiet)
+    train.run(drop_unread(config), tmp_path, quiet)
     rounds = " ".join(events).split("communicate")
     evaluated = "record_round evaluate write train record_steps evaluate write save"
     assert [" ".join(part.split()) for part in rounds] == [
@@ -286,15 +289,14 @@ def test_the_ceiling_sees_all_data():
 
 @pytest.mark.parametrize("policy", ["own", "proxy", "global"])
 def test_matching_works_on_every_policy_of_data(tmp_path, policy):
-    config = small(
-        rounds=1, merge__match_data=policy, merge__match_samples=50, agents=4
-    )
+    changes = {"merge__match_data": policy, "merge__match_samples": 50}
+    config = drop_unread(small(rounds=1, agents=4, **changes))
     summary = train.run(config, tmp_path, quiet)
     assert 0 < summary["last_merged"]["moved_units"] <= 1
 
 
 def test_matching_by_weights_reads_no_examples():
-    experiment = Experiment(small("wm", merge__match_samples=10_000))
+    experiment = Experiment(small("wm"))
     assert experiment.merge_data(1).match is None
 
 
@@ -314,7 +316,7 @@ def test_bfloat16_trains_to_about_the_same(tmp_path, finished):
 
 
 def test_without_pretraining_and_with_equal_inits_agents_start_as_one(tmp_path):
-    config = small("local", init="same", pretrain__epochs=0, rounds=1)
+    config = drop_unread(small("local", init="same", pretrain__epochs=0, rounds=1))
     train.run(config, tmp_path, quiet)
     rows = read_rows(tmp_path)
     assert rows[0]["consensus_distance"] < 1e-5 < rows[-1]["consensus_distance"]
@@ -369,7 +371,10 @@ def test_a_workdir_with_another_run_is_refused_and_untouched(finished):
         ({"batch_size": 0}, "config.batch_size"),
         ({"local_steps": 5}, "local_epochs or for local_steps"),
         ({"data__train_size": 10_000}, "1433"),
-        ({"merge__restarts": 0}, "config.merge.restarts is 0; it must be at least 1"),
+        (
+            {"algorithm": "wm", "merge__restarts": 0},
+            "config.merge.restarts is 0; it must be at least 1",
+        ),
         ({"merge__match_samples": 301}, "config.merge.match_samples is 301"),
         ({"eval__samples": 101}, "config.eval.samples is 101"),
         ({"data__name": "cifar100", "data__dir": "/nowhere"}, "/nowhere/cifar100"),

@@ -150,7 +150,7 @@ def agents(kind: str) -> Agents:
         model = MODELS["mlp"](n_classes=3, hidden=(10, 7))
         spec, observe = permutation_spec(model), activations(model)
         fresh = jax.jit(partial(init, model))
-        each = [fresh(key, IMAGES[:1]) for key in keys]
+        each = [fresh(key, jnp.float32(IMAGES[:1])) for key in keys]
         placement = place(N_AGENTS, jax.devices()[:1], batching="unroll")
     else:
         spec = PermutationSpec(
@@ -178,7 +178,7 @@ def samples(kind: str, whose: str) -> Samples:
 def alone(kind: str, whose: str, receiver: int, sender: int) -> Perms:
     """Matches one pair on all examples at once, without padding or masks."""
     indices = SHARDS[receiver] if whose == "own" else PROXY
-    inputs = np.float32((IMAGES[indices] - MEAN) / STD)
+    inputs = jnp.asarray((IMAGES[indices] - MEAN) / STD, jnp.float32)
     spec, observe, each, *_ = agents(kind)
     # The call is not jitted, because every call would compile anew.
     with jax.disable_jit():
@@ -386,7 +386,7 @@ def test_examples_that_do_not_count_are_masked_at_every_tap():
     # The shards do not fill a batch, and the padding must not count.
     found = subject.match(GRAPHS["one way"], samples("maps", "own"))
     for (receiver, sender), perms in found.items():
-        inputs = np.float32((IMAGES[SHARDS[receiver]] - MEAN) / STD)
+        inputs = jnp.asarray((IMAGES[SHARDS[receiver]] - MEAN) / STD, jnp.float32)
         expected = activation_matching(
             spec, observe, each[receiver], each[sender], [inputs]
         )

@@ -218,7 +218,8 @@ def test_it_shows_a_config_and_its_differences_from_the_defaults(capsys, topic):
         if line
     }
     assert rows["algorithm"] == ["'wa'", "'dimat'"]
-    assert rows["merge.stay"] == ["0.1", "0.0"]
+    assert rows["merge.opt_state"] == ["'merge'", "'reset'"]
+    assert rows["merge.stay"] == ["0.0"]
     assert rows["agents"] == ["5"]
 
 
