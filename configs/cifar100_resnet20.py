@@ -1,26 +1,31 @@
-"""ResNet-20 on CIFAR-100: the paper's protocol, and a small form for a CPU.
+"""ResNet-20 on CIFAR-100, by the paper's protocol or in a small form for a CPU.
 
     python -m experiments.train --config=configs/cifar100_resnet20.py \
         --config.data.dir=DATA --workdir=DIR
 
-100 epochs alone, then 100 rounds of [merge, evaluate, 2 local epochs]; 8 times as wide
-as He et al.'s ResNet-20, Adam at 1e-3, batches of 100. Targets of the paper (DIMAT, 5
-agents, fully connected / ring): IID 73.99 / 69.07 %, by class 62.05 / 20.45 %.
+Agents train alone for 100 epochs, and then for 100 rounds of [merge, evaluate, 2 local
+epochs]. The network is 8 times as wide as He et al.'s ResNet-20. Agents use Adam at
+1e-3 and batches of 100. The paper reports these accuracies for DIMAT (5 agents, fully
+connected / ring): IID 73.99 / 69.07 %, by class 62.05 / 20.45 %.
 
     --config=configs/cifar100_resnet20.py:small
 
-keeps the order of things and shrinks them: width 1, 10,000 training and 2,000 test
-images, batches of 50, a proxy of 1,000 images for matching and BatchNorm, 10 epochs
-alone, 4 rounds of one epoch; about 13 minutes on 2 cores. An algorithm's name may
-follow, as in `cifar100_resnet20.py:small-wa`; options that this algorithm does not read
-keep their defaults.
+has the same protocol in small: width 1, 10,000 training and 2,000 test images, batches
+of 50, a proxy of 1,000 images for matching and BatchNorm, 10 epochs alone, and 4 rounds
+of one epoch. It takes about 13 minutes on 2 cores. An algorithm's name may follow, as
+in `cifar100_resnet20.py:small-wa`; options that this algorithm does not read keep their
+defaults.
 """
 
 from dimat_jax.config import default_config, drop_unread
 
 
 def get_config(argument: str = "paper"):
-    """`argument` is "paper" or "small", or either with an algorithm: "small-wa"."""
+    """Makes the config.
+
+    Args:
+        argument: "paper" or "small"; an algorithm may follow, as in "small-wa".
+    """
     form, _, algorithm = argument.partition("-")
     config = default_config()
     config.algorithm = algorithm or "dimat"
@@ -28,7 +33,7 @@ def get_config(argument: str = "paper"):
     config.augmentation.flip = True
     config.augmentation.pad = 4
     config.model.width = 8
-    # What the published code looks at; a few thousand images do as well.
+    # The published code uses all training images; a few thousand do as well.
     config.merge.match_data = "global"
     config.merge.bn_data = "global"
     match form:

@@ -1,8 +1,9 @@
-"""Five agents on handwritten digits (8 x 8, embedded: no download); seconds on a CPU.
+"""Five agents learn handwritten digits (8 x 8 pixels). It takes seconds on a CPU.
 
     python -m experiments.train --config=configs/quickstart.py --workdir=runs/digits
 
-The argument picks an algorithm: `--config=configs/quickstart.py:wa`. Options that this
+The digits come with scikit-learn, so nothing is downloaded. An argument chooses the
+algorithm: `--config=configs/quickstart.py:wa`. Options that this
 algorithm does not read keep their defaults. `make demo` runs the whole comparison,
 `configs/sweeps/quickstart.py`.
 """
@@ -11,7 +12,7 @@ from dimat_jax.config import default_config, drop_unread
 
 
 def get_config(algorithm: str = "dimat"):
-    """Differently initialised MLPs, 30 epochs alone, then 10 rounds."""
+    """Makes the config: MLPs from different weights train 30 epochs, then 10 rounds."""
     config = default_config()
     config.algorithm = algorithm or "dimat"
     config.rounds = 10
@@ -28,6 +29,7 @@ def get_config(algorithm: str = "dimat"):
     config.merge.match_samples = 0
     config.merge.bn_data = "none"
     config.merge.batch_size = 500
-    # Dense layers batch well, and one agent's program compiles faster than five.
+    # Dense layers are fast under vmap, and one program for all agents compiles faster
+    # than five copies of it.
     config.placement.batching = "vmap"
     return drop_unread(config)

@@ -16,8 +16,8 @@ class Stopwatch:
     """Sums wall seconds by phase.
 
     The time of a phase that runs within another one counts for the inner phase alone.
-    JAX returns before it has computed, so a phase passes its results through the
-    function that it gets, which waits for them:
+    JAX returns from a call before the results are computed. So a phase passes its
+    results through the function `block`, which waits for them:
 
         with stopwatch("forward") as block:
             outputs = block(forward(inputs))

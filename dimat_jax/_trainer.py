@@ -1,4 +1,4 @@
-"""Local steps: the training between two communications."""
+"""Takes local steps: the training between two communications."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,10 +22,10 @@ class Trainer:
     """Takes the local steps of one phase: of pre-training, or of the rounds.
 
     Args:
-        experiment: It has the training images and the placement.
+        experiment: The run's parts, of which the images and the placement are used.
         algorithm: The algorithm whose `step` is taken.
-        sampler: It decides which examples each step sees.
-        key: The root of everything random in the phase.
+        sampler: The sampler, which decides which examples each step sees.
+        key: The key from which all random numbers of the phase are drawn.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class Trainer:
         """Takes one step for every network.
 
         Args:
-            state: The agents' state. Its memory is donated: use the returned one.
+            state: The agents' state. Its memory is reused, so that only the returned
+                state is valid afterwards.
             first_step: The number of steps of the phase that are done already.
-            networks: The network of each step. One that comes again as the same object
-                is sent to the devices once.
+            networks: The network of each step. If steps share the same object, it is
+                copied to the devices once.
             tick: A function that is called with the number of steps just done.
 
         Returns:

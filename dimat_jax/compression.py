@@ -1,8 +1,8 @@
-"""Sending less: what arrives of a message, and how many bytes it takes.
+"""Compressors make messages smaller, and lose a part of their content.
 
-A compressor is lossy; `with_feedback` keeps what a message lost and adds it to the
-next, so that nothing is lost for good (error feedback, Stich et al. 2018, arXiv
-1809.07599; Karimireddy et al. 2019, arXiv 1901.09847).
+`with_feedback` keeps what a message has lost and adds it to the next message, so that
+nothing is lost for good (error feedback, Stich et al. 2018, arXiv 1809.07599;
+Karimireddy et al. 2019, arXiv 1901.09847).
 """
 
 import math
@@ -31,12 +31,13 @@ class Compressor(NamedTuple):
     """Lossy compression of one message, a tree of arrays of one agent.
 
     Attributes:
-        compress: `compress(tree, key) -> tree`: what the receiver makes of what was
-            sent, in the shapes and dtypes of the message. Leaves that are no real
-            numbers are sent as they are.
-        message: `message(tree) -> tree` of `jax.ShapeDtypeStruct`s: what is sent, in
-            bytes. Shapes and dtypes of `tree` alone matter.
-        lossless: whether everything arrives.
+        compress: `compress(tree, key) -> tree` returns what the receiver decompresses,
+            in the shapes and dtypes of the message. Leaves that do not hold real or
+            complex numbers are sent as they are.
+        message: `message(tree) -> tree` returns the compressed message as
+            `jax.ShapeDtypeStruct`s, which give its size. Only the shapes and dtypes of
+            `tree` matter.
+        lossless: whether the receiver gets exactly the message.
     """
 
     compress: Callable[[PyTree, Key[Array, ""]], PyTree]
@@ -47,10 +48,14 @@ class Compressor(NamedTuple):
 def _leafwise(
     compress: Callable[[Array, Key[Array, ""]], Array], size: Callable[[Any], int]
 ) -> Compressor:
-    """A compressor that treats every leaf by itself, in float32.
+    """Makes a compressor that treats every leaf by itself, in float32.
 
-    A complex leaf is treated as a real one that holds both its parts, with a last axis
-    of 2.
+    A complex leaf is treated as a real leaf whose last axis, of length 2, holds the
+    real and the imaginary part.
+
+    Args:
+        compress: `compress(leaf, key)` for one real float32 leaf.
+        size: `size(leaf)` is the number of bytes of a compressed leaf.
     """
 
     def compress_leaf(leaf, key):
@@ -84,24 +89,24 @@ def _leafwise(
 
 
 def none() -> Compressor:
-    """Everything arrives."""
+    """Messages are sent as they are."""
     return Compressor(lambda tree, key: tree, lambda tree: tree, lossless=True)
 
 
 def float16() -> Compressor:
-    """Rounded to half precision: two bytes a number."""
+    """Numbers are rounded to half precision, two bytes each."""
     return _rounded(jnp.float16)
 
 
 def bfloat16() -> Compressor:
-    """Rounded to bfloat16: two bytes a number."""
+    """Numbers are rounded to bfloat16, two bytes each."""
     return _rounded(jnp.bfloat16)
 
 
 def _rounded(dtype: Any) -> Compressor:
     def compress(x, key):
         del key
-        # What is too large for half precision is sent as its largest number.
+        # Numbers that are too large for the dtype are sent as its largest number.
         limit = float(jnp.finfo(dtype).max)
         return jnp.clip(x, -limit, limit).astype(dtype)
 
@@ -109,10 +114,11 @@ def _rounded(dtype: Any) -> Compressor:
 
 
 def int8() -> Compressor:
-    """Rounded at random to 255 levels, without bias: a byte a number, and a scale.
+    """Numbers are rounded to one of 255 levels, at random and without bias.
 
-    QSGD's quantisation (Alistarh et al. 2017, arXiv 1610.02132) with the largest
-    absolute value of a leaf for its scale.
+    A number takes one byte, and each leaf a scale of four bytes. This is QSGD's
+    quantisation (Alistarh et al. 2017, arXiv 1610.02132), with the largest absolute
+    value of a leaf as its scale.
     """
 
     def compress(x, key):
@@ -125,7 +131,10 @@ def int8() -> Compressor:
 
 
 def sign() -> Compressor:
-    """The signs, times the mean absolute value: a bit a number (1-bit SGD)."""
+    """Only the signs are sent, one bit each, and each array's mean absolute value.
+
+    1-bit SGD is compressed like this.
+    """
 
     def compress(x, key):
         del key
@@ -135,7 +144,10 @@ def sign() -> Compressor:
 
 
 def top_k(fraction: float = FRACTION.default) -> Compressor:
-    """The largest numbers of every leaf: eight bytes each, its place included."""
+    """Only the numbers of largest absolute value are sent, from each array.
+
+    A number takes eight bytes: four are for its place.
+    """
     FRACTION.check(fraction)
 
     def compress(x, key):
@@ -149,7 +161,10 @@ def top_k(fraction: float = FRACTION.default) -> Compressor:
 
 
 def random_k(fraction: float = FRACTION.default) -> Compressor:
-    """Numbers at random places: four bytes each, and a seed that gives the places."""
+    """Only numbers at random places are sent, from each array.
+
+    A number takes four bytes. The seed that gives the places takes eight.
+    """
     FRACTION.check(fraction)
 
     def compress(x, key):
@@ -161,6 +176,7 @@ def random_k(fraction: float = FRACTION.default) -> Compressor:
 
 
 def _count(leaf: Any, fraction: float) -> int:
+    """The number of a leaf's entries that are sent: at least one, if there are any."""
     size = math.prod(leaf.shape)
     return min(max(round(fraction * size), 1), size)
 
@@ -168,16 +184,16 @@ def _count(leaf: Any, fraction: float) -> int:
 def announce(
     compressor: Compressor, exact: PyTree, known: PyTree, key: Key[Array, ""]
 ) -> PyTree:
-    """The estimate that others have of a tree after one message: x^ + Q(x - x^).
+    """Computes the estimate that others have of a tree after a message: x^ + Q(x - x^).
 
-    The sender compresses how its tree x differs from the estimate x^ that the others
-    have. What Q loses stays in the difference, and is sent with later messages.
+    The sender compresses the difference between its tree x and the estimate x^ that the
+    others have. What Q loses stays in the difference, and is sent with later messages.
 
     Args:
-        compressor: Q.
-        exact: x, the sender's tree.
-        known: x^, the estimate that the others have so far, like `exact`.
-        key: consumed.
+        compressor: the compressor Q.
+        exact: the sender's tree x.
+        known: the estimate x^ that the others have so far, shaped like `exact`.
+        key: the randomness of Q; the key is consumed.
     """
     difference = jax.tree.map(jnp.subtract, exact, known)
     return jax.tree.map(jnp.add, known, compressor.compress(difference, key))
@@ -186,23 +202,23 @@ def announce(
 def with_feedback(
     compressor: Compressor, message: PyTree, residual: PyTree, key: Key[Array, ""]
 ) -> tuple[PyTree, PyTree]:
-    """Sends a message and what earlier ones lost.
+    """Sends a message together with what earlier messages have lost.
 
     Args:
-        compressor: of what is sent.
-        message: to be sent.
-        residual: what was lost so far, like the message; 0 at first.
-        key: consumed.
+        compressor: the compressor of the messages.
+        message: the message to send.
+        residual: what earlier messages have lost, shaped like the message; 0 at first.
+        key: the randomness of the compressor; the key is consumed.
 
     Returns:
-        what arrives, and the new residual.
+        what the receiver gets, and the new residual.
     """
-    meant = jax.tree.map(lambda m, r: m + r if is_inexact(m) else m, message, residual)
-    sent = compressor.compress(meant, key)
+    total = jax.tree.map(lambda m, r: m + r if is_inexact(m) else m, message, residual)
+    received = compressor.compress(total, key)
     lost = jax.tree.map(
-        lambda m, s: m - s if is_inexact(m) else jnp.zeros_like(m), meant, sent
+        lambda t, r: t - r if is_inexact(t) else jnp.zeros_like(t), total, received
     )
-    return sent, lost
+    return received, lost
 
 
 COMPRESSORS: dict[str, Record[Compressor]] = registry(

@@ -1,9 +1,9 @@
 """Configurations: every option with its default, and the check that finds mistakes.
 
-A config file starts from `default_config()`, changes what it is about, and returns the
-result; the config is locked, so a misspelt field is an error. Options are declared in
-the files that read them; `ROOT` holds the options that every run reads, and leads to
-all others (see `dimat_jax.options`).
+A config file starts from `default_config()`, sets some fields, and returns the result.
+The config is locked, so a misspelt field is an error. Options are declared in the files
+that read them; `ROOT` holds the options that every run reads, and leads to all others
+(see `dimat_jax.options`).
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ Fields = Mapping[str, Any]
 
 
 class ConfigError(UserError):
-    """A config that cannot be run: which field, what it holds, what is allowed."""
+    """A config cannot be run. The message names a field, its value, what is allowed."""
 
 
 class UnreadOptionError(ConfigError):
@@ -170,12 +170,12 @@ ROOT = (
 
 @functools.cache
 def _options() -> dict[str, Option]:
-    """All options by path."""
+    """Returns all options by path."""
     return {option.path: option for option in every(ROOT)}
 
 
 def default_config() -> Config:
-    """All options with their defaults, as a locked config."""
+    """Makes a locked config that holds all options with their defaults."""
     config = ConfigDict()
     for option in _options().values():
         *sections, name = option.path.split(".")
@@ -192,11 +192,11 @@ def default_config() -> Config:
 
 
 def fields_of(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config's values by dotted path.
+    """Returns a config's values by dotted path.
 
     Args:
-        config: a config, or the same as nested dicts.
-        prefix: what every path begins with.
+        config: a config, or the same fields as nested dicts.
+        prefix: the beginning of every path.
     """
     flat = {}
     for name, value in config.items():
@@ -207,7 +207,7 @@ def fields_of(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str,
 
 
 def result_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """A config's values by path, without options that change no result."""
+    """Returns a config's values by path, without options that change no result."""
     options = _options()
     return {
         path: value
@@ -217,7 +217,9 @@ def result_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_of(fields: Fields) -> AlgorithmRecord:
-    """The record of a config's algorithm, with what it does between merges.
+    """Returns the record of a config's algorithm.
+
+    For an algorithm that merges, it includes what agents do between merges.
 
     Raises:
         ConfigError: the config names an algorithm that does not exist.
@@ -228,7 +230,11 @@ def record_of(fields: Fields) -> AlgorithmRecord:
 
 
 def resolved(fields: Fields) -> dict[str, Any]:
-    """The fields, with what their empty values stand for where that is known here."""
+    """Returns the fields with the values that some empty ones stand for.
+
+    These are the fields whose empty value stands for another field's value, or for the
+    algorithm's own choice.
+    """
     record = record_of(fields)
     stands_for = {
         OPTIMIZER.path: record.optimizer,
@@ -242,9 +248,9 @@ def resolved(fields: Fields) -> dict[str, Any]:
 
 
 def fields_read(fields: Fields) -> dict[str, Any]:
-    """The values, resolved, of the options that a config reads and that matter to it.
+    """Returns the values of the options that a config reads, by path.
 
-    Options that change no result are left out.
+    Empty values are resolved. Options that change no result are left out.
     """
     whole = resolved(fields)
     return {
@@ -271,7 +277,10 @@ def drop_unread(config: Config) -> Config:
 
 
 def model_arguments(fields: Fields) -> dict[str, Any]:
-    """The keyword arguments of `MODELS[name]`; empty options are left to the model."""
+    """Returns the keyword arguments of `MODELS[name]`.
+
+    Empty options are left out, so that the model's own defaults hold.
+    """
     found = arguments(MODELS[fields[MODEL.path]], fields)
     found["dtype"] = jnp.dtype(found["dtype"])
     return {name: value for name, value in found.items() if value != ""}
@@ -281,10 +290,11 @@ def model_arguments(fields: Fields) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Finds what would go wrong later, and what nothing would read.
+    """Refuses values that are not allowed, and changed fields that no code would read.
 
     Raises:
-        ConfigError: names the field, its value and what is allowed.
+        ConfigError: a field is wrong; the message names it, its value and what is
+            allowed.
     """
     fields = fields_of(config)
     whole = resolved(fields)
@@ -303,7 +313,7 @@ def _check_value(option: Option, fields: Fields) -> None:
 
 
 def _refuse_unread(fields: Fields, found: Mapping[str, Option]) -> None:
-    """Refuses fields that were changed and that nothing would read."""
+    """Refuses fields that were changed although no code would read them."""
     problems = [
         f"config.{path} is {fields[path]!r}, but {_why_unread(path, fields, found)}"
         for path, option in _options().items()
@@ -314,7 +324,7 @@ def _refuse_unread(fields: Fields, found: Mapping[str, Option]) -> None:
 
 
 def _why_unread(path: str, fields: Fields, found: Mapping[str, Option]) -> str:
-    """Which choices of a config do not read an option, and which would."""
+    """Says which choices of a config do not read an option, and which would."""
     if path in {option.path for option in record_of(fields).ignores}:
         return f"{ALGORITHM.path}={fields[ALGORITHM.path]!r} does not read it"
     every_route = readers(ROOT)[path]

@@ -1,4 +1,4 @@
-"""From a config to the parts that a run is made of."""
+"""Builds the parts of a run from its config."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -54,13 +54,29 @@ Fields = Mapping[str, Any]
 
 
 class Experiment:
-    """Everything that a config asks for, built and checked.
+    """All parts of a run, built from its config and checked.
 
     Args:
-        config: as `config.default_config` describes.
+        config: a config with the fields of `config.default_config`.
+
+    Attributes:
+        config: the config that was given.
+        record: the record of the algorithm.
+        links: the network over time.
+        dataset: the data set.
+        shards: for each agent the indices of its training images.
+        placement: the devices on which the agents live.
+        model: the model that every agent trains.
+        task: the loss, the symmetry and the activations of the model.
+        sampler: the order in which agents see their images during the rounds.
+        pretrain_sampler: the same for pre-training.
+        local_steps: the number of local steps in a round.
+        pretrain_steps: the number of local steps in pre-training.
+        algorithm: the algorithm of the rounds.
+        pretrain_algorithm: the algorithm of pre-training: every agent trains alone.
 
     Raises:
-        UserError: a config that cannot be run.
+        UserError: the config cannot be run.
     """
 
     def __init__(self, config: Config):
@@ -92,7 +108,7 @@ class Experiment:
         self._build_algorithms()
 
     def _build_task(self) -> None:
-        """Builds the model, and what the agents learn."""
+        """Builds the model and the task that the agents learn."""
         self.model = models.MODELS[self.config.model.name](
             n_classes=self.dataset.n_classes, **model_arguments(self._fields)
         )
@@ -139,7 +155,7 @@ class Experiment:
         )
 
     def _facts(self) -> dict[str, Any]:
-        """The arguments of the algorithm that no option holds, as far as it has them.
+        """Finds the arguments of the algorithm that are no options of a config.
 
         See `AlgorithmRecord.facts`.
         """
@@ -155,7 +171,7 @@ class Experiment:
     def _optimizer(
         self, section: str, steps_per_epoch: int, total_steps: int
     ) -> optax.GradientTransformation:
-        """The optimizer of a section: "" for the rounds, or "pretrain."."""
+        """Builds the optimizer of a section: "" for the rounds, or "pretrain."."""
         fields = {
             path.removeprefix(section): value
             for path, value in self._fields.items()
@@ -171,7 +187,7 @@ class Experiment:
         return _build(OPTIMIZER, fields, schedule)
 
     def _partition(self, option: Option, n_agents: int) -> list[Shard]:
-        """The shards by the partition that an option names."""
+        """Splits the training images by the partition that an option names."""
         if self.record.single:
             return [np.arange(len(self.dataset.train.labels))]
         name = self._fields[option.path]
@@ -179,11 +195,14 @@ class Experiment:
         return partition(name, self.dataset.train.labels, n_agents, **given)
 
     def network_at_round(self, round_number: int) -> Network:
-        """The network that a round's communication has. Rounds count from 1."""
+        """Returns the network of a round's communication. Rounds count from 1."""
         return self.links.at_round(round_number, self.placement.slots)
 
     def network_at_step(self, step: int, round_number: int) -> Network:
-        """The network of a local step of a round; steps count from the first round."""
+        """Returns the network of a local step of a round.
+
+        Rounds count from 1. Steps count from 0 over all rounds.
+        """
         return self.links.at_step(step, round_number, self.placement.slots)
 
     def steps_of_round(self, round_number: int) -> range:
@@ -196,7 +215,7 @@ class Experiment:
         return jax.random.fold_in(self.key("communicate"), round_number)
 
     def placed(self, network: Network) -> Network:
-        """A network on all devices. Of one that comes again it is kept there."""
+        """Copies a network to all devices. The copies are kept for further steps."""
         if id(network) not in self._placed:
             if len(self._placed) == _NETWORKS_KEPT:
                 self._placed.clear()
@@ -213,7 +232,7 @@ class Experiment:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """Evaluates on the test images, the same ones every time."""
+        """The evaluator, which uses the same test images every time."""
         dataset, options = self.dataset, self.config.eval
         pool = place_pool(dataset.test, dataset.mean, dataset.std, self.placement)
         subset = self._subset("eval", len(dataset.test.labels), options.samples)
@@ -225,7 +244,7 @@ class Experiment:
         return Reader(self.train_pool, self.placement)
 
     def merge_data(self, round_number: int) -> MergeData:
-        """The examples that merging looks at in a round."""
+        """Returns the examples that merging looks at in a round."""
         match, bn = selection.MATCH_DATA, selection.BN_DATA
         return MergeData(
             match=self._samples(match, selection.MATCH_SAMPLES, round_number),
@@ -235,7 +254,7 @@ class Experiment:
     def _samples(
         self, choice: Option, size: Option, round_number: int
     ) -> Samples | None:
-        """The samples that an option chooses; None where it is not read."""
+        """Returns the samples that an option chooses; None if it is not read."""
         if choice not in self.record.reads:
             return None
         available = selection.Available(
@@ -249,17 +268,18 @@ class Experiment:
         return select(available, self._fields[size.path])
 
     def _subset(self, purpose: str, available: int, size: int) -> np.ndarray:
-        """`size` (0: all) of the indices below `available`, fixed by the seed.
+        """Draws `size` (0: all) of the indices below `available`, by the seed.
 
-        Shuffled: some data sets are stored class by class, and the statistics of
-        batches of one class say little about those of all.
+        The indices are shuffled. Some data sets are stored class by class, and a batch
+        of one class would have other statistics than the whole set.
         """
         rng = np.random.default_rng(self.seeds(purpose))
         return rng.permutation(available)[: size or None]
 
     def initial_variables(self) -> Variables:
-        """The agents' variables before any training, stacked."""
-        # Compiled for one agent, not unrolled over all: it runs just once for each.
+        """Draws the agents' variables before any training, stacked."""
+        # One agent's program compiles faster than one for all of them, and it runs just
+        # once for each agent.
         init = jax.jit(self._init)
         keys = self.placement.keys(self.key("init"))
         same = self.config.init == "same"
@@ -267,7 +287,7 @@ class Experiment:
         return self.placement.put(stack(agents))
 
     def abstract_variables(self) -> Variables:
-        """Shapes and dtypes of the agents' variables, `[agents, ...]`."""
+        """Returns the shapes and dtypes of the agents' variables, `[agents, ...]`."""
         one = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((len(self.shards), *x.shape), x.dtype), one
@@ -284,13 +304,13 @@ class Experiment:
             self.task.spec,
             classifier.both_modes(self.model),
             jax.jit(self._init)(init_key),
-            # Few examples, and BatchNorm of a map of one pixel, magnify rounding.
+            # With few examples, BatchNorm of a map of one pixel magnifies rounding.
             self._example_inputs(32),
             verify_key,
         )
 
     def _init(self, key: Key[Array, ""]) -> Variables:
-        """One agent's fresh variables."""
+        """Draws one agent's initial variables."""
         return classifier.init(self.model, key, self._example_inputs(1))
 
     def _example_inputs(self, n: int) -> np.ndarray:
@@ -298,20 +318,20 @@ class Experiment:
         return (images - self.dataset.mean) / self.dataset.std
 
     def key(self, purpose: str) -> Key[Array, ""]:
-        """The root of everything random, on the devices, that has this purpose."""
+        """Returns the key of all random numbers on the devices for a purpose."""
         return jax.random.fold_in(
             jax.random.key(self.config.seed), _PURPOSES.index(purpose)
         )
 
     def seeds(self, purpose: str) -> Sequence[int]:
-        """As `key`, on the host: entropy for `numpy.random.default_rng`."""
+        """Returns seeds for `numpy.random.default_rng`, on the host, for a purpose."""
         return [self.config.seed, _PURPOSES.index(purpose)]
 
     def _check_sizes(self) -> None:
         """Refuses samples that are larger than the data.
 
-        An agent's own images may be fewer than are asked for; a shared sample has to
-        have the size that the config says.
+        An agent may own fewer images than the config names: it then uses all of them. A
+        shared sample must have the size that the config says.
         """
         n_train = len(self.dataset.train.labels)
         available = {
@@ -331,11 +351,12 @@ class Experiment:
                 )
 
 
-# Networks that are kept on the devices: a few that take turns are sent there once.
+# The number of networks that are kept on the devices. A few networks that are used in
+# turn are then copied there only once.
 _NETWORKS_KEPT = 64
 
-# Each purpose has random numbers of its own. New purposes are added at the end: another
-# order would change the results of every run.
+# Each purpose has random numbers of its own. A new purpose is added at the end, because
+# another order would change the results of every run.
 _PURPOSES = (
     "init",
     "pretrain",
@@ -351,10 +372,10 @@ _PURPOSES = (
 
 
 def check_network(config: Config) -> Links:
-    """The network that a config asks for, if its algorithm can use it.
+    """Builds the network of a config, and checks that its algorithm can use it.
 
     Raises:
-        UserError: there is no such network, or the algorithm cannot use it.
+        UserError: the network cannot be built, or the algorithm cannot use it.
     """
     fields = resolved(fields_of(config))
     record, links = record_of(fields), _links(fields)
@@ -375,8 +396,8 @@ def _links(fields: Fields) -> Links:
     adjacency = _build(TOPOLOGY, fields, n_agents)
     rule = MIXING.entry(fields[MIXING.path])
     if rule is FROM_FILE:
-        # A matrix for the whole graph is no rule that could be applied anew to those
-        # agents that are present.
+        # A matrix from a file is for the whole graph. Unlike a rule, it cannot be
+        # applied anew to the agents that are present.
         return Links(adjacency, _build(MIXING, fields, adjacency), failing)
     return Links(adjacency, rule, failing)
 

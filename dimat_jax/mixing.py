@@ -1,4 +1,4 @@
-"""How much of whom: mixing matrices, and mixing stacked agents with them.
+"""Mixing matrices, which say with what weights agents average, and `mix` itself.
 
 A mixing matrix W has a row for each receiver: agent i moves to sum_j W[i, j] x_j. For a
 topology that changes over time it is a stack `[period, agents, agents]`.
@@ -52,11 +52,11 @@ Rule = Callable[[Adjacency], MixingMatrix]
 
 
 class MixingError(UserError):
-    """A graph that a mixing rule does not fit, or a matrix that is no mixing matrix."""
+    """A rule does not fit a graph, or a matrix is no mixing matrix."""
 
 
 def _at_every_time(rule: Rule) -> Callable[[Adjacency | Schedule], MixingMatrix]:
-    """Makes a rule for one graph into one for a stack of them, too."""
+    """Extends a rule for one graph, so that it takes a stack of graphs too."""
 
     @functools.wraps(rule)
     def mixing(adjacency):
@@ -69,21 +69,21 @@ def _at_every_time(rule: Rule) -> Callable[[Adjacency | Schedule], MixingMatrix]
 
 @_at_every_time
 def uniform(adjacency: Adjacency) -> MixingMatrix:
-    """1 / (max degree + 1) to every neighbour, the rest to oneself; float64.
+    """Each neighbour weighs 1 / (largest degree + 1); an agent itself has the rest.
 
-    On a regular graph that is 1 / (degree + 1) for oneself too: 1/N when fully
-    connected, 1/3 on a ring. On others these are the max-degree weights. Doubly
-    stochastic on every undirected graph, and on directed ones in which everyone sends
-    to as many as they receive from.
+    On a regular graph an agent itself weighs 1 / (degree + 1) too: 1/N if all agents
+    are connected, 1/3 on a ring. On other graphs these are known as the max-degree
+    weights. The matrix, float64, is doubly stochastic on every undirected graph, and on
+    directed graphs in which each agent has as many receivers as senders.
 
     Raises:
-        MixingError: a directed graph in which that is not so.
+        MixingError: an agent has not as many receivers as senders.
     """
     received, sent = adjacency.sum(axis=1), adjacency.sum(axis=0)
     if (received != sent).any():
         agent = int(np.argmax(received != sent))
         raise MixingError(
-            f"uniform weights need agents who send to as many as they receive from, "
+            f"uniform weights need agents that send to as many as they receive from, "
             f"but agent {agent} receives from {received[agent]} and sends to "
             f"{sent[agent]}; column_stochastic weights (with push-sum) do not need that"
         )
@@ -92,13 +92,14 @@ def uniform(adjacency: Adjacency) -> MixingMatrix:
 
 @_at_every_time
 def metropolis_hastings(adjacency: Adjacency) -> MixingMatrix:
-    """1 / (1 + max(degree_i, degree_j)) on every edge, the rest to oneself; float64.
+    """The edge of agents i and j weighs 1 / (1 + the larger of their degrees).
 
-    Doubly stochastic on every undirected graph, and no agent needs to know more than
-    its neighbours' degrees (Xiao, Boyd & Lall 2006).
+    An agent itself has the rest. The matrix, float64, is doubly stochastic on every
+    undirected graph, and an agent needs to know nothing but its neighbours' degrees
+    (Xiao, Boyd & Lall 2006).
 
     Raises:
-        MixingError: a directed graph.
+        MixingError: the graph is directed.
     """
     _require_undirected(adjacency, "metropolis_hastings")
     degree = adjacency.sum(axis=1)
@@ -109,23 +110,23 @@ def metropolis_hastings(adjacency: Adjacency) -> MixingMatrix:
 
 @_at_every_time
 def lazy(adjacency: Adjacency) -> MixingMatrix:
-    """(I + W) / 2 with uniform W: half of everyone stays; float64.
+    """The matrix is (I + W) / 2 with the uniform W: each agent keeps half of its own.
 
-    Its eigenvalues are at least 0, which D2 (Tang et al. 2018) and consensus on
-    bipartite graphs ask for.
+    On an undirected graph the eigenvalues of this float64 matrix are at least 0, which
+    D2 (Tang et al. 2018) and consensus on bipartite graphs need.
 
     Raises:
-        MixingError: as `uniform`.
+        MixingError: as for `uniform`.
     """
     return (np.eye(len(adjacency)) + uniform(adjacency)) / 2
 
 
 @_at_every_time
 def column_stochastic(adjacency: Adjacency) -> MixingMatrix:
-    """Every sender splits itself evenly over its receivers and itself; float64.
+    """Every sender divides its weight evenly among its receivers and itself.
 
-    Columns sum to 1, rows need not: what push-sum takes on directed graphs (Assran et
-    al. 2019, section 3).
+    The columns of this float64 matrix sum to 1, while its rows need not. Push-sum uses
+    it on directed graphs (Assran et al. 2019, section 3).
     """
     sent = adjacency | np.eye(len(adjacency), dtype=bool)
     return sent / sent.sum(axis=0)
@@ -133,9 +134,10 @@ def column_stochastic(adjacency: Adjacency) -> MixingMatrix:
 
 @_at_every_time
 def row_stochastic(adjacency: Adjacency) -> MixingMatrix:
-    """Every receiver takes the mean of what it has and gets; float64.
+    """Every receiver takes the plain mean of its own weights and of those it receives.
 
-    Rows sum to 1, columns need not: the average over agents is not preserved.
+    The rows of this float64 matrix sum to 1, while its columns need not, so the mean
+    over agents is not preserved.
     """
     received = adjacency | np.eye(len(adjacency), dtype=bool)
     return received / received.sum(axis=1, keepdims=True)
@@ -143,45 +145,48 @@ def row_stochastic(adjacency: Adjacency) -> MixingMatrix:
 
 @_at_every_time
 def fastest(adjacency: Adjacency) -> MixingMatrix:
-    """The symmetric weights of the largest spectral gap; float64.
+    """The symmetric weights that have the largest spectral gap on the graph.
 
-    Minimises the spectral norm of W - 11^T / N over symmetric W on the graph's edges
-    with rows that sum to 1 (Xiao & Boyd 2004, equation 17), a semidefinite program; in
-    a graph that is not connected, for every component. Some weights may be negative.
-    Takes the optional package cvxpy.
+    They are float64, and some of them may be negative. They minimise the spectral norm
+    of W - 11^T / N over all symmetric W on the graph's edges whose rows sum to 1 (Xiao
+    & Boyd 2004, equation 17). In a graph that is not connected each component is solved
+    by itself. This semidefinite program needs the optional package cvxpy.
 
     Raises:
-        MixingError: a directed graph, cvxpy is not installed, or it finds no solution.
+        MixingError: the graph is directed, cvxpy is not installed, or it finds no
+            solution.
     """
     _require_undirected(adjacency, "fastest")
     weights = np.zeros(adjacency.shape)
     for component in components(adjacency):
-        own = np.ix_(component, component)
-        weights[own] = _fastest_connected(adjacency[own])
+        block = np.ix_(component, component)
+        weights[block] = _fastest_connected(adjacency[block])
     return _with_remainder_on_diagonal(weights)
 
 
 def _fastest_connected(adjacency: Adjacency) -> MixingMatrix:
-    """The weights of a connected graph's edges; 0 off them."""
+    """Finds the weights of a connected graph's edges; all other entries are 0."""
     n_agents = len(adjacency)
     if adjacency.sum() == n_agents * (n_agents - 1):
-        return adjacency / n_agents  # everyone with everyone: consensus in one step
+        # All agents are connected, so equal weights reach consensus in one step.
+        return adjacency / n_agents
     try:
         import cvxpy  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MixingError(
             "fastest weights need cvxpy: pip install 'dimat_jax[sdp]'"
         ) from error
-    # W = I - sum_e w_e (e_i - e_j)(e_i - e_j)^T: symmetric with rows that sum to 1.
+    # W = I - sum_e w_e (e_i - e_j)(e_i - e_j)^T is symmetric, and its rows sum to 1.
     ends = np.argwhere(np.triu(adjacency))
     edges = np.arange(len(ends))
     incidence = np.zeros((n_agents, len(ends)))
     incidence[ends[:, 0], edges], incidence[ends[:, 1], edges] = 1, -1
     weights, norm = cvxpy.Variable(len(ends)), cvxpy.Variable()
     identity = np.eye(n_agents)
-    away = identity - incidence @ cvxpy.diag(weights) @ incidence.T - 1 / n_agents
+    deviation = identity - incidence @ cvxpy.diag(weights) @ incidence.T - 1 / n_agents
     problem = cvxpy.Problem(
-        cvxpy.Minimize(norm), [away << norm * identity, away >> -norm * identity]
+        cvxpy.Minimize(norm),
+        [deviation << norm * identity, deviation >> -norm * identity],
     )
     try:
         problem.solve(solver=cvxpy.CLARABEL)
@@ -195,13 +200,14 @@ def _fastest_connected(adjacency: Adjacency) -> MixingMatrix:
 
 
 def from_file(adjacency: Adjacency | Schedule, *, file: str) -> MixingMatrix:
-    """Weights from a file, one matrix or a stack of them; float64.
+    """The matrix is read from a file, which holds one matrix or a stack of them.
 
-    They are a ready matrix for the whole graph, and no rule that could be applied anew
-    to a part of it.
+    It is a float64 matrix for the whole graph. Unlike a rule, it cannot be applied anew
+    to a part of the graph.
 
     Raises:
-        TopologyError: the file cannot be read, or is not for so many agents.
+        TopologyError: the file cannot be read, or its matrix has another number of
+            agents.
         MixingError: neither the matrix's rows nor its columns sum to 1, or it has a
             weight where the graph has no edge.
     """
@@ -225,16 +231,20 @@ def _require_undirected(adjacency: Adjacency, rule: str) -> None:
 def check_mixing_matrix(
     mixing_matrix: ArrayLike, adjacency: Adjacency | Schedule | None = None
 ) -> MixingMatrix:
-    """A mixing matrix that somebody made themselves, or a stack of them, as float64.
+    """Checks a mixing matrix that no rule has made, or a stack of such matrices.
 
     Args:
-        mixing_matrix: rows or columns (or both), at all times the same, sum to 1.
-            Weights may be negative.
-        adjacency: if given, the graph that it is to be for. The periods are equal, or
-            the matrix is one for all times; there are weights on edges alone.
+        mixing_matrix: a matrix or a stack whose rows sum to 1 at all times, or whose
+            columns do. Weights may be negative.
+        adjacency: the graph that the matrix is for, if it is known. A stack must have
+            the graph's period; a single matrix is used at all times. Only edges may
+            have weights.
+
+    Returns:
+        the matrix as float64.
 
     Raises:
-        MixingError: it is not so; the message names the row, or the entry.
+        MixingError: a condition does not hold; the message names the row or the entry.
     """
     matrix = np.asarray(mixing_matrix, np.float64)
     shape = list(matrix.shape)
@@ -278,19 +288,26 @@ def _at(time: int | np.integer, stack: np.ndarray) -> str:
     return f" at time {time}" if len(schedule(stack)) > 1 else ""
 
 
-# For matrices that were written down in decimals, or in float32.
+# Sums may differ from 1 by this much: a matrix may have been written down in a few
+# decimals, or in float32.
 _TOLERANCE = 1e-6
 
 
 def rows_sum_to_one(mixing_matrix: MixingMatrix, tolerance: float = _TOLERANCE) -> bool:
-    """Whether consensus, once reached, stays; at all times, for a stack."""
+    """Whether every row sums to 1, so that mixing preserves a consensus.
+
+    In a stack this must hold at all times.
+    """
     return columns_sum_to_one(np.swapaxes(mixing_matrix, -1, -2), tolerance)
 
 
 def columns_sum_to_one(
     mixing_matrix: MixingMatrix, tolerance: float = _TOLERANCE
 ) -> bool:
-    """Whether mixing preserves the sum over agents; at all times, for a stack."""
+    """Whether every column sums to 1, so that mixing preserves the sum over agents.
+
+    In a stack this must hold at all times.
+    """
     return bool((np.abs(mixing_matrix.sum(axis=-2) - 1) <= tolerance).all())
 
 
@@ -313,11 +330,13 @@ def is_column_stochastic(
 
 
 def spectral_gap(mixing_matrix: MixingMatrix) -> float:
-    """1 - |lambda_2|, lambda_2 the eigenvalue of second largest modulus.
+    """Computes 1 - |lambda_2|; lambda_2 is the eigenvalue of second largest modulus.
 
-    0: some agents never hear of each other; 1: consensus in a single step. The paper's
-    rho is |lambda_2|^2. Of a stack `[period, agents, agents]` it is the gap of the
-    product W_period ... W_2 W_1, which a whole period does.
+    The gap is 1 if agents reach consensus in a single step. It is 0 if mixing alone
+    does not lead to consensus, for example because some agents never receive anything
+    from some others. The paper's rho is |lambda_2|^2. For a stack
+    `[period, agents, agents]` the gap is that of the product W_period ... W_2 W_1,
+    which is the effect of a whole period.
     """
     whole = np.asarray(mixing_matrix, np.float64)
     if whole.ndim == 3:
@@ -330,11 +349,11 @@ def spectral_gap(mixing_matrix: MixingMatrix) -> float:
 
 
 def mix(mixing_matrix: Float[Array, "agents agents"], stacked: PyTree) -> PyTree:
-    """sum_j W[i, j] x_j for every leaf `[agents, ...]` of a stacked tree.
+    """Computes sum_j W[i, j] x_j for every leaf `[agents, ...]` of a stacked tree.
 
-    A leaf keeps its dtype. The sum is computed in float32, or in the leaf's dtype where
-    that is finer or complex. Leaves that are no real or complex numbers (counters) stay
-    each agent's own.
+    A leaf keeps its dtype. The sum is computed in float32, or in the leaf's dtype if
+    that is more precise or complex. Leaves of other dtypes, such as integer counters,
+    are not mixed: every agent keeps its own.
     """
 
     def mix_leaf(leaf):
@@ -355,16 +374,17 @@ def mix(mixing_matrix: Float[Array, "agents agents"], stacked: PyTree) -> PyTree
 
 MIXINGS: dict[str, Record[MixingMatrix]] = registry(
     Record("uniform", uniform),
-    Record("max_degree", uniform),
+    Record("max_degree", uniform, summary="The same rule as uniform."),
     Record("metropolis_hastings", metropolis_hastings),
     Record("lazy", lazy),
     Record("column_stochastic", column_stochastic),
     Record("row_stochastic", row_stochastic),
     Record("fastest", fastest),
 )
-"""Rules for any graph: `MIXINGS[name](adjacency)` is a mixing matrix, or a stack."""
+"""`MIXINGS[name](adjacency)` applies a rule. It returns a mixing matrix, or a stack."""
 
 FROM_FILE = Record("file", from_file, (MATRIX_FILE,))
+"""The record of a matrix from a file. It is no rule, so `MIXINGS` does not hold it."""
 
 MIXING = Option(
     "mixing",

@@ -1,4 +1,4 @@
-"""What the network is like, from round to round and from step to step."""
+"""The network at every round and every local step: agents, links, and weights."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ __all__ = [
 DROPOUT = Option(
     "faults.dropout",
     0.0,
-    "The probability that an agent is away for a round, from the first round on.",
+    "The probability that an agent is absent in a round, from the first round on.",
     at_least=0,
     below=1,
 )
@@ -47,23 +47,26 @@ EDGE_LOSS = Option(
 ABSENCES = Option(
     "faults.absences",
     "",
-    'The rounds in which single agents are away. "3:1-4, 0:6-" means that agent 3 is '
-    "away in rounds 1 to 4, and agent 0 from round 6 on.",
-    empty="nobody is away",
+    'The rounds in which single agents are absent. "3:1-4, 0:6-" means that agent 3 is '
+    "absent in rounds 1 to 4, and agent 0 from round 6 on.",
+    empty="no agent is absent",
 )
 FAULTS = (DROPOUT, EDGE_LOSS, ABSENCES, SEED)
 """The options of `faults`."""
 
 
 class Network(NamedTuple):
-    """A round's network. Arrays, so that changing them never retraces a program.
+    """The network of one round or one local step.
 
-    NumPy's where it is made; a jitted step may be given it on the devices.
+    Its fields are arrays, so that other values never retrace a program. They are NumPy
+    arrays at first; a jitted step may take them as arrays on the devices.
 
     Attributes:
-        W: the mixing matrix, float32; row i holds what agent i makes of the others.
-        active_edges: `[i, j]` whether j's message reaches i this round.
-        present: which agents take part. The slots that only fill up devices never do.
+        W: the mixing matrix, float32. Row i holds the weights with which agent i
+            averages.
+        active_edges: `active_edges[i, j]` says whether j's message reaches i.
+        present: whether each agent takes part. The slots that only fill up devices
+            never do.
     """
 
     W: Float[Array | np.ndarray, "agents agents"]
@@ -72,7 +75,7 @@ class Network(NamedTuple):
 
 
 def _filled_up(W, active_edges, present, *, slots: int) -> Network:
-    """A network that is filled up to `slots` with agents that are absent."""
+    """Makes a network that is filled up to `slots` with absent agents."""
     n_agents = len(present)
     full_W = np.eye(slots, dtype=np.float32)
     full_W[:n_agents, :n_agents] = W
@@ -84,16 +87,16 @@ def _filled_up(W, active_edges, present, *, slots: int) -> Network:
 
 
 class NetworkError(UserError):
-    """A network that its use, or its faults, do not allow; the message says why."""
+    """A network does not fit its use or its faults. The message says why."""
 
 
 class Absence(NamedTuple):
-    """An agent is away for some rounds (which count from 1), and comes back.
+    """Some rounds in which one agent is absent. Rounds count from 1.
 
     Attributes:
-        agent: who.
-        start: its first round away; 1 for one that joins late.
-        stop: the round it is back for; None: never.
+        agent: the number of the agent.
+        start: the first round in which it is absent; 1 if it joins late.
+        stop: the round in which it is back; None if it does not come back.
     """
 
     agent: int
@@ -103,14 +106,16 @@ class Absence(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """How a network misbehaves. Everything is drawn anew, but is fixed by the seed.
+    """The faults of a network: agents drop out, and links fail.
+
+    Faults are drawn anew in every round or exchange, but the seed determines them.
 
     Attributes:
-        dropout: with this probability an agent is away for a round.
-        edge_loss: with this probability a link fails in an exchange. In an undirected
-            network it fails in both directions, in a directed one in its own.
-        absences: who is away when, beyond that.
-        seed: of the draws.
+        dropout: the probability that an agent is absent in a round.
+        edge_loss: the probability that a link fails in an exchange. In an undirected
+            network it then fails in both directions.
+        absences: further rounds in which single agents are absent.
+        seed: the seed of all draws.
     """
 
     dropout: float = DROPOUT.default
@@ -124,18 +129,19 @@ class Faults:
         for agent, start, stop in self.absences:
             if agent < 0 or start < 1 or (stop is not None and stop <= start):
                 raise NetworkError(
-                    "an absence is (agent, first round away, round it is back for), "
-                    f"rounds counting from 1; got {(agent, start, stop)}"
+                    "an absence is (agent, the first round in which it is absent, the "
+                    "round in which it is back), and rounds count from 1; got "
+                    f"{(agent, start, stop)}"
                 )
 
     @property
     def any(self) -> bool:
-        """Whether there are any."""
+        """Whether there are any faults."""
         return bool(self.dropout or self.edge_loss or self.absences)
 
 
 def parse_absences(text: str) -> tuple[Absence, ...]:
-    """Reads "agent:first-last, ...": the rounds, from 1, in which agents are away.
+    """Reads "agent:first-last, ...": the rounds, from 1, in which agents are absent.
 
     Raises:
         NetworkError: the text has another form.
@@ -154,41 +160,42 @@ def parse_absences(text: str) -> tuple[Absence, ...]:
 
 
 def faults(*, dropout: float, edge_loss: float, absences: str, seed: int) -> Faults:
-    """The faults that a config describes.
+    """Makes the faults that a config describes.
 
     Raises:
-        OptionError: a probability out of range.
-        NetworkError: absences that cannot be.
+        OptionError: a probability is out of range.
+        NetworkError: the text of the absences has another form, or an absence ends
+            before it starts.
     """
     return Faults(dropout, edge_loss, parse_absences(absences), seed)
 
 
 class Links:
-    """The network over time: who is there, which links work, and what W is then.
+    """The network over time: which agents are present, which links work, and W.
 
-    Where an agent is away in an undirected network, a mixing rule is applied to the
-    graph of those who are there. Whatever else is not delivered (a link fails, W is a
-    ready matrix, the network is directed) is made up for on the diagonal, so that what
-    summed to 1 goes on to do so: the weight stays with the sender where columns sum to
-    1, and goes to the receiver where only rows do. On an undirected network with
-    symmetric weights both are the same: both ends of the link get it back.
+    If an agent is absent from an undirected network, the mixing rule is applied anew to
+    the graph of the present agents. In all other cases (a link fails, the network is
+    directed, or W is a matrix and not a rule) a weight whose message is not delivered
+    moves to the diagonal, so that the sums that were 1 remain 1. If the columns of W
+    sum to 1, the sender keeps the weight; if only the rows do, the receiver gets it. In
+    an undirected network with symmetric weights both ways give the same W.
 
     Args:
-        adjacency: `[agents, agents]`, or `[period, agents, agents]`.
-        mixing: a rule, e.g. of `MIXINGS`, or a matrix: `[agents, agents]` or a stack of
-            the adjacency's period.
-        faults: how the network misbehaves.
+        adjacency: the graph, `[agents, agents]` or `[period, agents, agents]`.
+        mixing: a rule, e.g. one of `MIXINGS`, or a matrix: `[agents, agents]` or a
+            stack of the adjacency's period.
+        faults: the faults of the network.
 
     Attributes:
-        adjacency: `[period, agents, agents]`.
-        mixing_matrix: `[period, agents, agents]`, if everyone is there and no link
-            fails.
-        faults: as given.
+        adjacency: the graph, `[period, agents, agents]`.
+        mixing_matrix: W, `[period, agents, agents]`, for the times when all agents are
+            present and no link fails.
+        faults: the faults that were given.
 
     Raises:
-        MixingError: the rule does not fit the graph, or the matrix does not.
-        NetworkError: faults in a directed network whose columns do not sum to 1, or an
-            absence of an agent that there is not.
+        MixingError: the rule or the matrix does not fit the graph.
+        NetworkError: there are faults in a directed network in which the columns of W
+            do not sum to 1, or an absent agent does not exist.
     """
 
     def __init__(
@@ -205,15 +212,16 @@ class Links:
             check_mixing_matrix(matrix, self.adjacency), self.adjacency.shape
         )
         self._undirected = is_undirected(self.adjacency)
-        # Some rules are programs of their own; the same few are away again and again.
+        # Some rules solve an optimization problem, and the same agents are often absent
+        # together.
         self._weights = functools.lru_cache(1024)(self._weights_of)
-        # Local steps are many, and their networks few unless links fail.
+        # There are many local steps. Unless links fail, most have the same network.
         self._network = functools.lru_cache(64)(self._network_of)
         n_agents = self.adjacency.shape[-1]
         for absence in faults.absences:
             if absence.agent >= n_agents:
                 raise NetworkError(
-                    f"agent {absence.agent} is to be absent, but there are only "
+                    f"an absence names agent {absence.agent}, but there are only "
                     f"agents 0 to {n_agents - 1}"
                 )
         if (
@@ -229,7 +237,7 @@ class Links:
 
     @functools.cached_property
     def edges(self) -> Adjacency:
-        """All edges that there ever are."""
+        """All edges that exist at any time."""
         return union(self.adjacency)
 
     @property
@@ -239,9 +247,9 @@ class Links:
 
     @functools.cached_property
     def doubly_stochastic(self) -> bool:
-        """Whether rows and columns of W sum to 1, whatever fails.
+        """Whether the rows and columns of W sum to 1 at all times, also under faults.
 
-        Weights may be negative: those of `fastest` are, on some graphs.
+        Weights may be negative, as some of `fastest` are on some graphs.
         """
         if self.faults.any and not (self._undirected and self._symmetric):
             return False
@@ -249,7 +257,10 @@ class Links:
 
     @functools.cached_property
     def column_stochastic(self) -> bool:
-        """Whether columns of W sum to 1, whatever fails. Weights may be negative."""
+        """Whether the columns of W sum to 1 at all times, also under faults.
+
+        Weights may be negative.
+        """
         return all(map(columns_sum_to_one, self._matrices))
 
     @property
@@ -258,12 +269,13 @@ class Links:
 
     @functools.cached_property
     def _matrices(self) -> list[MixingMatrix]:
-        """W at every time, and where somebody is away."""
+        """W at every time, and an example of W while agents are absent."""
         matrices = list(self.mixing_matrix)
-        some_away = bool(self.faults.dropout or self.faults.absences)
-        if self._reapplies and some_away and self.edges.any():
-            # A rule's sums may be 1 on regular graphs alone, which those who are left
-            # do not form. On the least irregular graph it shows.
+        some_absent = bool(self.faults.dropout or self.faults.absences)
+        if self._reapplies and some_absent and self.edges.any():
+            # The sums of some rules are 1 only on regular graphs, and the graph of the
+            # present agents need not be regular. A path of three agents is the smallest
+            # graph that is not, so its weights show whether the rule is of this kind.
             irregular = np.zeros_like(self.edges)
             for agent in range(min(2, len(irregular) - 1)):
                 irregular[agent, agent + 1] = irregular[agent + 1, agent] = True
@@ -272,11 +284,14 @@ class Links:
 
     @property
     def _reapplies(self) -> bool:
-        """Whether the mixing rule is applied anew to those who are there."""
+        """Whether the mixing rule is applied anew to the present agents."""
         return self._undirected and self._rule is not None
 
     def present(self, round_number: int) -> Bool[np.ndarray, " agents"]:
-        """Who is there in a round. Rounds count from 1; before it everyone is."""
+        """Returns which agents are present in a round.
+
+        Rounds count from 1. Before round 1 all agents are present.
+        """
         present = np.ones(self.adjacency.shape[-1], bool)
         if self.faults.dropout and round_number > 0:
             rng = np.random.default_rng([self.faults.seed, _PRESENCE, round_number])
@@ -287,17 +302,17 @@ class Links:
         return present
 
     def at_round(self, round_number: int, slots: int) -> Network:
-        """The network that a round's communication has. Rounds count from 1.
+        """Returns the network of a round's communication. Rounds count from 1.
 
-        Networks that are the same are one object, as far as they are remembered: where
-        links do not fail, one for all steps between two changes.
+        Equal networks are the same object as long as the cache holds it. So if links do
+        not fail, all steps between two changes share one object.
         """
         return self._at(round_number - 1, round_number, _ROUND, slots)
 
     def at_step(self, step: int, round_number: int, slots: int) -> Network:
-        """The network that a local step of a round has, as `at_round`.
+        """Returns the network of a local step of a round, like `at_round`.
 
-        Steps count from 0, and go on counting from round to round.
+        Steps count from 0 over all rounds.
         """
         return self._at(step, round_number, _STEP, slots)
 
@@ -316,14 +331,15 @@ class Links:
         self, phase: int, present: bytes, failed: bytes, slots: int
     ) -> Network:
         adjacency, W = self.adjacency[phase], self.mixing_matrix[phase]
-        there = np.frombuffer(present, bool)
-        reachable = adjacency & there & there[:, None]
+        is_present = np.frombuffer(present, bool)
+        reachable = adjacency & is_present & is_present[:, None]
         if self._reapplies and (reachable != adjacency).any():
             W = self._weights(reachable.tobytes())
         active = reachable & ~np.frombuffer(failed, bool).reshape(adjacency.shape)
         undelivered = np.where(adjacency & ~active, W, 0.0)
-        back = undelivered.sum(axis=0 if columns_sum_to_one(W) else 1)
-        return _filled_up(W - undelivered + np.diag(back), active, there, slots=slots)
+        kept = undelivered.sum(axis=0 if columns_sum_to_one(W) else 1)
+        W = W - undelivered + np.diag(kept)
+        return _filled_up(W, active, is_present, slots=slots)
 
     def _weights_of(self, adjacency: bytes) -> MixingMatrix:
         assert self._rule is not None
@@ -331,5 +347,5 @@ class Links:
         return self._rule(np.frombuffer(adjacency, bool).reshape(shape))
 
 
-# Draws for different purposes do not depend on each other.
+# Each purpose has random numbers of its own, so that draws are independent.
 _PRESENCE, _ROUND, _STEP = range(3)

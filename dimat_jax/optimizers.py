@@ -1,9 +1,9 @@
 """Local optimizers and learning-rate schedules, by name.
 
-All are made of optax's parts; DAdam's step is written here. Learning rates are
-scheduled over steps since the beginning of the phase. A merge that resets an agent's
-optimizer does not turn the clock back, and an agent that is idle because it has no data
-does not stop it: see `with_clocks_of`.
+All of them are made of optax's parts, except for DAdam's step, which is written here.
+Learning rates are scheduled over the steps since the beginning of the phase. The clock
+of a schedule does not go back if a merge resets an agent's optimizer, and it goes on
+while an agent is idle because it has no data: see `with_clocks_of`.
 """
 
 from collections.abc import Callable
@@ -57,12 +57,12 @@ DECAY = Option(
 
 
 class DadamState(NamedTuple):
-    """Moments, each like the params.
+    """The moments that DAdam keeps. Each is a tree that is shaped like the params.
 
     Attributes:
-        mean: m, of the gradient.
-        square: v, of its square.
-        largest: v hat, which v decides while it grows.
+        mean: the running mean m of the gradients.
+        square: the running mean v of the squared gradients.
+        largest: v_hat, which follows the largest v so far.
     """
 
     mean: PyTree
@@ -73,7 +73,7 @@ class DadamState(NamedTuple):
 def scale_by_dadam(
     b1: float = 0.9, b2: float = 0.999, b3: float = 0.0, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    """The step of DAdam, without bias correction.
+    """Makes the step of DAdam, which has no bias correction.
 
         m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g^2
         v_hat <- b3 v_hat + (1 - b3) max(v_hat, v),    step m / (sqrt(v_hat) + eps)
@@ -106,7 +106,7 @@ def scale_by_dadam(
 def sgd(
     schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
 ) -> optax.GradientTransformation:
-    """Plain stochastic gradient descent."""
+    """Plain stochastic gradient descent (SGD)."""
     return _decayed(optax.sgd(schedule), weight_decay)
 
 
@@ -137,10 +137,11 @@ def heavy_ball(
     momentum: float = MOMENTUM.default,
     weight_decay: float = WEIGHT_DECAY.default,
 ) -> optax.GradientTransformation:
-    """Polyak's heavy ball: v <- beta v - alpha g, and a step of v.
+    """SGD with Polyak's heavy ball: v <- beta v - alpha g, and a step of v.
 
-    Unlike "momentum", a velocity from a time with a higher learning rate goes on at
-    that rate. CDMSGD uses it (Jiang et al. 2017).
+    The velocity v includes the learning rates of earlier steps, while those of
+    "momentum" are all multiplied with the present one. CDMSGD uses the heavy ball
+    (Jiang et al. 2017).
     """
     tx = optax.chain(
         optax.scale_by_learning_rate(schedule), optax.trace(decay=momentum)
@@ -173,7 +174,7 @@ def adamw(
 def _decayed(
     tx: optax.GradientTransformation, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Adds an L2 penalty's part to the gradient that `tx` is given."""
+    """Adds the gradient of an L2 penalty to the gradient that `tx` gets."""
     if weight_decay == 0:
         return tx
     return optax.chain(optax.add_decayed_weights(weight_decay), tx)
@@ -204,11 +205,11 @@ def cosine(rate: float, *, steps_per_epoch: int, total_steps: int) -> Schedule:
 
 
 def with_clocks_of(state: PyTree, other: PyTree) -> PyTree:
-    """A state with the learning-rate clocks of another.
+    """Returns a state with the learning-rate clocks of another state.
 
     Args:
-        state: an optimizer's state, or any tree that holds some.
-        other: of the same structure.
+        state: an optimizer's state, or any tree that holds optimizer states.
+        other: the state with the clocks, of the same structure.
     """
 
     def is_clock(node) -> bool:
@@ -238,7 +239,8 @@ SCHEDULES: dict[str, Record[Schedule]] = registry(
     Record("exponential", exponential, (DECAY,)),
     Record("cosine", cosine),
 )
-"""`SCHEDULES[name](rate, steps_per_epoch=..., total_steps=..., **options)`."""
+"""`SCHEDULES[name](rate, steps_per_epoch=..., total_steps=..., **options)` builds a
+schedule."""
 
 OPTIMIZER = Option(
     "optimizer.name",

@@ -1,4 +1,4 @@
-"""Options and records: what a config can say, stated once, where it is read.
+"""Options and records: each fact about a config's fields stands in one place.
 
 An `Option` is declared in the file whose code reads it. It holds the option's place in
 a config, its default, its meaning, and the values that it may have. Function signatures
@@ -12,8 +12,8 @@ take their defaults from it, and functions check their arguments with it:
 A `Record` is one entry of a registry (of topologies, of optimizers, ...): how the thing
 is built, and the options that it reads. A registry is a dict of records by name, and an
 option whose `choices` are a registry leads to the options of the entry that it names.
-So the options that a config reads form a tree, and `read` walks it. Checks, builders,
-reports and the documentation all use that one walk.
+So the options that a config reads form a tree, and `read` finds all of them. Checks,
+builders, reports and the documentation all use it.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ Fields = Mapping[str, Any]
 
 
 class OptionError(UserError):
-    """An option with a value that it cannot have; the message says what is allowed."""
+    """An option has a value that is not allowed. The message says what is allowed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,18 +52,21 @@ class Option:
 
     Attributes:
         path: the field's place in a config, e.g. "merge.stay".
-        default: the value of a config that does not set it.
-        meaning: one or more full sentences, for the documentation.
-        choices: the names that it may be; a registry of `Record`s, if these read
-            further options. None: it is no choice.
-        at_least, above, at_most, below: the bounds of a number. A bounded number must
-            be finite.
-        unit: of a number, e.g. "epochs".
-        empty: what the empty value stands for ("" of a text, 0 of a number), in words.
-            A text without these words must not be empty where it is read.
-        opens: the options that are read only where this one is not empty.
-        changes_results: False for where things are, how fast they go and what is kept:
-            a run may resume with another value, and runs are not compared by it.
+        default: the value in a config that does not set the field.
+        meaning: the documentation of the option, one or more full sentences.
+        choices: the names that the value may be: a registry of `Record`s if each name
+            leads to further options. None if the option is no choice among names.
+        at_least: the least allowed number. A number with any bound must be finite.
+        above: a bound that the number must exceed.
+        at_most: the largest allowed number.
+        below: a bound that the number must not reach.
+        unit: the unit of a number, e.g. "epochs".
+        empty: a description of what the empty value means ("" for a text, 0 for a
+            number). A text without this description must not be empty if it is read.
+        opens: the options that are read only if this one is not empty.
+        changes_results: False for an option that only says where files are, how fast a
+            run is, or what it keeps. A run may resume with another value of such an
+            option, and reports do not compare runs by it.
     """
 
     path: str
@@ -102,10 +105,10 @@ class Option:
 
         Args:
             value: the value.
-            name: what to call it in the message; None: the keyword.
+            name: the option's name in the message. By default it is the keyword.
 
         Raises:
-            OptionError: the value is not allowed; the message says what is.
+            OptionError: the value is not allowed; the message says what is allowed.
         """
         name = name or self.keyword
         if self.empty and not value and isinstance(value, (str, int, float)):
@@ -127,18 +130,18 @@ class Option:
         )
 
     def entry(self, name: str) -> "Record[Any]":
-        """The record that a value of this option names."""
+        """Returns the record that a value of this option names."""
         assert isinstance(self.choices, Mapping)
         return self.choices[name]
 
     def opened_by(self, value: Any) -> tuple["Option", ...]:
-        """The options that are read where this one has a value."""
+        """Returns the options that are read because this one has a certain value."""
         if isinstance(self.choices, Mapping) and value in self.choices:
             return (*self.choices[value].reads, *self.opens)
         return self.opens if value else ()
 
     def under(self, section: str) -> "Option":
-        """The same option in another section, with all that it leads to."""
+        """Returns a copy in another section, with the options that it leads to."""
         choices = self.choices
         if isinstance(choices, Mapping):
             choices = {name: record.under(section) for name, record in choices.items()}
@@ -152,15 +155,16 @@ class Option:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record(Generic[T]):
-    """One entry of a registry. Calling it builds the thing.
+    """One entry of a registry. Calling a record calls its builder.
 
     Attributes:
-        name: its name in the registry and in a config.
-        build: the function that builds it.
+        name: the entry's name in the registry and in a config.
+        build: the function that builds what the entry names.
         options: the options that are keyword arguments of `build`.
-        leads_to: the options that others read where this entry is chosen.
-        ignores: the options that others read, but not where this entry is chosen.
-        summary: what it is, in a sentence; "": the first line of `build`'s docstring.
+        leads_to: the options that other code reads if this entry is chosen.
+        ignores: the options that other code does not read if this entry is chosen.
+        summary: one sentence that says what the entry is. If it is empty, `meaning`
+            takes the first line of `build`'s docstring.
     """
 
     name: str
@@ -180,11 +184,11 @@ class Record(Generic[T]):
 
     @property
     def meaning(self) -> str:
-        """What it is, in a sentence."""
+        """One sentence that says what the entry is, for the documentation."""
         return self.summary or (inspect.getdoc(self.build) or "").partition("\n")[0]
 
     def under(self, section: str) -> "Record[T]":
-        """The same entry with its options in another section."""
+        """Returns a copy of the entry with its options in another section."""
         return dataclasses.replace(
             self,
             options=tuple(option.under(section) for option in self.options),
@@ -196,17 +200,17 @@ R = TypeVar("R", bound=Record)
 
 
 def registry(*records: R) -> dict[str, R]:
-    """Records by name, in the given order."""
+    """Makes a dict of records by name, in the given order."""
     return {record.name: record for record in records}
 
 
 def read(roots: Iterable[Option], fields: Fields) -> dict[str, Option]:
-    """The options that a config reads, by path.
+    """Finds the options that a config reads, by path.
 
     Args:
         roots: the options that every config reads.
-        fields: the config's values. The value of an option that chooses among records
-            must be one of them, or empty.
+        fields: the config's values. An option that chooses among records must name one
+            of them, or be empty.
     """
     found: dict[str, Option] = {}
     ignored: set[str] = set()
@@ -224,7 +228,7 @@ def read(roots: Iterable[Option], fields: Fields) -> dict[str, Option]:
 
 
 def every(roots: Iterable[Option]) -> Iterator[Option]:
-    """All options that any config can read, each path once."""
+    """Yields all options that any config can read, each path once."""
     waiting, seen = list(roots), set()
     while waiting:
         option = waiting.pop(0)
@@ -237,7 +241,7 @@ def every(roots: Iterable[Option]) -> Iterator[Option]:
 
 
 def readers(roots: Iterable[Option]) -> dict[str, list[tuple[Option, list[str]]]]:
-    """For every path, which other options lead to it, and with which of their values.
+    """Finds which options, with which of their values, lead to each path.
 
     An option that every config reads has no entry. A value of "" stands for any value
     that is not empty.
@@ -253,7 +257,7 @@ def readers(roots: Iterable[Option]) -> dict[str, list[tuple[Option, list[str]]]
 
 
 def describe_readers(routes: Iterable[tuple[Option, list[str]]]) -> str:
-    """Where an option is read, in words: "topology is 'ring' or mixing is 'file'"."""
+    """Says where an option is read, e.g. "topology is 'ring' or mixing is 'file'"."""
     return " or ".join(
         f"{option.path} is {_one_of(values)}" for option, values in routes
     )
@@ -267,7 +271,7 @@ def _one_of(values: Iterable[str]) -> str:
 
 
 def _opened(option: Option) -> Iterator[tuple[str, Option]]:
-    """Every value that leads to further options, and each of these."""
+    """Yields each value that leads to a further option, together with that option."""
     if isinstance(option.choices, Mapping):
         for name, record in option.choices.items():
             for other in record.reads:
@@ -279,12 +283,12 @@ def _opened(option: Option) -> Iterator[tuple[str, Option]]:
 SEED = Option(
     "seed",
     0,
-    "Everything random follows from it: data order, initial weights, augmentation, "
-    "random graphs, faults. Two runs with the same seed draw the same numbers.",
+    "The seed of all random numbers: of data order, initial weights, augmentation, "
+    "random graphs, and faults. Two runs with the same seed draw the same numbers.",
     at_least=0,
 )
 
 
 def arguments(record: Record, fields: Fields) -> dict[str, Any]:
-    """The keyword arguments that a config gives the builder of a record."""
+    """Returns the keyword arguments that a config gives to the builder of a record."""
     return {option.keyword: fields[option.path] for option in record.options}

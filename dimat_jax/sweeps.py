@@ -1,4 +1,4 @@
-"""Sweeps: many configs by name, each with only the options that it reads."""
+"""Builds sweeps: many configs by name, each with only the options that it reads."""
 
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -12,11 +12,11 @@ __all__ = ["grid"]
 def grid(
     choices: Mapping[str, Sequence[Any]], configs: Mapping[str, Config]
 ) -> dict[str, Config]:
-    """Every config with every combination of some options' values.
+    """Combines every config with every combination of some options' values.
 
-    A config takes only the choices that it reads: agents that train alone read no
-    topology, so there is one run of them for all topologies. Options that a config does
-    not read go back to their defaults.
+    A config takes only the choices that it reads. For example, agents that train alone
+    read no topology, so one run of them serves for all topologies. Options that a
+    config does not read are set to their defaults.
 
     Args:
         choices: the values of each option, by its dotted path.

@@ -1,11 +1,11 @@
-"""Who talks to whom: communication graphs as adjacency matrices.
+"""Communication graphs, as adjacency matrices.
 
 `adjacency[i, j]` says that agent i receives from agent j. There are no self-loops: an
 agent always has its own weights. A topology that changes over time is a stack
-`[period, agents, agents]`, which is gone through again and again.
+`[period, agents, agents]`, whose graphs are used in turn, again and again.
 
-`TOPOLOGIES[name](n_agents)` builds one; the records at the foot say which options each
-of them reads.
+`TOPOLOGIES[name](n_agents)` builds a graph. The records at the foot of this file say
+which options each builder reads.
 """
 
 import json
@@ -67,49 +67,52 @@ MATRIX_FILE = Option(
 
 
 class TopologyError(UserError):
-    """A graph that cannot be built, or is not fit for its use."""
+    """A graph cannot be built, or it does not fit its use. The message says why."""
 
 
 def from_graph(graph: nx.Graph) -> Adjacency:
-    """The adjacency matrix of any networkx graph, in the order of its nodes.
+    """Returns the adjacency matrix of any networkx graph, in the order of its nodes.
 
     In a directed graph the edge u -> v means that u sends to v: `adjacency[v, u]`.
     """
-    # NaN marks what is no edge: an edge may well have the weight 0.
+    # NaN marks the pairs without an edge. 0 could not, since an edge may weigh 0.
     matrix = ~np.isnan(nx.to_numpy_array(graph, nonedge=np.nan)).T
     np.fill_diagonal(matrix, False)
     return matrix
 
 
 def fully_connected(n_agents: int) -> Adjacency:
-    """Everyone with everyone."""
+    """Every agent is connected with every other agent."""
     return from_graph(nx.complete_graph(_at_least_one(n_agents)))
 
 
 def ring(n_agents: int) -> Adjacency:
-    """Everyone with two neighbours."""
+    """The agents form a circle, in which each of them has two neighbours."""
     # networkx gives a cycle of one node a self-loop, which `from_graph` drops.
     return from_graph(nx.cycle_graph(_at_least_one(n_agents)))
 
 
 def path(n_agents: int) -> Adjacency:
-    """A ring that is cut open."""
+    """The agents form a line: a ring that is cut open in one place."""
     return from_graph(nx.path_graph(_at_least_one(n_agents)))
 
 
 def star(n_agents: int) -> Adjacency:
-    """Everyone with agent 0, the hub."""
+    """Every agent is connected with agent 0, the hub, and with no other agent."""
     return from_graph(nx.star_graph(_at_least_one(n_agents) - 1))
 
 
 def bipartite(n_agents: int) -> Adjacency:
-    """Everyone with the two hubs, agents 0 and 1, who do not talk to each other."""
+    """Every agent is connected with two hubs, 0 and 1; the hubs are not connected."""
     hubs = min(2, _at_least_one(n_agents) - 1)
     return from_graph(nx.complete_bipartite_graph(hubs, n_agents - hubs))
 
 
 def torus(n_agents: int) -> Adjacency:
-    """A grid, as square as can be, whose opposite sides meet; a ring for a prime."""
+    """The agents form a grid whose opposite sides are connected.
+
+    The grid is as square as possible. For a prime number of agents it is a ring.
+    """
     rows = next(
         rows
         for rows in range(math.isqrt(_at_least_one(n_agents)), 0, -1)
@@ -119,10 +122,10 @@ def torus(n_agents: int) -> Adjacency:
 
 
 def hypercube(n_agents: int) -> Adjacency:
-    """Agents whose numbers differ in one bit.
+    """Two agents are connected if their numbers differ in exactly one bit.
 
     Raises:
-        TopologyError: the number of agents is no power of two.
+        TopologyError: the number of agents is not a power of two.
     """
     dimensions = _at_least_one(n_agents).bit_length() - 1
     if n_agents != 2**dimensions:
@@ -135,19 +138,20 @@ def hypercube(n_agents: int) -> Adjacency:
 
 
 def exponential(n_agents: int) -> Adjacency:
-    """Directed: agent j sends to j + 1, j + 2, j + 4, ... (modulo n).
+    """Agent j sends to the agents j + 1, j + 2, j + 4, ... (modulo n).
 
-    About log2(n) neighbours, and a spectral gap that hardly shrinks as n grows (Assran
-    et al. 2019; Ying et al. 2021, arXiv 2110.13363).
+    The graph is directed. Each agent has about log2(n) neighbours, and the spectral gap
+    hardly shrinks as n grows (Assran et al. 2019; Ying et al. 2021, arXiv 2110.13363).
     """
     return union(one_peer_exponential(n_agents))
 
 
 def one_peer_exponential(n_agents: int) -> Schedule:
-    """Directed, and changing: j sends to j + 1, then to j + 2, then to j + 4, ...
+    """Agent j sends to agent j + 1 first, then to j + 2, then to j + 4, ... (modulo n).
 
-    Each agent has one neighbour at a time. If n is a power of two, agents that average
-    with it reach exact consensus after one period, log2(n) (Ying et al. 2021).
+    The graph is directed and changes over time. Each agent has one neighbour at a time.
+    If n is a power of two, agents that average along it reach exact consensus after one
+    period of log2(n) exchanges (Ying et al. 2021).
     """
     agents = np.arange(_at_least_one(n_agents))
     hops = [2**k for k in range(max((n_agents - 1).bit_length(), 1))]
@@ -158,19 +162,19 @@ def one_peer_exponential(n_agents: int) -> Schedule:
 def random_regular(
     n_agents: int, *, degree: int = DEGREE.default, seed: int = SEED.default
 ) -> Adjacency:
-    """A random connected graph in which everyone has `degree` neighbours.
+    """A random connected graph, in which every agent has `degree` neighbours.
 
     A degree of 0 stands for the least degree above the ring's: 3, or 4 for an odd
-    number of agents. Where there are fewer other agents, everyone has all of them.
+    number of agents. If there are fewer other agents, all of them are neighbours.
 
     Raises:
-        TopologyError: there is no such graph.
+        TopologyError: no connected graph has this degree.
     """
     _at_least_one(n_agents)
     if degree == 0:
         degree = min(3 + n_agents % 2, n_agents - 1)
     possible = 0 <= degree < n_agents and degree * n_agents % 2 == 0
-    # Pairs, or nobody to talk to: these are connected for the fewest agents only.
+    # A graph of degree 0 is connected for one agent only, and one of degree 1 for two.
     if not possible or degree < min(2, n_agents - 1):
         raise TopologyError(
             f"there is no connected graph of {n_agents} agents with {degree} "
@@ -186,10 +190,12 @@ def erdos_renyi(
     edge_probability: float = EDGE_PROBABILITY.default,
     seed: int = SEED.default,
 ) -> Adjacency:
-    """Every pair with the same probability; drawn anew until the graph is connected.
+    """A random connected graph, in which all edges have the same probability.
+
+    Graphs are drawn until one of them is connected.
 
     Raises:
-        OptionError: `edge_probability` is no probability.
+        OptionError: `edge_probability` is not between 0 and 1.
         TopologyError: the probability is too small to find a connected graph.
     """
     EDGE_PROBABILITY.check(edge_probability)
@@ -200,30 +206,32 @@ def erdos_renyi(
 
 
 def disconnected(n_agents: int) -> Adjacency:
-    """Nobody with anybody."""
+    """No agent is connected with any other agent."""
     return from_graph(nx.empty_graph(_at_least_one(n_agents)))
 
 
 def from_file(
     n_agents: int, *, file: str | os.PathLike[str] = MATRIX_FILE.default
 ) -> Schedule:
-    """Any graph, or a stack of them: an adjacency or a mixing matrix in a file.
+    """Any graph, read from a file that holds an adjacency or a mixing matrix.
 
-    Every entry off the diagonal that is not 0 is an edge.
+    Every entry off the diagonal that is not 0 is an edge. A stack of matrices is a
+    graph that changes over time.
 
     Raises:
-        TopologyError: the file cannot be read, or is not for so many agents.
+        TopologyError: the file cannot be read, or its matrix has another number of
+            agents.
     """
     edges = schedule(read_matrix(file, n_agents) != 0)
     return edges & ~np.eye(n_agents, dtype=bool)
 
 
 def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
-    """A matrix `[agents, agents]`, or a stack of them, from a .json or .npy file.
+    """Reads a matrix `[agents, agents]`, or a stack of them, from a .json or .npy file.
 
     Raises:
-        TopologyError: the file cannot be read, holds something else, or is not for so
-            many agents.
+        TopologyError: the file cannot be read, holds something else, or its matrix has
+            another number of agents.
     """
     file = Path(file)
     if file.suffix not in (".json", ".npy"):
@@ -247,31 +255,35 @@ def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
 
 
 def schedule(adjacency: np.ndarray) -> np.ndarray:
-    """`[period, agents, agents]`, of period 1 for what does not change."""
+    """Makes a stack `[period, agents, agents]`; a single matrix has the period 1."""
     return adjacency if adjacency.ndim == 3 else adjacency[None]
 
 
 def union(adjacency: Adjacency | Schedule) -> Adjacency:
-    """All edges that there ever are."""
+    """Returns all edges that exist at any time."""
     return np.asarray(schedule(adjacency).any(axis=0))
 
 
 def components(adjacency: Adjacency | Schedule) -> list[list[int]]:
-    """The (weakly) connected components, each sorted, in the order of their least."""
+    """Returns the (weakly) connected components.
+
+    Each component is a sorted list of agents. The components are sorted by their lowest
+    agent.
+    """
     edges = union(adjacency)
     graph = nx.from_numpy_array(edges | edges.T)
     return sorted(sorted(component) for component in nx.connected_components(graph))
 
 
 def is_connected(adjacency: Adjacency | Schedule) -> bool:
-    """Whether information from every agent can reach every other, in time."""
+    """Whether information from every agent reaches every other agent at some time."""
     return nx.is_strongly_connected(
         nx.from_numpy_array(union(adjacency).T, create_using=nx.DiGraph)
     )
 
 
 def is_undirected(adjacency: Adjacency | Schedule) -> bool:
-    """Whether whoever sends receives, at any time."""
+    """Whether every edge exists in both directions, at all times."""
     return bool((adjacency == np.swapaxes(adjacency, -1, -2)).all())
 
 

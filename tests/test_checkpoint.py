@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def optimizer_state(seed: int, n_agents: int = 3) -> Any:
-    """Stacked params with a state of nested NamedTuples, as NumPy arrays."""
+    """Makes stacked params and a state of nested NamedTuples, as NumPy arrays."""
     rng = np.random.default_rng(seed)
     params = {
         "Conv_0": {"kernel": rng.normal(size=(n_agents, 3, 3, 1, 2))},
@@ -47,7 +47,7 @@ def assert_same(tree: Any, expected: Any) -> None:
 
 @pytest.fixture
 def opened(tmp_path) -> Iterator[Callable[..., Checkpoints]]:
-    """Opens the same directory, time and again."""
+    """Opens the same directory each time that it is called."""
     all_opened = []
 
     def opens(keep: int = 2) -> Checkpoints:
@@ -199,7 +199,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(opened, tmp_path, at_
     tree, record = checkpoints.restore(like)
     assert_same(tree, {"w": np.full(3, 1.0)})
     assert record == {"number": 1}
-    # And it can be saved once more.
+    # The same checkpoint can be saved again.
     checkpoints.save(2, {"w": np.full(3, 3.0)}, {"number": 2})
     checkpoints.wait()
     assert_same(checkpoints.restore(like)[0], {"w": np.full(3, 3.0)})

@@ -1,4 +1,4 @@
-"""What configs ask for, and what is refused before any data is loaded."""
+"""Tests configs: their fields, and the checks before any data is loaded."""
 
 from typing import Any
 
@@ -83,7 +83,7 @@ def test_a_model_that_cannot_be_is_refused(fields, message):
 
 
 def changed(**fields: Any):
-    """The default config with fields changed by dotted path ("__" for ".")."""
+    """Makes the default config with fields changed by dotted path ("__" for ".")."""
     config = default_config()
     config.update_from_flattened_dict(
         {name.replace("__", "."): value for name, value in fields.items()}

@@ -1,4 +1,4 @@
-"""From config fields to networks, partitions and what an algorithm is told."""
+"""Tests that config fields give the right networks, partitions and arguments."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ from dimat_jax.topology import TOPOLOGIES, TopologyError, is_connected
 
 
 def small(algorithm: str = "wa", **changes: Any):
-    """The quickstart, made smaller. Fields are changed by dotted path."""
+    """Makes a smaller quickstart config. Fields are changed by dotted path."""
     config = quickstart.get_config(algorithm)
     fields = {
         "rounds": 2,
@@ -151,7 +151,7 @@ def test_who_is_away_learns_nothing_and_sends_nothing(tmp_path):
     assert second["test_loss"][1] == first["test_loss"][1]
     assert second["test_loss"][0] != first["test_loss"][0]
     assert rows[4]["test_loss"][3] == rows[3]["test_loss"][3] == rows[2]["test_loss"][3]
-    # A ring without one agent is a path of four: six messages instead of ten.
+    # A ring without one agent is a path of four, with six messages instead of ten.
     sent = np.array(second["bytes_sent_by_link"])
     assert (sent > 0).sum() == 6 and not sent[1].any() and not sent[:, 1].any()
     partition = json.loads((tmp_path / "partition.json").read_text())
@@ -170,7 +170,8 @@ def test_a_sweeps_runs_can_be_run(sweep):
 
 def test_the_sweep_over_all_algorithms_leaves_none_out():
     runs = every_algorithm.get_runs()
-    # One run with all data, two partitions without a graph, and all four cells.
+    # There is one run with all data, one for each of two partitions without a graph,
+    # and one for each of the four combinations.
     graphs = set(every_algorithm.LINES) - {"centralized", "local", "fedavg"}
     assert len(runs) == 1 + 2 + 2 + 4 * len(graphs)
     assert {config.algorithm for config in runs.values()} == ALGORITHMS.keys()

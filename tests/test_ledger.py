@@ -25,21 +25,21 @@ EVERY_STEP, EVERY_ROUND = Messages(step=MODEL), Messages(round=MODEL)
 
 
 def of_size(size: int) -> dict:
-    """A message of so many bytes."""
+    """Makes a message of a number of bytes."""
     return {"params": jax.ShapeDtypeStruct((size,), jnp.uint8)}
 
 
 def network(active_edges, present=None) -> Network:
-    """A network in which everyone is present. W does not matter to a ledger."""
-    everyone = np.ones(len(active_edges), bool)
-    present = everyone if present is None else present
+    """Makes a network, by default with all agents present. A ledger does not read W."""
+    all_agents = np.ones(len(active_edges), bool)
+    present = all_agents if present is None else present
     return Network(np.eye(len(active_edges)), active_edges, present)
 
 
 def record_round(
     ledger, messages, active_edges, *, present=None, edges=None, matching=None
 ):
-    """Everyone is there, and there are no other edges."""
+    """Books a round, by default without absent agents and without further edges."""
     edges = active_edges if edges is None else edges
     ledger.record_round(messages, network(active_edges, present), edges, matching)
 
@@ -73,14 +73,14 @@ def test_an_exchange_is_one_round_with_each_neighbour(topology, n_agents):
 
 
 def test_the_papers_rounds_are_counted():
-    # Merging every 2 epochs: 0.5 (n - 1) rounds an epoch, fully connected, 0.5 x 2 on
-    # the ring; 200 epochs.
+    # Agents merge every 2 of 200 epochs. That makes 0.5 (n - 1) rounds an epoch if they
+    # are fully connected, and 0.5 x 2 on the ring.
     for topology, rounds_per_epoch in (("fully_connected", 2.0), ("ring", 1.0)):
         ledger = Ledger(5)
         for _ in range(100):
             record_round(ledger, EVERY_ROUND, TOPOLOGIES[topology](5))
         assert ledger.comm_rounds == rounds_per_epoch * 200
-    # Gossip with every mini-batch.
+    # Agents gossip with every mini-batch.
     ledger = Ledger(5)
     record_steps(ledger, EVERY_STEP, TOPOLOGIES["ring"](5), times=500)
     assert ledger.comm_rounds == 500 * 2
@@ -148,7 +148,7 @@ def test_nothing_is_booked_where_nothing_is_sent(messages):
 
 
 def test_steps_are_booked_alike_one_by_one_and_together():
-    """By their edges, whether or not two steps have the same network object."""
+    """Steps are booked by their edges, even if they share no network object."""
     ring, pair = TOPOLOGIES["ring"](4), from_graph(nx.path_graph(4))
     networks = [network(edges) for edges in (ring, pair, ring)]
     networks += [networks[0], networks[1], networks[0]]
@@ -225,11 +225,11 @@ def test_matching_data_are_bytes_but_no_rounds():
 
 COMPRESSED = Messages(round=of_size(10), whole=of_size(35))
 PAIR = TOPOLOGIES["ring"](2)
-NOBODY = np.zeros((2, 2), bool)
+NO_EDGES = np.zeros((2, 2), bool)
 
 
 def met() -> Ledger:
-    """A ledger of two agents who have met."""
+    """Makes a ledger of two agents that have already exchanged messages."""
     ledger = Ledger(2)
     record_round(ledger, COMPRESSED, PAIR)
     ledger.by_link = [[0, 0], [0, 0]]
@@ -239,7 +239,7 @@ def met() -> Ledger:
 
 def test_at_the_first_meeting_everything_is_sent_and_then_differences():
     ledger = Ledger(2)
-    record_round(ledger, COMPRESSED, NOBODY, edges=PAIR)
+    record_round(ledger, COMPRESSED, NO_EDGES, edges=PAIR)
     assert ledger.bytes_sent == 0
     for total in (35, 45, 55):
         record_round(ledger, COMPRESSED, PAIR)
@@ -255,19 +255,19 @@ def test_what_was_missed_is_caught_up_on_but_never_more_than_everything(
 ):
     ledger = met()
     for _ in range(missed):
-        record_round(ledger, COMPRESSED, NOBODY, edges=PAIR)
+        record_round(ledger, COMPRESSED, NO_EDGES, edges=PAIR)
     assert ledger.bytes_sent == 0
     record_round(ledger, COMPRESSED, PAIR)
     assert ledger.by_link == [[0, caught_up], [caught_up, 0]]
     assert ledger.by_kind.get("missed", 0) == 2 * (caught_up - 10)
-    # And that is that.
+    # The content that was missed is sent only once.
     record_round(ledger, COMPRESSED, PAIR)
     assert ledger.by_link == [[0, caught_up + 10], [caught_up + 10, 0]]
 
 
 def test_an_agent_that_is_away_has_no_news_but_misses_that_of_others():
     ledger, away = met(), np.array([True, False])
-    record_round(ledger, COMPRESSED, NOBODY, edges=PAIR, present=away)
+    record_round(ledger, COMPRESSED, NO_EDGES, edges=PAIR, present=away)
     assert ledger.missed == [[None, 0], [1, None]]
     record_round(ledger, COMPRESSED, PAIR)
     assert ledger.by_link == [[0, 10], [20, 0]]
@@ -286,14 +286,15 @@ def test_on_a_changing_topology_news_waits_for_its_edge():
     ledger = Ledger(4)
     for number in range(6):
         record_round(ledger, messages, stack[number % 2], edges=edges)
-    # Three meetings over each edge: everything at first, then two rounds' news.
+    # Over each edge three messages arrive: the first is whole, and the others hold the
+    # content of two rounds.
     np.testing.assert_array_equal(ledger.by_link, (100 + 20 + 20) * edges)
     assert ledger.comm_rounds == 6
 
 
 def test_messages_that_stand_for_themselves_are_not_caught_up_on():
     ledger = Ledger(2)
-    record_round(ledger, EVERY_ROUND, NOBODY, edges=PAIR)
+    record_round(ledger, EVERY_ROUND, NO_EDGES, edges=PAIR)
     record_round(ledger, EVERY_ROUND, PAIR)
     assert ledger.by_kind.keys() == MODEL.keys()
     assert ledger.bytes_sent == 2 * MODEL_BYTES
@@ -301,7 +302,7 @@ def test_messages_that_stand_for_themselves_are_not_caught_up_on():
 
 def test_compressing_to_more_than_there_was_does_not_pay():
     ledger, messages = Ledger(2), Messages(round=of_size(10), whole=of_size(8))
-    for edges in (PAIR, NOBODY, PAIR):
+    for edges in (PAIR, NO_EDGES, PAIR):
         record_round(ledger, messages, edges, edges=PAIR)
     assert ledger.by_kind == {"params": 4 * 10}
 
@@ -311,7 +312,7 @@ def test_compressing_to_more_than_there_was_does_not_pay():
 
 @st.composite
 def ledgers(draw) -> Ledger:
-    """What is left after all kinds of rounds in a directed network."""
+    """Makes a ledger after all kinds of rounds in a directed network."""
     n_agents, seed = draw(st.integers(1, 5)), draw(st.integers(0, 2**31))
     rng = np.random.default_rng(seed)
     size = draw(st.sampled_from([1, 1000, 2**61]))
@@ -350,5 +351,5 @@ def test_a_ledger_survives_json_and_goes_on_as_if_nothing_had_happened(ledger):
     for going_on in (ledger, restored):
         record_round(going_on, COMPRESSED, everyone)
     assert restored == ledger
-    # A second one from the same record is its own.
+    # A second ledger from the same record is independent of the first.
     assert record == Ledger.of(record).record()

@@ -24,7 +24,7 @@ def write(workdir: Path, *rows: dict[str, Any], keep_rows: int = 0) -> MetricsWr
 
 
 def events(workdir: Path) -> list[Any]:
-    """All TensorBoard events: each is framed by its length and two checksums."""
+    """Reads all TensorBoard events, each with its length before and two checksums."""
     found = []
     for path in sorted(workdir.glob("events.out.tfevents.*")):
         data = path.read_bytes()
@@ -118,7 +118,7 @@ def test_a_half_written_last_line_is_ignored(tmp_path, end):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(end)
     assert read_rows(tmp_path) == [row(1), row(2)]
-    # Nor does it damage what a resumed run writes.
+    # The cut line does not damage the rows that a resumed run writes.
     write(tmp_path, row(3), keep_rows=2)
     assert read_rows(tmp_path) == [row(1), row(2), row(3)]
 

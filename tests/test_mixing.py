@@ -31,7 +31,7 @@ from dimat_jax.topology import TOPOLOGIES, from_graph, is_connected
 
 seeds = st.integers(0, 2**31)
 
-# The rules that make doubly stochastic weights of every undirected graph.
+# The rules whose weights are doubly stochastic on every undirected graph.
 SYMMETRIC = {
     name: MIXINGS[name] for name in ("uniform", "max_degree", "metropolis_hastings")
 }
@@ -45,7 +45,7 @@ UNDIRECTED = [
 
 @st.composite
 def connected_graphs(draw: Any) -> nx.Graph:
-    """Trees, small worlds, stars with rings, and whatever chance connects."""
+    """Draws trees, small worlds, stars with rings, and random graphs."""
     n, seed = draw(st.integers(2, 12)), draw(seeds)
     kind = draw(st.sampled_from(["tree", "small world", "wheel", "random"]))
     if kind == "tree":
@@ -59,7 +59,7 @@ def connected_graphs(draw: Any) -> nx.Graph:
 
 
 def assert_fits(matrix: np.ndarray, adjacency: np.ndarray) -> None:
-    """Doubly stochastic, positive on the graph, and zero off it."""
+    """Asserts that W is doubly stochastic, positive on the edges, and 0 elsewhere."""
     assert matrix.dtype == np.float64
     np.testing.assert_allclose(matrix.sum(axis=0), 1, rtol=1e-12)
     np.testing.assert_allclose(matrix.sum(axis=1), 1, rtol=1e-12)
@@ -89,7 +89,7 @@ def test_every_mixing_fits_every_connected_graph(mixing, graph):
     assert is_connected(adjacency)
     matrix = mixing(adjacency)
     assert_fits(matrix, adjacency)
-    # Everyone keeps some of their own, so gossip converges on any connected graph.
+    # Every agent has a weight for itself, so gossip converges on any connected graph.
     assert matrix.diagonal().min() > 0
     assert 0 < spectral_gap(matrix) <= 1
 
@@ -118,7 +118,7 @@ def test_uniform_weights_on_a_star_are_those_of_its_centre():
 
 
 def test_metropolis_hastings_weighs_an_edge_by_its_larger_degree():
-    # A path 0 - 1 - 2 - 3: degrees 1, 2, 2, 1.
+    # The agents of a path 0 - 1 - 2 - 3 have the degrees 1, 2, 2, 1.
     third = 1 / 3
     expected = [
         [2 * third, third, 0, 0],
@@ -128,7 +128,8 @@ def test_metropolis_hastings_weighs_an_edge_by_its_larger_degree():
     ]
     matrix = metropolis_hastings(from_graph(nx.path_graph(4)))
     np.testing.assert_allclose(matrix, expected)
-    # Where degrees differ, an edge between small ones weighs more than uniformly.
+    # If degrees differ, an edge between agents of small degrees has more than the
+    # uniform weight.
     lollipop = from_graph(nx.lollipop_graph(4, 3))
     assert (metropolis_hastings(lollipop)[-1, -2], uniform(lollipop)[-1, -2]) == (
         pytest.approx(1 / 3),
@@ -158,7 +159,7 @@ def test_uniform_weights_fit_directed_graphs_that_are_balanced(n_agents):
 def test_lazy_weights_are_half_oneself():
     ring = TOPOLOGIES["ring"](4)
     np.testing.assert_allclose(lazy(ring), (np.eye(4) + uniform(ring)) / 2)
-    # What D2 needs, and the ring of four just misses without.
+    # D2 needs this. A ring of four without laziness has an eigenvalue of exactly -1/3.
     assert np.linalg.eigvalsh(uniform(ring)).min() == pytest.approx(-1 / 3)
     assert np.linalg.eigvalsh(lazy(ring)).min() > 0
 
@@ -174,7 +175,7 @@ def test_any_directed_graph_has_column_and_row_stochastic_weights(n, density, se
     own = np.eye(n, dtype=bool)
     for matrix in (columns, rows):
         np.testing.assert_array_equal(matrix > 0, adjacency | own)
-    # Everyone's share is the same.
+    # All agents have the same share.
     np.testing.assert_allclose(columns, row_stochastic(adjacency.T).T)
     assert is_column_stochastic(columns) and is_column_stochastic(rows.T)
 
@@ -188,8 +189,8 @@ def test_fastest_weights_are_symmetric_and_beat_the_others():
         assert not matrix[~adjacency & ~np.eye(6, dtype=bool)].any()
         others = max(spectral_gap(rule(adjacency)) for rule in SYMMETRIC.values())
         assert spectral_gap(matrix) > others + 1e-3
-    # On an edge-transitive graph the best weight is 2 / (mu_2 + mu_N) on every edge, of
-    # the Laplacian's eigenvalues (Xiao & Boyd 2004, section 4.1).
+    # On an edge-transitive graph the best weight of every edge is 2 / (mu_2 + mu_N),
+    # where mu are the Laplacian's eigenvalues (Xiao & Boyd 2004, section 4.1).
     star = TOPOLOGIES["star"](5)
     expected = np.where(star, 2 / (1 + 5), 0.0)
     np.testing.assert_allclose(fastest(star)[star], expected[star], atol=1e-5)
@@ -241,7 +242,7 @@ def test_a_matrix_of_ones_own_has_rows_or_columns_that_sum_to_one():
         check_mixing_matrix(wrong)
     with pytest.raises(MixingError, match="row 1 sums to 0.9 at time 2"):
         check_mixing_matrix(np.stack([np.eye(2), rows, wrong]))
-    # Now the rows, now the columns: nothing is preserved from time to time.
+    # At one time the rows sum to 1, at another the columns, so nothing is preserved.
     with pytest.raises(MixingError, match="row 0 sums to 0.5 at time 1"):
         check_mixing_matrix(np.stack([rows, rows.T]))
 
@@ -330,9 +331,9 @@ def test_the_gap_of_a_ring_has_its_closed_form(n_agents):
 
 
 def test_the_gap_counts_eigenvalues_by_modulus():
-    # Two agents who swap: eigenvalues 1 and -1, and no consensus ever.
+    # Two agents that swap have the eigenvalues 1 and -1, and never reach consensus.
     assert spectral_gap(np.array([[0.0, 1.0], [1.0, 0.0]])) == 0
-    # A directed cycle: all eigenvalues are roots of unity.
+    # The eigenvalues of a directed cycle are the roots of unity.
     assert spectral_gap(np.roll(np.eye(5), 1, axis=0)) == pytest.approx(0, abs=1e-9)
 
 
@@ -369,7 +370,7 @@ def test_mix_is_the_weighted_sum_over_agents(n_agents, seed):
 @given(data=st.data(), seed=seeds)
 def test_doubly_stochastic_mixing_preserves_the_mean(data, seed):
     n_agents = 5
-    # Birkhoff: these are all the doubly stochastic matrices there are.
+    # By Birkhoff's theorem every doubly stochastic matrix is of this form.
     weights = np.array(data.draw(st.lists(st.floats(0.01, 1), min_size=1, max_size=6)))
     rng = np.random.default_rng(seed)
     permutations = [np.eye(n_agents)[rng.permutation(n_agents)] for _ in weights]
@@ -380,7 +381,7 @@ def test_doubly_stochastic_mixing_preserves_the_mean(data, seed):
     def check(mixed, leaf):
         mixed = np.asarray(mixed)
         np.testing.assert_allclose(mixed.mean(0), leaf.mean(0), atol=1e-6)
-        # And nobody leaves the range of what there was.
+        # No agent leaves the range of the values before.
         assert np.all(mixed <= leaf.max(0) + 1e-6)
         assert np.all(mixed >= leaf.min(0) - 1e-6)
 
@@ -422,7 +423,7 @@ def test_gossip_comes_closer_to_consensus_by_the_second_eigenvalue(mixing):
     ],
     ids=["int32", "bool", "uint8", "key"],
 )
-def test_what_is_no_real_number_stays_everyones_own(leaf):
+def test_leaves_that_are_no_real_numbers_are_not_mixed(leaf):
     mixed = mix(jnp.full((3, 3), 1 / 3), {"counter": leaf})["counter"]
     assert mixed.dtype == leaf.dtype
     assert (mixed == leaf).all()
@@ -438,7 +439,7 @@ def test_mixing_keeps_the_dtype_and_rounds_but_once(dtype):
     exact = np.asarray(jnp.asarray(matrix, jnp.bfloat16), np.float64) @ np.asarray(
         leaf, np.float64
     )
-    # Half a unit in the last place, with a little for float32's own rounding.
+    # The bound is half a unit in the last place, and a little for float32's rounding.
     unit = np.abs(exact) * float(jnp.finfo(dtype).eps) / 2
     assert np.all(np.abs(np.asarray(mixed, np.float64) - exact) <= unit + 5e-7)
 

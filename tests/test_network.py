@@ -110,7 +110,7 @@ def test_who_is_absent_keeps_to_itself_and_the_others_go_on_without():
     half = np.eye(5)
     half[np.ix_([0, 2], [0, 2])] = 1 / 2
     np.testing.assert_allclose(network.W, half)
-    # The same agents are away for the round's local steps.
+    # The same agents are absent from the round's local steps.
     np.testing.assert_array_equal(links.at_step(99, 2, 5).present, network.present)
 
 
@@ -175,7 +175,7 @@ def test_faults_come_as_often_as_they_should_and_as_the_seed_says():
     np.testing.assert_array_equal(present, again[0])
     np.testing.assert_array_equal(edges, again[1])
     assert (present != other[0]).any() and (edges != other[1]).any()
-    # A round's links fail apart from a step's of the same number.
+    # The failures of a round and of the step with the same number are independent.
     links = Links(adjacency, uniform, Faults(edge_loss=0.5))
     at_round, at_step = links.at_round(1, 10), links.at_step(0, 1, 10)
     assert (at_round.active_edges != at_step.active_edges).any()
@@ -187,9 +187,12 @@ def test_faults_come_as_often_as_they_should_and_as_the_seed_says():
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
         ({"edge_loss": -0.1}, "edge_loss is -0.1; it must be at least 0 and below 1"),
         ({"edge_loss": float("nan")}, "edge_loss is nan; it must be at least 0"),
-        ({"absences": (Absence(0, 0),)}, "rounds counting from 1; got"),
-        ({"absences": (Absence(0, 3, 3),)}, "round it is back for"),
-        ({"absences": (Absence(7, 1),)}, "agent 7 is to be absent, but there are only"),
+        ({"absences": (Absence(0, 0),)}, "rounds count from 1; got"),
+        ({"absences": (Absence(0, 3, 3),)}, "round in which it is back"),
+        (
+            {"absences": (Absence(7, 1),)},
+            "an absence names agent 7, but there are only",
+        ),
     ],
 )
 def test_faults_that_make_no_sense_say_why(faults, message):
@@ -239,14 +242,14 @@ def test_each_fault_is_drawn_by_itself():
     np.testing.assert_array_equal(present, away)
     there = present[:, :, None] & present[:, None, :]
     np.testing.assert_array_equal(both, working & there)
-    # And absences come on top.
+    # Single absences are added to the random ones.
     _, fewer = seen(dropout=0.4, absences=(Absence(0, 1, 11),))
     np.testing.assert_array_equal(fewer[:, 1:], away[:, 1:])
     assert not fewer[:10, 0].any()
     np.testing.assert_array_equal(fewer[10:, 0], away[10:, 0])
 
 
-# What sums to 1, whatever fails
+# The sums that are 1 under faults
 
 
 FAULTS = {
@@ -257,18 +260,18 @@ FAULTS = {
     "all": Faults(0.3, 0.3, (Absence(0, 1, 5),), seed=4),
 }
 ALWAYS, ALL_THERE, NO_FAULTS = list(FAULTS), ["none", "edge loss"], ["none"]
-# With which faults rows and columns sum to 1, and with which columns do.
+# The faults under which rows and columns sum to 1, and those under which columns do.
 SUMS = {
     ("ring", "uniform"): (ALWAYS, ALWAYS),
     ("star", "uniform"): (ALWAYS, ALWAYS),
     ("star", "metropolis_hastings"): (ALWAYS, ALWAYS),
     ("torus", "lazy"): (ALWAYS, ALWAYS),
-    # Regular graphs are not once somebody is away.
+    # A regular graph is no longer regular once an agent is absent.
     ("ring", "column_stochastic"): (ALL_THERE, ALWAYS),
     ("ring", "row_stochastic"): (ALL_THERE, ALL_THERE),
     ("star", "column_stochastic"): ([], ALWAYS),
     ("star", "row_stochastic"): ([], []),
-    # A sender of a directed network keeps what was not delivered.
+    # In a directed network a sender keeps the weight that was not delivered.
     ("exponential", "uniform"): (NO_FAULTS, ALWAYS),
     ("exponential", "column_stochastic"): (NO_FAULTS, ALWAYS),
     ("one_peer_exponential", "lazy"): (NO_FAULTS, ALWAYS),
@@ -335,7 +338,8 @@ def test_a_rule_that_makes_no_mixing_matrix_is_refused():
 
 # Ready matrices
 
-# Rows and columns sum to 1; fastest-mixing weights of some graphs are negative, too.
+# A matrix whose rows and columns sum to 1. Some weights are negative, as fastest-mixing
+# weights are on some graphs.
 NEGATIVE = np.array([[-0.25, 0.5, 0.75], [0.5, 0.5, 0.0], [0.75, 0.0, 0.25]])
 
 
@@ -365,7 +369,7 @@ def test_a_ready_matrix_gives_the_weights_of_the_absent_back():
     faults = Faults(absences=(Absence(2, start=2),))
     W = Links(path_around_agent_0(), NEGATIVE, faults).at_round(2, 3).W
     np.testing.assert_allclose(W, [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
-    # Agent 0 sends to agents 1 and 2, they to each other.
+    # Agent 0 sends to agents 1 and 2, and these send to each other.
     adjacency = np.array([[0, 0, 0], [1, 0, 1], [1, 1, 0]], bool)
     directed = np.array([[0.2, 0.0, 0.0], [0.5, 0.6, 0.3], [0.3, 0.4, 0.7]])
     W = Links(adjacency, directed, faults).at_round(2, 3).W
@@ -378,7 +382,7 @@ def test_a_stack_of_matrices_goes_along_with_its_topology():
     links = Links(stack, matrices)
     for time in range(4):
         np.testing.assert_allclose(links.at_step(time, 1, 4).W, matrices[time % 2])
-    # A matrix for all times has weights on what edges there always are.
+    # A matrix for all times may only have weights on edges that exist at all times.
     always = np.stack([TOPOLOGIES["ring"](4), TOPOLOGIES["fully_connected"](4)])
     links = Links(always, uniform(always[0]))
     np.testing.assert_array_equal(links.at_step(0, 1, 4).W, links.at_step(1, 1, 4).W)

@@ -16,12 +16,12 @@ PARAMS = {"w": jnp.array([1.0, -2.0, 0.5]), "b": [jnp.array(3.0)]}
 
 
 def gradients(step: int) -> Any:
-    """Some gradients, other ones at every step and none of them of the params."""
+    """Makes gradients that differ at every step and do not depend on the params."""
     return jax.tree.map(lambda p: jnp.cos(p + step), PARAMS)
 
 
 def descend(tx: optax.GradientTransformation, state: Any = None) -> tuple[Any, Any]:
-    """Params and state after some steps from PARAMS."""
+    """Takes some steps from PARAMS, and returns the params and the state."""
     params = PARAMS
     state = tx.init(params) if state is None else state
     for step in range(N_STEPS):
@@ -60,7 +60,7 @@ def test_an_optimizer_is_the_one_of_optax_that_it_names(name, rate):
 
 
 def test_a_heavy_ball_keeps_the_rate_at_which_it_learnt():
-    """v <- beta v - alpha g (Polyak 1964): unlike optax's, that scales v by alpha."""
+    """The rule is v <- beta v - alpha g (Polyak 1964); optax scales all of v."""
 
     def rate(step):
         return RATE * 0.5 ** jnp.asarray(step, jnp.float32)
@@ -78,8 +78,8 @@ def test_a_heavy_ball_keeps_the_rate_at_which_it_learnt():
 
 def test_optimizers_differ():
     ends = {name: float(descend(made(name))[0]["w"][0]) for name in OPTIMIZERS}
-    del ends["adamw"]  # which without weight decay is adam
-    del ends["heavy_ball"]  # which is momentum as long as the rate is the same
+    del ends["adamw"]  # Without weight decay it is adam.
+    del ends["heavy_ball"]  # With a constant rate it is momentum.
     assert len(set(ends.values())) == len(ends)
 
 
@@ -106,7 +106,7 @@ def test_weight_decay_is_an_l2_term_of_the_gradient(name):
     tx, params = made(name), PARAMS
     state = tx.init(params)
     for step in range(N_STEPS):
-        # The gradient of loss + DECAY / 2 |params|^2.
+        # This is the gradient of loss + DECAY / 2 |params|^2.
         grads = jax.tree.map(lambda g, p: g + DECAY * p, gradients(step), params)
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -185,7 +185,7 @@ def is_clock(node: Any) -> bool:
 
 
 def clocks(state: Any) -> list[int]:
-    """The counts of the schedules within a state."""
+    """Returns the counts of the schedules within a state."""
     nodes: list[Any] = jax.tree.leaves(state, is_leaf=is_clock)
     return [int(node.count) for node in nodes if is_clock(node)]
 

@@ -18,7 +18,7 @@ from dimat_jax.topology import (
 
 SIZES = range(1, 9)
 
-# What each undirected topology promises for n agents: the degrees, sorted.
+# The sorted degrees of each undirected topology with n agents.
 DEGREES = {
     "fully_connected": lambda n: [n - 1] * n,
     "ring": lambda n: [min(2, n - 1)] * n,
@@ -244,5 +244,5 @@ def test_a_directed_graph_is_connected_only_if_there_is_a_way_back():
     one_way = from_graph(nx.path_graph(4, create_using=nx.DiGraph))
     around = from_graph(nx.cycle_graph(4, create_using=nx.DiGraph))
     assert not is_connected(one_way) and is_connected(around)
-    # Components do not care about direction: messages tie these agents together.
+    # Components ignore the directions of edges: these agents are connected by messages.
     assert components(one_way) == [[0, 1, 2, 3]]

@@ -1,4 +1,4 @@
-"""Whole runs, in this process: small ones on digits, a tiny one on CIFAR-100."""
+"""Tests whole runs in this process: small ones on digits, a tiny one on CIFAR-100."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from dimat_jax.workdir import Results
 
 
 def small(algorithm: str = "dimat", **changes):
-    """The quickstart, made smaller. Fields are changed by dotted path."""
+    """Makes a smaller quickstart config. Fields are changed by dotted path."""
     config = quickstart.get_config(algorithm)
     fields = {
         "agents": 3,
@@ -67,7 +67,8 @@ def test_a_run_writes_a_row_for_every_evaluation(finished):
         (2, "merged"),
         (2, "trained"),
     ]
-    # 100 examples for each agent, 4 batches of 32 an epoch; 3 epochs alone.
+    # Each agent has 100 examples, which are 4 batches of 32 an epoch, and 3 epochs
+    # alone.
     assert [row["step"] for row in rows] == [12, 12, 16, 16, 20]
     for row in rows:
         assert len(row["test_accuracy"]) == 3
@@ -81,7 +82,7 @@ def test_a_run_writes_a_row_for_every_evaluation(finished):
     merge = {
         "params": 6 * 4 * n_params,
         "optimizer": 6 * (2 * 4 * n_params + 4),  # Adam's moments, and its counter
-        # Permutations, into the root's frame: down two edges, then along all.
+        # Permutations into the root's frame go down two edges, and then along all.
         "matching": (2 + 6) * 4 * (128 + 128),
     }
     for row, merges in zip(rows, (0, 1, 1, 2, 2), strict=True):
@@ -120,7 +121,7 @@ class _Killed(Exception):
 def test_an_interrupted_run_resumes_with_the_same_results(
     tmp_path, finished, monkeypatch, evaluations
 ):
-    """Killed in pre-training (0), or right after writing the n-th row."""
+    """The run is killed in pre-training (0), or right after writing the n-th row."""
     if evaluations == 0:
         original, calls = train.Trainer.train, []
 
@@ -144,7 +145,7 @@ def test_an_interrupted_run_resumes_with_the_same_results(
     lines.clear()
     train.run(small(), tmp_path, lines.append)
     assert without_times(read_rows(tmp_path)) == without_times(read_rows(finished))
-    # It went on, and did not begin again.
+    # The run continued, and did not start from the beginning.
     assert "going on after local step" in lines[0] or evaluations == 1
 
 
@@ -162,7 +163,7 @@ class _Watched(Experiment):
 
 
 def noting(events: list[str], name: str, function: Any) -> Any:
-    """The function, which appends its name to some events when it is called."""
+    """Wraps a function, so that a call appends its name to a list of events."""
 
     def wrapped(*args, **kwargs):
         events.append(name)
@@ -173,7 +174,7 @@ def noting(events: list[str], name: str, function: Any) -> Any:
 
 @pytest.fixture
 def events(monkeypatch) -> list[str]:
-    """What a run does, in order."""
+    """Runs a config, and returns its events in order."""
     events = _Watched.events = []
     monkeypatch.setattr(train, "Experiment", _Watched)
     for owner, name in (
@@ -221,11 +222,11 @@ def test_rounds_in_between_are_neither_evaluated_nor_saved(tmp_path, events):
 def test_agents_that_do_not_communicate_are_evaluated_once_between_trainings(
     tmp_path, events
 ):
-    """And never by an evaluation that is older than their last steps."""
+    """They are never judged by an evaluation that is older than their last steps."""
     train.run(small("local", rounds=4, eval__every=3), tmp_path, quiet)
     rows = read_rows(tmp_path)
     assert [row["round"] for row in rows] == [0, 3, 3, 4, 4]
-    # Of round 4 "merged" shows what "trained" showed in round 3.
+    # The row "merged" of round 4 has the values of the row "trained" of round 3.
     assert events.count("evaluate") == 4 and events.count("write") == 5
     losses = [row["test_loss"] for row in rows]
     assert losses[0] != losses[1] != losses[2] == losses[3] != losses[4]
@@ -252,7 +253,7 @@ def test_a_run_resumes_on_another_number_of_devices(tmp_path, finished):
 
     with pytest.raises(_Killed):
         train.run(small(rounds=2), tmp_path, die)
-    # Two devices for three agents: one slot is filled up.
+    # There are two devices for three agents, so one slot only fills up a device.
     train.run(small(placement__cpu_devices=2), tmp_path, quiet)
     ours, theirs = read_rows(tmp_path)[-1], read_rows(finished)[-1]
     np.testing.assert_allclose(ours["test_loss"], theirs["test_loss"], rtol=1e-4)
@@ -322,7 +323,7 @@ def test_without_pretraining_and_with_equal_inits_agents_start_as_one(tmp_path):
 
 
 def test_after_the_first_merge_matching_beats_plain_averaging(tmp_path):
-    """What the paper is about: differently initialised agents, IID, on a ring."""
+    """This is the paper's main case: different initial weights, IID data, a ring."""
     merged = {}
     for algorithm in ("dimat", "wa"):
         config = quickstart.get_config(algorithm)
@@ -387,12 +388,12 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, mess
 
 
 def test_resnet20_runs_on_real_cifar100(tmp_path, data_dir, data_cache):
-    """The CPU form in miniature: BatchNorm, recalibration, augmentation, own data."""
+    """The run is small, with BatchNorm, recalibration, augmentation and own data."""
     config = cifar100_resnet20.get_config("small")
     config.update_from_flattened_dict(
         {
             "agents": 2,
-            # Slow to run, but one agent's programs compile in half of two's time.
+            # One agent's programs compile in half the time of two agents' programs.
             "placement.batching": "vmap",
             "rounds": 1,
             "local_epochs": 0,
@@ -419,7 +420,7 @@ def test_resnet20_runs_on_real_cifar100(tmp_path, data_dir, data_cache):
 
 
 def test_the_training_step_compiles_once():
-    """Also for what a merge returns."""
+    """This holds also for the state that a merge returns."""
     experiment = Experiment(small("dimat"))
     algorithm = experiment.algorithm
     trainer = Trainer(
@@ -442,7 +443,7 @@ def test_the_training_step_compiles_once():
 
 
 def test_agents_with_small_shards_follow_the_schedule_of_all(tmp_path):
-    """By class, four agents have 3, 3, 2 and 2 of the ten digits."""
+    """Split by class, four agents have 3, 3, 2 and 2 of the ten digits."""
     experiment = Experiment(
         small(
             "local",

@@ -1,11 +1,12 @@
-"""Every algorithm, ring and fully connected, IID and by class, on digits.
+"""Compares all algorithms on digits: ring and fully connected, IID and by class.
 
     python -m experiments.sweep --sweep=configs/sweeps/algorithms.py --workdir=DIR
 
-All runs start from the same five agents, trained alone, and go on for 10 rounds of two
-epochs; merging algorithms communicate once a round, gossip with every step. Each has
-the learning rate of a grid that did best over the four cells, the same in all of them
-(configs/sweeps/learning_rates.py). 65 runs, about 6 minutes on 2 CPU cores.
+All runs start from the same five agents, which have trained alone, and go on for 10
+rounds of two epochs. Merging algorithms communicate once a round, and gossip algorithms
+with every step. Each algorithm has one learning rate in all four cells, the one of a
+grid with the best results over these cells (configs/sweeps/learning_rates.py). The 65
+runs take about 6 minutes on 2 CPU cores.
 """
 
 from dimat_jax.algorithms import ALGORITHMS
@@ -34,16 +35,17 @@ LEARNING_RATES = {
 
 
 def get_config(line: str):
-    """The config of one line of the comparison, e.g. "cdsgd" or "dimat-own"."""
+    """Makes the config of a line of the comparison, e.g. "cdsgd" or "dimat-own"."""
     name, _, form = line.partition("-")
     config = quickstart.get_config(name)
     config.optimizer.learning_rate = LEARNING_RATES[name]
-    # Plain SGD for all whose papers leave it open; nothing to merge but weights.
-    others = ALGORITHMS[name].other_optimizers and not name.endswith("cga")
-    config.optimizer.name = "sgd" if others else ""
+    # All algorithms use plain SGD, unless their papers choose another optimizer.
+    uses_sgd = ALGORITHMS[name].other_optimizers and not name.endswith("cga")
+    config.optimizer.name = "sgd" if uses_sgd else ""
+    # Plain SGD has no moments that could be merged.
     config.merge.opt_state = "keep"
     if name == "d2":
-        # Its own condition: no eigenvalue of W may be -1/3 or less.
+        # D2 needs a W whose eigenvalues are all above -1/3.
         config.mixing = "lazy"
     if form in ("own", "joint"):
         config.merge.frame = form
@@ -54,7 +56,7 @@ def get_config(line: str):
     return drop_unread(config)
 
 
-# Those whose learning rates are from the grid.
+# The algorithms whose learning rates come from the grid.
 BASELINES = (
     "fedavg",
     "cdsgd",
@@ -81,7 +83,7 @@ LINES = (
 
 
 def get_runs():
-    """The runs, by name."""
+    """Returns the configs of all runs, by name."""
     choices = {
         "data.partition": ("iid", "by_class"),
         "topology": ("ring", "fully_connected"),

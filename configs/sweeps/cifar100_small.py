@@ -1,9 +1,10 @@
-"""DIMAT, weight averaging and no communication on CIFAR-100, in the form for a CPU.
+"""Compares DIMAT, weight averaging and local training on CIFAR-100, on a CPU.
 
     python -m experiments.sweep --sweep=configs/sweeps/cifar100_small.py \
         --data_dir=DATA --workdir=DIR
 
-Ring and fully connected, IID: 7 runs from the same agents; about 40 minutes on 2 cores.
+The data are IID, and the graph is a ring or fully connected. The 7 runs start from the
+same agents, and take about 40 minutes on 2 cores.
 """
 
 from dimat_jax.configs import cifar100_resnet20
@@ -11,7 +12,7 @@ from dimat_jax.sweeps import grid
 
 
 def get_config(line: str):
-    """The config of one line of the comparison, e.g. "dimat-own"."""
+    """Makes the config of a line of the comparison, e.g. "dimat-own"."""
     name, _, frame = line.partition("-")
     config = cifar100_resnet20.get_config("small")
     config.algorithm = name
@@ -22,7 +23,7 @@ def get_config(line: str):
 
 
 def get_runs():
-    """The runs, by name."""
+    """Returns the configs of all runs, by name."""
     lines = ("dimat-own", "dimat-reference", "wa", "local")
     return grid(
         {"topology": ("ring", "fully_connected")},

@@ -1,17 +1,17 @@
-"""What compressed messages cost in accuracy, and save in bytes, on digits.
+"""Measures how much accuracy compression costs on digits, and how many bytes it saves.
 
     python -m experiments.sweep --sweep=configs/sweeps/compression.py --workdir=DIR
 
-DIMAT, which compresses what it merges once a round, and CHOCO, which compresses what it
-gossips with every step; on a ring, IID and by class. 28 runs, about 3 minutes on 2 CPU
-cores.
+DIMAT compresses the params that it merges once a round, and CHOCO those that it gossips
+with every step. The graph is a ring, and the data are IID or split by class. The 28
+runs take about 3 minutes on 2 CPU cores.
 """
 
 from itertools import product
 
 from dimat_jax.configs.sweeps import algorithms
 
-# CHOCO's consensus step for each: the more is lost, the smaller.
+# CHOCO's consensus step size with each compressor. It must be smaller if more is lost.
 COMPRESSIONS = {
     "none": 1.0,
     "float16": 1.0,
@@ -24,7 +24,7 @@ COMPRESSIONS = {
 
 
 def get_runs():
-    """The runs, by name."""
+    """Returns the configs of all runs, by name."""
     runs = {}
     for partition, line, (compression, gamma) in product(
         ("iid", "by_class"), ("dimat-reference", "choco"), COMPRESSIONS.items()

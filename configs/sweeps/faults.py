@@ -1,11 +1,11 @@
-"""Every algorithm on a ring where agents drop out and links fail, on digits.
+"""Compares all algorithms on a ring where agents drop out and links fail, on digits.
 
     python -m experiments.sweep --sweep=configs/sweeps/faults.py --workdir=DIR
 
-In every round each agent is away with probability 0.3; in every exchange each link
-fails with probability 0.3: of a ring's links a third works at a time, so there are 40
-rounds instead of 10. Without d2, which refuses such a network. Two seeds: 64 runs,
-about 8 minutes on 2 CPU cores.
+In every round each agent is absent with probability 0.3, and in every exchange each
+link fails with probability 0.3. Only a third of the ring's links works at a time, so
+there are 40 rounds instead of 10. D2 is left out, because it refuses such a network.
+The 64 runs, with two seeds, take about 8 minutes on 2 CPU cores.
 """
 
 from itertools import product
@@ -15,7 +15,7 @@ from dimat_jax.configs.sweeps import algorithms
 
 
 def get_runs():
-    """The runs, by name."""
+    """Returns the configs of all runs, by name."""
     runs = {}
     for seed, partition, line in product(
         range(2), ("iid", "by_class"), algorithms.LINES
@@ -24,7 +24,7 @@ def get_runs():
             continue
         config = algorithms.get_config(line)
         if line in ("cdmsgd", "cga"):
-            # At 0.3, their best without faults, a heavy ball diverges here.
+            # 0.3 is their best rate without faults, but the heavy ball diverges here.
             config.optimizer.learning_rate = 0.1
         config.seed = seed
         config.rounds = 40

@@ -1,9 +1,9 @@
-"""Who talks to whom: every topology with 16 agents, on unevenly shared digits.
+"""Compares all topologies with 16 agents, on digits that are split unevenly.
 
     python -m experiments.sweep --sweep=configs/sweeps/graphs.py --workdir=DIR
 
-DIMAT (own frames, as directed graphs ask for), plain averaging, CDSGD, and agents who
-never communicate. 34 runs, about 4 minutes on 2 CPU cores.
+The algorithms are DIMAT in own frames (directed graphs allow no other frame), plain
+averaging, CDSGD, and local training. The 34 runs take about 4 minutes on 2 CPU cores.
 """
 
 from dimat_jax.configs.sweeps import algorithms
@@ -12,7 +12,7 @@ from dimat_jax.topology import TOPOLOGIES
 
 
 def get_runs():
-    """The runs, by name."""
+    """Returns the configs of all runs, by name."""
     configs = {}
     for line in ("local", "dimat-own", "wa", "cdsgd"):
         config = configs[line] = algorithms.get_config(line)

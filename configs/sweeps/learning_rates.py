@@ -1,8 +1,8 @@
-"""The grid from which configs/sweeps/algorithms.py has its learning rates, on digits.
+"""Runs the grid of learning rates for configs/sweeps/algorithms.py, on digits.
 
     python -m experiments.sweep --sweep=configs/sweeps/learning_rates.py --workdir=DIR
 
-168 runs, about 8 minutes on 2 CPU cores.
+The 168 runs take about 8 minutes on 2 CPU cores.
 """
 
 from dimat_jax.configs.sweeps import algorithms
@@ -12,11 +12,11 @@ GRID = (0.01, 0.03, 0.1, 0.3)
 
 
 def get_runs():
-    """The runs, by name."""
+    """Returns the configs of all runs, by name."""
     configs = {}
     for line in algorithms.BASELINES:
         for rate in GRID:
-            # An adaptive step has another scale.
+            # An adaptive step has another scale, so its rates are smaller.
             rate = rate / 30 if line == "cdadam" else rate
             config = configs[f"{line}-{rate:.2g}"] = algorithms.get_config(line)
             config.optimizer.learning_rate = rate

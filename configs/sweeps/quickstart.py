@@ -1,13 +1,14 @@
-"""DIMAT, weight averaging and no communication, from the same agents, on digits.
+"""Compares DIMAT, WM, weight averaging and local training on digits.
 
-DIMAT comes twice: as in the paper, where every agent stays in its own frame, and in a
-common frame of reference, where a unit moves only if its correlation gains over 0.1.
-WM matches by weights instead, cycle-consistently.
+DIMAT runs in two forms: as in the paper, where every agent stays in its own frame, and
+in a common reference frame, where a unit moves only if its correlation gains more than
+0.1. WM matches by weights, with permutations that agree along every cycle.
 
     python -m experiments.sweep --sweep=configs/sweeps/quickstart.py --workdir=DIR
 
-IID and by class, ring and fully connected: 18 runs (agents that train alone need no
-topology), under 2 minutes on 2 CPU cores.
+The data are IID or split by class, and the graph is a ring or fully connected. The 18
+runs start from the same agents (those that train alone need no topology), and take less
+than 2 minutes on 2 CPU cores.
 """
 
 from dimat_jax.configs import quickstart
@@ -15,7 +16,7 @@ from dimat_jax.sweeps import grid
 
 
 def get_config(line: str):
-    """The config of one line of the comparison, e.g. "dimat-own"."""
+    """Makes the config of a line of the comparison, e.g. "dimat-own"."""
     name, _, frame = line.partition("-")
     config = quickstart.get_config(name)
     if frame in ("own", "joint"):
@@ -25,7 +26,7 @@ def get_config(line: str):
 
 
 def get_runs():
-    """The runs, by name."""
+    """Returns the configs of all runs, by name."""
     choices = {
         "data.partition": ("iid", "by_class"),
         "topology": ("ring", "fully_connected"),

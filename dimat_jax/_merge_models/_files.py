@@ -31,10 +31,10 @@ def read(
     """Reads models.
 
     Args:
-        names: each is the workdir of a run (with ":2" behind it for its agent 2, else
-            agent 0), the folder of a merge, or a PyTorch file.
-        torch_model: the architecture of PyTorch files. These files do not say what the
-            models were trained on, nor the shape of their inputs (which stays empty).
+        names: the models' names. Each is the workdir of a run (DIR:2 is its agent 2,
+            DIR its agent 0), the folder of a merge, or a PyTorch file.
+        torch_model: the architecture of PyTorch files. These files name no data set and
+            no shape of inputs, so these fields of the models are empty.
         data_dir: the folder of the runs' data, if it is no longer the one in their
             configs.
 
@@ -42,12 +42,12 @@ def read(
         the models, and the folder of the data, if it is given or a run names it.
 
     Raises:
-        UserError: names the model that cannot be read, and why.
+        UserError: a model cannot be read; the message names it and says why.
     """
 
     directories = [data_dir]
 
-    @functools.cache  # because several models may be agents of one run
+    @functools.cache  # Several models may be agents of the same run.
     def load_agents(workdir: Path):
         experiment, agents = train.load_agents(workdir, data_dir)
         directories.append(experiment.config.data.dir)
@@ -110,7 +110,7 @@ def _torch(path: Path, name: str | None) -> SavedModel:
 def data_set(
     names: Sequence[str], models: Sequence[SavedModel], given: str | None
 ) -> str:
-    """The name of the data set that all models are for.
+    """Finds the name of the data set that all models are for.
 
     Raises:
         UserError: the models are for different data sets, or neither a model nor
@@ -118,7 +118,7 @@ def data_set(
     """
     data = given or next((model.data for model in models if model.data), None)
     if data is None:
-        raise UserError("no model tells what data it is for; --data must")
+        raise UserError("no model names its data set; --data must name it")
     for name, model in zip(names, models, strict=True):
         if model.data not in (None, data):
             raise UserError(
@@ -129,24 +129,24 @@ def data_set(
 
 
 def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) -> None:
-    """Checks that models are of one architecture, for these data, and finite.
+    """Checks that models have the same architecture, fit the data, and are finite.
 
     Raises:
-        UserError: names the model, and the setting or the leaf that does not fit.
+        UserError: a model does not fit; the message names it, and the setting or leaf.
     """
     expected = _architecture(models[0])
     for name, model in zip(names, models, strict=True):
         architecture = _architecture(model)
         for field in [*expected, *architecture]:
-            here, there = expected.get(field), architecture.get(field)
-            if here != there:
+            first, other = expected.get(field), architecture.get(field)
+            if first != other:
                 raise UserError(
                     f"{names[0]} and {name} are of different architectures: {field} "
-                    f"is {here} and {there}"
+                    f"is {first} and {other}"
                 )
         if architecture["n_classes"] != dataset.n_classes:
             raise UserError(
-                f"{name} tells {architecture['n_classes']} classes apart, but "
+                f"{name} is for {architecture['n_classes']} classes, but "
                 f"{dataset.name} has {dataset.n_classes}"
             )
         shape = dataset.train.images.shape[1:]
@@ -154,7 +154,7 @@ def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) 
 
 
 def _architecture(model: SavedModel) -> dict[str, Any]:
-    """The settings on which a model's variables, and what it computes, depend."""
+    """Returns the settings on which a model's variables and outputs depend."""
     module = model.module
     fields = {
         field.name: getattr(module, field.name)

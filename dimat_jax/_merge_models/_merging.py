@@ -1,4 +1,4 @@
-"""Models of one architecture, some data, and what can be done with both."""
+"""Matches, averages, mends and evaluates models of one architecture."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,13 +25,13 @@ _EVAL_BATCH = 500
 
 
 class Merging:
-    """Models of one architecture, some data, and what can be done with both.
+    """The steps of a merge of models that have the same architecture.
 
-    "Mending" an average means, for networks with BatchNorm, to measure their statistics
-    anew, and for others to rescale their units (REPAIR).
+    "Mending" an average means to measure its BatchNorm statistics anew, or, in a
+    network without BatchNorm, to rescale its units (REPAIR).
 
     Args:
-        options: how to match and to mend.
+        options: the options of the merge.
         module: the architecture.
         dataset: the data for matching, mending and evaluating.
 
@@ -64,7 +64,8 @@ class Merging:
     ) -> Samples:
         """Draws `size` images (None: all) at random.
 
-        Some data sets are stored class by class: the first images are no sample.
+        Some data sets are stored class by class, so the first images would be of a few
+        classes only.
         """
         rng = np.random.default_rng(self.options.seed)
         order = rng.permutation(len(split.labels))[:size]

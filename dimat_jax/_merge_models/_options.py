@@ -1,4 +1,4 @@
-"""What a merge of model files can be told."""
+"""The options of a merge of model files."""
 
 import dataclasses
 from pathlib import Path
@@ -16,25 +16,25 @@ FRAMES = ("reference", "joint")
 
 
 def _field(default: Any, meaning: str, **limits: Any) -> Any:
-    """A field with a default, and with what else an `Option` says of it."""
+    """Makes a field with a default, and with the other arguments of its `Option`."""
     metadata = {"meaning": meaning, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def option_of(field: dataclasses.Field) -> Option:
-    """What a field of `Options` means, and the values that it may have."""
+    """Makes the `Option` of a field: its meaning, and the values that it may have."""
     return Option(field.name, field.default, **field.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to merge, and how.
+    """The models of a merge, and the way in which they are merged.
 
-    The fields after the first two are flags of `dimat merge`; each says what it means.
+    The fields after the first two are flags of `dimat merge`; each holds its meaning.
 
     Attributes:
-        models: two or more of them: the workdir of a run (DIR:2 is its agent 2, DIR its
-            agent 0), a PyTorch file, or the `out` of an earlier merge.
+        models: two or more names. Each is the workdir of a run (DIR:2 is its agent 2,
+            DIR its agent 0), a PyTorch file, or the `out` of an earlier merge.
         out: the folder for all results, which must be new or empty.
     """
 
@@ -58,7 +58,8 @@ class Options:
     )
     frame: str = _field(
         "reference",
-        "reference: all models are aligned to the first; joint: all to all.",
+        "reference: all models are aligned to the first. joint: all models are aligned "
+        "to each other.",
         choices=FRAMES,
     )
     weights: tuple[float, ...] | None = _field(
@@ -78,7 +79,7 @@ class Options:
     test_size: int | None = _field(
         None, "The number of test images to evaluate on. By default, all."
     )
-    seed: int = _field(0, "The seed of everything that is random.", at_least=0)
+    seed: int = _field(0, "The seed of all random numbers.", at_least=0)
     restarts: int = _field(
         1, "The number of starts of weight matching; the best is taken.", at_least=1
     )
@@ -88,10 +89,11 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Refuses what can be refused before anything is read.
+    """Checks the options before any file is read.
 
     Raises:
-        UserError: names the flag, its value and what is allowed.
+        UserError: an option is wrong; the message names the flag, its value and what is
+            allowed.
     """
     if len(set(options.models)) < max(2, len(options.models)):
         raise UserError(
@@ -105,4 +107,4 @@ def check(options: Options) -> None:
     merge.check_weights(options.weights, len(options.models))
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} is there already; choose a new folder")
+        raise UserError(f"--out={out} exists already; choose a new folder")

@@ -19,9 +19,9 @@ class Line(NamedTuple):
     Attributes:
         start: the name of the model at 0.
         end: the name of the model at 1.
-        curves: the measurements on the line, by how the models and the points were
-            treated: "plain" or "aligned", and then perhaps ", recalibrated" or
-            ", repaired".
+        curves: the measurements on the line. Their names say how the models and the
+            points were treated: "plain" or "aligned", and then perhaps ", recalibrated"
+            or ", repaired".
     """
 
     start: str
@@ -29,7 +29,7 @@ class Line(NamedTuple):
     curves: dict[str, Barrier]
 
     def as_json(self) -> dict[str, Any]:
-        """The line as barrier.json has it."""
+        """Returns the line in the form of barrier.json."""
         curves = {name: curve._asdict() for name, curve in self.curves.items()}
         return {"from": self.start, "to": self.end, "curves": curves}
 
@@ -37,7 +37,7 @@ class Line(NamedTuple):
 def markdown(
     scores: Mapping[str, tuple[float, float]], lines: Sequence[Line], merged: str
 ) -> str:
-    """The tables, as Markdown.
+    """Writes the tables of the report as Markdown.
 
     Args:
         scores: the loss and the accuracy of each model and each average.
@@ -71,7 +71,10 @@ def _table(rows: Sequence[dict[str, str]]) -> str:
 
 
 def figure(lines: Sequence[Line], path: Path) -> None:
-    """Draws loss and accuracy along each line; solid where the points were mended."""
+    """Draws loss and accuracy along each line.
+
+    A curve is solid if its points were mended, and dashed otherwise.
+    """
     fig = Figure(figsize=(4.8 * len(lines), 5.6), layout="constrained")
     axes = fig.subplots(2, len(lines), sharex=True, sharey="row", squeeze=False)
     for (losses, accuracies), line in zip(axes.T, lines, strict=True):

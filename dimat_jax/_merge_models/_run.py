@@ -1,4 +1,4 @@
-"""One merge of model files, from reading the models to writing the results."""
+"""Runs one merge of model files, from reading the models to writing the results."""
 
 import dataclasses
 import os
@@ -33,14 +33,15 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Merges, and writes all results into `options.out`.
 
     Args:
-        options: what to merge, and how.
-        log: called with each line of progress, and with the report.
+        options: the options of the merge.
+        log: a function that is called with each line of progress, and with the report.
 
     Returns:
         the content of summary.json.
 
     Raises:
-        UserError: models, data or options that do not fit; nothing is written then.
+        UserError: the models, the data or the options do not fit. Then nothing is
+            written.
     """
     started = time.perf_counter()
     check(options)
@@ -48,11 +49,11 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     merging = Merging(options, models[0].module, dataset)
     inputs = [jax.tree.map(jnp.asarray, model.variables) for model in models]
     forms = {"plain": inputs}
-    moved = 0.0
+    moved_units = 0.0
     if options.method != "none" and merging.spec.groups:
         log(f"matching: {options.method}, frame {options.frame}")
         perms = merging.match(inputs)
-        moved = _moved_units(perms)
+        moved_units = _share_of_moved_units(perms)
         forms["aligned"] = [
             permutation.apply(merging.spec, p, m)
             for p, m in zip(perms, inputs, strict=True)
@@ -66,12 +67,12 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
         log(f"the line from {labels[0]} to {labels[i]}")
         lines.append(Line(labels[0], labels[i], merging.curves(forms, i)))
 
-    # The last average is the one for which everything was done that can be done.
+    # The last average is aligned and mended, if both are possible. It is the one saved.
     merged = list(averages)[-1]
     report = _report.markdown(scores, lines, merged)
     summary = {
         **_results(scores, lines, merged),
-        "moved_units": moved,
+        "moved_units": moved_units,
         "options": dataclasses.asdict(options),
         "seconds": time.perf_counter() - started,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -110,26 +111,26 @@ def _read(options: Options) -> tuple[list[SavedModel], Dataset]:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """The models' names without the folders that all of them are in."""
+    """Shortens the models' names by the folders that all of them share."""
     parts = [Path(name).parts for name in names]
     common = os.path.commonprefix([p[:-1] for p in parts])
     return [str(Path(*p[len(common) :])) for p in parts]
 
 
-def _moved_units(perms: Sequence[Perms]) -> float:
-    """The share of units, over groups and models, that do not stay where they are."""
-    moved = [
+def _share_of_moved_units(perms: Sequence[Perms]) -> float:
+    """Computes the share of units, over groups and models, that change their place."""
+    has_moved = [
         np.asarray(perm) != np.arange(len(perm))
         for model_perms in perms[1:]
         for perm in model_perms.values()
     ]
-    return float(np.concatenate(moved).mean())
+    return float(np.concatenate(has_moved).mean())
 
 
 def _results(
     scores: Mapping[str, tuple[float, float]], lines: Sequence[Line], merged: str
 ) -> dict[str, Any]:
-    """What was measured, as summary.json has it."""
+    """Returns the measurements in the form of summary.json."""
     return {
         "merged": merged,
         "loss": {name: loss for name, (loss, _) in scores.items()},
@@ -152,7 +153,7 @@ def _write(
     lines: Sequence[Line],
     report: str,
 ) -> None:
-    """Writes all results, or nothing."""
+    """Writes all results. If an error occurs, nothing is left on disk."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
     try:

@@ -48,7 +48,10 @@ BETWEEN_MERGES: dict[str, AlgorithmRecord] = registry(
     *cga.RECORDS,
     choco.RECORD,
 )
-"""The algorithms that agents can run between merges: all that have no rounds."""
+"""The algorithms that agents can run between merges.
+
+They do nothing of their own once a round.
+"""
 
 MERGING: dict[str, MergingRecord] = registry(dimat.RECORD, wm.RECORD, wa.RECORD)
 """The algorithms that merge once a round, on top of one of `BETWEEN_MERGES`."""
@@ -56,21 +59,24 @@ MERGING: dict[str, MergingRecord] = registry(dimat.RECORD, wm.RECORD, wa.RECORD)
 INNER = Option(
     "merge.inner",
     "local",
-    "What agents do between merges: they train alone, or gossip with every step too.",
+    "The algorithm that agents run between merges. They train alone (local), or they "
+    "gossip with every step too.",
     choices=BETWEEN_MERGES,
 )
 
 
 def _with_inner(merging: MergingRecord) -> AlgorithmRecord:
-    """A merging algorithm that takes the name of what is between as an argument."""
+    """Makes a record that takes the name of the inner algorithm as an argument."""
 
     def build(task, tx, placement, *, inner: str = INNER.default, **arguments):
         INNER.check(inner)
         over = merging.over(BETWEEN_MERGES[inner])
         return over.build(task, tx, placement, **arguments)
 
-    alone = merging.over(local.RECORD)
-    return dataclasses.replace(alone, build=build, leads_to=(*alone.leads_to, INNER))
+    over_local = merging.over(local.RECORD)
+    return dataclasses.replace(
+        over_local, build=build, leads_to=(*over_local.leads_to, INNER)
+    )
 
 
 ALGORITHMS: dict[str, AlgorithmRecord] = registry(
@@ -81,11 +87,15 @@ ALGORITHMS: dict[str, AlgorithmRecord] = registry(
 )
 """All algorithms. `ALGORITHMS[name](task, tx, placement, **arguments)` builds one."""
 
-ALGORITHM = Option("algorithm", "dimat", "How agents learn.", choices=ALGORITHMS)
+ALGORITHM = Option(
+    "algorithm", "dimat", "The algorithm by which the agents learn.", choices=ALGORITHMS
+)
 
 
 def record(name: str, inner: str = INNER.default) -> AlgorithmRecord:
-    """The record of an algorithm, on top of what it does between merges if it merges.
+    """Returns the record of an algorithm.
+
+    For an algorithm that merges, the record includes what agents do between merges.
 
     Args:
         name: a key of `ALGORITHMS`.

@@ -2,16 +2,16 @@
 
     q_i  =  Q(x_i - x^_i),    x^_i  <-  x^_i + q_i
 
-x^_i is what the other agents know of agent i. They match x^_i with their own weights
-and average it. What Q loses stays in the difference x_i - x^_i, and is sent later:
-error feedback. The estimates are CHOCO's (Koloskova et al. 2019, arXiv 1902.00340);
-unlike there, the mean over agents is not preserved while the estimates are inexact. The
-first time that two agents are linked, they send what they have as it is. After that, an
-agent that has missed announcements is sent them with the next one. So all agents know
-the same x^_i.
+x^_i is the other agents' estimate of the params of agent i. They match x^_i with their
+own params and average it. What Q loses stays in the difference x_i - x^_i, and is sent
+later (error feedback). The estimates are CHOCO's (Koloskova et al. 2019, arXiv
+1902.00340); unlike there, the mean over agents is not preserved while the estimates are
+inexact. When two agents are linked for the first time, they send their x^ in full.
+Later, an agent that has missed announcements gets them together with the next one. So
+all agents have the same x^_i.
 
 Only params are compressed. Running statistics are small, and compression would harm
-them: what is left of a variance may be negative.
+them: a variance that is compressed may become negative.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,11 @@ __all__ = ["AnnouncingState", "announcing"]
 
 
 class AnnouncingState(NamedTuple):
-    """Stacked: every leaf is `[agents, ...]`.
+    """The agents' states, stacked: every leaf is `[agents, ...]`.
 
     Attributes:
-        exact: the state as it is.
-        known: x^, in the structure of the params and in the agent's own frame.
+        exact: the state of the algorithm without compression.
+        known: the estimate x^, shaped like the params and in the agent's own frame.
     """
 
     exact: State
@@ -53,13 +53,14 @@ def announcing(
     ],
     compressor: Compressor,
 ) -> Algorithm:
-    """A merging algorithm whose messages are compressed.
+    """Makes a merging algorithm whose messages are compressed.
 
     Args:
         exact: the algorithm without compression.
-        placement: where the agents live.
-        merge_round: `merge_round(views, data, network, key) -> (views, metrics)`.
-        compressor: Q.
+        placement: the devices on which the agents live.
+        merge_round: `merge_round(views, data, network, key) -> (views, metrics)` is one
+            round of the algorithm.
+        compressor: the compressor Q.
     """
 
     def params(state: State) -> PyTree:
@@ -84,7 +85,7 @@ def announcing(
 
     def init(variables):
         state = exact.init(variables)
-        # A copy, because a step may reuse the buffers of either of the two.
+        # The estimate is a copy, because a step may reuse the buffers of the params.
         return AnnouncingState(state, jax.tree.map(jnp.copy, params(state)))
 
     def step(state, batch, network, key):

@@ -1,9 +1,9 @@
 """Matching along the edges of a graph, all agents at once.
 
-Edges are worked off in waves of as many edges as there are agents. So a wave is
-stacked, sharded and balanced like the agents themselves, whatever the graph is: a ring
-takes two waves, a fully connected graph N - 1, a star two. Where matching j with i also
-tells how to match i with j (by the inverse permutation), half of the edges are enough.
+Edges are matched in waves. A wave holds as many edges as there are agents, so it is
+stacked, sharded and balanced like the agents themselves, on any graph: a ring takes two
+waves, a fully connected graph N - 1, a star two. If the inverse of the permutation from
+j to i is the permutation from i to j, half of the edges are enough.
 """
 
 from collections.abc import Sequence
@@ -42,28 +42,31 @@ __all__ = [
 ]
 
 Edges = Int[np.ndarray, "_edges 2"]
-"""Pairs (receiver, sender): the sender is to be aligned with the receiver."""
+"""Pairs (receiver, sender). The sender will be aligned with the receiver."""
 
 EdgePerms = dict[tuple[int, int], dict[str, np.ndarray]]
-"""For every edge (receiver, sender), what aligns the sender with the receiver."""
+"""For every edge (receiver, sender), the permutations that align the sender."""
 
 
 # Which edges ==========================================================================
 
 
 def every_edge(active_edges: Adjacency) -> Edges:
-    """All edges of a graph."""
+    """Returns all edges of a graph."""
     return np.argwhere(active_edges)
 
 
 def no_edges(active_edges: Adjacency) -> Edges:
-    """No edge at all."""
+    """Returns no edge at all."""
     del active_edges
     return np.zeros((0, 2), np.int64)
 
 
 def spanning_forest(active_edges: Adjacency) -> Edges:
-    """Edges (parent, child) away from each component's lowest agent, breadth first."""
+    """Returns the edges (parent, child) of a tree in each component, breadth first.
+
+    The root of a tree is the component's lowest agent.
+    """
     graph = nx.from_numpy_array(active_edges | active_edges.T)
     edges = [
         edge
@@ -74,7 +77,10 @@ def spanning_forest(active_edges: Adjacency) -> Edges:
 
 
 def waves(edges: Edges, slots: int) -> list[Pairs]:
-    """Groups edges into waves of `slots`, filled up with self-loops of agent 0."""
+    """Groups edges into waves of `slots` edges.
+
+    The last wave is filled up with self-loops of agent 0.
+    """
     # Edges are sorted by offset first. If agents fill the slots, every wave of a ring
     # or a fully connected graph then holds each receiver exactly once, in order.
     offsets = (edges[:, 1] - edges[:, 0]) % slots
@@ -89,7 +95,10 @@ def waves(edges: Edges, slots: int) -> list[Pairs]:
 
 
 def stack_wave(perms: EdgePerms, wave: Pairs) -> PairPerms:
-    """The permutations of a wave's edges; identities where the wave is filled up."""
+    """Stacks the permutations of a wave's edges.
+
+    The edges that fill up the wave have identities.
+    """
     some = next(iter(perms.values()))
     identity = {group: np.arange(len(perm)) for group, perm in some.items()}
     edges = zip(wave.references.tolist(), wave.permutees.tolist(), strict=True)
@@ -108,7 +117,7 @@ class Matcher(Protocol):
     """Matches stacked agents along edges."""
 
     def both_ways(self, data: MergeData) -> bool:
-        """Whether aligning j with i tells how to align i with j: by the inverse."""
+        """Whether the inverse of the permutation from j to i aligns i with j."""
         ...
 
     def scorer(
@@ -118,13 +127,13 @@ class Matcher(Protocol):
         data: MergeData,
         stopwatch: Stopwatch,
     ) -> Scorer:
-        """How good permutations along edges are.
+        """Makes the scorer, which rates permutations along edges.
 
         Args:
             variables: the agents' variables, stacked.
             edge_waves: the edges; at least one.
-            data: the examples to look at.
-            stopwatch: books what is computed on the devices, by phase.
+            data: the examples on which units are compared.
+            stopwatch: measures the computations on the devices, by phase.
         """
         ...
 
@@ -132,22 +141,22 @@ class Matcher(Protocol):
         """Finds good permutations, in the order of the waves' edges.
 
         Args:
-            problem: its scorer is what `scorer` returned.
-            key: consumed.
+            problem: a problem whose scorer is the one that `scorer` has returned.
+            key: the randomness of the search; the key is consumed.
         """
         ...
 
     def score_bytes(self, sizes: Sequence[int]) -> int:
-        """The bytes of one pair's scores; 0 if they follow from the weights alone.
+        """Returns the bytes of one pair's scores; 0 if the weights determine them.
 
         Args:
-            sizes: each group's number of units.
+            sizes: the number of units of each group.
         """
         ...
 
 
 class MatchedEdges(NamedTuple):
-    """What matching along edges found.
+    """The result of matching along edges.
 
     Attributes:
         perms: the permutations of each edge, in the order of the edges.
@@ -171,18 +180,21 @@ def match_edges(
     key: Key[Array, ""],
     stopwatch: Stopwatch,
 ) -> MatchedEdges:
-    """Matches agents along edges; of two opposite edges one if it tells the other.
+    """Matches agents along edges.
+
+    If the matcher works both ways, only one of two opposite edges is matched.
 
     Args:
-        matcher: how agents are matched; it may be None if there are no edges.
+        matcher: the way of matching; it may be None if there are no edges.
         variables: the agents' variables, stacked.
         edges: the edges to match.
-        data: the examples to look at.
-        placement: where the agents live.
-        joint: whether permutations must agree: be the identity along any cycle.
-        stay: how much a unit must gain to move.
-        key: consumed.
-        stopwatch: books the phase "assignment", and what the matcher books.
+        data: the examples on which units are compared.
+        placement: the devices on which the agents live.
+        joint: whether permutations must agree, that is, whether their product along
+            every cycle must be the identity.
+        stay: the score that a unit must gain to move.
+        key: the randomness of the search; the key is consumed.
+        stopwatch: measures the phase "assignment" and the matcher's own phases.
 
     Raises:
         OptionError: `stay` is negative or not finite.
@@ -217,10 +229,15 @@ def _by_edge(pairs: Edges, perms: PairPerms) -> EdgePerms:
 
 
 def _one_way(edges: Edges, slots: int) -> Edges:
-    """Of two opposite edges the one that makes `waves` most balanced."""
+    """Drops one of two opposite edges, so that `waves` are as balanced as possible."""
     receivers, senders = edges.T
-    there, back = (senders - receivers) % slots, (receivers - senders) % slots
-    second = (there > back) | ((there == back) & (receivers > senders))
+    offset, opposite_offset = (
+        (senders - receivers) % slots,
+        (receivers - senders) % slots,
+    )
+    second = (offset > opposite_offset) | (
+        (offset == opposite_offset) & (receivers > senders)
+    )
     opposite = set(map(tuple, edges[:, ::-1].tolist()))
     paired = np.array([edge in opposite for edge in map(tuple, edges.tolist())], bool)
     return edges[~(second & paired)]

@@ -1,9 +1,9 @@
-"""In whose frame agents merge.
+"""The frames in which agents merge.
 
-A hidden layer's units have no order of their own; a frame is an agent's choice of one.
-Averaging weights makes sense only in a common frame, and there are several ways to get
-there. Each is a `Frame`: a record of which edges are matched, how agents merge once the
-permutations are known, and what is sent for it.
+The units of a hidden layer have no natural order; a frame is the order that an agent
+uses. Averaging weights makes sense only in a common frame, and there are several ways
+to reach one. Each way is a `Frame`: a record that says which edges are matched, how
+agents merge once the permutations are found, and what matching sends.
 """
 
 import dataclasses
@@ -45,9 +45,9 @@ class Views(NamedTuple):
     """All agents' states, as the agents have them and as their neighbours know them.
 
     Attributes:
-        own: the states as they are, stacked.
-        announced: the states as the neighbours know them, where compressed messages
-            lose something; None: the neighbours know them as they are.
+        own: the exact states, stacked.
+        announced: the states as the neighbours know them, if messages are compressed
+            and lose something; None if the neighbours know the exact states.
     """
 
     own: State
@@ -78,10 +78,12 @@ class Frame(Record[Merge]):
     `build(inner, exchanged)` makes its `Merge`.
 
     Attributes:
-        edges: `edges(active_edges)`: the edges along which agents are matched.
-        joint: whether permutations must agree: be the identity along any cycle.
+        edges: `edges(active_edges)` returns the edges along which agents are matched.
+        joint: whether permutations must agree, that is, whether their product along
+            every cycle must be the identity.
         two_way: whether a receiver must be able to answer its sender.
-        traffic: what finding the permutations sends, beyond the weights that are mixed.
+        traffic: the function that counts what finding the permutations sends, beyond
+            the weights that are mixed.
     """
 
     edges: Callable[[Adjacency], Edges]
@@ -157,10 +159,13 @@ def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
 
 
 def _to_roots(perms: EdgePerms, slots: int) -> dict[str, Int32[Array, "slots _units"]]:
-    """Stacked permutations into the roots' frames; the identity for the roots.
+    """Composes the permutations into the roots' frames, stacked.
+
+    The roots have the identity.
 
     Args:
-        perms: by edge (parent, child) of a spanning forest, parents before children.
+        perms: the permutations by edge (parent, child) of a spanning forest, in which
+            parents come before their children.
         slots: the number of stacked agents.
     """
     some = next(iter(perms.values()))
@@ -173,9 +178,10 @@ def _to_roots(perms: EdgePerms, slots: int) -> dict[str, Int32[Array, "slots _un
 
 
 def _mixing_in_place(exchanged: Exchanged):
-    """Makes `mix_in_place(views, W)`: sum_j W_ij x_j for every agent i.
+    """Makes `mix_in_place(views, W)`, which computes sum_j W_ij x_j for every agent i.
 
-    An agent takes its own x_i as it is, and its neighbours' as it knows them.
+    The term of an agent's own x_i is exact; the others are its neighbours' x_j as the
+    agent knows them.
     """
 
     @jax.jit
@@ -197,7 +203,7 @@ def _edges_of(perms: EdgePerms) -> Edges:
 
 
 def _weighted(weights: Float[Array, " agents"], stacked: PyTree) -> PyTree:
-    """Each agent's leaves times the agent's weight; counters stay as they are."""
+    """Multiplies each agent's leaves by the agent's weight; counters do not change."""
 
     def weigh(leaf):
         by_agent = weights.reshape(-1, *[1] * (leaf.ndim - 1))
@@ -207,7 +213,7 @@ def _weighted(weights: Float[Array, " agents"], stacked: PyTree) -> PyTree:
 
 
 def _add_at(agents: Array, total: PyTree, terms: PyTree) -> PyTree:
-    """Adds each term to an agent's leaves; counters stay as they are."""
+    """Adds each term to an agent's leaves; counters do not change."""
     return jax.tree.map(
         lambda leaf, term: leaf.at[agents].add(term) if is_inexact(term) else leaf,
         total,

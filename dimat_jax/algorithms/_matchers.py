@@ -47,17 +47,18 @@ SCORE_BYTES = 4
 class ActivationMatcher:
     """Matches units that are active alike.
 
-    Where all agents look at the same examples, each agent computes its activations once
-    for all its edges. On own data a receiver runs every model that it was sent on its
-    own examples.
+    If all agents look at the same examples, each agent computes its activations once
+    for all its edges. If the examples are an agent's own, a receiver runs every model
+    that it has received on its own examples.
 
     Args:
         spec: the symmetry, with a tap for each group.
-        activations: for one agent, `activations(variables, inputs) -> {tap: array}`.
-        placement: where the agents live.
+        activations: a function of one agent,
+            `activations(variables, inputs) -> {tap: array}`.
+        placement: the devices on which the agents live.
 
     Raises:
-        PermutationSpecError: a group without a tap.
+        PermutationSpecError: a group has no tap.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class ActivationMatcher:
         data: MergeData,
         stopwatch: Stopwatch,
     ) -> ActivationScorer:
-        """Books "activations" and "correlations"."""
+        """Makes the scorer; it measures "activations" and "correlations"."""
         if data.match is None:
             raise ValueError("matching needs examples to look at: MergeData.match")
         agents = _StackedAgents(self._programs, variables, data.match.shared)
@@ -99,11 +100,11 @@ class _Programs:
     """The compiled programs of an `ActivationMatcher`, on stacked agents.
 
     Attributes:
-        observe_shared: what all agents show on the same inputs.
-        observe_own: what each agent shows on its own inputs.
-        observe_received: what senders show on their receivers' inputs.
+        observe_shared: computes all agents' activations on the same inputs.
+        observe_own: computes each agent's activations on its own inputs.
+        observe_received: computes the senders' activations on their receivers' inputs.
         update: adds a batch to the moments of a wave.
-        scores: the scores of a wave.
+        scores: computes the scores of a wave.
     """
 
     def __init__(
@@ -143,10 +144,10 @@ class _Programs:
 
 
 class _StackedAgents:
-    """Agents that are stacked over devices; a kind of `ObservedNetworks`.
+    """Agents that are stacked over devices, in the form of `ObservedNetworks`.
 
     Args:
-        programs: what is computed on them.
+        programs: the compiled programs that run on the agents.
         variables: the agents' variables, stacked.
         shared: whether all agents look at the same examples.
     """
@@ -188,14 +189,17 @@ class _StackedAgents:
         return self._programs.scores(moments)
 
     def _receivers(self, wave: Pairs) -> np.ndarray | None:
-        """A wave's receivers; None if they are all agents in order: no copy is made."""
+        """Returns a wave's receivers; None if they are all agents in order.
+
+        None saves a copy of the stacked arrays.
+        """
         slots = self._programs.placement.slots
         in_order = np.array_equal(wave.references, np.arange(slots))
         return None if in_order else wave.references
 
 
 def _centre_examples(tap: str, units: Array, mask: Array):
-    """Centres what a tap shows of the examples that the mask lets count."""
+    """Centres the activations of a tap over the examples that the mask selects."""
     if len(units) % len(mask):
         raise PermutationSpecError(
             f"tap {tap!r} shows {len(units)} samples of {len(mask)} examples; "
@@ -210,8 +214,8 @@ class WeightMatcher:
 
     Args:
         spec: the symmetry.
-        placement: where the agents live.
-        restarts: as for `matching.weight_matching`.
+        placement: the devices on which the agents live.
+        restarts: the number of starts, as for `matching.weight_matching`.
     """
 
     def __init__(
@@ -237,7 +241,7 @@ class WeightMatcher:
         data: MergeData,
         stopwatch: Stopwatch,
     ) -> WeightScorer:
-        """Books "scores"."""
+        """Makes the scorer; it measures "scores"."""
         del data
         agents, slots = self._placement.n_agents, self._placement.slots
 
@@ -261,5 +265,5 @@ class WeightMatcher:
 
 
 def _pick(stacked: PyTree, indices: Array | np.ndarray | None) -> PyTree:
-    """Stacked entries by index; None: all of them as they are."""
+    """Takes stacked entries by index; None stands for all of them in order."""
     return stacked if indices is None else take(stacked, indices)

@@ -6,8 +6,8 @@ P_ij permutes agent j's hidden units onto agent i's (DIMAT, arXiv 2404.08079, eq
 4 and Algorithms 1 to 3). It is found from activations (DIMAT) or from weights (WM);
 without permutations the rule is weight averaging (WA).
 
-Weights are normalised by what arrives: where links fail in a directed network, or W is
-column-stochastic, an agent takes the average of what it has.
+The weights W_ij of a receiver are normalised to the sum 1. They have another sum if
+links fail in a directed network, or if W is column-stochastic.
 """
 
 from functools import partial
@@ -55,16 +55,16 @@ __all__ = ["FRAME", "OPT_STATE", "merging"]
 FRAME = Option(
     "merge.frame",
     "own",
-    "In whose frame agents merge. A frame is an order of the hidden units, to which "
-    "networks are aligned before they are averaged.",
+    "The frame in which agents merge. A frame is an order of the hidden units, to "
+    "which networks are aligned before they are averaged.",
     choices=FRAMES,
 )
 OPT_STATE = Option(
     "merge.opt_state",
     "reset",
-    'What becomes of the optimizer state at a merge. "reset": it starts anew, while '
-    'learning-rate schedules go on. "keep": it stays as it is. "merge": it is permuted '
-    "and averaged like the weights.",
+    'What happens to the optimizer state at a merge. "reset": it starts anew, while '
+    'learning-rate schedules go on. "keep": it does not change. "merge": it is '
+    "permuted and averaged like the weights.",
     choices=("reset", "keep", "merge"),
 )
 
@@ -81,25 +81,25 @@ def merging(
     restarts: int = RESTARTS.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
-    """Adds a merge, once a round, to what an algorithm does.
+    """Adds a merge, once a round, to an algorithm.
 
     Args:
-        inner: how agents train between merges: `local`, or an algorithm that gossips
-            with every step. Gossip mixes weights as they are, so it works best if all
+        inner: the algorithm between merges: `local`, or one that gossips with every
+            step. Gossip mixes weights without permuting them, so it works best if all
             agents are in one frame. What `inner` does once a round comes first.
-        task: what the agents learn.
-        placement: where the agents live.
-        match: what networks are aligned by before they are averaged; None: they are
-            averaged as they are.
-        frame: in whose frame agents merge: one of `FRAMES`.
-        stay: how much a unit must gain to move; see `STAY`.
-        opt_state: what becomes of the optimizer state at a merge; see `OPT_STATE`.
-        restarts: how many times weights are matched; see `RESTARTS`.
-        compressor: compresses what is sent; see `announcing`.
+        task: the task that the agents learn.
+        placement: the devices on which the agents live.
+        match: the property by which units are matched; None if networks are averaged
+            without matching.
+        frame: the frame in which agents merge: one of `FRAMES`.
+        stay: the score that a unit must gain to move; see `STAY`.
+        opt_state: the policy for the optimizer state at a merge; see `OPT_STATE`.
+        restarts: the number of times that weights are matched; see `RESTARTS`.
+        compressor: the compressor of the messages; see `announcing`.
 
     Raises:
-        OptionError: an unknown frame or policy, `stay` < 0, or `restarts` < 1.
-        UserError: optimizer states are to be merged, and messages to be compressed.
+        OptionError: the frame or the policy is unknown, `stay` < 0, or `restarts` < 1.
+        UserError: optimizer states are merged although messages are compressed.
     """
     FRAME.check(frame)
     STAY.check(stay)
@@ -111,7 +111,7 @@ def merging(
             "up as a large step): compressed merging needs opt_state 'keep' or 'reset'"
         )
     chosen, matcher = AS_THEY_ARE, None
-    # Without hidden units there is nothing to align (a linear model, a convex problem).
+    # A model without hidden units (a linear one, a convex problem) needs no alignment.
     if match is not None and task.spec.groups:
         chosen = FRAMES[frame]
         matcher = (
@@ -131,16 +131,16 @@ def merging(
 
 
 class _MergeRound:
-    """What `merging` adds to an algorithm, once a round.
+    """The merge that `merging` adds to an algorithm, once a round.
 
     Args:
-        inner: how agents train between merges.
-        task: what the agents learn.
-        placement: where the agents live.
-        frame: in whose frame agents merge.
-        matcher: how agents are matched; None only for a frame without edges.
-        stay: how much a unit must gain to move.
-        opt_state: what becomes of the optimizer state.
+        inner: the algorithm between merges.
+        task: the task that the agents learn.
+        placement: the devices on which the agents live.
+        frame: the frame in which agents merge.
+        matcher: the way of matching; None only for a frame without edges.
+        stay: the score that a unit must gain to move.
+        opt_state: the policy for the optimizer state.
     """
 
     def __init__(
@@ -166,13 +166,13 @@ class _MergeRound:
     def __call__(
         self, views: Views, data: MergeData, network: Network, key: Key[Array, ""]
     ) -> tuple[Views, Metrics]:
-        """One round: what `inner` does once a round, and the merge.
+        """Runs one round: what `inner` does once a round, and then the merge.
 
         Args:
-            views: the agents' states, as they are and as the neighbours know them.
-            data: the examples to look at.
-            network: who receives from whom in this round.
-            key: consumed.
+            views: the agents' exact states, and the states that the neighbours know.
+            data: the examples that merging looks at.
+            network: the network of this round.
+            key: the randomness of the round; the key is consumed.
 
         Returns:
             the new views, and host numbers: "moved_units", "match_similarity",
@@ -215,7 +215,7 @@ class _MergeRound:
         active_edges: np.ndarray,
         data: MergeData,
     ) -> Metrics:
-        """What is reported of the matching: host numbers."""
+        """Returns the metrics of the matching, as host numbers."""
         perms, similarity = matched
         if self._matcher is None or not perms:
             return {"moved_units": 0.0}
@@ -235,13 +235,13 @@ class _MergeRound:
         }
 
     def _exchanged(self, state: State) -> LocalState:
-        """The part of a state that is sent, aligned and averaged."""
+        """Returns the part of a state that is sent, aligned and averaged."""
         merged = self._opt_state == "merge"
         optimizer = local_part(state).opt_state if merged else ()
         return LocalState(self._inner.variables(state), optimizer)
 
     def _absorbed(self, state: State, merged: LocalState) -> State:
-        """The state that goes on training from what was merged."""
+        """Returns the state with which training goes on after the merge."""
         if self._opt_state == "reset":
             return with_clocks_of(self._inner.init(merged.variables), state)
         if self._opt_state == "merge":
@@ -251,7 +251,7 @@ class _MergeRound:
     def _recalibrate(
         self, state: State, samples: Samples | None, stopwatch: Stopwatch
     ) -> State:
-        """A state whose BatchNorm statistics are measured anew, if there are any."""
+        """Measures the BatchNorm statistics of a state anew, if there are any."""
         if self._measure is None or samples is None:
             return state
         with stopwatch("recalibration") as block:
@@ -261,12 +261,12 @@ class _MergeRound:
     def communicate(
         self, state: State, data: MergeData, network: Network, key: Key[Array, ""]
     ) -> tuple[State, Metrics]:
-        """The round of an algorithm whose neighbours know its states as they are."""
+        """Runs the round of an algorithm whose messages are not compressed."""
         views, metrics = self(Views(state, None), data, network, key)
         return views.own, metrics
 
     def messages(self, state: State) -> Any:
-        """The inner algorithm's messages, and once a round what is exchanged."""
+        """Returns the inner algorithm's messages, and the one of the merge."""
         variables, optimizer = jax.eval_shape(
             lambda s: take(self._exchanged(s), 0), state
         )
@@ -275,7 +275,7 @@ class _MergeRound:
 
 
 def _normalised(network: Network) -> Network:
-    """A network whose weights sum to 1 for every receiver."""
+    """Scales the weights of every receiver so that they sum to 1."""
     received = np.asarray(network.W, np.float64).sum(axis=1)
     if np.allclose(received, 1, atol=1e-6):
         return network
@@ -283,10 +283,10 @@ def _normalised(network: Network) -> Network:
 
 
 def _share_of_moved_units(perms: EdgePerms) -> float:
-    """The share of units, over edges and groups, whose place is another one."""
-    moved = [
+    """Computes the share of units, over edges and groups, that change their place."""
+    has_moved = [
         np.asarray(perm) != np.arange(len(perm))
         for edge_perms in perms.values()
         for perm in edge_perms.values()
     ]
-    return float(np.concatenate(moved).mean())
+    return float(np.concatenate(has_moved).mean())

@@ -1,4 +1,4 @@
-"""Agents that are away: they learn nothing, hear nothing, and stay as they are."""
+"""Absent agents do not train, receive nothing, and keep their state."""
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,15 @@ from dimat_jax.network import Network
 from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.placement import Placement
 
-__all__ = ["attended"]
+__all__ = ["with_absences"]
 
 
-def attended(algorithm: Algorithm, placement: Placement) -> Algorithm:
-    """An algorithm in which whoever is not `network.present` keeps its state.
+def with_absences(algorithm: Algorithm, placement: Placement) -> Algorithm:
+    """Makes an algorithm in which an absent agent keeps its whole state.
 
-    W and active_edges must leave the absent out already, as those of `Links` do.
-    Learning-rate clocks go on: schedules count everybody's steps.
+    `network.present` says which agents are present. W and active_edges must leave out
+    the absent agents already, as those of `Links` do. Learning-rate clocks go on also
+    for absent agents, because schedules count the steps of the whole run.
     """
 
     def keep_absent(network: Network, new: State, old: State) -> State:

@@ -16,15 +16,16 @@ __all__ = ["Recalibrator"]
 
 
 class Recalibrator:
-    """Measures BatchNorm statistics anew: batch means and variances, averaged.
+    """Measures BatchNorm statistics anew: the mean of batch means and variances.
 
     Averaged weights do not have the averages of the statistics (Jordan et al. 2022,
     arXiv 2211.08403). Without this step merged networks with BatchNorm classify badly.
 
     Args:
-        batch_statistics: for one agent, `(variables, inputs, mask) -> batch_stats` of
+        batch_statistics: a function of one agent,
+            `batch_statistics(variables, inputs, mask)`, that returns the batch_stats of
             that batch alone.
-        placement: where the agents live.
+        placement: the devices on which the agents live.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Recalibrator:
         self._placement = placement
 
     def __call__(self, variables: Variables, samples: Samples) -> Variables:
-        """Stacked variables with the statistics of `samples`, own or shared."""
+        """Returns stacked variables with the statistics of own or shared `samples`."""
         zeros = self._placement.zeros
         total = jax.tree.map(lambda x: zeros(*x.shape[1:]), variables["batch_stats"])
         count = zeros()

@@ -1,7 +1,7 @@
-"""What matching sends beyond the weights that are mixed, in bytes for every link.
+"""Counts the bytes that matching sends on every link, beyond the mixed weights.
 
-In agents' own frames it sends nothing: a receiver has the weights, and examples to run
-them on. Frames that several agents share have to be agreed upon. (With compressed
+In agents' own frames matching sends nothing, because a receiver has the weights, and
+examples to run them on. Agents that share a frame have to agree on it. (With compressed
 messages, an agent that has missed some would also have to learn how frames have changed
 since. This is not counted.)
 """
@@ -29,10 +29,10 @@ class MatchingSizes(NamedTuple):
     """The sizes of what matching can send, in bytes.
 
     Attributes:
-        perms: one agent's permutations.
-        scores: the scores of one pair, which the pair's receiver has computed; 0 if
-            agents are matched by their weights, from which the scores follow.
-        weights: one agent's params.
+        perms: the size of one agent's permutations.
+        scores: the size of one pair's scores, which the pair's receiver has computed; 0
+            if agents are matched by their weights, which determine the scores.
+        weights: the size of one agent's params.
     """
 
     perms: int
@@ -41,10 +41,10 @@ class MatchingSizes(NamedTuple):
 
 
 Bytes = Int[np.ndarray, "agents agents"]
-"""Bytes `[receiver, sender]`."""
+"""The bytes of every link, `[receiver, sender]`."""
 
 Traffic = Callable[[Adjacency, Edges, MatchingSizes], Bytes]
-"""`traffic(active_edges, pairs, sizes)`: the bytes that one merge's matching sends.
+"""`traffic(active_edges, pairs, sizes)` counts the bytes of one merge's matching.
 
 `active_edges` are undirected; `pairs` are the pairs (receiver, sender) that have been
 matched.
@@ -52,7 +52,7 @@ matched.
 
 
 def no_traffic(active_edges: Adjacency, pairs: Edges, sizes: MatchingSizes) -> Bytes:
-    """Nothing is sent."""
+    """Returns 0 for every link, for frames in which matching sends nothing."""
     del pairs, sizes
     return np.zeros(active_edges.shape, np.int64)
 
@@ -60,7 +60,7 @@ def no_traffic(active_edges: Adjacency, pairs: Edges, sizes: MatchingSizes) -> B
 def reference_traffic(
     active_edges: Adjacency, pairs: Edges, sizes: MatchingSizes
 ) -> Bytes:
-    """What moving into a root's frame sends.
+    """Counts what agents send to move into a root's frame.
 
     A parent in the spanning tree sends its child the permutations into the root's
     frame. Every agent passes its permutations on to its neighbours, who hold its
@@ -74,13 +74,13 @@ def reference_traffic(
 
 
 def joint_traffic(active_edges: Adjacency, pairs: Edges, sizes: MatchingSizes) -> Bytes:
-    """What finding permutations that agree sends.
+    """Counts what agents send to find permutations that agree.
 
     The scores, or else the weights, go up the spanning tree to its root, hop by hop.
-    The permutations come back the same way, and go to the neighbours.
+    The permutations come back the same way, and then go to the neighbours.
     """
-    # The last hop of the permutations to each agent, and what neighbours are sent, are
-    # as in a root's frame.
+    # The permutations' last hop to each agent, and from there to the neighbours, costs
+    # as much as in a root's frame.
     traffic = reference_traffic(active_edges, pairs, sizes)
     tree = spanning_forest(active_edges).tolist()
     parent_of = {child: parent for parent, child in tree}

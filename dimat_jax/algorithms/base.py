@@ -1,8 +1,8 @@
-"""What an algorithm is, and what it is given.
+"""The types of algorithms and of their inputs, and steps that several of them share.
 
-An algorithm lives at the level of stacked agents. It is written with two things: what
-an agent does alone, lifted by `Placement.per_agent`, and `mixing.mix(W, tree)`, by
-which agents talk.
+An algorithm works on stacked agents. It is written with two tools:
+`Placement.per_agent` lifts a function of one agent to all agents, and
+`mixing.mix(W, tree)` averages over neighbours.
 """
 
 from collections.abc import Callable
@@ -38,25 +38,26 @@ __all__ = [
 ]
 
 Variables = dict[str, PyTree]
-"""{"params": what is trained, other collections: e.g. "batch_stats"}."""
+"""A dict of collections: "params", which are trained, and others like "batch_stats"."""
 
 State = Any
 """An algorithm's own NamedTuple. Every leaf is stacked: `[agents, ...]`."""
 
 Metrics = dict[str, Any]
+"""The metrics of a step or of a communication, by name."""
 
 
 class Task(NamedTuple):
-    """What is to be learned, for one agent.
+    """The task that the agents learn. Its functions are for one agent.
 
     Attributes:
         loss: `loss(variables, batch, key) -> (loss, (model_state, metrics))`, where
-            model_state holds the collections other than "params", updated.
+            model_state holds the updated collections other than "params".
         spec: the permutation symmetry of the variables.
-        activations: `activations(variables, inputs) -> {tap: array}`; never called
-            where the spec has no groups.
-        batch_statistics: `(variables, inputs, mask) -> batch_stats` of that batch
-            alone; None for a model without BatchNorm.
+        activations: `activations(variables, inputs) -> {tap: array}`. It is never
+            called if the spec has no groups.
+        batch_statistics: `batch_statistics(variables, inputs, mask)` returns the
+            batch_stats of that batch alone; None for a model without BatchNorm.
     """
 
     loss: Callable[[Variables, Batch, Key[Array, ""]], tuple[Array, tuple]]
@@ -66,11 +67,11 @@ class Task(NamedTuple):
 
 
 class MergeData(NamedTuple):
-    """The examples that merging looks at; None where nothing is to be looked at.
+    """The examples that merging looks at. A field is None if it needs no examples.
 
     Attributes:
-        match: for activations.
-        recalibrate: for BatchNorm statistics.
+        match: the examples on which units are matched by their activations.
+        recalibrate: the examples on which BatchNorm statistics are measured anew.
     """
 
     match: Samples | None = None
@@ -78,21 +79,25 @@ class MergeData(NamedTuple):
 
 
 class Algorithm(NamedTuple):
-    """The shape of every algorithm. All of it is on stacked agents.
+    """An algorithm: functions on stacked agents.
 
     Attributes:
-        init: `init(variables) -> state`.
-        step: `step(state, batch, network, key) -> (state, metrics)`: one local step,
-            with gossip if it gossips per step. Pure, to be jitted. Metrics are stacked.
-        communicate: `communicate(state, data, network, key) -> (state, metrics)`, once
-            a round. Runs on the host (it jits its parts); metrics are host numbers.
-        variables: `variables(state)`: what is evaluated, matched and merged.
-        with_variables: `with_variables(state, variables) -> state`: after a merge;
-            restarts what the merge invalidates and keeps the rest.
-        aligned: `aligned(state, perms) -> state`, perms stacked too: permutes every
-            field that lives in an agent's frame, momenta included.
-        messages: `messages(state) -> Messages`: what one agent sends one neighbour.
-            Shapes alone matter: `state` may be of `jax.ShapeDtypeStruct`s.
+        init: `init(variables) -> state` makes the state at the start.
+        step: `step(state, batch, network, key) -> (state, metrics)` is one local step,
+            with gossip if the algorithm gossips with every step. It is pure and may be
+            jitted. Its metrics are stacked.
+        communicate: `communicate(state, data, network, key) -> (state, metrics)` is
+            called once a round. It runs on the host and jits its parts. Its metrics are
+            host numbers.
+        variables: `variables(state)` returns the variables that are evaluated, matched
+            and merged.
+        with_variables: `with_variables(state, variables) -> state` is called after a
+            merge. It restarts what the merge makes invalid, and keeps the rest.
+        aligned: `aligned(state, perms) -> state` permutes every field that is in an
+            agent's frame, momenta included. The permutations are stacked too.
+        messages: `messages(state) -> Messages` returns what one agent sends to one
+            neighbour. Only shapes and dtypes matter, so `state` may consist of
+            `jax.ShapeDtypeStruct`s.
     """
 
     init: Callable[[Variables], State]
@@ -107,12 +112,13 @@ class Algorithm(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """One agent's gradient, and what else its batch brought.
+    """One agent's gradient, with the other results of the same pass.
 
     Attributes:
-        grads: as `variables["params"]`.
-        model_state: the other collections, updated.
-        metrics: scalars, with the number of "examples" they are means of.
+        grads: the gradient, shaped like `variables["params"]`.
+        model_state: the updated collections other than "params".
+        metrics: scalars, which are means over the batch. The entry "examples" is the
+            number of examples in it.
     """
 
     grads: PyTree
@@ -123,9 +129,9 @@ class Gradient(NamedTuple):
 def gradient(
     task: Task, variables: Variables, batch: Batch, key: Key[Array, ""]
 ) -> Gradient:
-    """One agent's gradient with respect to its params. The key is consumed.
+    """Computes one agent's gradient with respect to its params. The key is consumed.
 
-    An agent whose batch holds no example has a gradient of 0, and nothing is updated.
+    If the batch holds no example, the gradient is 0 and no collection is updated.
     """
 
     def loss(params):
@@ -140,9 +146,10 @@ def gradient(
 
 
 def keep_idle(batch: Batch, new: PyTree, old: PyTree) -> PyTree:
-    """One agent's new state, or its old one if its batch holds no example at all.
+    """Returns one agent's new state, or its old one if its batch holds no example.
 
-    Learning-rate clocks go on all the same: schedules count everybody's steps.
+    Learning-rate clocks go on in both cases: schedules count the steps of the whole
+    run, not those of one agent.
     """
     busy, idle = batch.mask.any(), with_clocks_of(old, new)
     return jax.tree.map(lambda n, o: jnp.where(busy, n, o), new, idle)
@@ -155,27 +162,31 @@ def optimizer_step(
     opt_state: optax.OptState,
     params: PyTree,
 ) -> tuple[PyTree, optax.OptState]:
-    """One agent's optimizer step: what is to be added to its params, and its state.
+    """Computes one agent's optimizer step.
 
     Args:
         tx: the optimizer.
-        batch: without an example there is no step.
-        direction: the gradient, or what an algorithm has in place of it.
+        batch: the agent's batch. If it holds no example, the updates are 0 and the
+            state does not change, learning-rate clocks aside.
+        direction: the gradient, or the direction that an algorithm uses instead.
         opt_state: the optimizer's state.
-        params: where the agent stands.
+        params: the agent's params.
+
+    Returns:
+        the updates, which are to be added to the params, and the new optimizer state.
     """
     updates, new = tx.update(direction, opt_state, params)
-    still = jax.tree.map(jnp.zeros_like, updates)
-    return keep_idle(batch, (updates, new), (still, opt_state))
+    no_updates = jax.tree.map(jnp.zeros_like, updates)
+    return keep_idle(batch, (updates, new), (no_updates, opt_state))
 
 
 def apply_updates(variables: Variables, updates: PyTree) -> Variables:
-    """Variables whose params took a step; one agent's, or stacked."""
+    """Adds updates to the params of some variables, one agent's or stacked ones."""
     return {**variables, "params": optax.apply_updates(variables["params"], updates)}
 
 
 def one_agent(stacked: PyTree) -> PyTree:
-    """One agent's part of a stacked tree, as `jax.ShapeDtypeStruct`s: a message."""
+    """Returns one agent's part of a stacked tree, as `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(lambda tree: take(tree, 0), stacked)
 
 
@@ -194,9 +205,9 @@ def permute_opt_state(
     opt_state: optax.OptState,
     params: PyTree,
 ) -> optax.OptState:
-    """Permutes whatever in one agent's optimizer state is shaped like its params.
+    """Permutes what is shaped like the params in one agent's optimizer state.
 
-    Momenta live in the frame of the params that they move; counters live in none.
+    Momenta are in the frame of the params that they move; counters are in no frame.
     """
     return optax.tree.map_params(
         tx,

@@ -3,8 +3,8 @@
     x_i  <-  sum_j W_ij x_j + u_i,    u_i = -alpha g_i(x_i)
 
 (CDSGD, Jiang et al. 2017, arXiv 1706.07880, equation 3; D-PSGD, Lian et al. 2017, arXiv
-1705.09056, Algorithm 1.) The step u_i is the local optimizer's, so that others of this
-kind differ in that alone:
+1705.09056, Algorithm 1.) The step u_i is the local optimizer's, and two other
+algorithms differ only in this optimizer:
 
 - CDMSGD (Jiang et al. 2017, Algorithm 2): v_i <- beta v_i - alpha g_i(x_i), u_i = v_i:
   `OPTIMIZERS["heavy_ball"]`.
@@ -51,18 +51,18 @@ def cdsgd(
     *,
     order: str = ORDER.default,
 ) -> Algorithm:
-    """Gossip with every local step. W is to be doubly stochastic.
+    """Gossips with every local step. W must be doubly stochastic.
 
-    Running statistics are averaged like the params, after their update.
+    Running statistics are updated, and then averaged like the params.
 
     Args:
-        task: what to learn.
-        tx: makes the step; plain SGD is the paper's.
-        placement: where the agents live.
-        order: whether an agent's own step is mixed along.
+        task: the task that the agents learn.
+        tx: the optimizer that makes the step u; the paper uses plain SGD.
+        placement: the devices on which the agents live.
+        order: the order of the step and the mixing; see `ORDER`.
 
     Raises:
-        OptionError: an unknown order.
+        OptionError: the order is unknown.
     """
     ORDER.check(order)
 
@@ -95,8 +95,8 @@ RECORDS = (
         cdsgd,
         (ORDER,),
         leads_to=GRAPH,
-        summary="sum_j W_ij x_j - alpha g(x_i), with every step (Jiang et al. 2017; "
-        "D-PSGD, Lian et al. 2017).",
+        summary="With every step x_i moves to sum_j W_ij x_j - alpha g(x_i) (Jiang et "
+        "al. 2017; D-PSGD, Lian et al. 2017).",
         network=balanced,
         optimizer="sgd",
     ),
@@ -104,7 +104,7 @@ RECORDS = (
         "cdmsgd",
         cdsgd,
         leads_to=GRAPH,
-        summary="CDSGD with a heavy ball (Jiang et al. 2017).",
+        summary="It is CDSGD with a heavy ball (Jiang et al. 2017).",
         network=balanced,
         optimizer="heavy_ball",
         other_optimizers=False,
@@ -113,7 +113,7 @@ RECORDS = (
         "cdadam",
         cdsgd,
         leads_to=GRAPH,
-        summary="CDSGD with DAdam's step (Nazari et al. 2022).",
+        summary="It is CDSGD with DAdam's step (Nazari et al. 2022).",
         network=balanced,
         optimizer="dadam",
         other_optimizers=False,

@@ -1,4 +1,4 @@
-"""Cross-gradient aggregation: a direction that no neighbour's data objects to.
+"""Cross-gradient aggregation: steps that do not increase any neighbour's loss.
 
     g_ij  =  the gradient of agent j's loss at x_i (j has received x_i, and sends g_ij)
     u     =  argmin_{u >= 0}  1/2 u' G G' u + (G g_i)' u,    G = (g_ij)_j, with g_ii
@@ -6,13 +6,13 @@
     v_i  <-  beta v_i - alpha g~_i,    x_i  <-  sum_j W_ij x_j + v_i
 
 (CGA, Esfandiari et al. 2021, arXiv 2103.02051, Algorithm 1.) The quadratic program
-projects g_i onto the directions with <g~, g_ij> >= 0 for all j: a step that descends on
-the neighbours' data as well. It is the dual, so u >= 0; one for each agent, over the
-whole gradient. Its minimum is that of |G' u + g_i|: a non-negative least-squares
-problem.
+projects g_i onto the directions with <g~, g_ij> >= 0 for all j, so that a small step
+along g~ increases neither the agent's own loss nor, to first order, a neighbour's. The
+program above is the dual one, so u >= 0. There is one for each agent, over the whole
+gradient. It minimises |G' u + g_i| too, which is a non-negative least-squares problem.
 
-Compressed (CompCGA, section 3.3 there), cross-gradients are what is sent compressed,
-and what was lost is added to the next ones.
+CompCGA (section 3.3 there) compresses the cross-gradients, and adds what a message has
+lost to the next one.
 """
 
 import functools
@@ -63,19 +63,19 @@ def cga(
     adjacency: Adjacency,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
-    """Gossip and cross-gradients with every local step. W must be doubly stochastic.
+    """Gossips and exchanges gradients with every step. W must be doubly stochastic.
 
-    Running statistics are those of an agent's own model on its own data, averaged like
-    the params. A neighbour that is away, or has no examples, does not object.
+    Running statistics come from an agent's own model on its own data, and are averaged
+    like the params. A neighbour that is absent, or has no examples, is no constraint.
 
     Args:
-        task: what the agents learn.
-        tx: makes a step of the projected gradient; `OPTIMIZERS["heavy_ball"]` is the
-            paper's.
-        placement: where the agents live.
+        task: the task that the agents learn.
+        tx: the optimizer that makes a step from the projected gradient; the paper uses
+            `OPTIMIZERS["heavy_ball"]`.
+        placement: the devices on which the agents live.
         adjacency: all edges that ever exist. They are undirected, because gradients
-            travel back along them.
-        compressor: compresses the cross-gradients.
+            are sent back along them.
+        compressor: the compressor of the cross-gradients.
     """
     exchange = Exchange.over(adjacency, placement.slots)
     slots = range(exchange.neighbours.shape[1])
@@ -133,9 +133,9 @@ def _cross_gradients(
 ) -> Callable[..., tuple[Gradient, list[PyTree], Array]]:
     """Makes the function with which agents ask their neighbours for gradients.
 
-    `ask(variables, batch, network, keys) -> (own, crossed, active)`: every agent's own
-    `Gradient`; for each k the gradient of its model on its k-th neighbour's data; and
-    which of these count, bool `[agents, neighbours]`.
+    `ask(variables, batch, network, keys) -> (own, crossed, active)` returns every
+    agent's own `Gradient`; for each k the gradient of its model on its k-th neighbour's
+    data; and which of these are constraints, bool `[agents, neighbours]`.
     """
 
     @placement.per_agent
@@ -148,7 +148,7 @@ def _cross_gradients(
             for senders in exchange.neighbours.T
         ]
         crossed = [exchange.answers(returned, k) for k in range(len(returned))]
-        # An agent without examples has no objections, and nothing to send.
+        # An agent without examples has no gradient to send, and is no constraint.
         answering = network.active_edges & batch.mask.any(axis=1)[None, :]
         own = gradient_on(variables, batch, keys)
         return own, crossed, exchange.active(answering)
@@ -163,46 +163,51 @@ def _compressed(
     active: Bool[Array, " others"],
     key: Key[Array, ""],
 ) -> tuple[list[PyTree], list[PyTree]]:
-    """What arrives at one agent of compressed cross-gradients, and what they lose.
+    """Compresses the cross-gradients that are sent to one agent.
 
     Args:
-        compressor: compresses each cross-gradient.
+        compressor: the compressor of each cross-gradient.
         crossed: the cross-gradient from each neighbour.
-        residuals: what each neighbour's messages have lost so far.
-        active: which neighbours send.
-        key: consumed.
+        residuals: for each neighbour, what its messages have lost so far.
+        active: whether each neighbour sends.
+        key: the randomness of the compressor; the key is consumed.
+
+    Returns:
+        the cross-gradients that the agent receives, and the new residuals.
     """
-    received, lost = [], []
+    received, new_residuals = [], []
     for k, (message, residual) in enumerate(zip(crossed, residuals, strict=True)):
-        arrived, missing = with_feedback(
+        decompressed, lost = with_feedback(
             compressor, message, residual, jax.random.fold_in(key, k)
         )
-        # A neighbour that is not active has sent nothing, and lost nothing.
+        # A neighbour that is not active has sent nothing, so it has lost nothing.
         keep = functools.partial(jnp.where, active[k])
-        received.append(arrived)
-        lost.append(jax.tree.map(keep, missing, residual))
-    return received, lost
+        received.append(decompressed)
+        new_residuals.append(jax.tree.map(keep, lost, residual))
+    return received, new_residuals
 
 
 def project(
     own: PyTree, others: list[PyTree], active: Bool[Array, " others"]
 ) -> PyTree:
-    """The least change of a gradient to which no other gradient objects.
+    """Projects a gradient onto the directions that agree with all other gradients.
 
     Args:
-        own: g, one agent's gradient; it is one of the constraints itself.
-        others: what its neighbours' data say of its model, each like `own`.
-        active: which of them count.
+        own: one agent's gradient g, which is one of the constraints itself.
+        others: the gradients of the agent's model on its neighbours' data, each shaped
+            like `own`.
+        active: whether each of `others` is a constraint.
 
     Returns:
-        g~ = G' u + g, with <g~, g_j> >= 0 for every row of G, up to the solver's
+        g~ = G' u + g, with <g~, g_j> >= 0 for every row g_j of G, up to the solver's
         tolerance.
     """
     flat, unravel = ravel_pytree(own)
     rows = [flat, *(ravel_pytree(other)[0] for other in others)]
     counts = jnp.concatenate([jnp.ones(1), active.astype(jnp.float32)])
     G = jnp.stack(rows) * counts[:, None]
-    # Directions alone matter to the constraints, and their span to the solver.
+    # The constraints depend only on the directions of the gradients, so these get unit
+    # length. The solver needs only their coordinates in the space that they span.
     lengths = jnp.linalg.norm(G, axis=1, keepdims=True)
     Q, R = jnp.linalg.qr((G / jnp.where(lengths > 0, lengths, 1)).T)
     target = -(Q.T @ flat) / jnp.where(lengths[0] > 0, lengths[0], 1)
@@ -212,15 +217,16 @@ def project(
 def _non_negative(
     A: Float[Array, "rows n"], b: Float[Array, " rows"]
 ) -> Float[Array, " n"]:
-    """The u >= 0 that minimises |A u - b|, for columns of A of length 0 or 1.
+    """Finds the u >= 0 that minimises |A u - b|, for columns of A of length 0 or 1.
 
-    A first-order solver hardly moves where columns are nearly collinear, as gradients
-    are. So its answer is only where block principal pivoting begins, which is exact: it
-    solves for a support, and exchanges what is wrong about it (Portugal, Judice &
+    A first-order solver hardly moves if columns are nearly collinear, as gradients are.
+    So its answer is only the starting point of block principal pivoting, which is
+    exact. Pivoting solves for the coefficients of a support, moves the coefficients
+    that are wrong into or out of the support, and repeats this (Portugal, Judice &
     Vicente 1994; Kim & Park 2011).
     """
 
-    def wrong_about(support, u):
+    def find_wrong(support, u):
         slope = A.T @ (A @ u - b)
         return jnp.where(support, u < -_TOLERANCE, slope < -_TOLERANCE)
 
@@ -228,9 +234,10 @@ def _non_negative(
         support, best, fewest, patience = state
         allowed = support.astype(A.dtype)
         u = jnp.linalg.lstsq(A * allowed[None, :], b)[0] * allowed
-        wrong = wrong_about(support, u)
+        wrong = find_wrong(support, u)
         count = wrong.sum()
-        # All at once, as long as that helps; else the last one, which cannot cycle.
+        # All wrong coefficients are exchanged at once as long as that helps. After
+        # that only the last one is exchanged, which cannot go round in a cycle.
         patience = jnp.where(count < fewest, _PATIENCE, patience - 1)
         last = jnp.cumsum(wrong) == count
         flipped = wrong & ((patience > 0) | last)
@@ -249,8 +256,8 @@ RECORDS = (
         "cga",
         cga,
         leads_to=GRAPH,
-        summary="Cross-gradients, and a step to which no neighbour's data object "
-        "(Esfandiari et al. 2021).",
+        summary="Agents exchange gradients, and take steps that agree with those of "
+        "all neighbours (Esfandiari et al. 2021).",
         network=undirected,
         optimizer="heavy_ball",
         facts=frozenset({"adjacency"}),
@@ -259,7 +266,7 @@ RECORDS = (
         "compcga",
         cga,
         leads_to=(*GRAPH, COMPRESSOR),
-        summary="CGA with compressed cross-gradients (Esfandiari et al. 2021).",
+        summary="It is CGA with compressed cross-gradients (Esfandiari et al. 2021).",
         network=undirected,
         optimizer="heavy_ball",
         compressor="sign",

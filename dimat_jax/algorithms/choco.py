@@ -1,13 +1,13 @@
-"""CHOCO-SGD: gossip of compressed differences.
+"""CHOCO-SGD: agents gossip compressed differences.
 
     x_i(t+1/2)  =  x_i(t) + u_i(t),    u = -alpha g
     q_i         =  Q(x_i(t+1/2) - x^_i),    x^_i  <-  x^_i + q_i
     x_i(t+1)    =  x_i(t+1/2) + gamma sum_j W_ij (x^_j - x^_i)
 
-(Koloskova, Stich & Jaggi 2019, arXiv 1902.00340, Algorithm 2.) x^_i is what others know
-of agent i. Where a message may not arrive it is kept for every edge, as what that
-neighbour knows: where a link fails, the neighbour goes on with what it knew, and so
-does the agent. The mean over agents is preserved all the same, for W is symmetric.
+(Koloskova, Stich & Jaggi 2019, arXiv 1902.00340, Algorithm 2.) x^_i is the estimate
+that the other agents have of x_i. If messages can fail to arrive, there is one estimate
+for every edge. When a link fails, both its ends go on with the old estimate. The mean
+over agents is preserved in this case too, because W is symmetric.
 """
 
 import functools
@@ -51,17 +51,17 @@ def choco(
     lossy_edges: Adjacency | None = None,
     gamma: float = GAMMA.default,
 ) -> Algorithm:
-    """Gossip of compressed params with every local step.
+    """Gossips compressed params with every local step.
 
-    Running statistics are few, and are averaged as they are.
+    Running statistics are few, so they are averaged without compression.
 
     Args:
-        task: what to learn.
-        tx: makes the step; plain SGD is the paper's.
-        placement: where the agents live.
-        compressor: Q.
-        lossy_edges: where messages may not arrive, or the network changes: all edges
-            that there ever are, undirected. None: everything always arrives.
+        task: the task that the agents learn.
+        tx: the optimizer that makes the step u; the paper uses plain SGD.
+        placement: the devices on which the agents live.
+        compressor: the compressor Q.
+        lossy_edges: all edges that ever exist, undirected, if a message may be lost or
+            the network changes. None if every message always arrives.
         gamma: the consensus step size; see `GAMMA`.
 
     Raises:
@@ -69,7 +69,7 @@ def choco(
     """
     GAMMA.check(gamma)
 
-    alone = local(task, tx, placement)
+    local_algorithm = local(task, tx, placement)
     if lossy_edges is None:
         names, gossip = ["known"], _reliable(placement, compressor, gamma)
     else:
@@ -79,8 +79,10 @@ def choco(
 
     def step(state: MemoryState, batch, network, key):
         gradient_key, compression_key = jax.random.split(key)
-        half, metrics = alone.step(state.local, batch, network, gradient_key)
-        variables, opt_state = half
+        trained, metrics = local_algorithm.step(
+            state.local, batch, network, gradient_key
+        )
+        variables, opt_state = trained
         params, known = gossip(
             variables["params"], state.memory, network, placement.keys(compression_key)
         )
@@ -94,7 +96,7 @@ def choco(
         return Messages(step={**variables, "params": params})
 
     return remembering(
-        alone,
+        local_algorithm,
         task,
         placement,
         memories=names,
@@ -104,14 +106,14 @@ def choco(
 
 
 def _reliable(placement: Placement, compressor: Compressor, gamma: float):
-    """One x^ for each agent, which all its neighbours know."""
+    """Makes the gossip with one estimate x^ for each agent, which neighbours share."""
 
-    tell = placement.per_agent(functools.partial(announce, compressor))
+    update_known = placement.per_agent(functools.partial(announce, compressor))
 
     def gossip(params, memory, network, keys):
-        known = tell(params, memory["known"], keys)
+        known = update_known(params, memory["known"], keys)
         params = jax.tree.map(
-            lambda x, heard, mine: x + gamma * (heard - mine),
+            lambda x, average, own: x + gamma * (average - own),
             params,
             mix(network.W, known),
             known,
@@ -128,37 +130,37 @@ def _by_edge(
     exchange: Exchange,
     names: list[str],
 ):
-    """One x^ for each agent and neighbour."""
+    """Makes the gossip with one estimate x^ for each agent and each neighbour."""
 
     @placement.per_agent
-    def tell(params, known, active, key):
-        """What an agent's neighbours know of it, once it has told them."""
+    def update_known(params, known, active, key):
+        """Updates the estimates that an agent's active neighbours have of it."""
 
-        def knows(k, before):
-            # The same key for all neighbours: they are told the same.
+        def update(k, before):
+            # All neighbours get the same message, so the key is the same.
             after = announce(compressor, params, before, key)
             return jax.tree.map(functools.partial(jnp.where, active[k]), after, before)
 
-        return {name: knows(k, known[name]) for k, name in enumerate(names)}
+        return {name: update(k, known[name]) for k, name in enumerate(names)}
 
     @placement.per_agent
-    def meet(params, known, heard, weights):
+    def step_to_consensus(params, known, received, weights):
         for k, name in enumerate(names):
             params = jax.tree.map(
-                lambda x, mine, theirs, w=weights[k]: x + gamma * w * (theirs - mine),
+                lambda x, own, other, w=weights[k]: x + gamma * w * (other - own),
                 params,
                 known[name],
-                heard[k],
+                received[k],
             )
         return params
 
     def gossip(params, memory, network, keys):
         active = exchange.active(network.active_edges)
-        known = tell(params, memory, active, keys)
+        known = update_known(params, memory, active, keys)
         answers = [known[name] for name in names]
-        heard = [exchange.answers(answers, k) for k in range(len(names))]
+        received = [exchange.answers(answers, k) for k in range(len(names))]
         weights = exchange.weights(network.W) * active.astype(network.W.dtype)
-        return meet(params, known, heard, weights), known
+        return step_to_consensus(params, known, received, weights), known
 
     return gossip
 
@@ -168,7 +170,7 @@ RECORD = AlgorithmRecord(
     choco,
     (GAMMA,),
     leads_to=(*GRAPH, COMPRESSOR),
-    summary="Gossip of compressed differences (Koloskova et al. 2019).",
+    summary="Agents gossip compressed differences (Koloskova et al. 2019).",
     network=symmetric,
     optimizer="sgd",
     compressor="int8",

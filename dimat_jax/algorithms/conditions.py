@@ -1,4 +1,7 @@
-"""What algorithms ask of a network. A check raises NetworkError, and says why."""
+"""The conditions under which an algorithm can use a network.
+
+Each function checks one condition. It raises a NetworkError that says what is needed.
+"""
 
 from collections.abc import Callable
 
@@ -21,24 +24,27 @@ __all__ = [
 ]
 
 Condition = Callable[[str, Links], None]
-"""`check(algorithm's name, links)`."""
+"""A function `check(name, links)`; `name` is the algorithm's name for the message."""
 
 
 def anything(name: str, links: Links) -> None:
-    """No condition."""
+    """Every network is allowed."""
 
 
 def connected(name: str, links: Links) -> None:
-    """Everyone hears of everyone in time. (Nobody hearing of anybody is a control.)"""
+    """Information from every agent reaches every other agent at some time.
+
+    A network without any edge is allowed too: it serves as a control.
+    """
     if links.edges.any() and not is_connected(links.edges):
         raise NetworkError(
-            f"{name} needs a connected network, in which everyone hears of everyone "
-            "in time"
+            f"{name} needs a connected network, in which information from every agent "
+            "reaches every other agent at some time"
         )
 
 
 def balanced(name: str, links: Links) -> None:
-    """W is doubly stochastic at all times, so that the mean over agents stays."""
+    """W is doubly stochastic at all times, so that mixing preserves the mean."""
     connected(name, links)
     if not links.doubly_stochastic:
         raise NetworkError(
@@ -50,7 +56,7 @@ def balanced(name: str, links: Links) -> None:
 
 
 def pushing(name: str, links: Links) -> None:
-    """W is column-stochastic at all times: what is pushed is conserved."""
+    """W is column-stochastic at all times, so that mixing preserves the sum."""
     connected(name, links)
     if not links.column_stochastic or (links.mixing_matrix < 0).any():
         raise NetworkError(
@@ -61,13 +67,13 @@ def pushing(name: str, links: Links) -> None:
     if (own <= 0).any():
         agent = int(np.argmax((own <= 0).any(axis=0)))
         raise NetworkError(
-            f"{name} needs agents that keep a part of what they have, but W[{agent}, "
+            f"{name} needs every agent to have a weight for itself, but W[{agent}, "
             f"{agent}] is {own[:, agent].min():g}"
         )
 
 
 def averaging(name: str, links: Links) -> None:
-    """Whatever an agent receives has an average: its weights sum to more than 0."""
+    """The weights of every receiver sum to more than 0, so that it has an average."""
     received = links.mixing_matrix.sum(axis=-1)
     if (received <= 0).any():
         agent = int(np.argmax((received <= 0).any(axis=0)))
@@ -78,7 +84,7 @@ def averaging(name: str, links: Links) -> None:
 
 
 def no_negative_weights(name: str, links: Links) -> None:
-    """An average of what is not negative is not, either."""
+    """No weight is negative, so that averages of variances are not negative either."""
     if (links.mixing_matrix < 0).any():
         raise NetworkError(
             f"{name} needs a mixing matrix without negative weights (fastest weights "
@@ -88,21 +94,22 @@ def no_negative_weights(name: str, links: Links) -> None:
 
 
 def undirected(name: str, links: Links) -> None:
-    """`balanced`, and `two_way`."""
+    """W is doubly stochastic, and every edge goes both ways (`balanced`, `two_way`)."""
     balanced(name, links)
     two_way(name, links)
 
 
 def two_way(name: str, links: Links) -> None:
-    """Whoever hears an agent can answer it."""
+    """Every edge goes both ways, so that a receiver can answer its sender."""
     if not is_undirected(links.adjacency):
         raise NetworkError(
-            f"{name} needs an undirected network: who receives has to answer"
+            f"{name} needs an undirected network: every receiver must be able to "
+            "answer its sender"
         )
 
 
 def symmetric(name: str, links: Links) -> None:
-    """`undirected`, and both ends of a link weigh it alike."""
+    """W is symmetric: both ends of a link have the same weight (and `undirected`)."""
     undirected(name, links)
     W = links.mixing_matrix
     if not np.allclose(W, np.swapaxes(W, -1, -2)):

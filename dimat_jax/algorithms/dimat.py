@@ -33,17 +33,17 @@ def dimat(
     """Merges networks that are aligned by their activations, once a round.
 
     Args:
-        inner: how agents train between merges.
-        task: what the agents learn; its spec has a tap for each group.
-        placement: where the agents live.
-        frame: in whose frame agents merge.
-        stay: how much a unit's correlation must gain for the unit to move.
-        opt_state: what becomes of the optimizer state at a merge.
-        compressor: compresses what is sent.
+        inner: the algorithm between merges.
+        task: the task that the agents learn; its spec has a tap for each group.
+        placement: the devices on which the agents live.
+        frame: the frame in which agents merge.
+        stay: the correlation that a unit must gain to move.
+        opt_state: the policy for the optimizer state at a merge.
+        compressor: the compressor of the messages.
 
     Raises:
-        OptionError, UserError: as of `merging`.
-        PermutationSpecError: a group without a tap.
+        OptionError, UserError: as for `merging`.
+        PermutationSpecError: a group has no tap.
     """
     return merging(
         inner,

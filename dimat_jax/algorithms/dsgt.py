@@ -4,10 +4,10 @@
     x_i(t+1)  =  sum_j W_ij (x_j(t) - alpha y_j(t))
 
 (DSGT, Pu & Nedic 2021, arXiv 1805.11454, equation 3.) The mean of y over agents is the
-mean of their gradients, at any time and however W changes, as long as it is doubly
-stochastic; so the agents' optimum is that of all data together. Where an agent leaves
-or returns, what it tracked is not in balance with the others any more: then all who are
-there start anew, from their gradients.
+mean of their gradients at all times, even if W changes, as long as W is doubly
+stochastic. So the agents reach the optimum of all data together. When an agent leaves
+or returns, the mean of the present agents' y is no longer the mean of their gradients.
+Then the trackers of all present agents restart from their gradients.
 """
 
 import functools
@@ -38,14 +38,14 @@ __all__ = ["RECORD", "dsgt"]
 def dsgt(
     task: Task, tx: optax.GradientTransformation, placement: Placement
 ) -> Algorithm:
-    """Gossip of params and trackers with every step. W is to be doubly stochastic.
+    """Gossips params and trackers with every step. W must be doubly stochastic.
 
     An agent without examples has a gradient of 0.
 
     Args:
-        task: what to learn.
-        tx: makes a step along the tracker; plain SGD is the paper's.
-        placement: where the agents live.
+        task: the task that the agents learn.
+        tx: the optimizer that makes a step along the tracker; the paper uses plain SGD.
+        placement: the devices on which the agents live.
     """
 
     def track(state: MemoryState, received, batch, key):
@@ -93,10 +93,11 @@ def dsgt(
 
 
 def _all_present(placement: Placement) -> dict[str, Array]:
-    """The marks at the start: every agent was last together with all agents.
+    """Makes the marks at the start, when all agents are present.
 
-    The marks have no slots that fill up devices, so that a run may resume on another
-    number of devices.
+    The mark "company", bool[slots, agents], says for each agent which agents were
+    present when it was last present itself. Its second axis has no slots that fill up
+    devices, so that a run may resume on another number of devices.
     """
     company = jnp.ones((placement.slots, placement.n_agents), bool)
     return {"company": jax.device_put(company, placement.sharding)}
@@ -105,7 +106,7 @@ def _all_present(placement: Placement) -> dict[str, Array]:
 def _restart_if_changed(
     n_agents: int, state: MemoryState, present: Bool[Array, " slots"]
 ) -> MemoryState:
-    """Restarts all trackers from the gradients where an agent has left or returned."""
+    """Restarts all trackers from the gradients if an agent has left or returned."""
     agents = present[:n_agents]
     others = (state.marks["company"] != agents[None, :]).any(axis=1)
     changed = (others & present).any()

@@ -1,4 +1,4 @@
-"""Who is whose how-manieth neighbour: tables for what is sent along single edges."""
+"""Neighbour tables, for messages that differ from edge to edge."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,12 +15,17 @@ __all__ = ["Exchange"]
 
 
 class Exchange(NamedTuple):
-    """The edges of an undirected graph, by agent. Agents with few neighbours fill up.
+    """The neighbours of every agent of an undirected graph, as tables.
+
+    The tables have a row for each agent, and as many columns as the agent with the most
+    neighbours needs. The other rows are filled up.
 
     Attributes:
-        neighbours: the k-th neighbour of every agent; itself where there is none.
-        place: which neighbour of that neighbour the agent is in turn.
-        real: whether there is a k-th neighbour.
+        neighbours: `neighbours[i, k]` is the k-th neighbour of agent i, or i itself if
+            it has none.
+        place: `place[i, k]` is the place that agent i has in the row of its k-th
+            neighbour.
+        real: `real[i, k]` says whether agent i has a k-th neighbour.
     """
 
     neighbours: Int[np.ndarray, "agents most"]
@@ -29,7 +34,7 @@ class Exchange(NamedTuple):
 
     @staticmethod
     def over(adjacency: Adjacency, slots: int) -> "Exchange":
-        """The tables of a graph, filled up to `slots` agents."""
+        """Makes the tables of a graph, filled up to `slots` agents."""
         most = int(adjacency.sum(axis=1).max(initial=0))
         neighbours = np.tile(np.arange(slots)[:, None], (1, most))
         real = np.zeros((slots, most), bool)
@@ -44,11 +49,12 @@ class Exchange(NamedTuple):
         return Exchange(neighbours, place, real)
 
     def answers(self, answered: Sequence[PyTree], k: int) -> PyTree:
-        """What every agent gets back from its k-th neighbour, stacked.
+        """Returns the answers that all agents get from their k-th neighbours, stacked.
 
         Args:
-            answered: for each k, what every agent answers its own k-th neighbour.
-            k: whose answer.
+            answered: for each k, the answers of all agents to their own k-th
+                neighbours, stacked.
+            k: the column of the tables.
         """
 
         def pick(*leaves):
@@ -59,9 +65,12 @@ class Exchange(NamedTuple):
     def active(
         self, active_edges: Bool[Array, "agents agents"]
     ) -> Bool[Array, "agents most"]:
-        """Which neighbours can be heard at the moment."""
+        """Whether the message of each agent's k-th neighbour reaches the agent."""
         return self.weights(active_edges) & self.real
 
     def weights(self, matrix: Array) -> Array:
-        """For every agent its row of a matrix `[agents, agents]`, by neighbour."""
+        """Rearranges a matrix `[agents, agents]`: its columns become neighbours.
+
+        The result is `[agents, most]`; entry [i, k] belongs to i's k-th neighbour.
+        """
         return matrix[np.arange(len(self.neighbours))[:, None], self.neighbours]

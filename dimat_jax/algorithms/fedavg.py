@@ -1,11 +1,12 @@
-"""Federated averaging: the reference point with a server in the middle.
+"""Federated averaging: a server averages all agents, for comparison.
 
-    x_i  <-  sum_k (n_k / n) x_k
+    x_i  <-  sum_k (n_k / n) x_k            once a round
 
-once a round, over the agents that are there, weighted by how many examples they hold;
-in between everyone trains alone (McMahan et al. 2017, arXiv 1602.05629, Algorithm 1).
-No graph is asked: everyone talks to the server. Who was away is given the average, and
-is counted again when it has trained from one.
+The sum is over the present agents, and n_k is the number of agent k's examples. Between
+two averages every agent trains alone (McMahan et al. 2017, arXiv 1602.05629, Algorithm
+1). There is no graph: every agent exchanges messages with the server. An agent that has
+been absent gets the average, and enters the next average after it has trained from this
+one.
 """
 
 from collections.abc import Sequence
@@ -33,15 +34,15 @@ def fedavg(
     *,
     examples: Sequence[int] | None = None,
 ) -> Algorithm:
-    """Local training, and a weighted average once a round.
+    """Trains locally, and takes a weighted average once a round.
 
-    Running statistics are averaged like the params; optimizers go on.
+    Running statistics are averaged like the params. Optimizer states are kept.
 
     Args:
-        task: what to learn.
-        tx: the local optimizer; plain SGD is the paper's.
-        placement: where the agents live.
-        examples: how many each agent holds; None: all as many.
+        task: the task that the agents learn.
+        tx: the local optimizer; the paper uses plain SGD.
+        placement: the devices on which the agents live.
+        examples: the number of each agent's examples; None if all have equally many.
     """
     held = jnp.zeros(placement.slots)
     held = held.at[: placement.n_agents].set(
@@ -50,19 +51,21 @@ def fedavg(
         else jnp.asarray(examples, jnp.float32)
     )
 
-    alone = local(task, tx, placement)
+    local_algorithm = local(task, tx, placement)
 
     @partial(jax.jit, out_shardings=placement.sharding)
     def average(state: MemoryState, present):
+        # An agent's turn counts the averages up to the last one that it has received.
+        # Agents with a smaller turn have missed the latest one, and do not count.
         turn = state.marks["turn"]
         latest = jnp.where(present, turn, -1).max()
         shares = jnp.where(present & (turn == latest), held, 0)
         shares = shares / jnp.maximum(shares.sum(), 1)
-        # Who is away hears nothing, and keeps what it has.
+        # An absent agent receives nothing, and keeps its variables.
         W = jnp.where(present[:, None], shares[None, :], jnp.eye(placement.slots))
         variables = mix(W, state.local.variables)
         return state._replace(
-            local=alone.with_variables(state.local, variables),
+            local=local_algorithm.with_variables(state.local, variables),
             marks={"turn": jnp.where(present, latest + 1, turn)},
         )
 
@@ -71,14 +74,14 @@ def fedavg(
         return average(state, network.present), {}
 
     def step(state: MemoryState, batch, network, key):
-        local_state, metrics = alone.step(state.local, batch, network, key)
+        local_state, metrics = local_algorithm.step(state.local, batch, network, key)
         return state._replace(local=local_state), metrics
 
     def turns():
         return {"turn": jnp.zeros(placement.slots, int, device=placement.sharding)}
 
     federated = remembering(
-        alone,
+        local_algorithm,
         task,
         placement,
         memories=[],

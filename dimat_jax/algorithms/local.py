@@ -1,7 +1,8 @@
 """Training alone: every agent descends on its own data and never communicates.
 
-The control that every decentralized algorithm has to beat, the local phase of those
-that merge, and, with a single agent that holds all data, the centralized ceiling.
+It is the control that every decentralized algorithm has to beat, and the local training
+of algorithms that merge. With a single agent that holds all data it is centralized
+training, the upper limit.
 """
 
 from typing import NamedTuple
@@ -35,19 +36,24 @@ __all__ = [
 
 
 class LocalState(NamedTuple):
-    """Stacked: every leaf is `[agents, ...]`."""
+    """The agents' states, stacked: every leaf is `[agents, ...]`.
+
+    Attributes:
+        variables: the params and the other collections.
+        opt_state: the optimizer's state.
+    """
 
     variables: Variables
     opt_state: optax.OptState
 
 
 def local_part(state: State) -> LocalState:
-    """What `local` has of a state: itself, or, where there is more, its `local`."""
+    """Returns the `LocalState` of a state: the state itself, or its field `local`."""
     return state if isinstance(state, LocalState) else state.local
 
 
 def with_opt_state(state: State, opt_state: optax.OptState) -> State:
-    """A state with another optimizer's state in its `local_part`."""
+    """Returns a state with another optimizer state in its `local_part`."""
     part = local_part(state)._replace(opt_state=opt_state)
     return part if isinstance(state, LocalState) else state._replace(local=part)
 
@@ -55,12 +61,12 @@ def with_opt_state(state: State, opt_state: optax.OptState) -> State:
 def local(
     task: Task, tx: optax.GradientTransformation, placement: Placement
 ) -> Algorithm:
-    """Plain optax training, one copy for each agent.
+    """Trains every agent alone, with an optax optimizer.
 
     Args:
-        task: what to learn.
+        task: the task that the agents learn.
         tx: the local optimizer.
-        placement: where the agents live.
+        placement: the devices on which the agents live.
     """
 
     def train(state: LocalState, batch, key):

@@ -1,7 +1,8 @@
-"""What algorithms share that remember more than variables and an optimizer.
+"""The state of algorithms that keep more than variables and an optimizer state.
 
-A memory is a tree that is shaped like the params: a tracker, a momentum. It is 0 at the
-start and after a merge, which makes it meaningless, and lives in its agent's frame.
+A memory is a tree that is shaped like the params, such as a tracker or a momentum. It
+is in its agent's frame. It is 0 at the start, and again after a merge, because the old
+values do not fit the merged params.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +22,13 @@ __all__ = ["MemoryState", "remembering"]
 
 
 class MemoryState(NamedTuple):
-    """Stacked: every leaf is `[agents, ...]`.
+    """The agents' states, stacked: every leaf is `[agents, ...]`.
 
     Attributes:
-        local: variables and optimizer.
-        memory: trees like the params, by name.
-        marks: what is in no frame, and no merge changes, e.g. when an agent was last
-            there.
+        local: the variables and the optimizer state.
+        memory: the memories by name, each shaped like the params.
+        marks: arrays that are in no frame and that no merge changes, e.g. the number of
+            the last average that an agent has received.
     """
 
     local: LocalState
@@ -36,7 +37,7 @@ class MemoryState(NamedTuple):
 
 
 def remembering(
-    alone: Algorithm,
+    base: Algorithm,
     task: Task,
     placement: Placement,
     *,
@@ -45,16 +46,16 @@ def remembering(
     messages: Callable[[State], Messages],
     marks: Callable[[], dict[str, Array]] = dict,
 ) -> Algorithm:
-    """An algorithm on `MemoryState`s.
+    """Makes an algorithm on `MemoryState`s.
 
     Args:
-        alone: on `LocalState`s, e.g. `local`.
-        task: what is learned.
-        placement: where the agents live.
-        memories: their names.
-        step: as `Algorithm.step`.
-        messages: as `Algorithm.messages`.
-        marks: makes those of the start.
+        base: an algorithm on `LocalState`s, e.g. `local`.
+        task: the task that the agents learn.
+        placement: the devices on which the agents live.
+        memories: the names of the memories.
+        step: the local step, as `Algorithm.step`.
+        messages: the messages, as `Algorithm.messages`.
+        marks: the function that makes the marks at the start.
     """
 
     def restarted(local_state: LocalState, marks: dict[str, Array]) -> MemoryState:
@@ -63,7 +64,7 @@ def remembering(
         return MemoryState(local_state, zeros, marks)
 
     def communicate(state, data, network, key):
-        local_state, metrics = alone.communicate(state.local, data, network, key)
+        local_state, metrics = base.communicate(state.local, data, network, key)
         return state._replace(local=local_state), metrics
 
     @placement.per_agent
@@ -74,15 +75,15 @@ def remembering(
         }
 
     return Algorithm(
-        init=lambda variables: restarted(alone.init(variables), marks()),
+        init=lambda variables: restarted(base.init(variables), marks()),
         step=step,
         communicate=communicate,
-        variables=lambda state: alone.variables(state.local),
+        variables=lambda state: base.variables(state.local),
         with_variables=lambda state, variables: restarted(
-            alone.with_variables(state.local, variables), state.marks
+            base.with_variables(state.local, variables), state.marks
         ),
         aligned=lambda state, perms: MemoryState(
-            alone.aligned(state.local, perms),
+            base.aligned(state.local, perms),
             permute(perms, state.memory),
             state.marks,
         ),

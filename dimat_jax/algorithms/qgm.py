@@ -1,12 +1,12 @@
-"""Quasi-global momentum: a momentum of where the network goes, not of local gradients.
+"""Quasi-global momentum: a momentum of the mixed params, not of local gradients.
 
     x_i(t+1/2)  =  x_i(t) - alpha (beta m_i(t) + g_i(t))
     x_i(t+1)    =  sum_j W_ij x_j(t+1/2)
     m_i(t+1)    =  mu m_i(t) + (1 - mu) (x_i(t) - x_i(t+1)) / alpha
 
 (QG-DSGDm, Lin et al. 2021, arXiv 2102.04761, Algorithm 1, with mu = beta as there.) A
-local momentum amplifies what is particular to an agent's data; differences of mixed
-params do not.
+momentum of local gradients amplifies what is special about an agent's data; a momentum
+of the differences of mixed params does not.
 """
 
 import jax
@@ -50,14 +50,14 @@ def qgm(
     *,
     momentum: float = MOMENTUM.default,
 ) -> Algorithm:
-    """Gossip with every local step. W is to be doubly stochastic.
+    """Gossips with every local step. W must be doubly stochastic.
 
     Args:
-        task: what to learn.
-        tx: plain SGD, whose step is -alpha times what it gets: alpha, scheduled or
-            not, is read off its step.
-        placement: where the agents live.
-        momentum: beta, and mu; from 0 to below 1.
+        task: the task that the agents learn.
+        tx: plain SGD, whose step is -alpha times its input. The learning rate alpha is
+            found from the step, so it may follow a schedule.
+        placement: the devices on which the agents live.
+        momentum: the factors beta and mu, at least 0 and below 1.
 
     Raises:
         OptionError: the momentum is out of range.
@@ -86,7 +86,8 @@ def qgm(
         @placement.per_agent
         def remember(old, new, memory, rate):
             def blend(x, mixed, m):
-                # A schedule may end at 0; then nothing moves, and nothing is learnt.
+                # A schedule may end at a learning rate of 0. Then the step is no
+                # evidence, and the momentum does not change.
                 speed = (x - mixed) / jnp.where(rate > 0, rate, 1)
                 return jnp.where(rate > 0, momentum * m + (1 - momentum) * speed, m)
 
@@ -107,13 +108,13 @@ def qgm(
 
 
 def _learning_rate(tx: optax.GradientTransformation, opt_state, params) -> Array:
-    """What plain SGD multiplies a gradient with, the sign apart."""
+    """Returns the number alpha with which plain SGD multiplies a gradient."""
 
     def step_for(like):
         updates, _ = tx.update(jax.tree.map(like, params), opt_state, params)
         return jax.tree.leaves(updates)[0].ravel()[0].astype(jnp.float32)
 
-    # The difference of two: weight decay adds the same to both.
+    # Weight decay adds the same number to both steps and cancels in the difference.
     return step_for(jnp.zeros_like) - step_for(jnp.ones_like)
 
 

@@ -1,4 +1,4 @@
-"""The record that an algorithm's file ends with: how it is built, and what it needs.
+"""The record of an algorithm says how the algorithm is built, and what it needs.
 
 Adding an algorithm takes one file that ends with its record, and one line in
 `dimat_jax.algorithms`. Checks of configs and networks, the builder of a run, reports
@@ -11,7 +11,7 @@ from typing import Any
 import optax
 
 from dimat_jax.algorithms._frames import FRAMES
-from dimat_jax.algorithms._presence import attended
+from dimat_jax.algorithms._presence import with_absences
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.conditions import (
     Condition,
@@ -33,12 +33,13 @@ __all__ = ["GRAPH", "INIT", "SEVERAL_AGENTS", "AlgorithmRecord", "MergingRecord"
 INIT = Option(
     "init",
     "different",
-    "Whether the agents start from different random weights, or all from the same.",
+    "Whether the agents start from different random weights, or all of them from the "
+    "same ones.",
     choices=("different", "same"),
 )
 
 GRAPH = (TOPOLOGY, MIXING, EDGE_LOSS)
-"""The options that every algorithm reads whose agents send along a graph."""
+"""The options of every algorithm whose agents send along a graph."""
 
 SEVERAL_AGENTS = (
     AGENTS,
@@ -48,7 +49,7 @@ SEVERAL_AGENTS = (
     PARTITION,
     PRETRAIN_PARTITION,
 )
-"""The options that mean nothing where there is only one agent."""
+"""The options that mean nothing if there is only one agent."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,16 +60,16 @@ class AlgorithmRecord(Record[Algorithm]):
     it needs.
 
     Attributes:
-        network: raises NetworkError for a network that the algorithm's theory does not
-            cover.
+        network: the check that raises NetworkError for a network that the algorithm's
+            theory does not cover.
         optimizer: the name of the algorithm's own local optimizer.
         other_optimizers: whether the algorithm may have another local optimizer.
-        compressor: the name of the algorithm's own compressor; None: it sends
-            everything as it is.
-        facts: the names of further arguments, which a run finds out by itself:
-            "adjacency" (all edges that ever exist), "lossy_edges" (the same, or None
-            where the network never changes and every message arrives), "compressor",
-            and "examples" (how many each agent holds).
+        compressor: the name of the algorithm's own compressor; None if the algorithm
+            never compresses its messages.
+        facts: the names of further arguments of `build`, which a run finds out by
+            itself: "adjacency" (all edges that ever exist), "lossy_edges" (the same
+            edges, or None if the network never changes and every message arrives),
+            "compressor", and "examples" (the number of each agent's examples).
         single: whether there is only one agent, which holds all data.
         merges: whether agents merge once a round.
         aligns: whether units are permuted when agents merge.
@@ -92,14 +93,14 @@ class AlgorithmRecord(Record[Algorithm]):
         placement: Placement,
         **arguments: Any,
     ) -> Algorithm:
-        """Builds the algorithm; agents that are away keep their state."""
+        """Builds the algorithm, in which absent agents keep their state."""
         if "compressor" in self.facts and self.compressor is not None:
             arguments = {"compressor": COMPRESSORS[self.compressor](), **arguments}
-        return attended(self.build(task, tx, placement, **arguments), placement)
+        return with_absences(self.build(task, tx, placement, **arguments), placement)
 
     @property
     def title(self) -> str:
-        """The name for messages, with what is between merges if that matters."""
+        """The algorithm's name in messages."""
         return self.name
 
     @property
@@ -113,14 +114,14 @@ class AlgorithmRecord(Record[Algorithm]):
         return self.facts | {option.keyword for option in self.options}
 
     def check_network(self, links: Links, **arguments: Any) -> None:
-        """Checks that a network is what the algorithm's theory asks for.
+        """Checks that the algorithm's theory covers a network.
 
         Args:
             links: the network.
             arguments: the algorithm's options, by keyword.
 
         Raises:
-            NetworkError: it is not; the message says what is needed.
+            NetworkError: the theory does not cover it; the message says what is needed.
         """
         del arguments
         self.network(self.name, links)
@@ -130,25 +131,26 @@ class AlgorithmRecord(Record[Algorithm]):
 class MergingRecord(AlgorithmRecord):
     """The record of an algorithm that merges once a round.
 
-    Its `build(inner, task, placement, **arguments)` is given an algorithm that agents
-    run between merges, in place of an optimizer. `over` makes it a record that can be
-    built like any other.
+    Its `build(inner, task, placement, **arguments)` takes the algorithm that agents run
+    between merges in place of an optimizer. `over` makes a record that can be built
+    like any other.
 
     Attributes:
-        inner: the record of what agents do between merges; None: not decided yet.
+        inner: the record of the algorithm between merges; None as long as it has not
+            been chosen.
     """
 
     inner: AlgorithmRecord | None = None
 
     @property
     def title(self) -> str:
-        """The name for messages, with what is between merges if that matters."""
+        """The algorithm's name in messages, with what agents run between merges."""
         if self.inner is None or self.inner.name == "local":
             return self.name
         return f"{self.name} with {self.inner.name} between merges"
 
     def over(self, inner: AlgorithmRecord) -> "MergingRecord":
-        """The record of merging on top of another algorithm."""
+        """Makes the record of this algorithm with a given algorithm between merges."""
 
         def build(task, tx, placement, **arguments: Any) -> Algorithm:
             own = {k: v for k, v in arguments.items() if k in inner.argument_names}
@@ -168,14 +170,14 @@ class MergingRecord(AlgorithmRecord):
             summary=self.meaning,
             optimizer=inner.optimizer,
             other_optimizers=inner.other_optimizers,
-            # Where both compress, both do it alike.
+            # If both compress, they use the same compressor.
             compressor=inner.compressor or self.compressor,
             facts=self.facts | inner.facts,
             inner=inner,
         )
 
     def check_network(self, links: Links, **arguments: Any) -> None:
-        """As `AlgorithmRecord.check_network`, for the merge and for what is between."""
+        """Checks a network for the merge, and for the algorithm between merges."""
         assert self.inner is not None  # `over` has been called
         given = {option.keyword: option.default for option in self.options} | arguments
         frame = given.get("frame")  # plain averaging has no frames

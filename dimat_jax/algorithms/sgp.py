@@ -1,12 +1,13 @@
-"""Stochastic gradient push: gossip over directed, changing graphs.
+"""Stochastic gradient push: agents gossip over directed, changing graphs.
 
     x_i  <-  sum_j P_ij (x_j + u_j),    w_i  <-  sum_j P_ij w_j,    z_i = x_i / w_i
 
-with gradients, and everything else that looks at the model, at z (SGP, Assran et al.
-2019, arXiv 1811.10792, Algorithm 1; push-sum, Kempe et al. 2003). The columns of P have
-to sum to 1, its rows need not: what is pushed is conserved, and dividing by the weight
-w takes out that some agents receive more than others. The step u is the local
-optimizer's, taken at z: with momentum it is the paper's Algorithm 2 (of its appendix).
+Gradients, and everything else that uses the model, are computed at z (SGP, Assran et
+al. 2019, arXiv 1811.10792, Algorithm 1; push-sum, Kempe et al. 2003). The columns of P
+must sum to 1, so that the sums of x and w over agents are preserved; its rows need not.
+Some agents then receive more than others, and the division by the weight w corrects
+this. The step u is the local optimizer's, taken at z. With momentum it is Algorithm 2
+in the paper's appendix.
 """
 
 from typing import NamedTuple
@@ -35,11 +36,12 @@ __all__ = ["RECORD", "SgpState", "sgp"]
 
 
 class SgpState(NamedTuple):
-    """Stacked: every leaf is `[agents, ...]`.
+    """The agents' states, stacked: every leaf is `[agents, ...]`.
 
     Attributes:
-        local: with x, params and running statistics, in place of variables.
-        weight: w, float32; its mean over agents stays 1.
+        local: a state whose variables hold x: the params and running statistics that
+            are pushed.
+        weight: the push-sum weight w, float32. Its mean over agents is always 1.
     """
 
     local: LocalState
@@ -49,14 +51,14 @@ class SgpState(NamedTuple):
 def sgp(
     task: Task, tx: optax.GradientTransformation, placement: Placement
 ) -> Algorithm:
-    """Gossip with every local step. W is to be column-stochastic.
+    """Gossips with every local step. W must be column-stochastic; it is the P above.
 
     Args:
-        task: what to learn.
-        tx: makes the step.
-        placement: where the agents live.
+        task: the task that the agents learn.
+        tx: the optimizer that makes the step u.
+        placement: the devices on which the agents live.
     """
-    alone = local(task, tx, placement)
+    local_algorithm = local(task, tx, placement)
 
     def adapt(state: SgpState, batch, key):
         (pushed, opt_state), weight = state
@@ -83,15 +85,15 @@ def sgp(
         return divide(state.local.variables, state.weight)
 
     return Algorithm(
-        init=lambda variables: restarted(alone.init(variables)),
+        init=lambda variables: restarted(local_algorithm.init(variables)),
         step=step,
-        communicate=alone.communicate,
+        communicate=local_algorithm.communicate,
         variables=debiased,
         with_variables=lambda state, variables: restarted(
             state.local._replace(variables=variables)
         ),
         aligned=lambda state, perms: state._replace(
-            local=alone.aligned(state.local, perms)
+            local=local_algorithm.aligned(state.local, perms)
         ),
         messages=lambda state: Messages(
             step=one_agent({**state.local.variables, "push_sum_weight": state.weight})
@@ -100,7 +102,7 @@ def sgp(
 
 
 def _scaled(variables: PyTree, factor: Float[Array, ""]) -> PyTree:
-    """One agent's variables times a number; counters stay as they are."""
+    """Multiplies one agent's variables by a number; counters do not change."""
     return jax.tree.map(
         lambda x: (factor * x).astype(x.dtype) if is_inexact(x) else x, variables
     )
@@ -110,8 +112,8 @@ RECORD = AlgorithmRecord(
     "sgp",
     sgp,
     leads_to=GRAPH,
-    summary="Push-sum, with gradients at x / w (Assran et al. 2019). The graph may be "
-    "directed and may change.",
+    summary="Agents push params x and a weight w, and compute gradients at x / w "
+    "(push-sum, Assran et al. 2019). The graph may be directed and may change.",
     network=pushing,
     optimizer="sgd",
 )

@@ -28,14 +28,14 @@ def wa(
     """Averages networks as they are, once a round.
 
     Args:
-        inner: how agents train between merges.
-        task: what the agents learn.
-        placement: where the agents live.
-        opt_state: what becomes of the optimizer state at a merge.
-        compressor: compresses what is sent.
+        inner: the algorithm between merges.
+        task: the task that the agents learn.
+        placement: the devices on which the agents live.
+        opt_state: the policy for the optimizer state at a merge.
+        compressor: the compressor of the messages.
 
     Raises:
-        OptionError, UserError: as of `merging`.
+        OptionError, UserError: as for `merging`.
     """
     return merging(
         inner,
@@ -52,7 +52,7 @@ RECORD = MergingRecord(
     wa,
     (OPT_STATE,),
     leads_to=(*GRAPH, COMPRESSOR, BN_DATA),
-    summary="Neighbours' weights are averaged as they are.",
+    summary="Neighbours' weights are averaged without matching.",
     compressor="none",
     facts=frozenset({"compressor"}),
     merges=True,

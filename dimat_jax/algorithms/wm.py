@@ -6,7 +6,7 @@
 P_ij permutes agent j's hidden units onto agent i's. It maximises <x_i, P_ij x_j>, the
 inner product of the two networks' weights, by coordinate descent over the layers
 (Ainsworth et al. 2023, "Git Re-Basin", arXiv 2209.04836; a baseline in DIMAT, arXiv
-2404.08079). No data are looked at. W is the mixing matrix.
+2404.08079). It needs no data. W is the mixing matrix.
 """
 
 from dimat_jax.algorithms._merging import FRAME, OPT_STATE, merging
@@ -35,18 +35,18 @@ def wm(
     """Merges networks that are aligned by their weights, once a round.
 
     Args:
-        inner: how agents train between merges.
-        task: what the agents learn; its spec needs no taps.
-        placement: where the agents live.
-        frame: in whose frame agents merge.
-        stay: how much a unit's share of the weights' cosine must gain for the unit to
-            move.
-        opt_state: what becomes of the optimizer state at a merge.
-        restarts: how many times weights are matched; the best permutations are kept.
-        compressor: compresses what is sent.
+        inner: the algorithm between merges.
+        task: the task that the agents learn; its spec needs no taps.
+        placement: the devices on which the agents live.
+        frame: the frame in which agents merge.
+        stay: the gain that a unit needs to move, in its share of the weights' cosine.
+        opt_state: the policy for the optimizer state at a merge.
+        restarts: the number of times that weights are matched; the best permutations
+            are kept.
+        compressor: the compressor of the messages.
 
     Raises:
-        OptionError, UserError: as of `merging`.
+        OptionError, UserError: as for `merging`.
     """
     return merging(
         inner,

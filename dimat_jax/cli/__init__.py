@@ -19,13 +19,13 @@ COMMANDS = {
     "bench": "measure how long training and merging take",
     "show": "list configs, algorithms, ...; look into a config or a run",
 }
-"""The commands of `dimat`, each with what it does. `_NAME` is the module of NAME."""
+"""The commands of `dimat` by name, with their summaries. `_NAME` is NAME's module."""
 
 _USAGE = """usage: dimat COMMAND [ARGUMENTS]
 
 {commands}
 
-`dimat COMMAND --help` says more of a command. To begin with:
+`dimat COMMAND --help` says more about a command. This one is a good start:
 
     dimat train --config=quickstart --workdir=runs/digits
 """
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a command of `dimat`, and exits.
 
     Args:
-        argv: the command's name and its arguments; None: those of this process.
+        argv: the command's name and its arguments. By default they are those of this
+            process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments else "--help"

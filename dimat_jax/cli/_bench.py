@@ -1,14 +1,15 @@
-"""Measures how long things take, in relation to each other.
+"""Measures how long merging and training take, in relation to each other.
 
     dimat bench merge|train|scale --out=FILE.json [--config=NAME --config.FIELD=VALUE]
 
-merge: a merge round by phase, against a local epoch.
-train: a step of all agents together, against as many steps of one agent alone; the
-    same in bfloat16.
-scale: a step's time for each agent, against that of one agent, for 1, 2, 5, ... agents.
+merge: times a merge round by phase, and compares it with a local epoch.
+train: times a step of all agents together, and compares it with as many steps of one
+    agent alone, and with a step in bfloat16.
+scale: times a step of 1, 2, 5, ... agents, and compares the time for each agent with
+    that of a single agent.
 
-Times are medians over --repeats, after a first call that compiles. They are meant to be
-compared within one file only.
+Times are medians over --repeats, after a first call that compiles. Compare only times
+within one file.
 """
 
 import time
@@ -38,12 +39,12 @@ def define_flags() -> None:
         "The config to time. By default, cifar100_resnet20:small.",
     )
     flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
-    flags.DEFINE_integer("repeats", 3, "The number of timings of each thing.", 1)
+    flags.DEFINE_integer("repeats", 3, "The number of timings of each program.", 1)
     flags.DEFINE_integer("steps", 5, "The number of local steps in one timing.", 1)
 
 
 def _seconds_per_step(config: Config) -> float:
-    """The median time of a local step of all agents."""
+    """Measures the median time of a local step of all agents."""
     repeats, steps = flags.FLAGS.repeats, flags.FLAGS.steps
     experiment = Experiment(config)
     state = experiment.algorithm.init(experiment.initial_variables())
@@ -132,10 +133,10 @@ def _changed(config: Config, agents: int | None = None, dtype: str | None = None
 
 
 def main(arguments: list[str]) -> None:
-    """Times one thing."""
+    """Runs the benchmark that the argument names."""
     if len(arguments) != 1 or arguments[0] not in BENCHES:
         given = " ".join(arguments)
-        raise UserError(f"what to time is {given!r}; {nearest(given, BENCHES)}")
+        raise UserError(f"the benchmark is {given!r}; {nearest(given, BENCHES)}")
     config = flags.FLAGS.config
     request_cpu_devices(config.placement.cpu_devices)
     result = {

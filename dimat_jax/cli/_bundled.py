@@ -1,4 +1,4 @@
-"""Config files and sweep files, found by path or, if they are bundled, by name."""
+"""Finds config files and sweep files by path or, if they are bundled, by name."""
 
 import ast
 import importlib.util
@@ -25,17 +25,17 @@ _CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def bundled_configs() -> dict[str, Path]:
-    """The files of the bundled configs, by name."""
+    """Returns the files of the bundled configs, by name."""
     return {path.stem: path for path in sorted(_CONFIGS.glob("[!_]*.py"))}
 
 
 def bundled_sweeps() -> dict[str, Path]:
-    """The files of the bundled sweeps, by name."""
+    """Returns the files of the bundled sweeps, by name."""
     return {path.stem: path for path in sorted(_CONFIGS.glob("sweeps/[!_]*.py"))}
 
 
 def summary(path: Path) -> str:
-    """The first line of a file's docstring, without running the file."""
+    """Reads the first line of a file's docstring, without running the file."""
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     return docstring.partition("\n")[0]
 
@@ -100,7 +100,7 @@ def define_config(default: str | None, meaning: str) -> None:
 
 
 def load_config(name: str) -> Config:
-    """A config by its path or its name, with its argument: "quickstart:wa".
+    """Loads a config by its path or its name, with its argument: "quickstart:wa".
 
     Raises:
         UserError: there is no such file, or it has no `get_config`.
@@ -111,7 +111,7 @@ def load_config(name: str) -> Config:
 
 
 def load_runs(name: str) -> dict[str, Config]:
-    """The configs of a sweep, which is given by its path or its name.
+    """Loads the configs of a sweep by its path or its name.
 
     Raises:
         UserError: there is no such file, or it has no `get_runs`.
@@ -121,7 +121,7 @@ def load_runs(name: str) -> dict[str, Config]:
 
 
 def _function(path: Path, signature: str) -> Callable[..., Any]:
-    """The function with a signature in a file."""
+    """Loads the function with a signature from a file."""
     name = signature.partition("(")[0]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

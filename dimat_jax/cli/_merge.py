@@ -1,16 +1,17 @@
-"""Merges models that were trained apart, and looks along the lines between them.
+"""Merges models that were trained apart, and evaluates the lines between them.
 
     dimat merge A B [C ...] --out=DIR
 
 A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0), a PyTorch file
-(.pth, .pt or .safetensors; --model and --data say what it is), or the --out of an
-earlier merge. All are aligned to the first, averaged, and their BatchNorm statistics
-measured anew; networks without BatchNorm are rescaled (REPAIR).
+(.pth, .pt or .safetensors; --model and --data name its architecture and its data set),
+or the --out of an earlier merge. All models are aligned to the first and averaged. Then
+BatchNorm statistics are measured anew; networks without BatchNorm are rescaled
+(REPAIR).
 
-Writes into DIR model/ (the merged model), summary.json, barrier.json and barrier.png
-(loss and accuracy on the straight line from the first model to each other one, before
-and after), and report.md, and prints the latter. DIR must be new. Exits with 2 on bad
-input, and then writes nothing.
+The command writes into DIR: model/ (the merged model), summary.json, barrier.json and
+barrier.png (loss and accuracy on the straight line from the first model to each other
+one, before and after), and report.md, which it also prints. DIR must be new or empty.
+On bad input the command exits with 2 and writes nothing.
 """
 
 import dataclasses

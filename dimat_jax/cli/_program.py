@@ -1,7 +1,7 @@
-"""How commands start and end: with help, one clear message, and a fitting exit code.
+"""Runs the commands of `dimat`: flags, help, error messages and exit codes.
 
-0: done. 1: a run's loss was not finite. 2: bad input. Anything else that goes wrong is
-a bug, and shows its traceback.
+The exit code is 0 after success, 1 if a run's loss was not finite, and 2 after bad
+input, with one clear message. Any other error is a bug, and shows its traceback.
 """
 
 import ast
@@ -24,11 +24,12 @@ class Command(NamedTuple):
 
     Attributes:
         name: the word after `dimat`.
-        doc: the help text, which calls the command "dimat NAME": its file's docstring.
-        main: the command itself. It is called with the arguments that are no flags.
-        define_flags: defines the command's flags. They are not defined on import,
-            because several commands have flags of the same name.
-        resumes: whether the same command goes on where it was interrupted.
+        doc: the help text, in which the command is "dimat NAME". It is the docstring of
+            the command's file.
+        main: the function of the command. It takes the arguments that are no flags.
+        define_flags: the function that defines the command's flags. They are not
+            defined on import, because several commands have flags of the same name.
+        resumes: whether the same command continues from where it was interrupted.
     """
 
     name: str
@@ -46,9 +47,9 @@ def run(
     """Parses the flags, runs a command with the other arguments, and exits.
 
     Args:
-        command: what to run.
-        called: how the user has called it; None: "dimat NAME".
-        arguments: the flags and the other arguments; None: those of this process.
+        command: the command to run.
+        called: the words with which the user has called it. By default "dimat NAME".
+        arguments: the flags and the other arguments. By default those of this process.
     """
     called = called or f"dimat {command.name}"
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -73,13 +74,13 @@ def run(
     except NonFiniteError as error:
         _end(1, f"error: {error}")
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint"
-        _end(130, "interrupted" + (goes_on if command.resumes else ""))
+        hint = "; the same command goes on from the last checkpoint"
+        _end(130, "interrupted" + (hint if command.resumes else ""))
     sys.exit(0)
 
 
 def _help(command: Command, called: str, names: Sequence[str]) -> str:
-    """The help text, with the meanings and the defaults of the command's flags."""
+    """Writes the help text, with the meanings and defaults of the command's flags."""
     paragraphs = [(command.doc or "").strip().replace(f"dimat {command.name}", called)]
     for name in names:
         flag = flags.FLAGS[name]
@@ -106,7 +107,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         raise UserError(f"the config has no such field: {hint}") from error
     except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
         message = str(error).strip()
-        if "Traceback" in message:  # of a config file; the last line says what is wrong
+        if "Traceback" in message:
+            # The last line of a config file's traceback says what is wrong.
             message = message.splitlines()[-1].strip()
         raise UserError(message) from error
     return rest

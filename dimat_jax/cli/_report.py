@@ -2,9 +2,9 @@
 
     dimat report DIR [DIR ...]
 
-Every folder in or below a DIR that holds a metrics.jsonl is a run. Writes report.md,
-report.csv and accuracy.png into the first DIR, bytes.png too if anything was sent, and
-partition.png if the runs say which agent holds which samples.
+Every folder in or below a DIR that holds a metrics.jsonl is a run. The command writes
+report.md, report.csv and accuracy.png into the first DIR. It also writes bytes.png if
+anything was sent, and partition.png if the runs say which agent holds which samples.
 """
 
 from dimat_jax import reports

@@ -1,4 +1,4 @@
-"""Prints what there is to choose from, or what a config, a sweep or a run holds.
+"""Prints the names that a config can use, or the content of a config, sweep or run.
 
     dimat show TOPIC
 
@@ -39,7 +39,7 @@ _BUNDLED = {
 
 
 def main(topics: list[str]) -> None:
-    """Prints what one topic asks for."""
+    """Prints what belongs to one topic."""
     if len(topics) != 1:
         raise UserError(f"expected one topic; {_topics('')}")
     print(_shown(topics[0]))
@@ -78,7 +78,7 @@ def _listed(meanings: Mapping[str, str]) -> str:
 
 
 def _options() -> str:
-    """Every option with its default, its range, its meaning, and who reads it."""
+    """Lists every option with its default, its range, its meaning, and its readers."""
     routes = readers(ROOT)
     lines = []
     for option in every(ROOT):
@@ -96,14 +96,14 @@ def _options() -> str:
 
 
 def _file(topic: str) -> str:
-    """A file of the user: a sweep if it defines `get_runs`, else a config."""
+    """Shows a file of the user: a sweep if it defines `get_runs`, else a config."""
     if "def get_runs" in Path(topic.partition(":")[0]).read_text():
         return "\n".join(_bundled.load_runs(topic))
     return _config(_bundled.load_config(topic).to_dict())
 
 
 def _config(config: Mapping[str, Any]) -> str:
-    """All fields of a config, and the defaults of those that differ from these."""
+    """Makes a table of a config's fields, with the defaults that differ from them."""
     fields, defaults = _flat(config), _flat(default_config().to_dict())
     rows = [
         (field, value, defaults.get(field) if value != defaults.get(field) else "")
@@ -114,7 +114,7 @@ def _config(config: Mapping[str, Any]) -> str:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A config's fields as text, by dotted path. Text values keep their quotes."""
+    """Returns a config's fields as text, by dotted path. Text values keep quotes."""
     fields = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -125,7 +125,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _run(workdir: Path) -> str:
-    """A run's config, and its last evaluation."""
+    """Shows a run's config, and its last evaluation."""
     try:
         config = json.loads((workdir / "config.json").read_text())
     except ValueError as error:

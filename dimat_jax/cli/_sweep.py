@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _prepare(config: Config, workdir: Path) -> None:
-    """Finds mistakes before the first run takes hours, and says where things are."""
+    """Checks a config before the first run takes hours, and sets its folders."""
     check(config)
     check_network(config)
     if flags.FLAGS.data_dir:

@@ -5,7 +5,8 @@
 NAME is a bundled config (`dimat show configs`) or the path of a file that defines
 `get_config() -> config`; NAME:ARGUMENT calls `get_config(ARGUMENT)`. Any field of the
 config can be overridden: `--config.topology=fully_connected`. The same command resumes
-a run that was killed. Exits with 2 on bad input, and with 1 if the loss is not finite.
+a run that was killed. It exits with 2 on bad input, and with 1 if the loss is not
+finite.
 """
 
 from absl import flags

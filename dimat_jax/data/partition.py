@@ -1,4 +1,4 @@
-"""Who owns which samples: splitting a training set among agents.
+"""Partitions split the samples of a training set among agents.
 
 A partition gives every agent its shard, a sorted array of sample indices; every sample
 is in exactly one shard. A new partition is a function of `(labels, n_agents)` and of
@@ -27,7 +27,8 @@ __all__ = [
 Labels = Integer[np.ndarray, " samples"]
 Shard = Int64[np.ndarray, " shard"]
 
-# More columns than these do not fit into a terminal's 80.
+# The largest number of classes for which a table has a column for each class. More
+# columns do not fit into a terminal of 80 characters.
 _CLASSES_IN_A_TABLE = 10
 
 
@@ -48,7 +49,7 @@ CLASSES = Option(
 
 
 class PartitionError(UserError):
-    """A partition that is unknown, or that leaves an agent without samples."""
+    """A partition is unknown, or it leaves an agent without samples."""
 
 
 def partition(
@@ -59,18 +60,18 @@ def partition(
     Args:
         name: a key of `PARTITIONS`.
         labels: int[samples], the class of every sample.
-        n_agents: how many shards to make.
-        seed: decides which samples go where, as far as the partition leaves it open.
-        **options: what this partition takes beyond that.
+        n_agents: the number of shards to make.
+        seed: the seed of every random choice that the partition makes.
+        **options: the partition's own options.
 
     Returns:
-        For each agent int64[shard], sorted; shards may differ in length.
+        For each agent its shard int64[shard], sorted. Shards may differ in length.
 
     Raises:
         PartitionError: `name` is unknown, `labels` are not int[samples], `n_agents` is
             below 1 or above the number of samples, or an agent would get no samples.
         OptionError: an option has a value that is not allowed.
-        TypeError: an option that this partition does not take.
+        TypeError: the partition does not take one of the options.
     """
     if name not in PARTITIONS:
         raise PartitionError(f"unknown partition {name!r}; {nearest(name, PARTITIONS)}")
@@ -83,7 +84,8 @@ def partition(
         raise PartitionError(
             f"expected 1 to {len(labels)} agents (one sample each), got {n_agents}"
         )
-    # int64, since NumPy refuses `% n_agents` where a narrow type cannot hold it.
+    # Labels become int64, because NumPy refuses `labels % n_agents` if a narrow integer
+    # type cannot hold `n_agents`.
     shards = PARTITIONS[name](labels.astype(np.int64), n_agents, seed=seed, **options)
     empty = [agent for agent, shard in enumerate(shards) if not len(shard)]
     if empty:
@@ -96,10 +98,12 @@ def partition(
 
 
 def iid(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
-    """1/N of every class for everyone, up to one sample of each class and in all.
+    """Every agent gets an equal share of every class, at random.
 
-    Samples are dealt like cards, class after class and without starting again at agent
-    0 in between, so that the remainders of different classes go to different agents.
+    Shares differ by at most one sample, for each class and in total. Samples are dealt
+    out like cards, class after class. Each class begins with the agent after the one
+    that got the last sample of the class before, so that the remainders of different
+    classes go to different agents.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     dealt = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -107,10 +111,10 @@ def iid(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
 
 
 def by_class(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
-    """Class c belongs to agent c mod N: the paper's non-IID partition.
+    """Class c belongs to agent c mod N; this is the paper's non-IID partition.
 
-    With more agents than the C classes that occur, the c-th of these is shared out at
-    random, and evenly, among the agents a with a mod C = c.
+    If there are more agents than classes that occur, C of them, the c-th class is split
+    evenly and at random among the agents a with a mod C = c.
     """
     classes = np.unique(labels)
     if n_agents <= len(classes):
@@ -130,9 +134,9 @@ def dirichlet(
 ) -> list[Shard]:
     """Every class is split in proportions from a symmetric Dirichlet distribution.
 
-    The smaller alpha, the fewer agents hold most of a class (Hsu et al. 2019, arXiv
-    1909.06335, with the roles of classes and agents as most later work has them). An
-    agent that would go away empty gets one sample of the largest shard.
+    The smaller alpha is, the fewer agents hold most of a class (Hsu et al. 2019, arXiv
+    1909.06335, who draw proportions of classes for each agent; most later work draws
+    them as here). An agent that would get no sample gets one of the largest shard.
     """
     rng = np.random.default_rng(seed)
     ALPHA.check(alpha)
@@ -148,13 +152,14 @@ def dirichlet(
 def classes_per_agent(
     labels: Labels, n_agents: int, *, seed: int, classes: int = CLASSES.default
 ) -> list[Shard]:
-    """Every agent holds that many classes, every class is shared out evenly.
+    """Every agent holds the same number of classes, and classes are split evenly.
 
-    Which ones is random, but all classes have the same number of holders, up to one.
+    The classes of an agent are random, but the numbers of agents that hold a class
+    differ by at most one.
 
     Raises:
-        PartitionError: there are not so many classes, or together the agents would
-            not hold all of them.
+        PartitionError: there are fewer than `classes` classes, or the agents together
+            could not hold all classes.
     """
     present = np.unique(labels)
     if not 1 <= classes <= len(present):
@@ -164,10 +169,11 @@ def classes_per_agent(
     if n_agents * classes < len(present):
         raise PartitionError(
             f"{n_agents} agents with {classes} classes each cannot hold all "
-            f"{len(present)} classes; every sample must be somebody's"
+            f"{len(present)} classes; every sample must belong to an agent"
         )
     rng = np.random.default_rng(seed)
-    # Places at a round table: everyone takes the next few, so none takes one twice.
+    # Classes are in a circle, and each agent takes the next `classes` ones in turn. So
+    # no agent takes a class twice.
     order = rng.permutation(present)
     holders: dict[int, list[int]] = {int(label): [] for label in present}
     for place in range(n_agents * classes):
@@ -183,9 +189,10 @@ def classes_per_agent(
 def quantity_skew(
     labels: Labels, n_agents: int, *, seed: int, alpha: float = ALPHA.default
 ) -> list[Shard]:
-    """IID samples, but shards whose sizes are from a symmetric Dirichlet distribution.
+    """Samples are IID, but the sizes of the shards follow a Dirichlet distribution.
 
-    An agent that would go away empty gets one sample of the largest shard.
+    The distribution is symmetric. An agent that would get no sample gets one of the
+    largest shard.
     """
     rng = np.random.default_rng(seed)
     ALPHA.check(alpha)
@@ -197,13 +204,17 @@ def quantity_skew(
 def class_counts(
     labels: Labels, shards: Sequence[Shard]
 ) -> Int64[np.ndarray, "agents classes"]:
-    """How many samples of each class, from 0 to the largest label, each agent has."""
+    """Counts each agent's samples of each class, from 0 to the largest label."""
     n_classes = int(labels.max()) + 1
     return np.stack([np.bincount(labels[s], minlength=n_classes) for s in shards])
 
 
 def table(counts: Int64[np.ndarray, "agents classes"]) -> str:
-    """Who holds what, as text: `class_counts`, or, of many classes, what stands out."""
+    """Formats `class_counts` as a table with a row for each agent.
+
+    If there are too many classes for a column each, the table shows how many classes an
+    agent holds, and which is its largest one.
+    """
     n_agents, n_classes = counts.shape
     totals = counts.sum(axis=1)
     if n_classes <= _CLASSES_IN_A_TABLE:
@@ -218,9 +229,9 @@ def table(counts: Int64[np.ndarray, "agents classes"]) -> str:
 
 
 def _proportions(rng: np.random.Generator, n_agents: int, alpha: float) -> np.ndarray:
-    """A Dirichlet sample, float64[agents]."""
-    # In logarithms, for small alpha: Gamma(a) is Gamma(a + 1) U^(1/a), and all of them
-    # may be too small for a float.
+    """Draws a Dirichlet sample, float64[agents]."""
+    # A Gamma(a) number is Gamma(a + 1) U^(1/a). For small alpha all of these may be too
+    # small for a float, so their logarithms are computed.
     logs = np.log(rng.gamma(alpha + 1, size=n_agents))
     logs += np.log(rng.uniform(size=n_agents)) / alpha
     weights = np.exp(logs - logs.max())
@@ -228,12 +239,12 @@ def _proportions(rng: np.random.Generator, n_agents: int, alpha: float) -> np.nd
 
 
 def _bounds(proportions: np.ndarray, n_samples: int) -> np.ndarray:
-    """Where to cut so many samples."""
+    """Computes the places at which to cut the samples, int64[agents - 1]."""
     return np.rint(np.cumsum(proportions)[:-1] * n_samples).astype(np.int64)
 
 
 def _none_empty(shards: list[np.ndarray]) -> list[Shard]:
-    """Gives one sample of the largest shard to each empty one; sorts all."""
+    """Gives one sample of the largest shard to each empty shard, and sorts all."""
     for agent, shard in enumerate(shards):
         if not len(shard):
             largest = max(range(len(shards)), key=lambda a: len(shards[a]))

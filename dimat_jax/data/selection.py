@@ -1,7 +1,8 @@
-"""Which training examples merging looks at: an agent's own, a shared sample, or all.
+"""Selects the training examples that merging looks at.
 
-There are two such choices: the examples on which units are matched by their
-activations, and those on which BatchNorm statistics are measured anew.
+They are an agent's own, a shared sample, or all. A config makes this choice twice: for
+the examples on which units are matched by their activations, and for those on which
+BatchNorm statistics are measured anew.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ class Available(NamedTuple):
     """The training examples from which a round's samples are taken.
 
     Attributes:
-        reader: makes batches of indices into the training images.
+        reader: the reader, which makes batches from indices of training images.
         shards: for each agent the indices of its own training images.
-        shuffled: all indices in a random order, the same in every round.
-        seed: decides which of its own images an agent looks at in this round.
+        shuffled: all indices in a random order, which is the same in every round.
+        seed: the seed by which an agent chooses among its own images in this round.
         batch_size: the number of images in a batch.
     """
 
@@ -35,25 +36,25 @@ class Available(NamedTuple):
 
 
 def own(available: Available, size: int) -> Samples:
-    """Every agent looks at a random part of its own shard, drawn anew every round."""
+    """Every agent uses a random part of its own shard, drawn anew in every round."""
     indices = draw_own(available.shards, size, available.seed)
     return available.reader.own(indices, available.batch_size)
 
 
 def proxy(available: Available, size: int) -> Samples:
-    """All agents look at the same sample of the training images in every round."""
+    """All agents use the same sample of the training images, in every round."""
     shared = available.shuffled[: size or None]
     return available.reader.shared(shared, available.batch_size)
 
 
 def everything(available: Available, size: int) -> Samples:
-    """All agents look at all training images, as the published code does."""
+    """All agents use all training images, as the published code does."""
     del size
     return proxy(available, 0)
 
 
 def nothing(available: Available, size: int) -> None:
-    """No examples are looked at."""
+    """No examples are used, and nothing is measured."""
     del available, size
 
 
@@ -67,8 +68,8 @@ BATCH_SIZE = Option(
 MATCH_SAMPLES = Option(
     "merge.match_samples",
     1000,
-    "The number of images on which units are matched: of each agent's own images, or "
-    "of the sample that all share.",
+    "The number of images on which units are matched. It counts each agent's own "
+    "images, or those of the sample that all agents share.",
     at_least=0,
     unit="images",
     empty="all of them",
@@ -76,8 +77,8 @@ MATCH_SAMPLES = Option(
 BN_SAMPLES = Option(
     "merge.bn_samples",
     1000,
-    "The number of images on which BatchNorm statistics are measured anew: of each "
-    "agent's own images, or of the sample that all share.",
+    "The number of images on which BatchNorm statistics are measured anew. It counts "
+    "each agent's own images, or those of the sample that all agents share.",
     at_least=0,
     unit="images",
     empty="all of them",
@@ -85,6 +86,7 @@ BN_SAMPLES = Option(
 
 
 def _selections(size: Option) -> dict[str, Record[Samples | None]]:
+    """The selections by name; `size` is the option that holds the number of images."""
     return registry(
         Record("own", own, (size,), leads_to=(BATCH_SIZE,)),
         Record("proxy", proxy, (size,), leads_to=(BATCH_SIZE,)),

@@ -1,8 +1,8 @@
-"""Labelled images as NumPy arrays, decoded once and cached.
+"""Data sets of labelled images as NumPy arrays, decoded once and cached.
 
-`load("cifar100")` gives a `Dataset`: raw uint8 pixels and int32 labels, with the
-training split's own mean and standard deviation. Nothing here downloads anything, and
-nothing here needs TensorFlow or JAX.
+`load("cifar100")` returns a `Dataset`: raw uint8 pixels and int32 labels, with the
+training split's own mean and standard deviation. The code here downloads no files, and
+needs neither TensorFlow nor JAX.
 
 A new data set is a function of `(directory, cache_dir)` with a record in `SOURCES`, at
 the foot of this file.
@@ -77,19 +77,19 @@ def load(
 
     Args:
         name: a key of `SOURCES`.
-        directory: where the data are. For CIFAR, tfds's data directory (None: tfds's
-            own default); for Tiny ImageNet, the authors' zip, the unpacked folder, or a
-            folder that holds either. The digits come with scikit-learn.
-        cache_dir: where decoded arrays are kept; None means `$XDG_CACHE_HOME/dimat_jax`
-            or `~/.cache/dimat_jax`.
-        train_size: how many training samples to keep, equally many of each class as
-            far as they last; None keeps all.
+        directory: the folder of the data. For CIFAR it is tfds's data folder (None:
+            tfds's own default); for Tiny ImageNet it is the authors' zip, the unpacked
+            folder, or a folder that holds either. The digits come with scikit-learn.
+        cache_dir: the folder where decoded arrays are kept; None means
+            `$XDG_CACHE_HOME/dimat_jax` or `~/.cache/dimat_jax`.
+        train_size: the number of training samples to keep, equally many of each class
+            unless a class has too few; None keeps all.
         test_size: the same for the test split.
-        seed: decides which samples are kept.
+        seed: the seed by which the samples are chosen.
 
     Raises:
         DataError: `name` is unknown, the data are missing or malformed, or a size is
-            below 1 or above what there is.
+            below 1 or above the number of samples.
     """
     if name not in SOURCES:
         raise DataError(f"unknown data set {name!r}; {nearest(name, SOURCES)}")
@@ -101,7 +101,7 @@ def load(
 
 
 def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split:
-    """A seeded subset that takes from every class in turn, kept in stored order."""
+    """Draws a subset that takes from every class in turn, in the stored order."""
     n_samples = len(split.labels)
     if size is None:
         return split
@@ -114,7 +114,7 @@ def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split
 
 
 def _rank_in_class(labels: Int[np.ndarray, " samples"]) -> Int[np.ndarray, " samples"]:
-    """How many earlier samples have the same label."""
+    """Counts for each sample the earlier samples that have the same label."""
     order = np.argsort(labels, kind="stable")
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
     ranks = np.empty_like(order)
@@ -123,7 +123,10 @@ def _rank_in_class(labels: Int[np.ndarray, " samples"]) -> Int[np.ndarray, " sam
 
 
 def _digits(directory: str | None, cache_dir: str | None) -> Dataset:
-    """The 1,797 digits (8x8, 0 to 16) in scikit-learn; every fifth of a class tests."""
+    """The 1,797 handwritten digits of scikit-learn, images of 8x8 pixels.
+
+    Pixels are from 0 to 16. Every fifth image of a class belongs to the test split.
+    """
     del directory, cache_dir
     from sklearn.datasets import load_digits  # slow to import
 

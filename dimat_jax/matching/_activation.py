@@ -1,4 +1,4 @@
-"""Matching units by how their activations correlate."""
+"""Matches units by the correlations of their activations."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -129,11 +129,11 @@ class ObservedNetworks(Protocol):
         ...
 
     def observe(self, batch: Any) -> Any:
-        """What every network shows at its taps on its own inputs of a batch."""
+        """Computes every network's activations at its taps on its own inputs."""
         ...
 
     def observe_permutees(self, batch: Any, wave: Pairs) -> Any:
-        """What the permutees of a wave show on their references' inputs.
+        """Computes the activations of a wave's permutees on their references' inputs.
 
         None if all networks look at the same inputs: `observe` has computed it then.
         """

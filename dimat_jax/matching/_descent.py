@@ -48,7 +48,7 @@ class Pairs(NamedTuple):
     Attributes:
         references: the index of each pair's reference, int32.
         permutees: the index of each pair's permutee, int32.
-        real: how many entries, counted from the start, are pairs to be matched.
+        real: the number of entries, from the start, that are pairs to match.
     """
 
     references: Int32[np.ndarray, " length"]
@@ -66,7 +66,7 @@ class MatchedGroups(NamedTuple):
 
     Attributes:
         groups: the names of the groups that have been matched.
-        slack: how many axes of unmatched groups a leaf may have and still count.
+        slack: the number of axes of unmatched groups that a counting leaf may have.
     """
 
     groups: frozenset[str]
@@ -78,7 +78,7 @@ class Scorer(Protocol):
     """How good permutations are, for some pairs of networks.
 
     Attributes:
-        n_pairs: how many pairs there are.
+        n_pairs: the number of pairs.
     """
 
     n_pairs: int

@@ -96,7 +96,7 @@ def joint_weight_matching(
         spec: the symmetry; taps are not needed.
         models: the variables of each network.
         key: draws the order of the groups; consumed.
-        restarts: how many orders to try; the best permutations win.
+        restarts: the number of orders to try; the best permutations win.
         stay: a unit moves only if its mean score gains more than this.
         include: which leaves count, by path.
 

@@ -33,7 +33,7 @@ class Centred(NamedTuple):
     """A batch of one network's activations, ready to be correlated with another's.
 
     Attributes:
-        n_samples: how many samples count.
+        n_samples: the number of samples that count.
         mean: each unit's mean.
         squares: each unit's sum of squared deviations from its mean.
         deviations: the deviations from the mean; 0 for samples that do not count.

@@ -1,4 +1,4 @@
-"""What taps show of groups: a network's activations as samples by units."""
+"""A network's activations at the taps of its groups, as samples by units."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from dimat_jax.permutation import PermutationSpec, PermutationSpecError
 __all__ = ["Activations", "check_taps", "tap_units"]
 
 Activations = Mapping[str, Array]
-"""What each tap shows for a batch of inputs: one array for each tap's name."""
+"""The activations of a batch of inputs: one array for each tap's name."""
 
 
 def check_taps(spec: PermutationSpec) -> None:
@@ -26,7 +26,7 @@ def check_taps(spec: PermutationSpec) -> None:
 def tap_units(
     spec: PermutationSpec, sizes: Mapping[str, int], activations: Activations
 ) -> dict[str, dict[str, Float[Array, "samples units"]]]:
-    """For each group what each of its taps shows, flattened to samples by units.
+    """Flattens the activations at each tap of each group to samples by units.
 
     Every position of a feature map is a sample. Where a tap shows several groups, a
     group's units are averaged over the units of the other groups, because the other

@@ -83,7 +83,7 @@ def weight_matching(
         reference: the variables of the network that stays as it is.
         permutee: the variables of the network to be permuted.
         key: draws the order of the groups; consumed.
-        restarts: how many orders to try; the best permutations win.
+        restarts: the number of orders to try; the best permutations win.
         stay: a unit moves only if its score, scaled so that the mean over a group's
             units lies in [-1, 1], gains more than this.
         include: which leaves count, by path; leaves that are not floating never do.
@@ -117,7 +117,8 @@ def weight_similarity(
 
     Args:
         reference: any pytree of arrays.
-        permutee: as `reference`; aligned, if the two are to be compared as such.
+        permutee: the other network, shaped like `reference`. It is compared as it is;
+            apply its permutations first to compare aligned networks.
         include: as in `weight_matching`.
 
     Returns:
@@ -153,7 +154,7 @@ def match_weights(
         solver: which permutations are allowed and preferred.
         names: what to call each network in error messages.
         key: draws the order of the groups; consumed.
-        restarts: how many orders to try.
+        restarts: the number of orders to try.
         include: which leaves count, by path.
 
     Raises:
@@ -189,7 +190,7 @@ def match_by_weights(
     Args:
         problem: what to solve.
         key: draws the order of the groups; consumed.
-        restarts: how many orders to try; the best permutations win.
+        restarts: the number of orders to try; the best permutations win.
 
     Raises:
         OptionError: `restarts` < 1.

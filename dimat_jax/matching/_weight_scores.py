@@ -210,7 +210,9 @@ def _filled(perms: np.ndarray, length: int) -> np.ndarray:
 
 
 class _Program(NamedTuple):
-    """What is to be computed. Parts of networks with equal `blocks` share a program.
+    """The part of a program that is fixed when it is compiled.
+
+    Parts of networks with equal `blocks` share a program.
 
     Attributes:
         paths: the paths of the leaves that are needed.

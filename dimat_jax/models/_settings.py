@@ -12,7 +12,7 @@ WIDTH = Option(
     "model.width",
     1.0,
     "The number of channels or units of every layer, in multiples of the "
-    "architecture's own. The paper's ResNet-20 has width 8.",
+    "architecture's own. Fractions are allowed. The paper's ResNet-20 has width 8.",
     above=0,
 )
 NORM = Option(

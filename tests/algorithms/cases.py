@@ -1,6 +1,6 @@
-"""Every algorithm, with its own optimizer and with Adam, and forms of some, to be run.
+"""Cases to test: every algorithm with its own optimizer and with Adam, and variants.
 
-What is built is kept: an algorithm's programs compile once for all tests that use it.
+A built algorithm is kept, so that its programs compile once for all tests that use it.
 """
 
 import functools
@@ -43,12 +43,12 @@ class Case(NamedTuple):
 
     Attributes:
         name: the algorithm's name.
-        optimizer: the local optimizer's name; "": the algorithm's own.
-        compressor: the compressor's name; "": the algorithm's own.
+        optimizer: the local optimizer's name; "" stands for the algorithm's own.
+        compressor: the compressor's name; "" stands for the algorithm's own.
         options: the algorithm's options that are not their defaults. Algorithms that
-            merge keep their optimizers' state unless it says otherwise.
+            merge keep their optimizers' state unless an option says otherwise.
         inner: the algorithm that runs between merges.
-        examples: the number of examples that each agent holds; (): all hold as many.
+        examples: the number of each agent's examples; () if all have equally many.
         changing: whether the network may change.
     """
 
@@ -76,18 +76,18 @@ class Case(NamedTuple):
 
     @property
     def per_step(self) -> str:
-        """What it does with every step."""
+        """The name of the algorithm that runs with every step."""
         if self.name in ("centralized", "fedavg"):
             return "local"
         return self.inner if self.merging else self.name
 
     @property
     def communicates(self) -> bool:
-        """Whether something happens once a round, also if everybody is there."""
+        """Whether the algorithm communicates once a round if all agents are present."""
         return self.merging or self.name == "fedavg"
 
     def accepts(self, links: Links) -> bool:
-        """Whether the network is what its theory asks for."""
+        """Whether the algorithm's theory covers the network."""
         try:
             self.record.check_network(links, **self.arguments)
         except NetworkError:
@@ -96,7 +96,7 @@ class Case(NamedTuple):
 
 
 def case_of(name: str, *, optimizer: str = "", compressor: str = "", **options) -> Case:
-    """A case with options by keyword."""
+    """Makes a case with options by keyword."""
     return Case(name, optimizer, compressor, tuple(options.items()))
 
 
@@ -122,7 +122,7 @@ CASES: dict[str, Case] = {
 
 
 class Layout(NamedTuple):
-    """Where agents live: the arguments of `place`, with a number of devices."""
+    """The devices on which agents live: the arguments of `place`."""
 
     n_agents: int = N_AGENTS
     devices: int = 1
@@ -139,10 +139,10 @@ class Built(NamedTuple):
 
     Attributes:
         algorithm: the algorithm.
-        step: its step, jitted.
-        aligned: its `aligned`, jitted.
-        placement: where its agents live.
-        traces: one entry for every trace of the step.
+        step: the jitted step of the algorithm.
+        aligned: the jitted `aligned` of the algorithm.
+        placement: the devices on which the agents live.
+        traces: a list with one entry for every trace of the step.
     """
 
     algorithm: Algorithm
@@ -173,17 +173,17 @@ class Built(NamedTuple):
         return state
 
     def variables(self, state: State) -> PyTree:
-        """What the agents are, on the host."""
+        """Returns the agents' variables, on the host."""
         return self.placement.gather(self.algorithm.variables(state))
 
 
 def optimizer_name(case: Case) -> str:
-    """The name of a case's local optimizer."""
+    """Returns the name of a case's local optimizer."""
     return case.optimizer or case.record.optimizer
 
 
 def compressor_name(case: Case) -> str:
-    """The name of a case's compressor."""
+    """Returns the name of a case's compressor."""
     return case.compressor or case.record.compressor or "none"
 
 
@@ -194,7 +194,7 @@ def make(
     schedule: Any,
     topology: str = "fully_connected",
 ) -> Algorithm:
-    """A case on a problem, for graphs within a topology."""
+    """Builds a case on a problem, for graphs that are parts of a topology."""
     tx = OPTIMIZERS[optimizer_name(case)](schedule)
     edges = TOPOLOGIES[topology](placement.n_agents)
     facts = {
@@ -212,25 +212,26 @@ def make(
     )
 
 
-# Small programs that run a few times: it is compiling them that takes long.
+# The programs are small and run a few times, so most of the time is for compiling.
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
 def learning_rate(step):
-    """Falls every other step."""
+    """A learning rate that falls with every second step."""
     return 0.05 * 0.9 ** (jnp.asarray(step, jnp.float32) // 2)
 
 
 @functools.cache
 def built(name: str, problem: str = "convex", layout: Layout = Layout()) -> Built:  # noqa: B008
-    """One of `CASES`, with `learning_rate`."""
+    """Returns one of `CASES` with `learning_rate`, built once and kept."""
     return on_placement(CASES[name], problem, placed(layout))
 
 
 def on_placement(case: Case, problem: str, placement: Placement) -> Built:
-    """As `built`, not kept."""
+    """Builds the same as `built` anew."""
     traces = []
-    # Fully connected: any graph is one of its parts. An MLP's steps compile slowly.
+    # Any graph is a part of the fully connected one. An MLP's steps compile slowly, so
+    # they are built for a smaller graph.
     topology = "fully_connected" if problem == "convex" else "ring"
     algorithm = make(case, problem, placement, learning_rate, topology)
 
@@ -255,7 +256,7 @@ def links(
     n_agents: int = N_AGENTS,
     **options: Any,
 ) -> Links:
-    """A network by the names of its topology and its weights."""
+    """Makes a network from the names of its topology and its mixing rule."""
     return Links(TOPOLOGIES[topology](n_agents, **options), MIXINGS[mixing], faults)
 
 
@@ -267,12 +268,12 @@ LONG = 200  # steps
 
 @functools.cache
 def _runner(case: Case) -> tuple[Algorithm, Callable]:
-    """A case on least squares, and jitted steps of it, which return all x, too."""
+    """Builds a case on least squares, and jitted steps of it that also return all x."""
     batch = whole_batch(placed(Layout()))
 
     @jax.jit
     def steps(state, nows, rate, decay):
-        # Rates are arguments, so that others are the same program.
+        # Rates are arguments, so that one program serves for all of them.
         algorithm = with_schedule(
             lambda t: rate / (1 + decay * jnp.asarray(t, jnp.float32))
         )
@@ -298,18 +299,18 @@ def trajectory(
     decay: float = 0.0,
     start: np.ndarray = START,
 ) -> np.ndarray:
-    """Runs an algorithm on least squares; every step sees everybody's examples.
+    """Runs an algorithm on least squares; a step sees all examples of all agents.
 
     Args:
         case: the algorithm.
-        links: the network; a round, of `STEPS`, begins with a communication.
-        n_steps: as many rounds as it takes.
+        links: the network. A round has `STEPS` steps, and begins with a communication.
+        n_steps: the least number of steps. The run ends with a whole round.
         rate: the learning rate of the first step.
-        decay: d, if that of step t is rate / (1 + d t).
-        start: x `[agents, dim]`.
+        decay: the number d in the learning rate rate / (1 + d t) of step t.
+        start: the agents' x at the start, `[agents, dim]`.
 
     Returns:
-        x `[steps + 1, agents, dim]`: at the start, and after every step.
+        the agents' x at the start and after every step, `[steps + 1, agents, dim]`.
     """
     algorithm, steps = _runner(case)
     state = algorithm.init(placed(Layout()).put(convex_variables(start)))
@@ -319,7 +320,7 @@ def trajectory(
         number = 1 + done // STEPS
         network = links.at_round(number, N_AGENTS)
         state, _ = algorithm.communicate(state, MergeData(), network, keys[done, 1])
-        # Where nothing happens between rounds, many of their steps are one program.
+        # If nothing happens between rounds, steps of many rounds are one program.
         rounds = case.communicates or case.per_step == "dsgt" and links.faults.any
         size = STEPS if rounds or n_steps < LONG else LONG
         networks = [
@@ -328,7 +329,7 @@ def trajectory(
         ]
         same = tuple(map(id, networks))
         if same not in stacked:
-            # With the networks, so that others do not get their ids.
+            # The networks are kept too, so that no other network gets the same id.
             stacked[same] = networks, jax.tree.map(lambda *x: np.stack(x), *networks)
         now = stacked[same][1], keys[done : done + size, 0]
         state, x = steps(state, now, rate, decay)

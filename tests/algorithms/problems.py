@@ -1,8 +1,8 @@
-"""Two small problems: least squares, and an MLP that tells three classes apart.
+"""Two small problems: least squares, and an MLP that classifies three classes.
 
-Least squares is strongly convex, its agents' data differ, and its optimum is known; it
-has no hidden units, so an empty symmetry. Its running statistics, the mean of the
-inputs, are watched but not used.
+Least squares is strongly convex, its agents' data differ, and its optimum is known. It
+has no hidden units, so its symmetry is empty. Its running statistics are the mean of
+the inputs; they are updated, but the loss does not depend on them.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ START = _rng.standard_normal((N_AGENTS, DIM))
 
 
 def gradient(agent: int, x: np.ndarray) -> np.ndarray:
-    """Of one agent's own loss, on all of its examples; float64."""
+    """Computes the gradient of one agent's loss on all of its examples, in float64."""
     return INPUTS[agent].T @ (INPUTS[agent] @ x - LABELS[agent]) / EXAMPLES
 
 
@@ -65,7 +65,10 @@ TARGETS = np.einsum("aed,ae->ad", INPUTS, LABELS) / EXAMPLES
 
 
 def optimum(weights: np.ndarray) -> np.ndarray:
-    """Where the sum of the gradients, each times its weight `[agents, dim]`, is 0."""
+    """Finds the x at which the agents' gradients, weighted, have the sum 0.
+
+    The weights are `[agents, dim]`.
+    """
     weights = np.broadcast_to(weights, TARGETS.shape)
     return np.linalg.solve(
         (weights[:, :, None] * HESSIANS).sum(axis=0), (weights * TARGETS).sum(axis=0)
@@ -76,14 +79,14 @@ OPTIMUM = optimum(np.ones(1))
 
 
 def convex_variables(x: np.ndarray) -> PyTree:
-    """Agents `[agents, dim]` on the host."""
+    """Makes stacked variables from x `[agents, dim]`, on the host."""
     x = np.asarray(x, np.float32)
     # Statistics that differ from agent to agent: else averaging them shows nothing.
     return {"params": {"x": x}, "batch_stats": {"mean": 1 + x[:, ::-1]}}
 
 
 def whole_batch(placement: Placement) -> Batch:
-    """Everybody's examples, all at once."""
+    """Makes a batch of all examples of all agents."""
     mask = np.ones(LABELS.shape, bool)
     return Batch(
         *placement.put((INPUTS.astype(np.float32), LABELS.astype(np.float32), mask))
@@ -91,7 +94,7 @@ def whole_batch(placement: Placement) -> Batch:
 
 
 def without_examples(batch: Batch, *agents: int) -> Batch:
-    """A batch in which some agents, or by default all, have no examples."""
+    """Makes a batch in which some agents, or by default all, have no examples."""
     chosen = np.array(agents) if agents else slice(None)
     return batch._replace(mask=batch.mask.at[chosen].set(False))
 
@@ -100,13 +103,13 @@ def without_examples(batch: Batch, *agents: int) -> Batch:
 
 
 class Problem(NamedTuple):
-    """What is to be learned, and from what.
+    """A task, and functions that draw variables and examples for it.
 
     Attributes:
-        task: the loss, and the symmetry.
-        variables: `variables(n_agents)`, stacked, on the host.
+        task: the loss and the symmetry.
+        variables: `variables(n_agents)` draws stacked variables, on the host.
         example: the shape of an input.
-        labels: `labels(rng, shape)`.
+        labels: `labels(rng, shape)` draws labels.
     """
 
     task: Task
@@ -117,7 +120,7 @@ class Problem(NamedTuple):
     def batches(
         self, placement: Placement, n: int, *, same: bool = False
     ) -> list[Batch]:
-        """Stacked batches at random; agent 1's last entry is padding.
+        """Draws stacked batches, in which agent 1's last entry is padding.
 
         With `same` all agents have the same examples.
         """
@@ -136,7 +139,7 @@ class Problem(NamedTuple):
 
 
 def mlp(*hidden: int) -> Problem:
-    """Images of three classes, for MLPs whose agents start from different weights."""
+    """Makes the problem of the MLP, whose agents start from different weights."""
     model = models.MODELS["mlp"](n_classes=3, hidden=hidden)
     image = (2, 2, 1)
     task = Task(
@@ -169,7 +172,7 @@ PROBLEMS = {
 
 
 def shared_images(n: int = 40) -> Samples:
-    """Images that all agents look at, in two batches."""
+    """Draws images that all agents share, in two batches."""
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.standard_normal((n, *PROBLEMS["mlp"].example)))
 

@@ -1,4 +1,4 @@
-"""Compressed merging: what the others know, and what is made of it."""
+"""Tests compressed merging: the estimates that others have, and their averages."""
 
 import functools
 
@@ -69,7 +69,7 @@ def distance(one: PyTree, other: PyTree) -> float:
 
 
 def changed(variables: PyTree, seed: int) -> PyTree:
-    """What could have become of agents in training."""
+    """Draws variables that agents might have after some training."""
     rng = np.random.default_rng(seed)
     noisy = jax.tree.map(
         lambda x: np.float32(x + 0.1 * rng.standard_normal(x.shape)), variables
@@ -102,7 +102,7 @@ def test_what_loses_nothing_changes_nothing(name, frame):
 
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_what_the_others_know_comes_to_be_true_where_nothing_changes(name):
-    """Error feedback: what was lost is sent later, until nothing is left to send."""
+    """Error feedback sends what was lost later, until nothing is left to send."""
     algorithm = merging("wa", COMPRESSORS[name], problem="convex")
     state = algorithm.init(PLACEMENT.put(convex_variables(START)))
     new = PLACEMENT.put(convex_variables(START[::-1]))
@@ -128,7 +128,7 @@ def test_statistics_are_sent_as_they_are():
     after, W = variables_of(algorithm, state), np.asarray(now().W)
     expected = W @ before["batch_stats"]["mean"]
     np.testing.assert_allclose(after["batch_stats"]["mean"], expected, atol=1e-6)
-    # While of params the others only know what the signs say.
+    # The params are compressed: the others get only their signs and one scale.
     assert np.abs(after["params"]["x"] - W @ before["params"]["x"]).max() > 0.05
 
 
@@ -165,12 +165,12 @@ def test_what_the_others_know_moves_into_another_frame_along_with_the_rest(inner
 
 @pytest.mark.parametrize("frame", ["own", "reference", "joint"])
 def test_shuffled_copies_that_are_known_roughly_merge_into_roughly_the_same(frame):
-    """What the neighbours know of them moves to the same frames as the agents."""
+    """The neighbours' estimates of agents move to the same frames as the agents."""
     algorithm = merging("dimat", float16(), frame)
     one = take(NETWORKS.variables(N_AGENTS), np.zeros(N_AGENTS, int))
     align, perms = jax.jit(algorithm.aligned), random_frames()
     copies = align(algorithm.init(PLACEMENT.put(one)), perms)
-    # They all change a little, and alike; what is known of them is out of date.
+    # All agents change by the same small amount, so the estimates are out of date.
     grown = jax.tree.map(lambda x: np.float32(1.01 * x), one)
     fresh = align(algorithm.init(PLACEMENT.put(grown)), perms)
     copies = algorithm.with_variables(copies, algorithm.variables(fresh))

@@ -17,10 +17,10 @@ BOTH_WAYS = {"cga", "compcga"}
 SYMMETRIC = {"choco", "d2"}
 FAULTY = Faults(dropout=0.3, edge_loss=0.3)
 
-CONNECTED = "a connected network, in which everyone hears of everyone"
+CONNECTED = "a connected network, in which information from every agent reaches"
 SUMS = "rows and columns sum to 1"
 COLUMNS = "without negative weights whose columns sum to 1"
-TWO_WAY = "an undirected network: who receives has to answer"
+TWO_WAY = "an undirected network: every receiver must be able to answer its sender"
 THE_SAME = "the same network at every step"
 
 
@@ -30,7 +30,7 @@ def test_there_is_a_condition_for_every_algorithm():
 
 
 def refusal(name: str, network: Links, inner: str = "local", **options) -> str:
-    """The reason why an algorithm refuses a network; empty: it does not."""
+    """Returns why an algorithm refuses a network; "" if it takes the network."""
     try:
         record(name, inner).check_network(network, **options)
     except NetworkError as error:
@@ -39,7 +39,7 @@ def refusal(name: str, network: Links, inner: str = "local", **options) -> str:
 
 
 def expected(name: str, network: Links) -> str:
-    """What theory has against a network, found from its matrices alone."""
+    """Finds from a network's matrices alone which condition of the theory fails."""
     matrices, edges = network.mixing_matrix, network.edges
     graph = nx.from_numpy_array(edges.T, create_using=nx.DiGraph)
     columns = np.allclose(matrices.sum(axis=1), 1)
@@ -88,17 +88,17 @@ def test_networks_are_taken_or_refused_with_the_reason(topology, mixing):
 @pytest.mark.parametrize(
     ("topology", "mixing", "refused"),
     [
-        # Weights of an undirected graph stay doubly stochastic, whatever fails, ...
+        # Under faults, weights of an undirected graph remain doubly stochastic, ...
         ("ring", "uniform", {"d2": THE_SAME}),
         ("star", "metropolis_hastings", {"d2": THE_SAME}),
-        # ... those of a directed one keep what they push, ...
+        # ... the columns of a directed one remain at the sum 1, ...
         (
             "exponential",
             "uniform",
             {name: SUMS for name in BALANCED | BOTH_WAYS | {"choco"}}
             | {"d2": THE_SAME},
         ),
-        # ... and rows alone can only be averaged, by those who merge.
+        # ... and if only rows sum to 1, only merging algorithms can use the weights.
         (
             "ring",
             "row_stochastic",
@@ -129,7 +129,8 @@ def test_networks_in_parts_are_for_those_who_merge():
             assert not refusal(name, parts)
         else:
             assert CONNECTED in refusal(name, parts)
-    # Strongly connected in time is enough, one way is not.
+    # It is enough that the edges of all times together are strongly connected. One
+    # direction is not enough.
     one_way = from_graph(nx.DiGraph([(0, 1), (1, 2)]))
     assert CONNECTED in refusal("sgp", Links(one_way, MIXINGS["column_stochastic"]))
     parts_in_turn = np.stack([TOPOLOGIES["disconnected"](3), TOPOLOGIES["ring"](3)])

@@ -1,4 +1,4 @@
-"""Laws that every registered algorithm keeps, on least squares and on a small MLP."""
+"""Tests laws that hold for every algorithm, on least squares and on a small MLP."""
 
 import functools
 from typing import Any
@@ -51,9 +51,9 @@ from tests.reference import gossip_loops as reference
 CONVEX = PROBLEMS["convex"]
 VARIABLES = convex_variables(START)
 EVERYONE = set(CASES)
-# Its server knows no graph.
+# FedAvg has a server and no graph.
 ON_GRAPHS = EVERYONE - {"fedavg", "fedavg with adam"}
-# Where agents draw for themselves.
+# The cases in which every agent draws random numbers of its own.
 RANDOM = {name for name in CASES if compressor_name(CASES[name]) == "int8"}
 PUSHING = {name for name in CASES if CASES[name].per_step == "sgp"}
 
@@ -85,7 +85,7 @@ def value(x, statistics, batch):
 
 @functools.cache
 def own_step(optimizer_name: str):
-    """A step of optax, without anything of ours but the optimizer and the loss."""
+    """A training step in plain optax: only the optimizer and the loss are shared."""
     tx = OPTIMIZERS[optimizer_name](learning_rate)
 
     @jax.jit
@@ -98,7 +98,7 @@ def own_step(optimizer_name: str):
 
 
 def alone(name: str, data: list[Batch], agent: int) -> PyTree:
-    """One agent's training."""
+    """Trains one agent."""
     own = take(VARIABLES, agent)
     x, statistics = own["params"]["x"], own["batch_stats"]
     batches = [jax.tree.map(np.asarray, take(batch, agent)) for batch in data]
@@ -142,7 +142,7 @@ def test_one_agent_trains_alone(name):
 
 
 class SameDraws(Placement):
-    """A placement whose agents draw the same."""
+    """A placement in which all agents draw the same random numbers."""
 
     def keys(self, key):
         return jnp.broadcast_to(key, (self.slots,))
@@ -177,14 +177,15 @@ def test_identical_agents_with_identical_data_stay_identical(name, topology):
 
 # The mean =============================================================================
 
-# Compressed merging averages what is known of the others, which lags behind.
+# Compressed merging averages estimates of the others, which are always a little old, so
+# it does not keep the mean.
 KEEPING_THE_MEAN = {
     name
     for name in EVERYONE
     if not (CASES[name].merging and compressor_name(CASES[name]) != "none")
 }
-# A fitting number of agents, and fitting options. One less than there are slots: an
-# agent of the placement that is not in the network takes no part.
+# A number of agents and options that fit each topology. Networks have one agent less
+# than the placement has slots; the additional slot takes no part.
 TOPOLOGY_OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     **{topology: (N_AGENTS, {}) for topology in TOPOLOGIES},
     "hypercube": (4, {}),
@@ -192,7 +193,7 @@ TOPOLOGY_OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "random_regular": (N_AGENTS, {"degree": 2, "seed": 1}),
     "erdos_renyi": (N_AGENTS, {"edge_probability": 0.4, "seed": 1}),
 }
-# A directed cycle with a chord, and a matrix on it: rows and columns sum to 1.
+# A matrix on a directed cycle with a chord. Its rows and columns sum to 1.
 DIRECTED = 0.5 * np.eye(5) + 0.3 * np.eye(5)[[1, 2, 3, 4, 0]] + 0.2 * np.eye(5)
 DIRECTED[[0, 2], [0, 2]] -= 0.1
 DIRECTED[[0, 2], [2, 0]] += 0.1
@@ -238,9 +239,9 @@ def test_without_gradients_the_mean_is_preserved(name, topology):
         mean = before[there].mean(axis=0)
         np.testing.assert_allclose(leaf[there].mean(axis=0), mean, atol=2e-6)
         np.testing.assert_array_equal(leaf[~there], before[~there])
-        # And they do talk, whom there is somebody to talk to.
-        heard = network.edges.any() or name.startswith("fedavg")
-        spread = 0.9 if heard and CASES[name].per_step != "local" else 1.01
+        # Agents that have neighbours come closer to each other.
+        communicates = network.edges.any() or name.startswith("fedavg")
+        spread = 0.9 if communicates and CASES[name].per_step != "local" else 1.01
         assert leaf[there].std() <= spread * before[there].std()
 
 
@@ -290,7 +291,7 @@ def test_states_keep_their_structure_and_steps_trace_once(name):
         assert {"loss", "accuracy", "examples"} <= metrics.keys()
         assert metrics["loss"].shape == (slots,)
         jax.tree.map(lambda x: np.testing.assert_array_less(x, np.inf), state)
-    # None if a test before has traced it.
+    # There is no new trace if an earlier test has traced the step.
     assert len(subject.traces) <= traced + 1
 
 
@@ -319,16 +320,17 @@ def test_a_merge_restarts_all_but_optimizers_and_what_others_know(name):
     assert_equal(restarted, with_opt_state(fresh, local_part(state).opt_state))
 
 
-# Who is away ==========================================================================
+# Absent agents ========================================================================
 
 
-# What some remember is of what happened: of nothing, a gradient of 0, an announcement.
+# The memories of these algorithms change even without examples: they record that the
+# params did not move, that the gradient was 0, or an announcement.
 FORGETTING = {name for name in CASES if CASES[name].per_step in ("qgm", "dsgt")} | {
     "choco, reliable"
 }
 
 
-# And Adam goes on along the moments of what was tracked.
+# With Adam, DSGT's params go on along the moments of the tracker.
 @every(EVERYONE - {"dsgt with adam"})
 def test_agents_without_examples_keep_their_params_and_their_optimizers(name):
     subject = built(name)
@@ -338,11 +340,11 @@ def test_agents_without_examples_keep_their_params_and_their_optimizers(name):
     state, _ = subject.step(state, first, network, KEY)
     new, metrics = subject.step(state, without_examples(second, 2), network, KEY)
     assert metrics["examples"].tolist() == [4, 3, 0, 4, 4]
-    # All but the clock: schedules count everybody's steps.
+    # Only the learning-rate clocks go on: schedules count the steps of the whole run.
     assert clocks(new).tolist() == [2] * N_AGENTS
     if name not in FORGETTING:
         kept = with_clocks_of(take(new, 2), take(state, 2))
-        # What D2 remembers is a difference that has been rounded.
+        # D2's memory is a difference, which is rounded.
         rounding = 1e-6 if CASES[name].per_step == "d2" else 0
         assert_close(kept, take(state, 2), atol=rounding)
     moved = (
@@ -400,7 +402,7 @@ def test_absent_agents_keep_their_whole_state_and_nobody_hears_of_them(name):
 
 # Layouts ==============================================================================
 
-# One of each kind of communication.
+# One case for each kind of communication.
 SPREAD = ("cdsgd", "sgp", "compcga", "choco", "fedavg", "dimat", "wa, int8")
 
 
@@ -413,7 +415,7 @@ SPREAD = ("cdsgd", "sgp", "compcga", "choco", "fedavg", "dimat", "wa, int8")
     ],
 )
 def test_the_layout_over_devices_changes_nothing(name, layout):
-    """On two devices a sixth slot fills up the second: an agent that is never there."""
+    """With two devices, a sixth slot fills up the second one: it is always absent."""
     lossy = links("ring", "uniform", Faults(edge_loss=0.3))
     tolerant = CASES[name].changing and CASES[name].accepts(lossy)
     network = lossy if tolerant else links("ring")
@@ -443,7 +445,8 @@ SENT_WITH_STEPS = {
     "compcga": {**VARIABLES_SENT, "gradients": PARAMS},
     "choco": VARIABLES_SENT,
 }
-# Signs in one byte, or bytes, with a scale; one number and its place; half of all.
+# The bytes of a compressed x: signs in one byte, and int8 numbers, both with a scale of
+# four bytes; one number with its place; and two bytes for each number.
 COMPRESSED = {"sign": 1 + 4, "int8": DIM + 4, "top_k": 8, "float16": 2 * DIM}
 COMPRESSED_KIND = {"choco": "params", "compcga": "gradients"}
 
@@ -479,7 +482,7 @@ def test_optimizers_that_are_merged_are_sent():
     subject = built("dimat")
     algorithm = make(case, "convex", subject.placement, learning_rate)
     state = jax.eval_shape(algorithm.init, subject.placement.put(VARIABLES))
-    # Adam's two moments, and its int32 counters.
+    # Adam has two moments and int32 counters.
     assert nbytes(algorithm.messages(state).round["optimizer"]) == 2 * PARAMS + 2 * 4
 
 
@@ -488,9 +491,9 @@ def test_optimizers_that_are_merged_are_sent():
 
 @every(name for name in EVERYONE - RANDOM if "with adam" not in name)
 def test_training_commutes_with_permuting_the_agents_frames(name):
-    """Momenta and all: a field that `aligned` forgets would lead elsewhere.
+    """This includes momenta: if `aligned` forgot a field, the results would differ.
 
-    Agents who talk, 0 to 2, share a frame; the others have one of their own.
+    Agents 0 to 2, which communicate, share a frame. The others have their own frames.
     """
     subject, problem = built(name, "mlp"), PROBLEMS["mlp"]
     placement, algorithm = subject.placement, subject.algorithm
@@ -511,7 +514,8 @@ def test_training_commutes_with_permuting_the_agents_frames(name):
             way, _ = subject.step(way, batch, network, KEY)
         ways.append(way if before else subject.aligned(way, perms))
     assert_close(*ways, atol=1e-5)
-    # Nothing was equal for being 0: in the middle of those who talk all is in use.
+    # The fields are not equal because they are 0: agent 1, which has two neighbours,
+    # uses all of them.
     before, after = flatten(way), flatten(ways[1])
     for path in before:
         if path.endswith("hidden0/kernel"):

@@ -1,4 +1,4 @@
-"""Matching along a graph's edges equals matching them one by one."""
+"""Tests that matching along a graph's edges equals matching them one by one."""
 
 import dataclasses
 from collections.abc import Callable
@@ -108,7 +108,7 @@ GRAPHS = {
     "one way": from_graph(nx.DiGraph([(0, 1), (1, 2), (0, 3), (3, 1), (3, 0)])),
 }
 BATCH = 8
-# No shard fills its last batch, and some agents are through before others.
+# No shard fills its last batch, and some agents have fewer batches than others.
 SHARDS = [np.arange(0, 9), np.arange(9, 36), np.arange(36, 50), np.arange(50, 71)]
 PROXY = np.arange(20, 50)
 IMAGES = np.random.default_rng(0).integers(0, 256, (71, 4, 4, 3), np.uint8)
@@ -116,7 +116,7 @@ MEAN, STD = np.full(3, 120.0), np.full(3, 70.0)
 
 
 def maps_of(variables: PyTree, inputs: jax.Array) -> dict[str, jax.Array]:
-    """Two taps of feature maps, one with its channels first."""
+    """A model with two taps of feature maps, one of which has its channels first."""
     units = jnp.tanh(inputs @ variables["kernel"])
     return {"last": units, "first": jnp.moveaxis(jax.nn.relu(units + 0.2), -1, 1)}
 
@@ -176,11 +176,11 @@ def samples(kind: str, whose: str) -> Samples:
 
 @cache
 def alone(kind: str, whose: str, receiver: int, sender: int) -> Perms:
-    """One pair, matched on all examples at once: nothing is filled up or masked."""
+    """Matches one pair on all examples at once, without padding or masks."""
     indices = SHARDS[receiver] if whose == "own" else PROXY
     inputs = jnp.asarray((IMAGES[indices] - MEAN) / STD, jnp.float32)
     spec, observe, each, *_ = agents(kind)
-    # Without jit, as every call would compile anew.
+    # The call is not jitted, because every call would compile anew.
     with jax.disable_jit():
         return activation_matching(
             spec, observe, each[receiver], each[sender], [inputs]
@@ -203,7 +203,7 @@ def test_every_edge_is_matched_as_its_two_agents_alone(kind, graph, whose):
 
 
 def test_the_pairs_to_be_matched_differ():
-    # Else mistaken edges, directions or samples would pass unnoticed.
+    # Some units move. Otherwise wrong edges, directions or samples would go unnoticed.
     pairs = [("shared", 0, 1), ("shared", 1, 0), ("shared", 2, 1), ("own", 0, 1)]
     for kind in ("mlp", "maps"):
         perms = [np.concatenate([*alone(kind, *pair).values()]) for pair in pairs]
@@ -234,7 +234,7 @@ def assert_cycles_are_identities(found: EdgePerms) -> None:
     assert cycles
     for cycle in cycles:
         for group in next(iter(found.values())):
-            # To the last agent's units from the first's, and back to the first's.
+            # The permutations go along the cycle, from the first agent back to itself.
             unit = identity = np.arange(len(found[next(iter(found))][group]))
             for edge in zip(cycle, [*cycle[1:], cycle[0]], strict=True):
                 unit = found[edge][group][unit]
@@ -258,7 +258,7 @@ def test_jointly_found_permutations_agree_round_every_cycle(graph, whose):
 
 
 def test_pairwise_matched_permutations_need_not_agree():
-    # Else the tests of those that do would show little.
+    # If they always agreed, the tests of joint matching would prove nothing.
     found = agents("mlp").match(GRAPHS["ring"], samples("mlp", "shared"))
     with pytest.raises(AssertionError):
         assert_cycles_are_identities(found)
@@ -287,7 +287,7 @@ def test_edges_that_tell_each_other_are_matched_once():
         expected = {frozenset(edge) for edge in edges_of(graph).tolist()}
         assert len(matched) == len(expected)
         assert {frozenset(edge) for edge in matched} == expected
-    # On own data each direction has something to say.
+    # On own data the two directions of an edge have different scores.
     matched.clear()
     subject._replace(matcher=matcher).match(GRAPHS["ring"], samples("mlp", "own"))
     assert sorted(matched) == sorted(map(tuple, edges_of(GRAPHS["ring"]).tolist()))
@@ -314,7 +314,7 @@ def by_weights(subject: Agents) -> Agents:
 
 @cache
 def copies(n_devices: int, batching: Any) -> Agents:
-    """Noisy, shuffled copies of one network: the best permutations are plain."""
+    """Makes noisy, shuffled copies of one network with known best permutations."""
     base = agents("mlp").each[0]
     rng = np.random.default_rng(0)
     each = [
@@ -383,7 +383,7 @@ def test_examples_that_do_not_count_are_masked_at_every_tap():
     each = [{"kernel": jax.random.normal(key, (3, 12))} for key in keys]
     matcher = ActivationMatcher(spec, observe, placement)
     subject = Agents(spec, observe, each, placement, matcher)
-    # Shards that fill no batch: what fills them up must not count.
+    # The shards do not fill a batch, and the padding must not count.
     found = subject.match(GRAPHS["one way"], samples("maps", "own"))
     for (receiver, sender), perms in found.items():
         inputs = jnp.asarray((IMAGES[SHARDS[receiver]] - MEAN) / STD, jnp.float32)

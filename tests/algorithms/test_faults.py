@@ -1,4 +1,4 @@
-"""Whole runs on digits where agents drop out and links fail, 30 % each."""
+"""Tests whole runs on digits in which agents drop out and links fail, 30 % each."""
 
 import functools
 from pathlib import Path
@@ -15,10 +15,10 @@ from dimat_jax.config import drop_unread
 from dimat_jax.network import NetworkError
 
 N_AGENTS = 5
-# Those whose network is no graph have no links to fail.
+# The algorithms that use a graph. Without a graph there are no links that could fail.
 ON_GRAPHS = {name for name in ALGORITHMS if ALGORITHMS[name].uses_graph}
 FAULTS = {"faults.dropout": 0.3, "faults.edge_loss": 0.3}
-# Steps that make some way in a few rounds.
+# Learning rates with which a few rounds make progress, by optimizer.
 RATES = {"adam": 1e-3, "dadam": 1e-3, "sgd": 0.1, "heavy_ball": 0.01}
 
 
@@ -41,7 +41,10 @@ def quiet(line: str) -> None:
 
 
 def faulty(algorithm: str, pretrained: Path, **changes: Any):
-    """A few rounds on a ring with faults. Fields are changed by dotted path."""
+    """Makes a config of a few rounds on a ring with faults, with changed fields.
+
+    Fields are named by their dotted paths.
+    """
     config = quickstart.get_config(algorithm)
     fields = {
         "agents": N_AGENTS,
@@ -71,7 +74,7 @@ def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in times} for row in rows]
 
 
-# A single agent has no network, and D2 a condition.
+# Centralized training has no network, and D2 refuses a network with faults.
 @pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"centralized", "d2"}))
 def test_every_algorithm_finishes(run, algorithm):
     rows = read_rows(run(algorithm))
@@ -81,7 +84,7 @@ def test_every_algorithm_finishes(run, algorithm):
             assert np.isfinite(row[field]).all()
     before, after = rows[0], rows[-1]
     assert after["test_loss_mean"] < before["test_loss_mean"]
-    # Some were away, and somebody was there; links failed, and some worked.
+    # Some agents were absent, but not all; some links failed, but not all.
     present = np.array([row["present"] for row in rows[1::2]])
     assert not present.all() and present.any()
     away = ~present[0]
@@ -102,7 +105,7 @@ def test_d2_refuses_to_begin(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("algorithm", ["dimat", "wm"])
 def test_merging_still_beats_training_alone(run, algorithm, seed):
-    """By class, where nobody alone can know all ten digits."""
+    """The data are split by class, so no agent alone can learn all ten digits."""
     setting = {
         "seed": seed,
         "rounds": 30,
@@ -123,7 +126,7 @@ def test_merging_still_beats_training_alone(run, algorithm, seed):
 def test_merging_still_beats_training_alone_where_examples_are_few(
     run, algorithm, seed
 ):
-    """30 each, IID; agents start from different weights."""
+    """Each agent has 30 IID images, and agents start from different weights."""
     setting = {
         "seed": seed,
         "init": "different",
@@ -161,7 +164,7 @@ def test_a_killed_run_resumes_with_the_same_results(run, tmp_path, algorithm, ch
 
 
 def test_a_run_with_faults_resumes_on_other_devices(run, tmp_path):
-    """Two for five agents: one slot is filled up."""
+    """There are two devices for five agents, so one slot only fills up a device."""
     finished = run("dsgt")
     config = faulty("dsgt", finished.parent / "agents")
     resumed(config, tmp_path, devices=2)
@@ -170,7 +173,7 @@ def test_a_run_with_faults_resumes_on_other_devices(run, tmp_path):
 
 
 def resumed(config, workdir: Path, devices: int = 1) -> list[str]:
-    """Kills a run in its third round, and starts it again; what it then says."""
+    """Kills a run in its third round, starts it again, and returns what it prints."""
     config.checkpoint.every = 1
     lines = []
 

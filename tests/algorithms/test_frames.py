@@ -1,4 +1,4 @@
-"""Frames as records: which edges they match, what they ask for, and how they merge."""
+"""Tests the records of frames: the edges to match, the conditions, and the merges."""
 
 from typing import Any
 
@@ -141,7 +141,10 @@ def changed(tree: PyTree) -> PyTree:
 @pytest.mark.parametrize("topology", ["ring", "star", "disconnected"])
 @every_frame
 def test_merging_is_the_sum_of_weighted_permuted_networks(frame, topology, lossy):
-    """sum_j W_ij P_ij x_j by loops: one's own x as it is, others' as they are known."""
+    """Computes sum_j W_ij P_ij x_j by loops.
+
+    An agent's own x is exact, and those of its neighbours are the announced ones.
+    """
     network = links(topology).at_round(1, PLACEMENT.slots)
     W, active = np.asarray(network.W), np.asarray(network.active_edges)
     own = LOCAL.init(PLACEMENT.put(variables()))
@@ -171,7 +174,7 @@ def test_merging_is_the_sum_of_weighted_permuted_networks(frame, topology, lossy
             take(merged, i),
             expected,
         )
-        # Only a reference frame moves agents, and what others know of them.
+        # Only a reference frame moves agents, and the neighbours' estimates of them.
         for before, after in zip((own, known), views, strict=True):
             if after is not None:
                 moved = take(before.variables, i)

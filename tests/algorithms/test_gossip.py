@@ -1,4 +1,4 @@
-"""Every algorithm equals a NumPy loop that is written from its paper's equations."""
+"""Tests that every algorithm equals a NumPy loop with its paper's equations."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ AWAY = Faults(absences=(Absence(1, 2, 3), Absence(4, 1, 2)))
 
 
 def matrices(network: Links) -> list[np.ndarray]:
-    """W at every step."""
+    """Returns W at every step."""
     return [
         np.asarray(network.at_step(t, 1 + t // STEPS, N_AGENTS).W, np.float64)
         for t in range(N_STEPS)
@@ -47,7 +47,7 @@ def matrices(network: Links) -> list[np.ndarray]:
 
 
 def presence(network: Links) -> list[np.ndarray]:
-    """Who is there at every step."""
+    """Returns which agents are present at every step."""
     return [network.present(1 + t // STEPS) for t in range(N_STEPS)]
 
 
@@ -161,7 +161,7 @@ def test_compressed_cga_is_its_papers(faults):
 
 
 def largest(x):
-    """Top-k, of k = 1."""
+    """Keeps only the entry of largest absolute value: top-k with k = 1."""
     kept = np.abs(x) >= np.sort(np.abs(x))[-1]
     return np.where(kept, x, 0)
 
@@ -201,11 +201,11 @@ def test_gradient_tracking_goes_on_where_an_agent_has_no_more_examples():
         if number == 2:
             batch = without_examples(batch, 1)
         state, _ = subject.step(state, batch, network, jax.random.key(0))
-    # It goes on with what it hears of the others, without a gradient of its own.
+    # Its tracker goes on from those that it receives, without a gradient of its own.
     old, new = before.memory, state.memory
     assert not np.asarray(new["gradient"]["x"][1]).any()
-    heard = uniform(links("ring").edges)[1] @ np.asarray(old["tracker"]["x"])
-    tracked = heard - np.asarray(old["gradient"]["x"][1])
+    received = uniform(links("ring").edges)[1] @ np.asarray(old["tracker"]["x"])
+    tracked = received - np.asarray(old["gradient"]["x"][1])
     np.testing.assert_allclose(new["tracker"]["x"][1], tracked, atol=1e-6)
     assert np.abs(tracked).max() > 0.01
 
@@ -279,7 +279,8 @@ def projected(gradients, active):
 @settings(deadline=None, max_examples=60)
 def test_the_projection_is_an_independent_solvers(n_others, size, scale, alike, seed):
     rng = np.random.default_rng(seed)
-    # Other counts of gradients would be programs of their own: the rest does not count.
+    # The number of gradients is always the same, because every number needs its own
+    # program. The additional gradients are no constraints.
     gradients = rng.standard_normal((4, size)) + alike * rng.standard_normal(size)
     gradients = (10.0**scale * gradients).astype(np.float32)
     active = np.arange(3) < n_others
@@ -288,9 +289,9 @@ def test_the_projection_is_an_independent_solvers(n_others, size, scale, alike, 
     expected = reference.projected(counted[0], list(counted[1:]))
     largest = np.abs(gradients).max()
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * largest)
-    # Nobody who counts objects.
+    # No active gradient has a negative inner product with the result.
     assert (counted @ found).min() > -1e-3 * size * largest**2
-    # It is no longer than it was, and with nobody to object it is what it was.
+    # Projection lengthens no gradient, and without a constraint it changes nothing.
     assert np.linalg.norm(found) <= (1 + 1e-5) * np.linalg.norm(counted[0])
     alone = projected(gradients, np.zeros(3, bool))
     np.testing.assert_allclose(alone, gradients[0], rtol=0, atol=1e-5 * largest)
@@ -302,7 +303,7 @@ def test_no_gradient_at_all_projects_to_none():
 
 
 def test_cga_takes_steps_that_no_neighbours_data_object_to():
-    # Agents who disagree strongly: CDSGD's fixed point is far from everybody's good.
+    # The agents disagree strongly, and CDSGD's fixed point is far from the optimum.
     network = links("fully_connected")
     path = trajectory(Case("cga", "sgd"), network, STEPS, ALPHA)
     start = path[0].astype(np.float64)

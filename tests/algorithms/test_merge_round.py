@@ -1,4 +1,4 @@
-"""A merge round of stacked, jitted agents against plain NumPy loops."""
+"""Compares a merge round of stacked, jitted agents with plain NumPy loops."""
 
 import jax
 import numpy as np
@@ -26,7 +26,8 @@ MODELS = {
 
 def _images(n: int, seed: int) -> Split:
     rng = np.random.default_rng(seed)
-    # Smooth blobs rather than noise: units of an untrained network then differ.
+    # The images are smooth blobs, for which units of an untrained network differ more
+    # than for noise.
     coarse = rng.integers(0, 256, (n, 4, 4, 3)).astype(np.uint8)
     return Split(
         coarse.repeat(2, axis=1).repeat(2, axis=2),
@@ -35,10 +36,10 @@ def _images(n: int, seed: int) -> Split:
 
 
 class _World:
-    """Agents that are noisy, shuffled copies of one network; what they look at.
+    """Makes agents that are noisy, shuffled copies of one network, and their data.
 
-    Copies, and biases that keep units alive: then the best assignment is unique, and
-    float32 finds the one that float64 does.
+    They are copies, and their biases keep units alive, so that the best assignment is
+    unique: float32 and float64 then find the same one.
     """
 
     def __init__(self, name: str):
@@ -62,7 +63,7 @@ class _World:
             base["params"],
         )
         if self.task.batch_statistics is not None:
-            # With the statistics that they have, and these biases, units are alive.
+            # With their running statistics and these biases, all units are alive.
             base["batch_stats"] = jax.jit(self.task.batch_statistics)(
                 base, self.inputs.astype(np.float32), np.ones(60, bool)
             )
@@ -107,7 +108,7 @@ def world(request, worlds) -> _World:
     return worlds[request.param]
 
 
-# Ragged on purpose: batches of 8 out of 17, 18, ... examples.
+# Batches are ragged on purpose: they have 8 of 17, 18, ... examples.
 OWN = [np.arange(10 * a, 10 * a + 17 + a) for a in range(N_AGENTS)]
 SHARED = np.arange(20, 40)
 STAY = 0.05

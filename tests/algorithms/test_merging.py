@@ -1,4 +1,4 @@
-"""Merging of networks whose units are shuffled, in every frame."""
+"""Tests the merging of networks whose units are shuffled, in every frame."""
 
 import jax
 import numpy as np
@@ -45,14 +45,14 @@ def now(topology: str, faults: Faults = Faults()) -> Network:  # noqa: B008
 
 
 def examples(name: str) -> MergeData:
-    """Matching by weights has no need of any."""
+    """Returns the data of a merge. Matching by weights needs no examples."""
     return MergeData(
         match=shared_images() if ALGORITHMS[name].matches_activations else None
     )
 
 
 def random_frames(seed: int = 5) -> PyTree:
-    """A random permutation for every agent, stacked."""
+    """Draws a random permutation for every agent, stacked."""
     one = take(DEEP.variables(1), 0)
     keys = jax.random.split(jax.random.key(seed), PLACEMENT.slots)
     return stack([permutation.random(DEEP.task.spec, one, key) for key in keys])
@@ -85,7 +85,7 @@ def test_fully_connected_weight_averaging_reaches_consensus_at_once():
     ],
 )
 def test_shuffled_copies_merge_into_what_they_are_copies_of(name, frame, opt_state):
-    """Momenta included: they are shuffled with the weights, and must come back."""
+    """Momenta are shuffled with the weights, and must come back too."""
     subject = merging(name, frame=frame, opt_state=opt_state)
     algorithm = subject.algorithm
     one = take(DEEP.variables(N_AGENTS), EVERYONE_AS_THE_FIRST)
@@ -97,7 +97,7 @@ def test_shuffled_copies_merge_into_what_they_are_copies_of(name, frame, opt_sta
     assert metrics["moved_units"] > 0
     assert 0.5 < metrics["match_similarity"] <= 1 + 1e-6
 
-    # Undoing the frame's own shuffle: everyone's own, or the root's for all.
+    # Each frame undoes a shuffle: every agent's own one, or the root's for all agents.
     root_for_all = take(perms, EVERYONE_AS_THE_FIRST)
     expected = subject.aligned(state, root_for_all if frame == "reference" else perms)
     assert_close(subject.variables(merged), subject.variables(expected))
@@ -119,7 +119,7 @@ def _is_schedule(path, value) -> bool:
 @pytest.mark.parametrize("frame", ["own", "reference", "joint"])
 @pytest.mark.parametrize("name", ["dimat", "wm"])
 def test_where_agents_are_away_each_component_merges_by_itself(name, frame):
-    """On a ring of five without 1 and 4: 0 is alone, and 2 and 3 are a pair."""
+    """On a ring of five without 1 and 4, agent 0 is alone, and 2 and 3 are a pair."""
     faults = Faults(absences=(Absence(1, 1), Absence(4, 1)))
     network = now("ring", faults)
     edges = np.asarray(network.active_edges)
@@ -130,7 +130,7 @@ def test_where_agents_are_away_each_component_merges_by_itself(name, frame):
     state = subject.aligned(subject.algorithm.init(PLACEMENT.put(one)), perms)
     data = examples(name)
     merged, metrics = subject.algorithm.communicate(state, data, network, KEY)
-    # Copies stay what they are; in a reference frame the pair is in its root's.
+    # Merged copies do not change, but in a reference frame the pair is in its root's.
     roots = np.array([0, 1, 2, 2, 4]) if frame == "reference" else np.arange(N_AGENTS)
     expected = subject.aligned(
         subject.algorithm.init(PLACEMENT.put(one)), take(perms, roots)
@@ -138,7 +138,7 @@ def test_where_agents_are_away_each_component_merges_by_itself(name, frame):
     assert_close(merged, expected)
     assert metrics["moved_units"] > 0
     assert not np.asarray(metrics["matching_bytes"])[~edges].any()
-    # Who is away keeps its state to the bit, clocks aside.
+    # An absent agent keeps its state bit by bit, learning-rate clocks aside.
     for agent in (1, 4):
         kept = with_clocks_of(take(merged, agent), take(state, agent))
         jax.tree.map(np.testing.assert_array_equal, kept, take(state, agent))
@@ -192,7 +192,7 @@ def test_weight_matching_needs_no_activations_at_all(frame):
         algorithm.communicate(state, MergeData(), now("ring"), key)
         for key in (KEY, KEY, jax.random.key(1))
     ]
-    # The round's key draws the orders: with the same key the same happens.
+    # The round's key determines the orders, so the same key gives the same result.
     first, again, _ = (PLACEMENT.gather(algorithm.variables(s)) for s, _ in results)
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert {"scores", "assignment", "mix"} == results[0][1]["merge_seconds"].keys()

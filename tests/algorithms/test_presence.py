@@ -1,4 +1,4 @@
-"""Agents that leave and return: what they leave behind, and what they bring along."""
+"""Tests agents that leave and return: their own state, and that of the others."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ from tests.algorithms.problems import (
 
 @pytest.mark.parametrize("name", ["dsgt", "cdsgd"])
 def test_those_who_are_left_forget_who_left(name):
-    """The trackers' sum would otherwise lack, for good, what an agent took along."""
+    """Otherwise the sum of the trackers would always lack the part of the agent."""
     network = links("fully_connected", faults=Faults(absences=(Absence(2, 5),)))
     x = trajectory(CASES[name], network, 2000, 0.05)[-1]
     left = np.array([0, 1, 3, 4])
@@ -47,7 +47,7 @@ def test_who_returns_to_a_server_is_counted_when_it_has_trained_from_the_average
         return path[number * STEPS]
 
     def trained(x):
-        """A round of everyone's own descent."""
+        """Runs a round of local training for every agent."""
         for _ in range(STEPS):
             x = x - 0.1 * np.stack([gradient(i, x[i]) for i in range(N_AGENTS)])
         return x
@@ -61,7 +61,7 @@ def test_who_returns_to_a_server_is_counted_when_it_has_trained_from_the_average
     for number in (2, 3):
         x = np.where(everyone[:, None] < 4, trained(averaged(x, others)), x)
         np.testing.assert_allclose(last_of_round(number), x, atol=1e-5)
-    # Back, it hears the average, which it is not in.
+    # The agent that returns receives the average, but is not a part of it.
     x = trained(averaged(x, others))
     np.testing.assert_allclose(last_of_round(4), x, atol=1e-5)
     x = trained(averaged(x, everyone))
@@ -69,7 +69,7 @@ def test_who_returns_to_a_server_is_counted_when_it_has_trained_from_the_average
 
 
 def test_neighbours_without_examples_object_to_nothing():
-    """Nor does what their messages lost, which error feedback would send now."""
+    """Error feedback does not send the losses of their earlier messages either."""
     subject = built("compcga")
     batch, slots = whole_batch(subject.placement), subject.placement.slots
     network = links("ring").at_step(0, 1, slots)
@@ -79,9 +79,9 @@ def test_neighbours_without_examples_object_to_nothing():
     residuals = jax.tree.leaves(state.memory)
     assert any(np.abs(residual[0]).max() > 1e-3 for residual in residuals)
     alone, _ = subject.step(state, without_examples(batch, 1, 4), network, KEY)
-    nobody = links("disconnected").at_step(0, 1, slots)
-    free, _ = subject.step(state, batch, nobody, KEY)
-    # Its momentum is that of its own gradient, projected on itself.
+    no_edges = links("disconnected").at_step(0, 1, slots)
+    free, _ = subject.step(state, batch, no_edges, KEY)
+    # The momentum is that of the agent's own gradient, without a constraint.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[0], b[0], atol=1e-6),
         alone.local.opt_state,
@@ -94,7 +94,7 @@ def test_neighbours_without_examples_object_to_nothing():
 @pytest.mark.parametrize("name", ["fedavg", "dsgt", "wa", "wa, int8"])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_steps_compile_once_whatever_communicating_returns(name, devices):
-    """A state that lies elsewhere would compile them anew, and copy it."""
+    """A state with another sharding would be copied, and steps would compile anew."""
     subject = built(name, layout=Layout(devices=devices))
     batch, slots = whole_batch(subject.placement), subject.placement.slots
     step: Any = jax.jit(

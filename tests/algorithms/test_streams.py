@@ -1,7 +1,7 @@
-"""Scores that are streamed over batches, by the one driver, for both kinds of networks.
+"""Tests scores that are streamed over batches, for both kinds of networks.
 
-Networks in a list and agents that are stacked over devices give the same scores, those
-of all samples at once.
+Networks in a list and agents that are stacked over devices give the same scores, which
+are those of all samples at once.
 """
 
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def batches() -> Iterator[np.ndarray]:
 
 
 def in_waves(ends: np.ndarray, length: int) -> list[Pairs]:
-    """Pairs in waves of a length; the last wave is filled up with pairs (0, 0)."""
+    """Groups pairs into waves; the last wave is filled up with pairs (0, 0)."""
     waves = []
     for start in range(0, len(ends), length):
         wave = ends[start : start + length]
@@ -78,7 +78,7 @@ def in_waves(ends: np.ndarray, length: int) -> list[Pairs]:
 
 
 def at_once(group: str, reference: int, permutee: int, inputs) -> np.ndarray:
-    """The correlations on all inputs at once, in float64."""
+    """Computes the correlations on all inputs at once, in float64."""
     scores = []
     for tap in TAPS[group]:
         one, other = (

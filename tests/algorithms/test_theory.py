@@ -1,9 +1,10 @@
-"""What theory promises of each algorithm on a strongly convex problem, and no more.
+"""Tests what theory promises for each algorithm on a strongly convex problem.
 
-Least squares whose agents disagree: with a constant step, gossip ends where the pull of
-an agent's own data and that of its neighbours are in balance, a fixed point that is
-known exactly, off the optimum by the order of the step; with a decaying step it ends at
-the optimum; and what corrects for heterogeneity ends there with any step.
+The problem is least squares, and the agents' data differ. With a constant step, plain
+gossip ends at a fixed point at which the agents' gradients and the mixing are in
+balance. This point is known exactly; its distance from the optimum is of the order of
+the step. With a decaying step gossip ends at the optimum. Algorithms that correct for
+heterogeneous data end at the optimum with a constant step too.
 """
 
 from collections.abc import Callable
@@ -39,12 +40,12 @@ DECAYING = 0.2, 0.05
 
 
 def error(x: np.ndarray) -> float:
-    """How far the worst agent is from the optimum of all data."""
+    """Computes the distance of the worst agent from the optimum of all data."""
     return float(np.linalg.norm(x - OPTIMUM, axis=1).max())
 
 
 def consensus_distance(x: np.ndarray) -> float:
-    """How far the worst agent is from the mean."""
+    """Computes the distance of the worst agent from the mean."""
     return float(np.linalg.norm(x - x.mean(axis=0), axis=1).max())
 
 
@@ -56,7 +57,7 @@ def gradients(x: np.ndarray) -> np.ndarray:
 
 
 def fixed_point(update: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Where an affine map of all agents' x `[agents, dim]` stays."""
+    """Finds the fixed point of an affine map of all agents' x `[agents, dim]`."""
     zero = np.zeros((N_AGENTS, DIM))
     shift = update(zero)
     linear = np.stack(
@@ -79,7 +80,7 @@ def adapt_then_combine(W, alpha):
 
 
 def rounds(W, alpha):
-    """The end of a round that begins with averaging."""
+    """Returns the agents' x at the end of a round that begins with averaging."""
     return lambda x: reference.weight_averaging(gradient, [W], x, alpha, STEPS)[-1]
 
 
@@ -88,8 +89,8 @@ def slower(W, gamma):
 
 
 AVERAGE = np.full((N_AGENTS, N_AGENTS), 1 / N_AGENTS)
-# An algorithm, the share of the learning rate that it takes (heavy-ball momentum of 0.9
-# makes ten steps of one), and whose fixed point is its own.
+# Each entry is an algorithm, the factor of its learning rate (with a momentum of 0.9 a
+# heavy ball multiplies a step by ten), and the update whose fixed point it reaches.
 BIASED: dict[str, tuple[Case, float, Callable]] = {
     "cdsgd": (CASES["cdsgd"], 1.0, combine_then_adapt),
     "cdmsgd": (CASES["cdmsgd"], 0.1, lambda W, a: combine_then_adapt(W, 10 * a)),
@@ -108,7 +109,7 @@ BIASED: dict[str, tuple[Case, float, Callable]] = {
     ),
     "fedavg": (CASES["fedavg"], 1.0, lambda W, a: rounds(AVERAGE, a)),
     "wa": (Case("wa", "sgd"), 1.0, rounds),
-    # What compressed merging loses is made up for: it ends where exact merging does.
+    # Compressed merging sends later what it loses, so it ends where exact merging does.
     "wa, top_k": (Case("wa", "sgd", "top_k"), 1.0, rounds),
     "wa, sign": (Case("wa", "sgd", "sign"), 1.0, rounds),
 }
@@ -134,7 +135,7 @@ def test_a_constant_step_ends_in_its_fixed_point_off_by_the_order_of_the_step(
         x = trajectory(case, GRAPHS[graph], n_steps, share * rate)[-1]
         np.testing.assert_allclose(x, expected, rtol=0, atol=1e-5)
         ends.append(x)
-    # Yuan, Ling & Yin 2016, theorem 4: of the order of alpha, both of them.
+    # Both distances are of the order of alpha (Yuan, Ling & Yin 2016, theorem 4).
     for distance in (error, consensus_distance):
         assert 0.05 < distance(ends[0]) < 1.3
         assert 0.1 < distance(ends[1]) / distance(ends[0]) < 0.35
@@ -145,7 +146,7 @@ def test_a_decaying_step_ends_at_the_optimum(name, graph):
     case, share, update = BIASED[name]
     rate, decay = share * DECAYING[0], DECAYING[1]
     path = trajectory(case, GRAPHS[graph], N_STEPS, rate, decay)
-    # It keeps up with the fixed point of the step that it takes, which gets there.
+    # The agents follow the fixed point of the present step, which nears the optimum.
     rate /= 1 + decay * N_STEPS
     last = fixed_point(update(GRAPHS[graph].mixing_matrix[0], rate))
     for distance in (error, consensus_distance):
@@ -178,7 +179,7 @@ def test_gradient_tracking_and_d2_reach_the_optimum_with_a_constant_step(name, n
 
 @pytest.mark.parametrize("name", ["dsgt", "d2"])
 def test_gradient_tracking_and_d2_forget_rounding(name):
-    # A mean that float32 moves with every step would have become an error of 0.1.
+    # If rounding in float32 moved the mean with every step, the error would be 0.1.
     assert error(trajectory(CASES[name], RING, 30_000, 0.01)[-1]) < 1e-4
     assert error(trajectory(CASES[name], RING, 9000, *DECAYING)[-1]) < 1e-4
 
@@ -195,16 +196,16 @@ def test_among_those_who_are_there_all_are_heard_in_the_long_run(name):
     network = links("ring", "uniform", Faults(0.3, 0.3, (Absence(2, 1, 50),)))
     case = CASES[name]._replace(optimizer="sgd")
     path = trajectory(case, network, N_STEPS, *DECAYING)
-    # Whoever is away has yet to hear of the others.
-    there = network.present(N_STEPS // STEPS)
-    assert error(path[-1][there]) < 0.1
+    # Absent agents have not received the latest messages, so they may lag behind.
+    present = network.present(N_STEPS // STEPS)
+    assert error(path[-1][present]) < 0.1
 
 
 # Push-sum =============================================================================
 
 
 def irregular_digraph() -> np.ndarray:
-    """Strongly connected; nobody has as many receivers as senders."""
+    """A strongly connected graph: no agent has as many receivers as senders."""
     cycle = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 0)]
     return from_graph(nx.DiGraph([*cycle, (0, 2), (0, 3)]))
 
@@ -214,7 +215,7 @@ PULLED = Links(irregular_digraph(), row_stochastic)
 
 
 def test_push_sum_averages_where_gossip_is_biased():
-    # No gradients: the question is what the agents agree upon.
+    # There are no gradients, because the question is on what value the agents agree.
     pushed = trajectory(CASES["sgp"], PUSHED, 200, 0.0)[-1]
     gossiped = trajectory(CASES["cdsgd"], PULLED, 200, 0.0)[-1]
     mean = START.mean(axis=0)
@@ -225,7 +226,7 @@ def test_push_sum_averages_where_gossip_is_biased():
 
 
 def perron(W: np.ndarray) -> np.ndarray:
-    """The left eigenvector of the eigenvalue 1, which sums to 1."""
+    """Computes the left eigenvector of the eigenvalue 1, scaled to the sum 1."""
     values, vectors = np.linalg.eig(W.T)
     vector = np.real(vectors[:, np.argmin(np.abs(values - 1))])
     return vector / vector.sum()
@@ -235,7 +236,7 @@ def test_push_sum_finds_the_optimum_where_gossip_finds_another():
     pushed = trajectory(CASES["sgp"], PUSHED, N_STEPS, *DECAYING)[-1]
     assert error(pushed) < 0.02
     gossiped = trajectory(CASES["cdsgd"], PULLED, N_STEPS, *DECAYING)[-1]
-    # That of the losses weighted by how much each agent is heard.
+    # It is the optimum of the losses weighted by each agent's influence on the others.
     weights = perron(PULLED.mixing_matrix[0])
     np.testing.assert_allclose(
         gossiped, np.tile(optimum(weights[:, None]), (N_AGENTS, 1)), atol=0.02
@@ -273,7 +274,7 @@ def test_choco_finds_the_optimum_also_where_links_fail(compressor):
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_dadam_agrees_on_the_optimum_of_losses_scaled_by_each_agents_moments(graph):
-    """Its scaling is each agent's own, so it balances others than the gradients.
+    """Each agent scales its gradient by itself, so the scaled gradients sum to 0.
 
     (Chen et al. 2021, arXiv 2109.03194, theorem 2: it may not converge to the optimum.)
     """
@@ -294,10 +295,10 @@ def test_dadam_agrees_on_the_optimum_of_losses_scaled_by_each_agents_moments(gra
 
 
 def objection(x: np.ndarray) -> float:
-    """How long the shortest step is that agents at x project theirs to.
+    """Computes the length of the shortest projected gradient of agents at x.
 
-    0: none improves x for everybody (x is Pareto-stationary; the optimum is one of many
-    such).
+    It is 0 if no direction improves x for all agents. Then x is Pareto-stationary; the
+    optimum is one of many such points.
     """
     at_x = [gradient(j, x) for j in range(N_AGENTS)]
     directions = [
@@ -308,8 +309,9 @@ def objection(x: np.ndarray) -> float:
 
 @pytest.mark.parametrize("name", ["cga", "compcga"])
 def test_cga_ends_where_no_step_is_good_for_everybody(name):
-    # Its theory bounds how far the projected direction is from the mean gradient; what
-    # it stops for is weaker: that no direction descends on everybody's data.
+    # CGA's theory bounds the distance of the projected direction from the mean
+    # gradient. But CGA already stops at a weaker condition: no direction descends on
+    # the data of all agents.
     start = START + 4  # from where everybody wants to go back
     path = trajectory(CASES[name], RING, N_STEPS, 0.02, 0.05, start)
     before, after = objection(path[0].mean(axis=0)), objection(path[-1].mean(axis=0))
@@ -319,7 +321,7 @@ def test_cga_ends_where_no_step_is_good_for_everybody(name):
 
 
 def test_training_alone_ends_at_everybodys_own_optimum():
-    # The control: without communication nobody gets there.
+    # As a control, agents without communication do not reach it.
     x = trajectory(Case("local", "sgd"), RING, 8000, 0.1)[-1]
     own = np.stack(
         [np.linalg.solve(H, b) for H, b in zip(HESSIANS, TARGETS, strict=True)]

@@ -1,4 +1,4 @@
-"""What agreeing on frames sends, counted by hand and by a formula."""
+"""Tests the bytes that agreeing on frames sends, by hand and by a formula."""
 
 import networkx as nx
 import numpy as np
@@ -26,8 +26,8 @@ def test_agents_that_stay_in_their_own_frames_send_nothing():
 
 
 def test_on_a_path_to_a_reference_frame():
-    # 0 finds 1's permutations and sends them to it, and 1 does the same for 2. Then the
-    # ends of each link send each other their permutations.
+    # Agent 0 finds agent 1's permutations and sends them to it, and 1 does the same for
+    # 2. Then the ends of each link send each other their permutations.
     assert traffic("reference").tolist() == [
         [0, PERMS, 0],
         [2 * PERMS, 0, PERMS],
@@ -36,15 +36,16 @@ def test_on_a_path_to_a_reference_frame():
 
 
 def test_on_a_path_to_a_joint_frame_with_scores():
-    # 0 has the scores of 0 and 1, and is sent those of 1 and 2, which 1 has. The
-    # permutations of 1 come back, and those of 2 by way of 1. Then the ends of each
-    # link send each other their permutations.
+    # Agent 0 has the scores of 0 and 1; agent 1 sends it those of 1 and 2. Agent 0
+    # sends the permutations of 1 to it, and those of 2 by way of 1. Then the ends of
+    # each link send each other their permutations.
     assert traffic("joint").tolist() == [
         [0, SCORES + PERMS, 0],
         [3 * PERMS, 0, PERMS],
         [0, 2 * PERMS, 0],
     ]
-    # On own data every receiver has scores: 2 those of 1 as it sees it, 1 two of them.
+    # On own data every receiver has scores of its senders: agent 2 has one pair's
+    # scores, and agent 1 has two.
     assert traffic("joint", BOTH).tolist() == [
         [0, 3 * SCORES + PERMS, 0],
         [3 * PERMS, 0, SCORES + PERMS],
@@ -54,7 +55,8 @@ def test_on_a_path_to_a_joint_frame_with_scores():
 
 def test_on_a_path_to_a_joint_frame_with_weights():
     assert traffic("joint", scores=0).tolist() == [
-        # The weights of 1 and 2 go on from those who merge with them: 0 and 1.
+        # Agents 0 and 1 have the weights of their neighbours anyway, so only agent 2's
+        # weights are sent on, from 1 to 0.
         [0, WEIGHTS + PERMS, 0],
         [3 * PERMS, 0, PERMS],
         [0, 2 * PERMS, 0],

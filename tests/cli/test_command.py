@@ -1,4 +1,4 @@
-"""The command `dimat`: usage, unknown commands, bundled configs, and `dimat show`."""
+"""Tests the command `dimat`: usage, errors, bundled configs, and `dimat show`."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def ended(capsys, *arguments: str) -> tuple[int, str, str]:
-    """The exit code of the command in this process, and what it printed."""
+    """Runs the command in this process; returns its exit code and what it prints."""
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
     printed = capsys.readouterr()
@@ -26,7 +26,7 @@ def ended(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def alone(*arguments: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own."""
+    """Runs the command in a process of its own."""
     code = "import sys; from dimat_jax.cli import main; main(sys.argv[1:])"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -207,7 +207,7 @@ def test_it_says_what_each_entry_is(capsys):
         line.split(maxsplit=1) for line in shown(capsys, "topologies").splitlines()
     ]
     assert ["ring", meaning] in lines
-    assert "quickstart         Five agents on" in shown(capsys, "configs")
+    assert "quickstart         Five agents learn" in shown(capsys, "configs")
 
 
 @pytest.mark.parametrize("topic", ["quickstart:wa", "configs/quickstart.py:wa"])

@@ -1,4 +1,4 @@
-"""Merging as a user does it: runs, PyTorch files and earlier merges, two or more."""
+"""Tests `dimat merge` as a user calls it, on runs, PyTorch files and earlier merges."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def agents(workdir: Path, *numbers: int) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def merged(workdir) -> Path:
-    """What comes of a merge of two of them."""
+    """The folder of a merge of two of these models."""
     out = workdir.parent / "merged"
     run(Options(agents(workdir, 0, 1), str(out), points=3), quiet)
     return out
@@ -160,7 +160,7 @@ def fresh(name: str, seed: int = 0, n_classes: int = 10, **arguments) -> SavedMo
         jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32),
     )
     rng = np.random.default_rng(seed)
-    # Positive, for some are variances.
+    # The numbers are positive, because some of them are variances.
     variables = jax.tree.map(
         lambda x: rng.uniform(0.01, 0.1, x.shape).astype(np.float32), shapes
     )
@@ -206,7 +206,7 @@ def test_pytorch_files_are_merged_and_batch_norm_is_recalibrated(tmp_path):
 
 
 class Files:
-    """What may be named on the command line."""
+    """The names that may stand on the command line."""
 
     def __init__(self, folder: Path, workdir: Path, merged: Path):
         self.folder, self.run, self.merged = folder, workdir, merged
@@ -294,7 +294,7 @@ BAD = {
             f.save(str(i), fresh("mlp", i, n_classes=7, hidden=[9])) for i in (0, 1)
         ],
         {},
-        "tells 7 classes apart, but digits has 10",
+        "is for 7 classes, but digits has 10",
     ),
     "NaN": (
         lambda f: [f.run, f.save("nan", with_nan(fresh("mlp")))],
@@ -322,7 +322,7 @@ def test_bad_input_is_named_and_leaves_no_files(
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path, workdir):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         run(Options(agents(workdir, 0, 1), str(tmp_path)), quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -1,4 +1,4 @@
-"""The programs as a user runs them: exit codes, messages, files; kill -9 and resume."""
+"""Tests the programs as a user runs them: exit codes, messages, files, and resuming."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    # A cache of their own: the programs' compiled code goes into the user's cache.
+    # The programs get a cache of their own, where they store their compiled code.
     cache = tmp_path_factory.mktemp("cache")
     return {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONUNBUFFERED": "1"}
 
@@ -54,7 +54,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, environment) -> tuple[Path, str]:
-    """The workdir of a small run of the program, and what it printed."""
+    """The workdir of a small run of the program, and the text that it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     result = run(environment, "train", *SMALL, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
@@ -171,7 +171,7 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
     assert result.returncode == 0, result.stderr
     for name in ("dimat-0", "dimat-1", "wa-0", "wa-1"):
         assert json.loads((workdir / name / "summary.json").read_text())["round"] == 2
-    # One set of agents for each seed.
+    # There is one set of agents for each seed.
     assert len(list((workdir / "pretrained").iterdir())) == 2
     runs = reports.load([workdir])
     assert runs.fields == ["algorithm"]

@@ -1,4 +1,4 @@
-"""Reports on runs that were never run: what is compared, counted and drawn."""
+"""Tests reports on made-up runs: their comparisons, tables and figures."""
 
 import itertools
 import json
@@ -73,9 +73,9 @@ def write_run(
     partition: dict[str, Any] | None = None,
     **fields: Any,
 ) -> None:
-    """A run that sends `sent` with every round, and gains 1/100 when it trains.
+    """Writes a run that sends `sent` bytes in a round, and gains 1/100 by training.
 
-    A field's dots are double underscores.
+    In the names of config fields, double underscores stand for dots.
     """
     folder.mkdir(parents=True, exist_ok=True)
     fields = {name.replace("__", "."): value for name, value in fields.items()}
@@ -147,7 +147,7 @@ def test_what_varies_with_the_algorithm_alone_is_its_setting_and_not_compared(tm
     settings = reports.tables(runs)[SETTINGS]
     assert settings.to_dict() == {
         "mixing": {"cdsgd": "uniform", "sgp": "column_stochastic", "wa": "uniform"},
-        # Their own, which their configs leave empty.
+        # The algorithms' own choices, which their configs leave empty.
         "optimizer.name": {"cdsgd": "sgd", "sgp": "sgd", "wa": "adam"},
         "learning_rate": {"cdsgd": "0.1", "sgp": "0.1", "wa": "0.001"},
     }
