@@ -34,6 +34,7 @@ __all__ = [
     "check_weights",
     "correction",
     "interpolate",
+    "over_last_axes",
     "recalibrate",
     "repair",
 ]
@@ -221,6 +222,11 @@ def correction(
     return scale, target.mean - scale * measured.mean
 
 
+def over_last_axes(units: Float[Array, "*units"], n_axes: int) -> Array:
+    """Adds leading axes of length 1, so that an array of `n_axes` axes ends in units."""
+    return units.reshape((1,) * (n_axes - units.ndim) + units.shape)
+
+
 def repair(
     unit_moments: Callable[..., dict[str, UnitMoments]],
     merged: PyTree,
@@ -305,8 +311,8 @@ def _correct(
         if layer not in corrections or name not in ("kernel", "bias"):
             return leaf
         scale, shift = corrections[layer]
-        exact = leaf * scale + (shift if name == "bias" else 0)
-        return exact.astype(leaf.dtype)
+        exact = leaf * over_last_axes(scale, leaf.ndim)
+        return (exact + shift if name == "bias" else exact).astype(leaf.dtype)
 
     return map_with_path(correct, variables)
 

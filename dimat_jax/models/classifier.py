@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key
 
 from dimat_jax.data.pipeline import Batch
-from dimat_jax.merge import UnitMoments, correction
+from dimat_jax.merge import UnitMoments, correction, over_last_axes
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._spec import axis_groups
 from dimat_jax.tree import PyTree, flatten
@@ -183,8 +183,11 @@ def unit_moments(
             measured[layer] = UnitMoments(units.mean(samples), units.var(samples))
             if targets is None:
                 return units
-            scale, shift = correction(measured[layer], targets[layer])
-            return units * scale + (shift if context.module.use_bias else 0)
+            scale, shift = (
+                over_last_axes(x, units.ndim)
+                for x in correction(measured[layer], targets[layer])
+            )
+            return units * scale + shift if context.module.use_bias else units * scale
 
         with nn.intercept_methods(measure_call):
             model.apply(variables, inputs, train=False)

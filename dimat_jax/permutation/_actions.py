@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Int32, Key
 
 from dimat_jax.permutation._spec import (
@@ -74,7 +75,7 @@ def apply(spec: PermutationSpec, perms: AnyPerms, variables: PyTree) -> PyTree:
 
 
 def permute_leaf(
-    axes: tuple[Axis, ...], perms: AnyPerms, leaf: Array | np.ndarray
+    axes: tuple[Axis, ...], perms: AnyPerms, leaf: ArrayLike
 ) -> Array | np.ndarray:
     """Permutes one array whose dimensions are described by `axes`.
 

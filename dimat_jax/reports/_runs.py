@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from dimat_jax._metrics import read_rows
-from dimat_jax.config import default_config, fields_of, fields_read
+from dimat_jax.config import ROOT, default_config, fields_of, fields_read
 from dimat_jax.errors import UserError
+from dimat_jax.options import every
 
 __all__ = [
     "PHASES",
@@ -164,7 +165,8 @@ def _read(directories: Sequence[str | Path]) -> tuple[DataFrame, DataFrame]:
     # kinds. Older runs did not count kinds.
     complete = sent.sum(axis=1) == evaluations.bytes_sent_total
     evaluations[list(sent)] = sent.mask(sent.isna() & complete.to_frame().to_numpy(), 0)
-    return evaluations, pd.DataFrame.from_dict(configs, orient="index")
+    read: DataFrame = pd.DataFrame.from_dict(configs, orient="index")
+    return evaluations, read[[o.path for o in every(ROOT) if o.path in read]]
 
 
 def _evaluations(rows: list[dict[str, Any]]) -> DataFrame:

@@ -526,7 +526,9 @@ def fourier(v, x):
 FOURIER = {"a": normal(3, 6), "b": normal(6, 5), "c": normal(5, 5)}
 
 
-def test_an_operation_that_is_not_known_fixes_what_it_touches_and_says_so():
+def test_an_operation_that_is_not_known_fixes_what_it_touches_and_says_so(
+    without_type_checks,
+):
     with pytest.warns(UserWarning) as caught:
         spec = derive(fourier, FOURIER, normal(4, 3))
     assert spec.axes == {"a": (None, "a:1"), "b": ("a:1", None), "c": (None, None)}

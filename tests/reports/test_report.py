@@ -273,8 +273,8 @@ def test_a_short_name_that_two_fields_share_is_written_out(tmp_path):
         )
     assert load([tmp_path]).lines == [
         "algorithm",
-        "pretrain.optimizer.learning_rate",
         "merge.batch_size",
+        "pretrain.optimizer.learning_rate",
         "eval.batch_size",
     ]
 
