@@ -15,7 +15,7 @@ import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import State, Variables
-from dimat_jax.config import result_fields
+from dimat_jax.config import fields_of, fields_read
 from dimat_jax.experiment import Experiment
 from dimat_jax.workdir import Results
 
@@ -148,7 +148,7 @@ def _fingerprint(experiment: Experiment) -> str:
     parts = ("data.", "augmentation.", "model.", "pretrain.", "seed", "init")
     fields = {
         field: value
-        for field, value in result_fields(config.to_dict()).items()
+        for field, value in fields_read(fields_of(config)).items()
         if field.startswith(parts)
     }
     fields |= {

@@ -6,15 +6,21 @@ that read them; `ROOT` holds the options that every run reads, and leads to all 
 (see `dimat_jax.options`).
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dimat_jax import _checkpoint, algorithms, evaluate
+from dimat_jax._run_options import (
+    BATCH_SIZE,
+    LOCAL_EPOCHS,
+    LOCAL_STEPS,
+    PRETRAIN_EPOCHS,
+    ROUNDS,
+)
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
 from dimat_jax.algorithms._merging import OPT_STATE
 from dimat_jax.algorithms.record import INIT
@@ -42,7 +48,6 @@ __all__ = [
     "ROOT",
     "Config",
     "ConfigError",
-    "UnreadOptionError",
     "check",
     "default_config",
     "drop_unread",
@@ -52,6 +57,8 @@ __all__ = [
     "record_of",
     "resolved",
     "result_fields",
+    "set_if_read",
+    "settle_overrides",
 ]
 
 Config = Any
@@ -64,76 +71,6 @@ Fields = Mapping[str, Any]
 class ConfigError(UserError):
     """A config cannot be run. The message names a field, its value, what is allowed."""
 
-
-class UnreadOptionError(ConfigError):
-    """Options that are set although nothing in this config reads them."""
-
-
-# The options of the run itself ========================================================
-
-BATCH_SIZE = Option(
-    "batch_size",
-    100,
-    "The number of images in a batch of each agent's local steps.",
-    at_least=1,
-    unit="images",
-)
-ROUNDS = Option(
-    "rounds",
-    100,
-    "The number of rounds. In a round agents communicate, are evaluated, and train.",
-    at_least=0,
-    unit="rounds",
-)
-LOCAL_EPOCHS = Option(
-    "local_epochs",
-    2,
-    "The number of epochs that every agent trains in a round.",
-    at_least=0,
-    unit="epochs",
-    empty="local_steps says how long a round is",
-)
-LOCAL_STEPS = Option(
-    "local_steps",
-    0,
-    "The number of steps that every agent trains in a round.",
-    at_least=0,
-    unit="steps",
-    empty="local_epochs says how long a round is",
-)
-PRETRAIN_OPTIMIZER = (
-    dataclasses.replace(OPTIMIZER.under("pretrain"), default="adam", empty=""),
-    LEARNING_RATE.under("pretrain"),
-    SCHEDULE.under("pretrain"),
-)
-PRETRAIN_EPOCHS = Option(
-    "pretrain.epochs",
-    100,
-    "The number of epochs that every agent trains alone before the first round.",
-    at_least=0,
-    unit="epochs",
-    empty="agents start the rounds with random weights",
-    opens=(
-        BATCH_SIZE.under("pretrain"),
-        *PRETRAIN_OPTIMIZER,
-        PRETRAIN_PARTITION,
-        Option(
-            "pretrain.checkpoint_every",
-            10,
-            "The number of epochs between two checkpoints of pre-training.",
-            at_least=1,
-            unit="epochs",
-            changes_results=False,
-        ),
-        Option(
-            "pretrain.cache_dir",
-            "",
-            "The folder where runs share the agents that they have pre-trained.",
-            empty="pre-trained agents are not shared",
-            changes_results=False,
-        ),
-    ),
-)
 
 ROOT = (
     SEED,
@@ -226,7 +163,7 @@ def record_of(fields: Fields) -> AlgorithmRecord:
     """
     for option in (ALGORITHM, INNER):
         _check_value(option, fields)
-    return algorithms.record(fields[ALGORITHM.path], fields[INNER.path])
+    return algorithms.algorithm_record(fields[ALGORITHM.path], fields[INNER.path])
 
 
 def resolved(fields: Fields) -> dict[str, Any]:
@@ -276,6 +213,43 @@ def drop_unread(config: Config) -> Config:
     return config
 
 
+def set_if_read(config: Config, path: str, value: Any) -> None:
+    """Sets an option where the config reads it, and leaves the config alone elsewhere.
+
+    Programs use it for what they add to any config, like the folder of the data.
+    """
+    if path in read(ROOT, resolved(fields_of(config))):
+        config.update_from_flattened_dict({path: value})
+
+
+def settle_overrides(
+    config: Config, original: Config, overridden: Collection[str]
+) -> Config:
+    """Drops what a config file has set and only overrides leave unread.
+
+    A file may set `merge.stay`; if the algorithm is then overridden by one that does
+    not merge, `merge.stay` goes back to its default. An overridden option that is not
+    read stays, so that `check` refuses it.
+
+    Args:
+        config: the file's config, with the overrides.
+        original: the file's config without them.
+        overridden: the paths of the overridden options.
+
+    Returns:
+        `config` itself.
+    """
+    before = read(ROOT, resolved(fields_of(original)))
+    now = read(ROOT, resolved(fields_of(config)))
+    defaults = {
+        path: option.default
+        for path, option in before.items()
+        if path not in now and path not in overridden
+    }
+    config.update_from_flattened_dict(defaults)
+    return config
+
+
 def model_arguments(fields: Fields) -> dict[str, Any]:
     """Returns the keyword arguments of `MODELS[name]`.
 
@@ -320,7 +294,7 @@ def _refuse_unread(fields: Fields, found: Mapping[str, Option]) -> None:
         if path not in found and fields[path] != option.default
     ]
     if problems:
-        raise UnreadOptionError("; ".join(problems))
+        raise ConfigError("; ".join(problems))
 
 
 def _why_unread(path: str, fields: Fields, found: Mapping[str, Option]) -> str:

@@ -223,7 +223,7 @@ def correction(
 
 
 def over_last_axes(units: Float[Array, "*units"], n_axes: int) -> Array:
-    """Adds leading axes of length 1, so that an array of `n_axes` axes ends in units."""
+    """Adds leading axes of length 1 to an array of units: `n_axes` axes in all."""
     return units.reshape((1,) * (n_axes - units.ndim) + units.shape)
 
 

@@ -20,6 +20,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from numbers import Real as Number
 from typing import Any, Generic, TypeVar
 
 from dimat_jax.errors import UserError, nearest
@@ -111,16 +112,22 @@ class Option:
             OptionError: the value is not allowed; the message says what is allowed.
         """
         name = name or self.keyword
+        if self.bounds and (isinstance(value, bool) or not isinstance(value, Number)):
+            raise OptionError(
+                f"{name} is {value!r}; it must be a number, {self.bounds}"
+            )
         if self.empty and not value and isinstance(value, (str, int, float)):
             return
         if self.choices is not None and value not in self.choices:
-            raise OptionError(f"{name} is {value!r}; {nearest(value, self.choices)}")
+            raise OptionError(
+                f"{name} is {value!r}; {nearest(str(value), self.choices)}"
+            )
         if value == "":
             raise OptionError(f"{name} is empty; it must be given here")
         if self.bounds and not self._within(value):
             raise OptionError(f"{name} is {value}; it must be {self.bounds}")
 
-    def _within(self, value: float) -> bool:
+    def _within(self, value: Any) -> bool:
         return (
             math.isfinite(value)
             and (self.at_least is None or value >= self.at_least)
@@ -129,6 +136,12 @@ class Option:
             and (self.below is None or value < self.below)
         )
 
+    def chosen(self, value: Any) -> "Record[Any] | None":
+        """The record that a value names; None if it names none."""
+        if isinstance(self.choices, Mapping) and value in self.choices:
+            return self.choices[value]
+        return None
+
     def entry(self, name: str) -> "Record[Any]":
         """Returns the record that a value of this option names."""
         assert isinstance(self.choices, Mapping)
@@ -136,9 +149,9 @@ class Option:
 
     def opened_by(self, value: Any) -> tuple["Option", ...]:
         """Returns the options that are read because this one has a certain value."""
-        if isinstance(self.choices, Mapping) and value in self.choices:
-            return (*self.choices[value].reads, *self.opens)
-        return self.opens if value else ()
+        entry = self.chosen(value)
+        opened = self.opens if value else ()
+        return (*entry.reads, *opened) if entry else opened
 
     def under(self, section: str) -> "Option":
         """Returns a copy in another section, with the options that it leads to."""
@@ -193,6 +206,7 @@ class Record(Generic[T]):
             self,
             options=tuple(option.under(section) for option in self.options),
             leads_to=tuple(option.under(section) for option in self.leads_to),
+            ignores=tuple(option.under(section) for option in self.ignores),
         )
 
 
@@ -205,26 +219,35 @@ def registry(*records: R) -> dict[str, R]:
 
 
 def read(roots: Iterable[Option], fields: Fields) -> dict[str, Option]:
-    """Finds the options that a config reads, by path.
+    """The options that a config reads, by path.
 
     Args:
         roots: the options that every config reads.
-        fields: the config's values. An option that chooses among records must name one
-            of them, or be empty.
+        fields: the config's values. The value of an option that chooses among records
+            must be one of them, or empty.
     """
+    roots, ignored = list(roots), set()
+    while True:
+        found = _walk(roots, fields, ignored)
+        entries = [option.chosen(fields[path]) for path, option in found.items()]
+        more = {o.path for entry in entries if entry for o in entry.ignores} - ignored
+        if not more:
+            return found
+        # What an ignored option would lead to is not read either: walk once more.
+        ignored |= more
+
+
+def _walk(
+    roots: Iterable[Option], fields: Fields, ignored: Collection[str]
+) -> dict[str, Option]:
     found: dict[str, Option] = {}
-    ignored: set[str] = set()
     waiting = list(roots)
     while waiting:
         option = waiting.pop(0)
-        if option.path in found:
-            continue
-        found[option.path] = option
-        value = fields[option.path]
-        waiting += option.opened_by(value)
-        if isinstance(option.choices, Mapping) and value in option.choices:
-            ignored |= {other.path for other in option.choices[value].ignores}
-    return {path: option for path, option in found.items() if path not in ignored}
+        if option.path not in found and option.path not in ignored:
+            found[option.path] = option
+            waiting += option.opened_by(fields[option.path])
+    return found
 
 
 def every(roots: Iterable[Option]) -> Iterator[Option]:

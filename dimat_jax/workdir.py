@@ -26,7 +26,16 @@ from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._metrics import MetricsWriter, read_rows, write_json
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State, Variables
-from dimat_jax.config import Config, ConfigError, default_config, result_fields
+from dimat_jax.config import (
+    Config,
+    ConfigError,
+    check,
+    default_config,
+    drop_unread,
+    fields_of,
+    fields_read,
+    set_if_read,
+)
 from dimat_jax.data.partition import class_counts
 from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
@@ -97,8 +106,10 @@ class Workdir:
         """Refuses a folder that cannot take the run of a config.
 
         Raises:
-            ConfigError: The folder holds the run of another config, or other files.
+            ConfigError: The config cannot be run, or the folder holds other files or
+                the run of another config.
         """
+        check(config)
         if not self.is_started:
             leftovers = ("metrics.jsonl", "summary.json", "checkpoints")
             exist = [(self.path / name).exists() for name in leftovers]
@@ -107,11 +118,10 @@ class Workdir:
                     f"{self.path} is no fresh folder, and has no config.json"
                 )
             return
-        try:
-            there = result_fields(json.loads(self._config.read_text()))
-        except ValueError as error:
-            raise ConfigError(f"{self._config} cannot be read: {error}") from error
-        here = result_fields(_as_dict(config))
+        # Options that a run does not read do not matter to it. Older versions let a
+        # config set them.
+        there = fields_read(fields_of(self.read_config()))
+        here = fields_read(fields_of(config))
         differing = [
             f"{field} ({there.get(field)!r} there, {here.get(field)!r} here)"
             for field in sorted(there.keys() | here.keys())
@@ -145,7 +155,10 @@ class Workdir:
         return counts
 
     def read_config(self) -> Config:
-        """Reads the run's config. Fields that an older config lacks have defaults.
+        """Reads the run's config.
+
+        Fields that an older config lacks have their defaults, and so have options that
+        it sets and does not read.
 
         Raises:
             ConfigError: There is no config.json, or it cannot be used.
@@ -153,14 +166,13 @@ class Workdir:
         config = default_config()
         try:
             fields = json.loads(self._config.read_text())
-            allowed = result_fields(_as_dict(config)).keys()
-            unknown = result_fields(fields).keys() - allowed
+            unknown = fields_of(fields).keys() - fields_of(config).keys()
             if unknown:
                 raise ValueError(f"there are no fields {', '.join(sorted(unknown))}")
             config.update(fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{self._config} cannot be used: {error}") from error
-        return config
+        return drop_unread(config)
 
     def read_summary(self) -> dict[str, Any] | None:
         """Reads summary.json; None for a run that has not finished."""
@@ -308,7 +320,7 @@ def load_agents(
     folder = Workdir(workdir)
     config = folder.read_config()
     if data_dir:
-        config.data.dir = data_dir
+        set_if_read(config, "data.dir", data_dir)
     experiment = Experiment(config)
     checkpoints = Checkpoints(folder.path / "checkpoints", create=False)
     try:

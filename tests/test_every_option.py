@@ -17,6 +17,8 @@ from dimat_jax.config import (
     fields_read,
     resolved,
     result_fields,
+    set_if_read,
+    settle_overrides,
 )
 from dimat_jax.options import Option, Record
 
@@ -186,3 +188,52 @@ def test_what_is_not_read_goes_back_to_its_default():
     assert drop_unread(config) is config
     assert (config.merge.stay, config.topology, config.rounds) == (0.0, "ring", 3)
     check(config)
+
+
+def test_what_an_ignored_option_leads_to_is_not_read_either():
+    config = default_config()
+    fields = {"data.partition": "dirichlet", "data.alpha": 0.3}
+    config.update_from_flattened_dict({"algorithm": "centralized", **fields})
+    with pytest.raises(ConfigError, match="config.data.partition is 'dirichlet'"):
+        check(config)
+    drop_unread(config)
+    check(config)
+    assert (config.data.partition, config.data.alpha) == ("iid", 0.5)
+    assert "data.alpha" not in fields_read(fields_of(config))
+
+
+def test_programs_set_only_what_a_config_reads():
+    config = default_config()
+    config.data.name = "digits"
+    set_if_read(config, "data.dir", "somewhere")
+    assert config.data.dir == ""
+    config.data.name = "cifar100"
+    set_if_read(config, "data.dir", "somewhere")
+    assert config.data.dir == "somewhere"
+
+
+def test_an_override_drops_what_it_leaves_unread_and_no_more():
+    original = default_config()
+    original.merge.stay, original.merge.frame = 0.3, "joint"
+    config = original.copy_and_resolve_references()
+    config.algorithm, config.merge.frame = "cdsgd", "reference"
+    found = settle_overrides(config, original, {"algorithm", "merge.frame"})
+    assert found is config and config.merge.stay == 0.0
+    with pytest.raises(ConfigError, match="config.merge.frame is 'reference', but"):
+        check(config)
+
+
+def test_what_a_file_sets_without_reading_it_is_refused_after_overrides_too():
+    original = default_config()
+    original.algorithm, original.merge.stay = "wa", 0.3
+    config = original.copy_and_resolve_references()
+    config.topology = "star"
+    settle_overrides(config, original, {"topology"})
+    with pytest.raises(ConfigError, match="config.merge.stay is 0.3, but"):
+        check(config)
+
+
+@pytest.mark.parametrize("value", ["a", None, True])
+def test_a_value_of_another_type_is_refused_like_any_other(value):
+    with pytest.raises(options.OptionError, match="it must be a number, at least 1"):
+        OPTIONS["agents"].check(value)

@@ -140,8 +140,7 @@ def test_type_checkers_and_programs_find_the_same_names(package):
         assert sorted(names) == dir(module)
 
 
-# In dimat_jax.algorithms, some files and the functions in them have the same name.
-@pytest.mark.parametrize("package", sorted({*PACKAGES} - {"dimat_jax.algorithms"}))
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_name_is_both_a_module_and_something_else(package):
     module = importlib.import_module(package)
     for name in dir(module):

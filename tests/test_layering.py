@@ -30,6 +30,7 @@ FLOORS = [
     ["optimizers", "compression"],
     ["algorithms"],
     ["evaluate"],
+    ["_run_options"],
     ["config"],
     ["sweeps"],
     ["experiment"],

@@ -494,5 +494,5 @@ def test_a_workdir_with_somebody_elses_files_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match="no fresh folder"):
         train.run(small(), tmp_path, quiet)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="config.json cannot be used: "):
         train.run(small(), tmp_path, quiet)

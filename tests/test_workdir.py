@@ -16,6 +16,7 @@ from dimat_jax.config import ConfigError
 from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
+from dimat_jax.train import run
 from dimat_jax.workdir import Progress, Results, Workdir, load_agents
 
 
@@ -344,3 +345,37 @@ def test_agents_are_shared_if_their_pretraining_is_equal(tmp_path):
         assert shared(tmp_path, **same).path == path
     for other in ({"seed": 1}, {"pretrain__epochs": 3}, {"agents": 2}):
         assert shared(tmp_path, **other).path != path
+
+
+def test_a_run_of_an_older_version_is_still_the_same_run(tmp_path):
+    """Older versions let a config set what it does not read, and had fewer options."""
+    config = small("wa", rounds=0)
+    run(config, tmp_path, lambda line: None)
+    path = tmp_path / "config.json"
+    older = json.loads(path.read_text())
+    older["merge"] |= {"frame": "reference", "stay": 0.1, "match_samples": 0}
+    del older["faults"], older["merge"]["restarts"]
+    path.write_text(json.dumps(older))
+    Workdir(tmp_path).check(config)
+    experiment, agents = load_agents(tmp_path)
+    assert experiment.config.merge.stay == 0.0
+    assert jax.tree.leaves(agents)[0].shape[0] == 3
+    older["rounds"] = 1
+    path.write_text(json.dumps(older))
+    with pytest.raises(ConfigError, match=r"they differ in rounds \(1 there, 0 here\)"):
+        Workdir(tmp_path).check(config)
+
+
+def test_the_place_of_the_data_is_set_only_where_it_is_read(tmp_path):
+    config = small("wa", rounds=0)
+    run(config, tmp_path, lambda line: None)
+    experiment, _ = load_agents(tmp_path, data_dir="/elsewhere")
+    assert experiment.config.data.dir == ""  # the digits have no folder
+
+
+def test_a_config_that_sets_what_it_does_not_read_is_refused_even_if_finished(tmp_path):
+    config = small("wa", rounds=0)
+    run(config, tmp_path, lambda line: None)
+    config.merge.stay = 0.3
+    with pytest.raises(ConfigError, match="config.merge.stay is 0.3, but"):
+        run(config, tmp_path, lambda line: None)

@@ -4,7 +4,9 @@
 write a file that ends with its record, and add the record to the list below.
 """
 
-import dataclasses
+from typing import Any
+
+import optax
 
 from dimat_jax._lazy import public_names
 from dimat_jax.algorithms import (
@@ -22,8 +24,11 @@ from dimat_jax.algorithms import (
     wm,
 )
 from dimat_jax.algorithms.base import Algorithm, MergeData, Task
-from dimat_jax.algorithms.record import AlgorithmRecord, MergingRecord
+from dimat_jax.algorithms.merging_record import MergingRecord
+from dimat_jax.algorithms.record import AlgorithmRecord
+from dimat_jax.network import Links
 from dimat_jax.options import Option, registry
+from dimat_jax.placement import Placement
 
 __all__ = [
     "ALGORITHM",
@@ -35,7 +40,7 @@ __all__ = [
     "AlgorithmRecord",
     "MergeData",
     "Task",
-    "record",
+    "algorithm_record",
 ]
 
 BETWEEN_MERGES: dict[str, AlgorithmRecord] = registry(
@@ -65,18 +70,32 @@ INNER = Option(
 )
 
 
-def _with_inner(merging: MergingRecord) -> AlgorithmRecord:
-    """Makes a record that takes the name of the inner algorithm as an argument."""
+class _OverAny(MergingRecord):
+    """A merging algorithm that takes the name of its inner algorithm as an argument."""
 
-    def build(task, tx, placement, *, inner: str = INNER.default, **arguments):
+    def __call__(
+        self,
+        task: Task,
+        tx: optax.GradientTransformation,
+        placement: Placement,
+        *,
+        inner: str = INNER.default,
+        **arguments: Any,
+    ) -> Algorithm:
         INNER.check(inner)
-        over = merging.over(BETWEEN_MERGES[inner])
-        return over.build(task, tx, placement, **arguments)
+        return algorithm_record(self.name, inner)(task, tx, placement, **arguments)
 
-    over_local = merging.over(local.RECORD)
-    return dataclasses.replace(
-        over_local, build=build, leads_to=(*over_local.leads_to, INNER)
-    )
+    def check_network(
+        self, links: Links, *, inner: str = INNER.default, **arguments: Any
+    ) -> None:
+        algorithm_record(self.name, inner).check_network(links, **arguments)
+
+
+def _with_inner(merging: MergingRecord) -> _OverAny:
+    """The record of a merging algorithm with `merge.inner` among its options."""
+    alone = merging.over(local.RECORD)
+    options = (*alone.options, INNER)
+    return _OverAny(**{**vars(alone), "options": options})
 
 
 ALGORITHMS: dict[str, AlgorithmRecord] = registry(
@@ -92,7 +111,7 @@ ALGORITHM = Option(
 )
 
 
-def record(name: str, inner: str = INNER.default) -> AlgorithmRecord:
+def algorithm_record(name: str, inner: str = INNER.default) -> AlgorithmRecord:
     """Returns the record of an algorithm.
 
     For an algorithm that merges, the record includes what agents do between merges.

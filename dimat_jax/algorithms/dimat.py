@@ -11,7 +11,8 @@ linear assignment problem (DIMAT: Decentralized Iterative Merging-And-Training, 
 
 from dimat_jax.algorithms._merging import FRAME, OPT_STATE, merging
 from dimat_jax.algorithms.base import Algorithm, Task
-from dimat_jax.algorithms.record import GRAPH, MergingRecord
+from dimat_jax.algorithms.merging_record import MergingRecord
+from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
 from dimat_jax.data.selection import BN_DATA, MATCH_DATA
 from dimat_jax.matching._assignment import STAY
@@ -66,7 +67,4 @@ RECORD = MergingRecord(
     "(Saadati et al. 2024).",
     compressor="none",
     facts=frozenset({"compressor"}),
-    merges=True,
-    aligns=True,
-    matches_activations=True,
 )

@@ -116,5 +116,4 @@ CENTRALIZED = AlgorithmRecord(
     local,
     ignores=SEVERAL_AGENTS,
     summary="One model is trained on all data.",
-    single=True,
 )

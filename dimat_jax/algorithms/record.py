@@ -10,16 +10,9 @@ from typing import Any
 
 import optax
 
-from dimat_jax.algorithms._frames import FRAMES
 from dimat_jax.algorithms._presence import with_absences
 from dimat_jax.algorithms.base import Algorithm, Task
-from dimat_jax.algorithms.conditions import (
-    Condition,
-    anything,
-    averaging,
-    no_negative_weights,
-    two_way,
-)
+from dimat_jax.algorithms.conditions import Condition, anything
 from dimat_jax.compression import COMPRESSORS
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
 from dimat_jax.mixing import MIXING
@@ -28,7 +21,7 @@ from dimat_jax.options import Option, Record
 from dimat_jax.placement import AGENTS, Placement
 from dimat_jax.topology import TOPOLOGY
 
-__all__ = ["GRAPH", "INIT", "SEVERAL_AGENTS", "AlgorithmRecord", "MergingRecord"]
+__all__ = ["GRAPH", "INIT", "SEVERAL_AGENTS", "AlgorithmRecord"]
 
 INIT = Option(
     "init",
@@ -70,10 +63,6 @@ class AlgorithmRecord(Record[Algorithm]):
             itself: "adjacency" (all edges that ever exist), "lossy_edges" (the same
             edges, or None if the network never changes and every message arrives),
             "compressor", and "examples" (the number of each agent's examples).
-        single: whether there is only one agent, which holds all data.
-        merges: whether agents merge once a round.
-        aligns: whether units are permuted when agents merge.
-        matches_activations: whether units are matched by their activations on examples.
     """
 
     network: Condition = anything
@@ -81,10 +70,6 @@ class AlgorithmRecord(Record[Algorithm]):
     other_optimizers: bool = True
     compressor: str | None = None
     facts: frozenset[str] = frozenset()
-    single: bool = False
-    merges: bool = False
-    aligns: bool = False
-    matches_activations: bool = False
 
     def __call__(
         self,
@@ -102,6 +87,26 @@ class AlgorithmRecord(Record[Algorithm]):
     def title(self) -> str:
         """The algorithm's name in messages."""
         return self.name
+
+    @property
+    def single(self) -> bool:
+        """Whether there is only one agent, which holds all data."""
+        return AGENTS in self.ignores
+
+    @property
+    def merges(self) -> bool:
+        """Whether agents merge once a round."""
+        return False
+
+    @property
+    def aligns(self) -> bool:
+        """Whether units are permuted when agents merge."""
+        return False
+
+    @property
+    def matches_activations(self) -> bool:
+        """Whether units are matched by their activations on examples."""
+        return False
 
     @property
     def uses_graph(self) -> bool:
@@ -125,65 +130,3 @@ class AlgorithmRecord(Record[Algorithm]):
         """
         del arguments
         self.network(self.name, links)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class MergingRecord(AlgorithmRecord):
-    """The record of an algorithm that merges once a round.
-
-    Its `build(inner, task, placement, **arguments)` takes the algorithm that agents run
-    between merges in place of an optimizer. `over` makes a record that can be built
-    like any other.
-
-    Attributes:
-        inner: the record of the algorithm between merges; None as long as it has not
-            been chosen.
-    """
-
-    inner: AlgorithmRecord | None = None
-
-    @property
-    def title(self) -> str:
-        """The algorithm's name in messages, with what agents run between merges."""
-        if self.inner is None or self.inner.name == "local":
-            return self.name
-        return f"{self.name} with {self.inner.name} between merges"
-
-    def over(self, inner: AlgorithmRecord) -> "MergingRecord":
-        """Makes the record of this algorithm with a given algorithm between merges."""
-
-        def build(task, tx, placement, **arguments: Any) -> Algorithm:
-            own = {k: v for k, v in arguments.items() if k in inner.argument_names}
-            rest = {
-                k: v
-                for k, v in arguments.items()
-                if k not in own or k in self.argument_names
-            }
-            between = inner.build(task, tx, placement, **own)
-            return self.build(between, task, placement, **rest)
-
-        return dataclasses.replace(
-            self,
-            build=build,
-            options=(*self.options, *inner.options),
-            leads_to=(*self.leads_to, *inner.leads_to),
-            summary=self.meaning,
-            optimizer=inner.optimizer,
-            other_optimizers=inner.other_optimizers,
-            # If both compress, they use the same compressor.
-            compressor=inner.compressor or self.compressor,
-            facts=self.facts | inner.facts,
-            inner=inner,
-        )
-
-    def check_network(self, links: Links, **arguments: Any) -> None:
-        """Checks a network for the merge, and for the algorithm between merges."""
-        assert self.inner is not None  # `over` has been called
-        given = {option.keyword: option.default for option in self.options} | arguments
-        frame = given.get("frame")  # plain averaging has no frames
-        if frame is not None and FRAMES[frame].two_way:
-            two_way(f"{self.name} with frame={frame!r}", links)
-        averaging(self.name, links)
-        if given["opt_state"] == "merge":
-            no_negative_weights(f"{self.name} with opt_state='merge'", links)
-        self.inner.check_network(links, **arguments)

@@ -9,7 +9,8 @@ is the mixing matrix.
 
 from dimat_jax.algorithms._merging import OPT_STATE, merging
 from dimat_jax.algorithms.base import Algorithm, Task
-from dimat_jax.algorithms.record import GRAPH, MergingRecord
+from dimat_jax.algorithms.merging_record import MergingRecord
+from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
 from dimat_jax.data.selection import BN_DATA
 from dimat_jax.placement import Placement
@@ -55,5 +56,4 @@ RECORD = MergingRecord(
     summary="Neighbours' weights are averaged without matching.",
     compressor="none",
     facts=frozenset({"compressor"}),
-    merges=True,
 )

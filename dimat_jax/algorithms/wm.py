@@ -11,7 +11,8 @@ inner product of the two networks' weights, by coordinate descent over the layer
 
 from dimat_jax.algorithms._merging import FRAME, OPT_STATE, merging
 from dimat_jax.algorithms.base import Algorithm, Task
-from dimat_jax.algorithms.record import GRAPH, MergingRecord
+from dimat_jax.algorithms.merging_record import MergingRecord
+from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
 from dimat_jax.data.selection import BN_DATA
 from dimat_jax.matching._assignment import STAY
@@ -69,6 +70,4 @@ RECORD = MergingRecord(
     summary="Neighbours' units are matched by their weights, then averaged.",
     compressor="none",
     facts=frozenset({"compressor"}),
-    merges=True,
-    aligns=True,
 )

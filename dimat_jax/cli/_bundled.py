@@ -9,13 +9,14 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dimat_jax.config import Config
+from dimat_jax.config import Config, settle_overrides
 from dimat_jax.errors import UserError, nearest
 
 __all__ = [
     "bundled_configs",
     "bundled_sweeps",
     "define_config",
+    "given_config",
     "load_config",
     "load_runs",
     "summary",
@@ -75,8 +76,10 @@ class _ConfigParser(flags.ArgumentParser):
 
     def __init__(self, by_path: flags.ArgumentParser):
         self._by_path = by_path
+        self.argument = ""
 
     def parse(self, argument: str) -> Any:
+        self.argument = argument
         name, colon, of_config = argument.partition(":")
         return self._by_path.parse(f"{_find_config(name)}{colon}{of_config}")
 
@@ -97,6 +100,20 @@ def define_config(default: str | None, meaning: str) -> None:
         flags.mark_flag_as_required("config")
     else:
         flags.FLAGS.set_default("config", default)
+
+
+def given_config() -> Config:
+    """The config of --config with its overrides, --config.FIELD=VALUE.
+
+    Options that the file has set and that only the overrides leave unread have their
+    defaults.
+    """
+    flag = flags.FLAGS["config"]
+    overridden = config_flags.get_override_values(flag)
+    parser = flag.parser
+    assert isinstance(parser, _ConfigParser)  # `define_config` has set it
+    original = load_config(parser.argument)
+    return settle_overrides(flag.value, original, overridden)
 
 
 def load_config(name: str) -> Config:

@@ -15,7 +15,7 @@ from absl import flags
 
 from dimat_jax import train
 from dimat_jax.cli import _bundled, _program, _report
-from dimat_jax.config import Config, check
+from dimat_jax.config import Config, check, set_if_read
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import check_network
 from dimat_jax.placement import request_cpu_devices
@@ -56,9 +56,9 @@ def _prepare(config: Config, workdir: Path) -> None:
     check(config)
     check_network(config)
     if flags.FLAGS.data_dir:
-        config.data.dir = flags.FLAGS.data_dir
+        set_if_read(config, "data.dir", flags.FLAGS.data_dir)
     if not config.pretrain.cache_dir:
-        config.pretrain.cache_dir = str(workdir / "pretrained")
+        set_if_read(config, "pretrain.cache_dir", str(workdir / "pretrained"))
 
 
 COMMAND = _program.Command("sweep", __doc__, main, define_flags, resumes=True)

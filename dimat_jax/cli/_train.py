@@ -4,8 +4,9 @@
 
 NAME is a bundled config (`dimat show configs`) or the path of a file that defines
 `get_config() -> config`; NAME:ARGUMENT calls `get_config(ARGUMENT)`. Any field of the
-config can be overridden: `--config.topology=fully_connected`. The same command resumes
-a run that was killed. It exits with 2 on bad input, and with 1 if the loss is not
+config can be overridden: `--config.topology=fully_connected`. Options of the file that
+an override leaves unread go back to their defaults. The same command resumes a run that
+was killed. It exits with 2 on bad input, and with 1 if the loss is not
 finite.
 """
 
@@ -13,17 +14,9 @@ from absl import flags
 
 from dimat_jax import reports, train
 from dimat_jax.cli import _bundled, _program
-from dimat_jax.config import UnreadOptionError
-from dimat_jax.errors import UserError
 from dimat_jax.placement import request_cpu_devices
 
 __all__ = ["COMMAND"]
-
-_HINT = (
-    "If the config file has set these for another algorithm, name the algorithm in the "
-    "config's argument (--config=quickstart:wa), so that the file drops what it does "
-    "not read (dimat_jax.config.drop_unread)"
-)
 
 
 def define_flags() -> None:
@@ -35,12 +28,9 @@ def define_flags() -> None:
 def main(arguments: list[str]) -> None:
     """Runs the config and reports on it."""
     _program.expect_no(arguments)
-    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    config, workdir = _bundled.given_config(), flags.FLAGS.workdir
     request_cpu_devices(config.placement.cpu_devices)
-    try:
-        train.run(config, workdir)
-    except UnreadOptionError as error:
-        raise UserError(f"{error}. {_HINT}") from None
+    train.run(config, workdir)
     for path in reports.write([workdir], workdir):
         print(f"wrote {path}")
 

@@ -5,6 +5,7 @@ is static, its values may be traced.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +75,7 @@ def apply(spec: PermutationSpec, perms: AnyPerms, variables: PyTree) -> PyTree:
     return map_with_path(permute, variables)
 
 
-def permute_leaf(
-    axes: tuple[Axis, ...], perms: AnyPerms, leaf: ArrayLike
-) -> Array | np.ndarray:
+def permute_leaf(axes: tuple[Axis, ...], perms: AnyPerms, leaf: ArrayLike) -> Any:
     """Permutes one array whose dimensions are described by `axes`.
 
     Raises:

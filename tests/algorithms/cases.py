@@ -16,7 +16,7 @@ from dimat_jax.algorithms import (
     Algorithm,
     AlgorithmRecord,
     MergeData,
-    record,
+    algorithm_record,
 )
 from dimat_jax.algorithms.base import State
 from dimat_jax.compression import COMPRESSORS
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
     @property
     def record(self) -> AlgorithmRecord:
-        return record(self.name, self.inner)
+        return algorithm_record(self.name, self.inner)
 
     @property
     def merging(self) -> bool:

@@ -11,13 +11,15 @@ import pytest
 from dimat_jax import permutation
 from dimat_jax.algorithms import (
     ALGORITHMS,
+    MERGING,
     Algorithm,
     MergeData,
+    algorithm_record,
 )
 from dimat_jax.compression import Compressor, float16, int8, none, random_k, sign, top_k
 from dimat_jax.errors import UserError
 from dimat_jax.network import Network
-from dimat_jax.tree import PyTree, stack, take
+from dimat_jax.tree import PyTree, nbytes, stack, take
 from tests.algorithms.cases import KEY, Layout, links, placed
 from tests.algorithms.problems import (
     N_AGENTS,
@@ -191,3 +193,20 @@ def test_moments_are_not_compressed():
     options = {"opt_state": "merge", "compressor": float16()}
     with pytest.raises(UserError, match="'keep' or 'reset'"):
         ALGORITHMS["wa"](NETWORKS.task, optax.adam(0.1), PLACEMENT, **options)
+
+
+def test_an_inner_algorithm_brings_its_own_compressor():
+    """By its name as an argument, and by the combined record, it is the same."""
+    task, tx = PROBLEMS["mlp"].task, optax.sgd(0.1)
+    by_argument = ALGORITHMS["wa"](task, tx, PLACEMENT, inner="choco")
+    by_record = algorithm_record("wa", "choco")(task, tx, PLACEMENT)
+    variables = PLACEMENT.put(NETWORKS.variables(N_AGENTS))
+    sent = [a.messages(a.init(variables)) for a in (by_argument, by_record)]
+    assert nbytes(sent[0].round) == nbytes(sent[1].round)
+    whole = nbytes(take(variables, 0))
+    assert nbytes(sent[0].round) < whole / 3  # int8, which is CHOCO's own
+
+
+def test_a_merging_record_must_be_put_on_top_of_an_algorithm():
+    with pytest.raises(TypeError, match="wa merges on top of another algorithm"):
+        MERGING["wa"](PROBLEMS["mlp"].task, optax.sgd(0.1), PLACEMENT)

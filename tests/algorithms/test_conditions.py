@@ -4,7 +4,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from dimat_jax.algorithms import ALGORITHMS, BETWEEN_MERGES, MERGING, record
+from dimat_jax.algorithms import ALGORITHMS, BETWEEN_MERGES, MERGING, algorithm_record
 from dimat_jax.algorithms._frames import FRAMES
 from dimat_jax.mixing import MIXINGS, MixingError, uniform
 from dimat_jax.network import Absence, Faults, Links, NetworkError
@@ -32,7 +32,7 @@ def test_there_is_a_condition_for_every_algorithm():
 def refusal(name: str, network: Links, inner: str = "local", **options) -> str:
     """Returns why an algorithm refuses a network; "" if it takes the network."""
     try:
-        record(name, inner).check_network(network, **options)
+        algorithm_record(name, inner).check_network(network, **options)
     except NetworkError as error:
         return str(error)
     return ""
@@ -166,8 +166,8 @@ def test_matrices_that_an_algorithm_cannot_use_are_refused(name, W, message):
     W = np.array(W)
     edges = (W != 0) & ~np.eye(3, dtype=bool)
     with pytest.raises(NetworkError, match=message):
-        record(name).check_network(Links(edges, W))
-    record(name).check_network(Links(edges | edges.T, uniform))
+        algorithm_record(name).check_network(Links(edges, W))
+    algorithm_record(name).check_network(Links(edges | edges.T, uniform))
 
 
 def test_plain_averaging_is_in_no_frame():

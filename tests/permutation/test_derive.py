@@ -526,11 +526,11 @@ def fourier(v, x):
 FOURIER = {"a": normal(3, 6), "b": normal(6, 5), "c": normal(5, 5)}
 
 
-def test_an_operation_that_is_not_known_fixes_what_it_touches_and_says_so(
-    without_type_checks,
-):
+def test_an_operation_that_is_not_known_fixes_what_it_touches_and_says_so():
+    # The type checks of the tests add a caller, which the warning would name.
+    plain_derive = getattr(derive, "__wrapped__", derive)
     with pytest.warns(UserWarning) as caught:
-        spec = derive(fourier, FOURIER, normal(4, 3))
+        spec = plain_derive(fourier, FOURIER, normal(4, 3))
     assert spec.axes == {"a": (None, "a:1"), "b": ("a:1", None), "c": (None, None)}
     (warning,) = caught
     assert warning.filename == __file__

@@ -1,0 +1,79 @@
+"""The options that say how long a run trains, alone and in rounds."""
+
+import dataclasses
+
+from dimat_jax.data.partition import PRETRAIN_PARTITION
+from dimat_jax.optimizers import LEARNING_RATE, OPTIMIZER, SCHEDULE
+from dimat_jax.options import Option
+
+__all__ = [
+    "BATCH_SIZE",
+    "LOCAL_EPOCHS",
+    "LOCAL_STEPS",
+    "PRETRAIN_EPOCHS",
+    "ROUNDS",
+]
+
+BATCH_SIZE = Option(
+    "batch_size",
+    100,
+    "The number of images in a batch of each agent's local steps.",
+    at_least=1,
+    unit="images",
+)
+ROUNDS = Option(
+    "rounds",
+    100,
+    "The number of rounds. In a round agents communicate, are evaluated, and train.",
+    at_least=0,
+    unit="rounds",
+)
+LOCAL_EPOCHS = Option(
+    "local_epochs",
+    2,
+    "The number of epochs that every agent trains in a round.",
+    at_least=0,
+    unit="epochs",
+    empty="local_steps says how long a round is",
+)
+LOCAL_STEPS = Option(
+    "local_steps",
+    0,
+    "The number of steps that every agent trains in a round.",
+    at_least=0,
+    unit="steps",
+    empty="local_epochs says how long a round is",
+)
+PRETRAIN_OPTIMIZER = (
+    dataclasses.replace(OPTIMIZER.under("pretrain"), default="adam", empty=""),
+    LEARNING_RATE.under("pretrain"),
+    SCHEDULE.under("pretrain"),
+)
+PRETRAIN_EPOCHS = Option(
+    "pretrain.epochs",
+    100,
+    "The number of epochs that every agent trains alone before the first round.",
+    at_least=0,
+    unit="epochs",
+    empty="agents start the rounds with random weights",
+    opens=(
+        BATCH_SIZE.under("pretrain"),
+        *PRETRAIN_OPTIMIZER,
+        PRETRAIN_PARTITION,
+        Option(
+            "pretrain.checkpoint_every",
+            10,
+            "The number of epochs between two checkpoints of pre-training.",
+            at_least=1,
+            unit="epochs",
+            changes_results=False,
+        ),
+        Option(
+            "pretrain.cache_dir",
+            "",
+            "The folder where runs share the agents that they have pre-trained.",
+            empty="pre-trained agents are not shared",
+            changes_results=False,
+        ),
+    ),
+)
