@@ -1,6 +1,6 @@
 """Builds the parts of a run from its config."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Key
 
 from dimat_jax import evaluate, models, permutation
+from dimat_jax._chosen import build_chosen, check_network, number_of_agents
 from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.conditions import no_negative_weights
@@ -34,23 +35,18 @@ from dimat_jax.data.partition import (
 )
 from dimat_jax.data.pipeline import Reader, Sampler, Samples, place_pool
 from dimat_jax.evaluate import Evaluator
-from dimat_jax.mixing import FROM_FILE, MIXING, uniform
 from dimat_jax.models import classifier
-from dimat_jax.network import FAULTS, Links, Network, faults
+from dimat_jax.network import Network
 from dimat_jax.optimizers import (
     LEARNING_RATE,
     OPTIMIZER,
     SCHEDULE,
 )
 from dimat_jax.options import Option, arguments
-from dimat_jax.placement import AGENTS, place
-from dimat_jax.topology import TOPOLOGIES, TOPOLOGY
+from dimat_jax.placement import place
 from dimat_jax.tree import stack
 
 __all__ = ["Experiment", "check_network"]
-
-Fields = Mapping[str, Any]
-"""The values of a config's fields, by dotted path; empty ones are resolved."""
 
 
 class Experiment:
@@ -86,7 +82,7 @@ class Experiment:
         self.record = record_of(self._fields)
         self._placed: dict[int, tuple[Network, Network]] = {}
         self.links = check_network(config)
-        n_agents = _n_agents(self._fields)
+        n_agents = number_of_agents(self._fields)
         self.dataset = sources.load(
             config.data.name,
             directory=config.data.dir or None,
@@ -163,7 +159,7 @@ class Experiment:
         facts = {
             "adjacency": edges,
             "lossy_edges": edges if self.links.changes else None,
-            "compressor": _build(COMPRESSOR, self._fields),
+            "compressor": build_chosen(COMPRESSOR, self._fields),
             "examples": [len(shard) for shard in self.shards],
         }
         return {name: facts[name] for name in self.record.facts}
@@ -177,14 +173,14 @@ class Experiment:
             for path, value in self._fields.items()
             if path.startswith(f"{section}optimizer.")
         }
-        schedule = _build(
+        schedule = build_chosen(
             SCHEDULE,
             fields,
             fields[LEARNING_RATE.path],
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
         )
-        return _build(OPTIMIZER, fields, schedule)
+        return build_chosen(OPTIMIZER, fields, schedule)
 
     def _partition(self, option: Option, n_agents: int) -> list[Shard]:
         """Splits the training images by the partition that an option names."""
@@ -369,40 +365,3 @@ _PURPOSES = (
     "own",
     "eval",
 )
-
-
-def check_network(config: Config) -> Links:
-    """Builds the network of a config, and checks that its algorithm can use it.
-
-    Raises:
-        UserError: the network cannot be built, or the algorithm cannot use it.
-    """
-    fields = resolved(fields_of(config))
-    record, links = record_of(fields), _links(fields)
-    record.check_network(links, **arguments(record, fields))
-    return links
-
-
-def _n_agents(fields: Fields) -> int:
-    return 1 if record_of(fields).single else fields[AGENTS.path]
-
-
-def _links(fields: Fields) -> Links:
-    n_agents, record = _n_agents(fields), record_of(fields)
-    failing = faults(**{option.keyword: fields[option.path] for option in FAULTS})
-    if not record.uses_graph:
-        # The algorithm sends nothing along edges, so the topology is not read.
-        return Links(TOPOLOGIES["disconnected"](n_agents), uniform, failing)
-    adjacency = _build(TOPOLOGY, fields, n_agents)
-    rule = MIXING.entry(fields[MIXING.path])
-    if rule is FROM_FILE:
-        # A matrix from a file is for the whole graph. Unlike a rule, it cannot be
-        # applied anew to the agents that are present.
-        return Links(adjacency, _build(MIXING, fields, adjacency), failing)
-    return Links(adjacency, rule, failing)
-
-
-def _build(choice: Option, fields: Fields, *args: Any, **kwargs: Any) -> Any:
-    """Builds the entry of a registry that an option chooses, with its own options."""
-    record = choice.entry(fields[choice.path])
-    return record(*args, **kwargs, **arguments(record, fields))

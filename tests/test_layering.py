@@ -33,6 +33,7 @@ FLOORS = [
     ["_run_options"],
     ["config"],
     ["sweeps"],
+    ["_chosen"],
     ["experiment"],
     ["_trainer", "workdir"],
     ["_pretrain"],

@@ -1,0 +1,54 @@
+"""What a config chooses by name, built: the network, and entries of registries."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dimat_jax.config import Config, fields_of, record_of, resolved
+from dimat_jax.mixing import FROM_FILE, MIXING, uniform
+from dimat_jax.network import FAULTS, Links, faults
+from dimat_jax.options import Option, arguments
+from dimat_jax.placement import AGENTS
+from dimat_jax.topology import TOPOLOGIES, TOPOLOGY
+
+__all__ = ["Fields", "build_chosen", "check_network", "number_of_agents"]
+
+Fields = Mapping[str, Any]
+"""The values of a config's fields, by dotted path; empty ones are resolved."""
+
+
+def check_network(config: Config) -> Links:
+    """Builds the network of a config, and checks that its algorithm can use it.
+
+    Raises:
+        UserError: the network cannot be built, or the algorithm cannot use it.
+    """
+    fields = resolved(fields_of(config))
+    record, links = record_of(fields), _links(fields)
+    record.check_network(links, **arguments(record, fields))
+    return links
+
+
+def number_of_agents(fields: Fields) -> int:
+    """The number of agents: one where the algorithm has a single one."""
+    return 1 if record_of(fields).single else fields[AGENTS.path]
+
+
+def _links(fields: Fields) -> Links:
+    n_agents, record = number_of_agents(fields), record_of(fields)
+    failing = faults(**{option.keyword: fields[option.path] for option in FAULTS})
+    if not record.uses_graph:
+        # The algorithm sends nothing along edges, so the topology is not read.
+        return Links(TOPOLOGIES["disconnected"](n_agents), uniform, failing)
+    adjacency = build_chosen(TOPOLOGY, fields, n_agents)
+    rule = MIXING.entry(fields[MIXING.path])
+    if rule is FROM_FILE:
+        # A matrix from a file is for the whole graph. Unlike a rule, it cannot be
+        # applied anew to the agents that are present.
+        return Links(adjacency, build_chosen(MIXING, fields, adjacency), failing)
+    return Links(adjacency, rule, failing)
+
+
+def build_chosen(choice: Option, fields: Fields, *args: Any, **kwargs: Any) -> Any:
+    """Builds the entry of a registry that an option chooses, with its own options."""
+    record = choice.entry(fields[choice.path])
+    return record(*args, **kwargs, **arguments(record, fields))
