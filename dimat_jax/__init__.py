@@ -5,7 +5,7 @@ own data; every few epochs each receives its neighbours' weights, permutes their
 units onto its own, and averages (DIMAT, CVPR 2024, arXiv 2404.08079).
 
 The permutation tools (`dimat_jax.permutation`, `dimat_jax.matching`) stand alone: they
-take any pytree of weights and know nothing of agents, configs or data sets.
+take any pytree of weights and need no agents, configs or data sets.
 
 What users call most is here as `dimat_jax.NAME`, and so are all public modules. A name,
 and what it needs, is imported when it is first used.

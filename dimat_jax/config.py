@@ -22,7 +22,7 @@ from dimat_jax._run_options import (
     ROUNDS,
 )
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
-from dimat_jax.algorithms._merging import OPT_STATE
+from dimat_jax.algorithms._merging import OPT_STATE, check_moments
 from dimat_jax.algorithms.record import INIT
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
@@ -331,16 +331,13 @@ def _check_together(fields: Fields) -> None:
             f"config.{OPTIMIZER.path} is {chosen!r}, but {record.title} is defined "
             f"with {record.optimizer!r} only"
         )
-    name, compressor = (
-        fields[COMPRESSOR.path],
-        COMPRESSOR.entry(fields[COMPRESSOR.path]),
-    )
-    if record.merges and fields[OPT_STATE.path] == "merge":
-        if not compressor(**arguments(compressor, fields)).lossless:
-            raise ConfigError(
-                "config.merge.opt_state is 'merge', but the optimizer's moments do not "
-                f"survive compression {name!r}; it must be 'keep' or 'reset'"
-            )
+    if record.merges:
+        entry = COMPRESSOR.entry(fields[COMPRESSOR.path])
+        compressor = entry(**arguments(entry, fields))
+        try:
+            check_moments(fields[OPT_STATE.path], compressor)
+        except UserError as error:
+            raise ConfigError(f"config.merge: {error}") from None
     try:
         faults(**{o.keyword: fields[o.path] for o in FAULTS})
     except NetworkError as error:

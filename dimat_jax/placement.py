@@ -223,17 +223,17 @@ def place(
             them on CPUs and vmaps them elsewhere.
 
     Raises:
-        PlacementError: there is no agent, the batching is unknown, or collectives of
-            the host devices would deadlock (see `request_cpu_devices`).
+        OptionError: the batching is unknown.
+        PlacementError: there is no agent, or collectives of the host devices would
+            deadlock (see `request_cpu_devices`).
     """
     if n_agents < 1:
         raise PlacementError(f"expected at least 1 agent, got {n_agents}")
+    BATCHING.check(batching)
     devices = list(jax.devices() if devices is None else devices)[:n_agents]
     on_cpu = devices[0].platform == "cpu"
     if batching == "auto":
         batching = "unroll" if on_cpu else "vmap"
-    if batching not in ("vmap", "unroll"):
-        raise PlacementError(f"batching is auto, vmap or unroll, got {batching!r}")
     n_local = sum(device.process_index == jax.process_index() for device in devices)
     if on_cpu and n_local > 1 and _thread_pool_size() < _threads_for(n_local):
         raise PlacementError(

@@ -162,7 +162,8 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
         ),
         (
             {"compression__name": "int8", "merge__opt_state": "merge"},
-            "moments do not survive compression 'int8'; it must be 'keep' or 'reset'",
+            r"config.merge: opt_state is 'merge', but the optimizer's moments do not "
+            r"survive compression \(.*\); it must be 'keep' or 'reset'",
         ),
         ({"graph__degree": 4}, "config.graph.degree is 4, but topology='ring' does"),
         (

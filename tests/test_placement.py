@@ -384,7 +384,9 @@ def test_there_must_be_an_agent():
 def test_batching_is_one_of_three():
     assert get_args(Batching) == ("auto", "vmap", "unroll")
     other: Any = "scan"
-    with pytest.raises(ValueError, match="auto, vmap or unroll, got 'scan'"):
+    with pytest.raises(
+        ValueError, match="batching is 'scan'; allowed: auto, unroll, vmap"
+    ):
         place(2, batching=other)
 
 

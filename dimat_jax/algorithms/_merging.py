@@ -50,7 +50,7 @@ from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.tree import nbytes, take
 
-__all__ = ["FRAME", "OPT_STATE", "merging"]
+__all__ = ["FRAME", "OPT_STATE", "check_moments", "merging"]
 
 FRAME = Option(
     "merge.frame",
@@ -105,11 +105,7 @@ def merging(
     STAY.check(stay)
     OPT_STATE.check(opt_state)
     RESTARTS.check(restarts)
-    if opt_state == "merge" and not compressor.lossless:
-        raise UserError(
-            "moments do not survive compression (a second moment that is lost turns "
-            "up as a large step): compressed merging needs opt_state 'keep' or 'reset'"
-        )
+    check_moments(opt_state, compressor)
     chosen, matcher = AS_THEY_ARE, None
     # A model without hidden units (a linear one, a convex problem) needs no alignment.
     if match is not None and task.spec.groups:
@@ -128,6 +124,20 @@ def merging(
     if compressor.lossless:
         return merged
     return announcing(merged, placement, merge_round=merge_round, compressor=compressor)
+
+
+def check_moments(opt_state: str, compressor: Compressor) -> None:
+    """Refuses to merge moments that compressed messages have lost.
+
+    Raises:
+        UserError: optimizer states are to be merged, and messages to be compressed.
+    """
+    if opt_state == "merge" and not compressor.lossless:
+        raise UserError(
+            "opt_state is 'merge', but the optimizer's moments do not survive "
+            "compression (a second moment that is lost turns up as a large step); it "
+            "must be 'keep' or 'reset'"
+        )
 
 
 class _MergeRound:

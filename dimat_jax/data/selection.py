@@ -85,28 +85,27 @@ BN_SAMPLES = Option(
 )
 
 
-def _selections(size: Option) -> dict[str, Record[Samples | None]]:
+def _selections(
+    size: Option, *others: Record[Samples | None]
+) -> dict[str, Record[Samples | None]]:
     """The selections by name; `size` is the option that holds the number of images."""
     return registry(
         Record("own", own, (size,), leads_to=(BATCH_SIZE,)),
         Record("proxy", proxy, (size,), leads_to=(BATCH_SIZE,)),
         Record("global", everything, leads_to=(BATCH_SIZE,)),
-        Record("none", nothing),
+        *others,
     )
 
-
-_MATCH_SELECTIONS = _selections(MATCH_SAMPLES)
-del _MATCH_SELECTIONS["none"]  # Activations cannot be matched without examples.
 
 MATCH_DATA = Option(
     "merge.match_data",
     "proxy",
     "The images on which units are matched by their activations.",
-    choices=_MATCH_SELECTIONS,
+    choices=_selections(MATCH_SAMPLES),
 )
 BN_DATA = Option(
     "merge.bn_data",
     "proxy",
     "The images on which BatchNorm statistics are measured anew after a merge.",
-    choices=_selections(BN_SAMPLES),
+    choices=_selections(BN_SAMPLES, Record("none", nothing)),
 )

@@ -93,6 +93,8 @@ def load(
     """
     if name not in SOURCES:
         raise DataError(f"unknown data set {name!r}; {nearest(name, SOURCES)}")
+    if directory and DIRECTORY not in SOURCES[name].reads:
+        raise DataError(f"{name} comes without files; it cannot be in {directory!r}")
     dataset = SOURCES[name](directory, cache_dir)
     return dataset._replace(
         train=_subset(dataset.train, train_size, f"{name}: train_size", [seed, 0]),

@@ -58,10 +58,10 @@ def scaled(width: float, *units: int) -> tuple[int, ...]:
     """Multiplies numbers of units by `width`.
 
     Raises:
+        OptionError: the width is not a positive, finite number.
         ModelError: a product is not a whole number, or it is below 1.
     """
-    if not 0 < width < math.inf:  # the comparison is false for NaN, too
-        raise ModelError(f"width is {width:g}; it must be positive")
+    WIDTH.check(width)
     scaled_units = tuple(round(width * n) for n in units)
     for n, count in zip(units, scaled_units, strict=True):
         # Floating-point products of whole numbers may be inexact: 0.1 x 30 is not 3.

@@ -127,7 +127,23 @@ def torch_files(folder):
         safetensors.save_file(state_dict, folder / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if any(map(is_run, BLOCKS[n]))])
+# These pages train many agents. Their examples take from 15 seconds to a minute.
+LONG = {
+    "docs/tutorials/compare.md",
+    "docs/tutorials/sweep.md",
+    "docs/how-to/data.md",
+    "docs/how-to/devices.md",
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name in NAMES
+        if any(map(is_run, BLOCKS[name]))
+    ],
+)
 def test_the_examples_run(name, folder, request):
     if any("a.safetensors" in block.text for block in BLOCKS[name]):
         request.getfixturevalue("torch_files")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dimat_jax import permutation
+from dimat_jax.errors import UserError
 from dimat_jax.models import MODELS, ModelError, permutation_spec
 from dimat_jax.models._norm import n_norm_groups
 from dimat_jax.models._settings import scaled
@@ -84,10 +85,10 @@ def test_channels_are_rounded_only_from_what_floats_make_of_whole_numbers():
             {"width": 1e-9},
             "width 1e-09 makes 6.4e-08 units of 64; .*at least 1",
         ),
-        ("mlp", {"width": 0, "hidden": ()}, "width is 0; it must be positive"),
-        ("mlp", {"width": -1}, "width is -1; it must be positive"),
-        ("mlp", {"width": float("nan")}, "width is nan; it must be positive"),
-        ("mlp", {"width": float("inf")}, "width is inf; it must be positive"),
+        ("mlp", {"width": 0, "hidden": ()}, "width is 0; it must be above 0"),
+        ("mlp", {"width": -1}, "width is -1; it must be above 0"),
+        ("mlp", {"width": float("nan")}, "width is nan; it must be above 0"),
+        ("mlp", {"width": float("inf")}, "width is inf; it must be above 0"),
         ("vit", {"width": 1 / 64}, "2 dimensions cannot be split over 4 heads"),
         ("resnet20", {"norm": "none"}, "norm is 'none'; allowed: batch, group, layer"),
         ("mlp", {"norm": "group"}, "norm is 'group'; allowed: batch, layer, none"),
@@ -96,7 +97,7 @@ def test_channels_are_rounded_only_from_what_floats_make_of_whole_numbers():
     ],
 )
 def test_settings_that_make_no_network_are_refused(name, settings, message):
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(UserError, match=message):
         MODELS[name](n_classes=2, **settings)
 
 
