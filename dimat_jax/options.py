@@ -1,6 +1,6 @@
 """Options and records: each fact about a config's fields stands in one place.
 
-An `Option` is declared in the file whose code reads it. It holds the option's place in
+An `Option` is declared in the file of the thing that it configures. It holds the option's place in
 a config, its default, its meaning, and the values that it may have. Function signatures
 take their defaults from it, and functions check their arguments with it:
 

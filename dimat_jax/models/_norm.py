@@ -17,7 +17,6 @@ from dimat_jax.permutation._spec import Axes
 
 __all__ = [
     "EPSILON",
-    "NORMS",
     "channel_axis",
     "channel_sizes",
     "n_norm_groups",
@@ -25,9 +24,6 @@ __all__ = [
     "normalise",
     "tap_axes",
 ]
-
-# The kinds of norms.
-NORMS = ("batch", "layer", "group", "none")
 
 # All kinds of norms add this constant to the variance, as PyTorch does.
 EPSILON = 1e-5

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.options import Option
 
-__all__ = ["DTYPE", "NORM", "STEM", "WIDTH", "ModelError", "one_of", "scaled"]
+__all__ = ["DTYPE", "NORM", "NORMS", "STEM", "WIDTH", "ModelError", "one_of", "scaled"]
 
 WIDTH = Option(
     "model.width",
@@ -15,11 +15,14 @@ WIDTH = Option(
     "architecture's own. Fractions are allowed. The paper's ResNet-20 has width 8.",
     above=0,
 )
+# The kinds of normalisation layers. Not every architecture can have all of them.
+NORMS = ("batch", "layer", "group", "none")
+
 NORM = Option(
     "model.norm",
     "",
     "The normalisation layers. Not every architecture can have all of them.",
-    choices=("batch", "layer", "group", "none"),
+    choices=NORMS,
     empty="the architecture's own",
 )
 STEM = Option(

@@ -19,14 +19,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import (
-    NORMS,
     channel_axis,
     channel_sizes,
     norm_axes,
     normalise,
     tap_axes,
 )
-from dimat_jax.models._settings import DTYPE, NORM, STEM, WIDTH, one_of, scaled
+from dimat_jax.models._settings import DTYPE, NORM, NORMS, STEM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
 from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
