@@ -1,10 +1,12 @@
 """Builds sweeps: many configs by name, each with only the options that it reads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from dimat_jax.config import Config, drop_unread, fields_of, fields_read
+from dimat_jax.config import ROOT, Config, drop_unread, fields_of, resolved
+from dimat_jax.errors import UserError
+from dimat_jax.options import read
 
 __all__ = ["grid"]
 
@@ -24,15 +26,40 @@ def grid(
 
     Returns:
         configs by names such as "iid-ring-dimat": the values that a config reads, in
-        the order of `choices`, and the config's own name.
+        the order of `choices`, and the config's own name. An empty value appears as
+        the value that it stands for, or as "default".
+
+    Raises:
+        UserError: two different configs get the same name.
     """
     runs: dict[str, Config] = {}
     for values in product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
-        for name, config in configs.items():
+        for own_name, config in configs.items():
             config = config.copy_and_resolve_references()
             config.update_from_flattened_dict(chosen)
-            read = fields_read(fields_of(config))
-            parts = [str(value) for path, value in chosen.items() if path in read]
-            runs.setdefault("-".join([*parts, name]), drop_unread(config))
+            name = "-".join([*_values_read(config, choices), own_name])
+            run = drop_unread(config)
+            _refuse_another(runs.setdefault(name, run), run, name)
     return runs
+
+
+def _values_read(config: Config, paths: Iterable[str]) -> list[str]:
+    """Returns the values of those options that a config reads, as text."""
+    whole = resolved(fields_of(config))
+    found = read(ROOT, whole)
+    return [str(whole[path]) or "default" for path in paths if path in found]
+
+
+def _refuse_another(known: Config, run: Config, name: str) -> None:
+    """Refuses a config that differs from a known one of the same name.
+
+    An empty value does not differ from the value that it stands for.
+    """
+    fields, others = (resolved(fields_of(config)) for config in (known, run))
+    differing = [path for path, value in fields.items() if others[path] != value]
+    if differing:
+        raise UserError(
+            f"two runs of the sweep get the name {name!r}, but they differ in "
+            f"{', '.join(differing)}; give the configs other names"
+        )

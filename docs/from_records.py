@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dimat_jax._option_facts import facts
 from dimat_jax.algorithms import AlgorithmRecord
 from dimat_jax.algorithms.conditions import anything
-from dimat_jax.options import Option, Record, every, readers
+from dimat_jax.options import Option, Record, every
 
 __all__ = ["algorithms_table", "options_page"]
 
@@ -24,72 +25,22 @@ def options_page(roots: Iterable[Option]) -> str:
     for option in every(roots):
         section = option.path.rpartition(".")[0]
         sections.setdefault(section, []).append(option)
-    opened_by, ignored_by = readers(roots), _ignored_by(every(roots))
-    always = {option.path for option in roots}
+    described = facts(roots, code=_code, link=_link)
     registries: dict[tuple[str, ...], str] = {}
     parts = []
     for section, options in sections.items():
         parts.append(f"## `{section}`" if section else "## At the top")
         for option in options:
-            where = _read_where(opened_by.get(option.path, []), option.path in always)
-            if option.path in ignored_by:
-                where += f", but not where {_places(ignored_by[option.path])}"
-            parts.append(_entry(option, where))
+            parts.append(_entry(option, described[option.path]))
             parts += _choices(option, registries)
     return "\n\n".join(parts)
 
 
-def _entry(option: Option, where: str) -> str:
+def _entry(option: Option, described: Iterable[str]) -> str:
     """The heading of an option, its meaning, and a list of facts about it."""
-    facts = [f"Default: {_code(option.default)}"]
-    if option.empty and not option.default:
-        facts[0] += f" ({option.empty})"
-    elif option.empty:
-        facts.append(f"Empty: {option.empty}")
-    if option.bounds:
-        facts.append(f"Allowed: {option.bounds}")
-    if option.unit:
-        facts.append(f"Unit: {option.unit}")
-    if option.choices is not None and not isinstance(option.choices, Mapping):
-        facts.append(f"Allowed: {_codes(option.choices)}")
-    facts.append(f"Read: {where}")
-    if not option.changes_results:
-        facts.append("A run may resume with another value: it changes no result.")
-    lines = "\n".join(f"- {fact}" for fact in facts)
+    lines = "\n".join(f"- {fact}" for fact in described)
     heading = f"### `{option.path}` {{ #{option.path} }}"
     return f"{heading}\n\n{option.meaning}\n\n{lines}"
-
-
-Places = list[tuple[Option, list[str]]]
-"""Options, each with the values of it that something holds for."""
-
-
-def _ignored_by(options: Iterable[Option]) -> dict[str, Places]:
-    """For every path, the options and values that make a config ignore it."""
-    found: dict[str, Places] = {}
-    for option in options:
-        if not isinstance(option.choices, Mapping):
-            continue
-        names: dict[str, list[str]] = {}
-        for name, record in option.choices.items():
-            for ignored in record.ignores:
-                names.setdefault(ignored.path, []).append(name)
-        for path, values in names.items():
-            found.setdefault(path, []).append((option, values))
-    return found
-
-
-def _read_where(opened_by: Places, always: bool) -> str:
-    return "always" if always or not opened_by else f"where {_places(opened_by)}"
-
-
-def _places(places: Places) -> str:
-    texts = []
-    for option, values in places:
-        link = f"[`{option.path}`](#{option.path})"
-        values = [value for value in values if value]
-        texts.append(f"{link} is {_codes(values)}" if values else f"{link} is set")
-    return "; or where ".join(texts)
 
 
 def _choices(option: Option, registries: dict[tuple[str, ...], str]) -> list[str]:
@@ -99,7 +50,7 @@ def _choices(option: Option, registries: dict[tuple[str, ...], str]) -> list[str
     records: Mapping[str, Any] = option.choices
     shown_at = registries.setdefault(tuple(records), option.path)
     if shown_at != option.path:
-        return [f"Allowed: the values of [`{shown_at}`](#{shown_at})."]
+        return [f"Allowed: the values of {_link(shown_at)}."]
     rows = ["| value | meaning | further options |", "|:--|:--|:--|"]
     rows += [_row(name, record) for name, record in records.items()]
     return ["\n".join(rows)]
@@ -107,7 +58,7 @@ def _choices(option: Option, registries: dict[tuple[str, ...], str]) -> list[str
 
 def _row(name: str, record: Record) -> str:
     paths = dict.fromkeys(option.path for option in record.reads)
-    options = ", ".join(f"[`{path}`](#{path})" for path in paths)
+    options = ", ".join(map(_link, paths))
     return f"| `{name}` | {_cell(record.meaning)} | {options} |"
 
 
@@ -115,12 +66,12 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
 
 
-def _code(value: Any) -> str:
-    return f"`{value!r}`".replace("'", '"')
+def _code(text: str) -> str:
+    return f"`{text}`"
 
 
-def _codes(values: Iterable[str]) -> str:
-    return ", ".join(f"`{value}`" if value else '`""`' for value in values)
+def _link(path: str) -> str:
+    return f"[`{path}`](#{path})"
 
 
 def algorithms_table(records: Mapping[str, AlgorithmRecord]) -> str:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["_lazy", "tree", "errors", "_stopwatch"],
     ["options"],
-    ["placement"],
+    ["_option_facts", "placement"],
     ["topology"],
     ["mixing"],
     ["network"],

@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from dimat_jax import matching, merge, permutation
+from dimat_jax import merge, permutation
+from dimat_jax._merge_models._methods import METHODS, Problem
 from dimat_jax._merge_models._options import Options
 from dimat_jax.data.pipeline import Reader, Samples, place_pool
 from dimat_jax.data.sources import Dataset, Split
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier, permutation_spec
+from dimat_jax.options import arguments
 from dimat_jax.permutation import Perms
 from dimat_jax.placement import place
 from dimat_jax.tree import PyTree
@@ -45,6 +47,8 @@ class Merging:
         self.spec = permutation_spec(module)
         self._batch_statistics = classifier.batch_statistics(module)
         self._unit_moments = classifier.unit_moments(module, self.spec)
+        method = METHODS[options.method]
+        self._matcher = method(**arguments(method, vars(options)))
         self._placement = place(1, jax.devices()[:1])
         test = self._samples(dataset, dataset.test, None, _EVAL_BATCH)
         self._evaluator = Evaluator(classifier.forward(module), test, self._placement)
@@ -74,51 +78,30 @@ class Merging:
         reader = Reader(pool, self._placement)
         return reader.shared(np.arange(len(order)), batch_size)
 
-    def match(self, models: Sequence[PyTree]) -> list[Perms]:
-        """Finds for each model the permutations that align it with the first one.
+    def match(self, models: Sequence[PyTree]) -> list[Perms] | None:
+        """Finds for each model the permutations that align it with the others.
+
+        Returns:
+            the permutations; None if the method matches nothing, or if the architecture
+            has no symmetry.
 
         Raises:
             PermutationSpecError: the architecture lacks the symmetry that it declares.
         """
-        options, spec, (first, *others) = self.options, self.spec, models
-        verify_key, key = jax.random.split(jax.random.key(options.seed))
+        if self._matcher is None or not self.spec.groups:
+            return None
+        verify_key, key = jax.random.split(jax.random.key(self.options.seed))
         permutation.verify(
-            spec,
+            self.spec,
             classifier.both_modes(self.module),
-            first,
+            models[0],
             self._batches[0][:8],
             verify_key,
         )
-        activations, stay = classifier.activations(self.module), options.stay
-        match options.method, options.frame:
-            case "activation", "joint":
-                return matching.joint_activation_matching(
-                    spec, activations, models, self._batches, stay=stay
-                )
-            case "activation", _:
-                found = [
-                    matching.activation_matching(
-                        spec, activations, first, other, self._batches, stay=stay
-                    )
-                    for other in others
-                ]
-            case _, "joint":
-                return matching.joint_weight_matching(
-                    spec, models, key=key, restarts=options.restarts, stay=stay
-                )
-            case _:
-                found = [
-                    matching.weight_matching(
-                        spec,
-                        first,
-                        other,
-                        key=jax.random.fold_in(key, i),
-                        restarts=options.restarts,
-                        stay=stay,
-                    )
-                    for i, other in enumerate(others)
-                ]
-        return [permutation.identity(spec, first), *found]
+        activations = classifier.activations(self.module)
+        return self._matcher(
+            Problem(models, self.spec, activations, self._batches, key)
+        )
 
     def averages(self, forms: dict[str, list[PyTree]]) -> dict[str, PyTree]:
         """Averages the models in each form, and mends each average."""

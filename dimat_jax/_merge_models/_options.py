@@ -5,25 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from dimat_jax import merge
+from dimat_jax._merge_models._methods import FRAME, METHOD, RESTARTS, STAY
+from dimat_jax.data.sources import SOURCES
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODELS
-from dimat_jax.options import Option
+from dimat_jax.options import SEED, Option, describe_readers, read, readers
 
-__all__ = ["Options", "check", "option_of"]
-
-METHODS = ("activation", "weight", "none")
-FRAMES = ("reference", "joint")
+__all__ = ["OPTIONS", "Options", "check"]
 
 
-def _field(default: Any, meaning: str, **limits: Any) -> Any:
-    """Makes a field with a default, and with the other arguments of its `Option`."""
-    metadata = {"meaning": meaning, **limits}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def option_of(field: dataclasses.Field) -> Option:
-    """Makes the `Option` of a field: its meaning, and the values that it may have."""
-    return Option(field.name, field.default, **field.metadata)
+def _field(option: Option) -> Any:
+    """Makes the field of an option."""
+    return dataclasses.field(default=option.default, metadata={"option": option})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,52 +33,78 @@ class Options:
 
     models: tuple[str, ...]
     out: str
+    # The options of a model or a data set are no options of a merge, so only the names
+    # of the registries are choices.
     model: str | None = _field(
-        None,
-        f"The architecture that PyTorch files hold: one of {', '.join(MODELS)}.",
-        choices=MODELS,
+        Option(
+            "model",
+            None,
+            "The architecture that PyTorch files hold.",
+            choices=MODELS.keys(),
+        )
     )
     data: str | None = _field(
-        None, "The data set. It is needed if no model says what it was trained on."
+        Option(
+            "data",
+            None,
+            "The data set. It is needed if no model says what it was trained on.",
+            choices=SOURCES.keys(),
+        )
     )
     data_dir: str | None = _field(
-        None, "The folder of the data set. By default, the one that the runs name."
+        Option(
+            "data_dir",
+            None,
+            "The folder of the data set. By default, the one that the runs name.",
+        )
     )
-    method: str = _field(
-        "activation",
-        f"The method of matching: {', '.join(METHODS)}.",
-        choices=METHODS,
-    )
-    frame: str = _field(
-        "reference",
-        "reference: all models are aligned to the first. joint: all models are aligned "
-        "to each other.",
-        choices=FRAMES,
-    )
+    method: str = _field(METHOD)
+    frame: str = _field(FRAME)
     weights: tuple[float, ...] | None = _field(
-        None, "The models' relative weights in the average. By default, all are equal."
+        Option(
+            "weights",
+            None,
+            "The models' relative weights in the average. By default, all are equal.",
+        )
     )
     samples: int = _field(
-        1000,
-        "The number of training images for matching and for statistics.",
-        at_least=2,
+        Option(
+            "samples",
+            1000,
+            "The number of training images for matching and for statistics.",
+            at_least=2,
+        )
     )
     points: int = _field(
-        11, "The number of points to evaluate on each line.", at_least=2
+        Option(
+            "points", 11, "The number of points to evaluate on each line.", at_least=2
+        )
     )
     train_size: int | None = _field(
-        None, "The number of training images to draw from. By default, all."
+        Option(
+            "train_size",
+            None,
+            "The number of training images to draw from. By default, all.",
+        )
     )
     test_size: int | None = _field(
-        None, "The number of test images to evaluate on. By default, all."
+        Option(
+            "test_size",
+            None,
+            "The number of test images to evaluate on. By default, all.",
+        )
     )
-    seed: int = _field(0, "The seed of all random numbers.", at_least=0)
-    restarts: int = _field(
-        1, "The number of starts of weight matching; the best is taken.", at_least=1
-    )
-    stay: float = _field(
-        0.0, "A unit moves only if its score gains more than this.", at_least=0
-    )
+    seed: int = _field(SEED)
+    restarts: int = _field(RESTARTS)
+    stay: float = _field(STAY)
+
+
+OPTIONS: dict[str, Option] = {
+    field.name: field.metadata["option"]
+    for field in dataclasses.fields(Options)
+    if field.metadata
+}
+"""The options of a merge by name: by their fields of `Options`, and their flags."""
 
 
 def check(options: Options) -> None:
@@ -100,11 +119,30 @@ def check(options: Options) -> None:
             "expected two different models or more: A B [C ...] --out=DIR; got "
             f"{list(options.models)}"
         )
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if field.metadata and value is not None:
-            option_of(field).check(value, f"--{field.name}")
+    for name, option in OPTIONS.items():
+        value = getattr(options, name)
+        if value is not None:
+            option.check(value, f"--{name}")
+    _refuse_unread(options)
     merge.check_weights(options.weights, len(options.models))
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists already; choose a new folder")
+
+
+def _refuse_unread(options: Options) -> None:
+    """Refuses options that were changed although the chosen method reads none of them.
+
+    Raises:
+        UserError: there are such options; the message says which methods read them.
+    """
+    found, routes = read((METHOD,), vars(options)), readers((METHOD,))
+    problems = [
+        f"--{path} is {value!r}, but --method={options.method} does not read it; it is "
+        f"read where {describe_readers(routes[path])}"
+        for path, option in OPTIONS.items()
+        if path in routes and path not in found
+        if (value := getattr(options, path)) != option.default
+    ]
+    if problems:
+        raise UserError("; ".join(problems))

@@ -16,6 +16,7 @@ import numpy as np
 from dimat_jax import __version__, permutation
 from dimat_jax._merge_models import _files, _report
 from dimat_jax._merge_models._merging import Merging
+from dimat_jax._merge_models._methods import METHODS
 from dimat_jax._merge_models._options import Options, check
 from dimat_jax._merge_models._report import Line
 from dimat_jax._metrics import write_json
@@ -50,9 +51,8 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     inputs = [jax.tree.map(jnp.asarray, model.variables) for model in models]
     forms = {"plain": inputs}
     moved_units = 0.0
-    if options.method != "none" and merging.spec.groups:
-        log(f"matching: {options.method}, frame {options.frame}")
-        perms = merging.match(inputs)
+    log(f"matching: {_method(options)}")
+    if perms := merging.match(inputs):
         moved_units = _share_of_moved_units(perms)
         forms["aligned"] = [
             permutation.apply(merging.spec, p, m)
@@ -108,6 +108,13 @@ def _read(options: Options) -> tuple[list[SavedModel], Dataset]:
             f"--samples is {options.samples}, but there are only {available} images"
         )
     return models, dataset
+
+
+def _method(options: Options) -> str:
+    """Names the method of matching and the options that it reads, with their values."""
+    read = METHODS[options.method].options
+    values = [f"{option.keyword} {getattr(options, option.path)}" for option in read]
+    return ", ".join([options.method, *values])
 
 
 def _labels(names: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ within one file.
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from absl import flags
 from dimat_jax._metrics import write_json
 from dimat_jax._trainer import Trainer
 from dimat_jax.cli import _bundled, _program
-from dimat_jax.config import Config
+from dimat_jax.config import Config, drop_unread, fields_of, fields_read, record_of
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.experiment import Experiment
+from dimat_jax.models._settings import DTYPE
 from dimat_jax.network import Network
-from dimat_jax.placement import request_cpu_devices
+from dimat_jax.placement import AGENTS, request_cpu_devices
 
 __all__ = ["COMMAND"]
 
@@ -68,7 +70,13 @@ def _seconds_per_step(config: Config) -> float:
 
 
 def merge(config: Config) -> dict[str, Any]:
-    """Times a merge round by phase, in seconds and in local epochs."""
+    """Times a merge round by phase, in seconds and in local epochs.
+
+    Raises:
+        UserError: the config's algorithm does not merge.
+    """
+    if not record_of(fields_of(config)).merges:
+        raise UserError(f"config.algorithm is {config.algorithm!r}; it does not merge")
     experiment = Experiment(config)
     state = experiment.algorithm.init(experiment.initial_variables())
     phases, totals = [], []
@@ -98,23 +106,24 @@ def merge(config: Config) -> dict[str, Any]:
 
 def train(config: Config) -> dict[str, Any]:
     """Times stacked agents against one agent, and bfloat16 against float32."""
+    n_agents = _n_agents(config)
     stacked = _seconds_per_step(config)
-    alone = _seconds_per_step(_changed(config, agents=1))
-    half = _seconds_per_step(_changed(config, dtype="bfloat16"))
+    alone = _seconds_per_step(_changed(config, {AGENTS.path: 1}))
+    half = _seconds_per_step(_changed(config, {DTYPE.path: "bfloat16"}))
     return {
-        "agents": config.agents,
+        "agents": n_agents,
         "step_seconds": stacked,
-        "images_per_second": config.agents * config.batch_size / stacked,
+        "images_per_second": n_agents * config.batch_size / stacked,
         "one_agent_step_seconds": alone,
-        "stacked_per_agents_alone": stacked / (config.agents * alone),
+        "stacked_per_agents_alone": stacked / (n_agents * alone),
         "bfloat16_per_float32": half / stacked,
     }
 
 
 def scale(config: Config) -> dict[str, Any]:
     """Times a step for each agent, for growing numbers of agents."""
-    counts = [n for n in (1, 2, 5, 10, 20, 40) if n <= config.agents]
-    steps = {n: _seconds_per_step(_changed(config, agents=n)) for n in counts}
+    counts = [n for n in (1, 2, 5, 10, 20, 40) if n <= _n_agents(config)]
+    steps = {n: _seconds_per_step(_changed(config, {AGENTS.path: n})) for n in counts}
     return {
         "step_seconds": steps,
         "per_agent_relative_to_one": {n: t / n / steps[1] for n, t in steps.items()},
@@ -124,12 +133,16 @@ def scale(config: Config) -> dict[str, Any]:
 BENCHES = {"merge": merge, "train": train, "scale": scale}
 
 
-def _changed(config: Config, agents: int | None = None, dtype: str | None = None):
+def _n_agents(config: Config) -> int:
+    """Returns the number of agents; a config that does not read it has a single one."""
+    return fields_read(fields_of(config)).get(AGENTS.path, 1)
+
+
+def _changed(config: Config, fields: Mapping[str, Any]) -> Config:
+    """Returns a copy of a config with other values of those fields that it reads."""
     changed = config.copy_and_resolve_references()
-    with changed.unlocked():
-        changed.agents = agents or config.agents
-        changed.model.dtype = dtype or config.model.dtype
-    return changed
+    changed.update_from_flattened_dict(fields)
+    return drop_unread(changed)
 
 
 def main(arguments: list[str]) -> None:

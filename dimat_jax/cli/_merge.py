@@ -15,13 +15,15 @@ On bad input the command exits with 2 and writes nothing.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
-from dimat_jax._merge_models import Options, option_of, run
+from dimat_jax._merge_models import OPTIONS, Options, run
 from dimat_jax.cli import _program
 from dimat_jax.errors import UserError
+from dimat_jax.options import Option, describe_readers, readers
 
 __all__ = ["COMMAND"]
 
@@ -33,23 +35,33 @@ _DEFINE = {
     float: flags.DEFINE_float,
     tuple[float, ...] | None: flags.DEFINE_list,
 }
-_FIELDS = [field for field in dataclasses.fields(Options) if field.metadata]
+_TYPES = {field.name: field.type for field in dataclasses.fields(Options)}
 
 
 def define_flags() -> None:
     """Defines the flags of the command: `out`, and one for each option of a merge."""
     meaning = "The folder for all results, which must be new or empty."
     flags.DEFINE_string("out", None, meaning, required=True)
-    for field in _FIELDS:
-        option = option_of(field)
-        _DEFINE[field.type](option.keyword, option.default, option.meaning)
+    for name, option in OPTIONS.items():
+        _DEFINE[_TYPES[name]](name, option.default, _meaning(option))
+
+
+def _meaning(option: Option) -> str:
+    """Says what an option means, which values it may have, and where it is read."""
+    sentences = [option.meaning]
+    if isinstance(option.choices, Mapping):
+        records = option.choices.items()
+        sentences += [f"{name}: {record.meaning}" for name, record in records]
+    elif option.choices is not None:
+        sentences.append(f"Allowed: {', '.join(option.choices)}.")
+    if routes := readers(OPTIONS.values()).get(option.path):
+        sentences.append(f"It is read where {describe_readers(routes)}.")
+    return " ".join(sentences)
 
 
 def main(models: list[str]) -> None:
     """Merges the models that the arguments name."""
-    values: dict[str, Any] = {
-        field.name: flags.FLAGS[field.name].value for field in _FIELDS
-    }
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in OPTIONS}
     if values["weights"] is not None:
         try:
             values["weights"] = tuple(map(float, values["weights"]))

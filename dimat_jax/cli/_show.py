@@ -21,17 +21,34 @@ from typing import Any
 
 from tabulate import tabulate
 
-import dimat_jax
 from dimat_jax._metrics import read_rows
+from dimat_jax._option_facts import facts
+from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.cli import _bundled, _program
-from dimat_jax.config import ROOT, default_config
+from dimat_jax.compression import COMPRESSORS
+from dimat_jax.config import ROOT, Config, default_config, fields_of
+from dimat_jax.data.partition import PARTITIONS
+from dimat_jax.data.sources import SOURCES
 from dimat_jax.errors import UserError, nearest
-from dimat_jax.options import describe_readers, every, readers
+from dimat_jax.mixing import MIXINGS
+from dimat_jax.models import MODELS
+from dimat_jax.optimizers import OPTIMIZERS
+from dimat_jax.options import Record, every
+from dimat_jax.topology import TOPOLOGIES
 
 __all__ = ["COMMAND"]
 
-# The registries of the package, by topic.
-_REGISTRIES = {name.lower(): name for name in dir(dimat_jax) if name.isupper()}
+# The registries whose names stand in configs, by topic.
+_REGISTRIES: dict[str, Mapping[str, Record]] = {
+    "algorithms": ALGORITHMS,
+    "compressors": COMPRESSORS,
+    "mixings": MIXINGS,
+    "models": MODELS,
+    "optimizers": OPTIMIZERS,
+    "partitions": PARTITIONS,
+    "sources": SOURCES,
+    "topologies": TOPOLOGIES,
+}
 _BUNDLED = {
     "configs": _bundled.bundled_configs,
     "sweeps": _bundled.bundled_sweeps,
@@ -50,8 +67,8 @@ def _shown(topic: str) -> str:
         files = _BUNDLED[topic]()
         return _listed({name: _bundled.summary(path) for name, path in files.items()})
     if topic in _REGISTRIES:
-        registry = getattr(dimat_jax, _REGISTRIES[topic])
-        return _listed({name: record.meaning for name, record in registry.items()})
+        records = _REGISTRIES[topic]
+        return _listed({name: record.meaning for name, record in records.items()})
     if topic == "options":
         return _options()
     if (Path(topic) / "config.json").is_file():
@@ -60,7 +77,7 @@ def _shown(topic: str) -> str:
         return "\n".join(_bundled.load_runs(topic))
     name = topic.partition(":")[0]
     if name.removeprefix("configs/").removesuffix(".py") in _bundled.bundled_configs():
-        return _config(_bundled.load_config(topic).to_dict())
+        return _config(_bundled.load_config(topic))
     if Path(name).is_file():
         return _file(topic)
     raise UserError(f"there is nothing to show for {topic!r}; {_topics(topic)}")
@@ -78,20 +95,14 @@ def _listed(meanings: Mapping[str, str]) -> str:
 
 
 def _options() -> str:
-    """Lists every option with its default, its range, its meaning, and its readers."""
-    routes = readers(ROOT)
+    """Lists every option with its meaning, its default, its values, and its readers."""
+    described = facts(ROOT)
     lines = []
     for option in every(ROOT):
-        allowed = option.bounds or ", ".join(option.choices or ())
-        details = {
-            "default": repr(option.default),
-            "unit": option.unit,
-            "allowed": allowed,
-            "empty": f"{option.empty}" if option.empty else "",
-            "read where": describe_readers(routes.get(option.path, [])),
-        }
-        lines.append(f"{option.path}\n    {option.meaning}")
-        lines += [f"    {name}: {text}" for name, text in details.items() if text]
+        lines += [option.path, f"    {option.meaning}"]
+        lines += [f"    {fact}" for fact in described[option.path]]
+        if isinstance(option.choices, Mapping):
+            lines.append(f"    Allowed: {', '.join(option.choices)}")
     return "\n".join(lines)
 
 
@@ -99,12 +110,12 @@ def _file(topic: str) -> str:
     """Shows a file of the user: a sweep if it defines `get_runs`, else a config."""
     if "def get_runs" in Path(topic.partition(":")[0]).read_text():
         return "\n".join(_bundled.load_runs(topic))
-    return _config(_bundled.load_config(topic).to_dict())
+    return _config(_bundled.load_config(topic))
 
 
-def _config(config: Mapping[str, Any]) -> str:
+def _config(config: Config | Mapping[str, Any]) -> str:
     """Makes a table of a config's fields, with the defaults that differ from them."""
-    fields, defaults = _flat(config), _flat(default_config().to_dict())
+    fields, defaults = _texts(config), _texts(default_config())
     rows = [
         (field, value, defaults.get(field) if value != defaults.get(field) else "")
         for field, value in fields.items()
@@ -113,15 +124,9 @@ def _config(config: Mapping[str, Any]) -> str:
     return tabulate(rows, header, tablefmt="simple", disable_numparse=True)
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _texts(config: Config | Mapping[str, Any]) -> dict[str, str]:
     """Returns a config's fields as text, by dotted path. Text values keep quotes."""
-    fields = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            fields |= _flat(value, f"{prefix}{name}.")
-        else:
-            fields[f"{prefix}{name}"] = repr(value)
-    return fields
+    return {path: repr(value) for path, value in fields_of(config).items()}
 
 
 def _run(workdir: Path) -> str:

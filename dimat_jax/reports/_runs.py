@@ -10,8 +10,12 @@ import pandas as pd
 
 from dimat_jax._metrics import read_rows
 from dimat_jax.config import ROOT, default_config, fields_of, fields_read
+from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
+from dimat_jax.data.sources import SOURCE, TRAIN_SIZE
 from dimat_jax.errors import UserError
-from dimat_jax.options import every
+from dimat_jax.options import SEED, Option, every
+from dimat_jax.placement import AGENTS
+from dimat_jax.topology import TOPOLOGY
 
 __all__ = [
     "PHASES",
@@ -33,18 +37,18 @@ PHASES = ("pretrained", "merged", "trained")
 SENT = "bytes_sent."
 
 # Runs that differ in this field alone are repetitions; reports show their mean.
-_REPEATS = "seed"
-# Where these fields or sections differ, figures have panels; where others do, lines.
-_PANELS = (
-    "topology",
-    "graph",
-    "data.partition",
-    "pretrain.partition",
-    "data.alpha",
-    "data.classes",
-)
+_REPEATS = SEED.path
+
+
+def _paths(*roots: Option) -> tuple[str, ...]:
+    """Lists options and all further options that they lead to, without the seed."""
+    return tuple(option.path for option in every(roots) if option is not SEED)
+
+
+# Where these fields differ, figures have panels; where others do, lines.
+_PANELS = _paths(TOPOLOGY, PARTITION, PRETRAIN_PARTITION)
 # The fields in which two partitions of the same name can differ.
-_SPLIT_BY = ("data.name", "data.train_size", "agents", "data.alpha", "data.classes")
+_SPLIT_BY = (SOURCE.path, TRAIN_SIZE.path, AGENTS.path, *_paths(PARTITION)[1:])
 
 
 class Partition(NamedTuple):
@@ -65,9 +69,10 @@ class Runs(NamedTuple):
     """Runs to be compared.
 
     Attributes:
-        evaluations: a row for each evaluation: the metrics (bytes of each kind as
-            "bytes_sent.KIND"), the run's folder as "run", its seed, and `fields`. A run
-            that does not read a panel's field has its rows in each of the panels.
+        evaluations: the metrics of all evaluations (bytes of each kind as
+            "bytes_sent.KIND"), with the run's folder as "run", its seed, and `fields`.
+            An evaluation has a row for each panel that shows its run. This is one
+            panel, or several if the run does not read a panel's field.
         panels: the config fields that vary and that say which problem is solved, on
             which graph. In a figure, each of their combinations has a panel.
         lines: the algorithm, and the other config fields that vary among the runs of an
@@ -182,7 +187,9 @@ def _in_every_panel(described: DataFrame, panels: list[str]) -> DataFrame:
     """The runs' fields, in which a run that does not read a panel's field is repeated.
 
     Agents that train alone read no topology, for example. Such a run is a line in the
-    panels of all topologies.
+    panels of all topologies. A panel's own fields may be blank too: IID data have no
+    alpha. So a combination of fields is a panel unless another combination has the
+    same fields and more.
 
     Args:
         described: a row for each run; fields that a run does not read are missing.
@@ -190,17 +197,22 @@ def _in_every_panel(described: DataFrame, panels: list[str]) -> DataFrame:
     """
     if not panels:
         return described
-    shown = described[panels].dropna().drop_duplicates()
-    rows = []
-    for run, row in described.iterrows():
-        known = row[panels].dropna()
-        missing = [field for field in panels if field not in known]
-        fitting = shown[(shown[list(known.index)] == known).all(axis=1)]
-        if not missing or fitting.empty:
-            rows.append(row.to_frame().T)
-            continue
-        for _, panel in fitting.drop_duplicates(missing).iterrows():
-            rows.append(pd.DataFrame([{**row, **panel[missing]}], index=[run]))
+    known = {run: row[panels].dropna().to_dict() for run, row in described.iterrows()}
+    combinations: list[dict[str, str]] = []
+    for fields in known.values():
+        if fields not in combinations:
+            combinations.append(fields)
+    shown = [
+        fields
+        for fields in combinations
+        if not any(fields.items() < other.items() for other in combinations)
+    ]
+    rows = [
+        pd.DataFrame([{**row, **panel}], index=[run])
+        for run, row in described.iterrows()
+        for panel in shown
+        if known[run].items() <= panel.items()
+    ]
     return pd.concat(rows)
 
 
@@ -211,7 +223,7 @@ def _varying(read: DataFrame) -> tuple[list[str], list[str], list[str]]:
     for field in read.columns.difference(["algorithm", _REPEATS], sort=False):
         if read[field].nunique() < 2:
             continue
-        if field in _PANELS or field.partition(".")[0] in _PANELS:
+        if field in _PANELS:
             # Most runs pre-train on the partition on which they train later. The two
             # fields are then equal in all runs, and one of them is enough.
             if not any(read[field].equals(read[panel]) for panel in panels):

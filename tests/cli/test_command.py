@@ -9,8 +9,11 @@ import pytest
 
 import dimat_jax
 from dimat_jax import cli
+from dimat_jax._option_facts import facts
 from dimat_jax.cli import _bundled, _show
+from dimat_jax.config import ROOT as ROOT_OPTIONS
 from dimat_jax.errors import UserError
+from dimat_jax.options import every
 from dimat_jax.topology import ring
 
 ROOT = Path(__file__).parents[2]
@@ -208,6 +211,33 @@ def test_it_says_what_each_entry_is(capsys):
     ]
     assert ["ring", meaning] in lines
     assert "quickstart         Five agents learn" in shown(capsys, "configs")
+
+
+def test_it_says_all_about_the_options_that_the_documentation_says(capsys):
+    entries: dict[str, list[str]] = {}
+    for line in shown(capsys, "options").splitlines():
+        if line.startswith("    "):
+            entries[list(entries)[-1]].append(line.strip())
+        else:
+            entries[line] = []
+    described = facts(ROOT_OPTIONS)
+    assert list(entries) == [option.path for option in every(ROOT_OPTIONS)]
+    for option in every(ROOT_OPTIONS):
+        meaning, *lines = entries[option.path]
+        assert meaning == option.meaning
+        assert lines[: len(described[option.path])] == described[option.path]
+    assert (
+        "Read: always, but not where algorithm is centralized"
+        in entries["data.partition"]
+    )
+    assert "Allowed: own, reference, joint" in entries["merge.frame"]
+
+
+def test_every_registry_of_the_package_is_a_topic():
+    names = [name for name in dir(dimat_jax) if name.isupper()]
+    assert {name.lower(): getattr(dimat_jax, name) for name in names} == (
+        _show._REGISTRIES
+    )
 
 
 @pytest.mark.parametrize("topic", ["quickstart:wa", "configs/quickstart.py:wa"])

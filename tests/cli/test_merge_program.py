@@ -240,6 +240,19 @@ BAD = {
     "a model": ([], {"model": "mpl"}, "did you mean 'mlp'"),
     "points": ([], {"points": 1}, "--points is 1; it must be at least 2"),
     "stay": ([], {"stay": -1.0}, "--stay is -1.0; it must be at least 0"),
+    "no data set": ([], {"data": "digit"}, "did you mean 'digits'"),
+    "restarts of activations": (
+        [],
+        {"restarts": 3},
+        "--restarts is 3, but --method=activation does not read it; it is read where "
+        "method is 'weight'",
+    ),
+    "a frame without matching": (
+        [],
+        {"method": "none", "frame": "joint", "stay": 0.5},
+        "--frame is 'joint', but --method=none does not read it; it is read where "
+        "method is one of 'activation', 'weight'; --stay is 0.5, but --method=none",
+    ),
     "weights": ([], {"weights": (1, 1, 1)}, "3 weights for 2 models"),
     "negative weights": ([], {"weights": (2, -1)}, "at least 0"),
     "samples": ([], {"samples": 5000}, "--samples is 5000, but there are only 1433"),
@@ -422,8 +435,17 @@ def test_the_command_prints_its_tables_and_names_its_folder(tmp_path, workdir):
     assert options["weights"] == [3, 1]
 
 
-def test_the_command_ends_bad_input_with_one_message_and_exit_code_2(tmp_path):
-    result = command(tmp_path, "a", "b", f"--out={tmp_path / 'out'}", "--weights=1,x")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights=1,x"], "error: --weights: "),
+        (["--restarts=3"], "error: --restarts is 3, but --method=activation does not "),
+    ],
+)
+def test_the_command_ends_bad_input_with_one_message_and_exit_code_2(
+    tmp_path, arguments, message
+):
+    result = command(tmp_path, "a", "b", f"--out={tmp_path / 'out'}", *arguments)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --weights: ")
+    assert result.stderr.startswith(message)
     assert not (tmp_path / "out").exists()

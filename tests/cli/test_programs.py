@@ -217,6 +217,31 @@ def test_bench_writes_ratios(tmp_path, environment, name):
     assert content[ratio]
 
 
+@pytest.mark.parametrize("name", ["train", "scale"])
+def test_bench_times_an_algorithm_with_a_single_agent(tmp_path, environment, name):
+    out = tmp_path / "bench.json"
+    config = "--config=quickstart:centralized"
+    result = run(environment, "bench", name, config, f"--out={out}", "--repeats=1")
+    assert result.returncode == 0, result.stderr
+    content = json.loads(out.read_text())
+    if name == "train":
+        assert content["agents"] == 1
+        ratio = content["step_seconds"] / content["one_agent_step_seconds"]
+        assert content["stacked_per_agents_alone"] == pytest.approx(ratio)
+    else:
+        assert content["per_agent_relative_to_one"] == {"1": 1}
+
+
+def test_bench_refuses_to_time_the_merge_of_an_algorithm_without_one(
+    tmp_path, environment
+):
+    out = tmp_path / "bench.json"
+    config = "--config=quickstart:local"
+    result = run(environment, "bench", "merge", config, f"--out={out}")
+    assert result.returncode == 2 and not out.exists()
+    assert "config.algorithm is 'local'; it does not merge" in result.stderr
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")))
 def test_every_sweep_file_loads(path):
     if path.name != "__init__.py":

@@ -14,8 +14,10 @@ from matplotlib.figure import Figure
 
 from dimat_jax import reports
 from dimat_jax.configs import quickstart
+from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.experiment import Experiment
-from dimat_jax.reports import Partition, Runs, describe, load
+from dimat_jax.reports import Partition, Runs, _runs, describe, load
+from dimat_jax.topology import TOPOLOGIES
 from dimat_jax.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
@@ -238,6 +240,74 @@ def test_partitions_and_graphs_make_panels_with_their_parameters(tmp_path):
         ("dirichlet, alpha 0.1", "41.0 (0 MB)"),
         ("dirichlet, alpha 10.0", "61.0 (0 MB)"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("indifferent", "algorithm", "choices"),
+    [
+        (
+            "centralized",
+            "wa",
+            [
+                {"data.partition": "iid"},
+                {"data.partition": "dirichlet", "data.alpha": "0.1"},
+                {"data.partition": "dirichlet", "data.alpha": "10.0"},
+            ],
+        ),
+        (
+            "local",
+            "cdsgd",
+            [
+                {"topology": "ring"},
+                {"topology": "random_regular", "graph.degree": "3"},
+                {"topology": "random_regular", "graph.degree": "4"},
+            ],
+        ),
+    ],
+)
+def test_a_run_that_reads_no_field_of_the_panels_is_in_all_of_them(
+    tmp_path, indifferent, algorithm, choices
+):
+    """Also in a panel that has a blank field: IID data have no alpha."""
+    for number, chosen in enumerate(choices):
+        fields: dict[str, Any] = {
+            path.replace(".", "__"): value for path, value in chosen.items()
+        }
+        write_run(tmp_path / str(number), algorithm=algorithm, **fields)
+    write_run(tmp_path / "all", algorithm=indifferent)
+    grid = reports.tables(load([tmp_path]))[END]
+    assert len(grid.columns) == 3
+    assert (grid != "").all(axis=None)
+
+
+def test_a_run_is_repeated_only_in_the_panels_that_fit_it(tmp_path):
+    for partition in ("iid", "by_class"):
+        for topology in ("ring", "star"):
+            path = tmp_path / f"{partition}-{topology}"
+            fields: dict[str, Any] = {
+                "data__partition": partition,
+                "topology": topology,
+            }
+            write_run(path, algorithm="wa", **fields)
+    write_run(tmp_path / "one", algorithm="local", data__partition="iid")
+    evaluations = load([tmp_path]).evaluations
+    one = evaluations[evaluations.algorithm == "local"]
+    assert set(zip(one.partition, one.topology, strict=True)) == {
+        ("iid", "ring"),
+        ("iid", "star"),
+    }
+    assert len(one) == 2 * len(one.drop_duplicates(["round", "phase"]))
+
+
+def test_every_option_of_a_graph_or_a_partition_makes_panels():
+    read = {
+        option.path
+        for registry in (TOPOLOGIES, PARTITIONS)
+        for record in registry.values()
+        for option in record.reads
+    }
+    panels = {"topology", "data.partition", "pretrain.partition", *read} - {"seed"}
+    assert set(_runs._PANELS) == panels
 
 
 def test_the_partition_for_pretraining_is_told_where_it_is_not_always_the_same(
