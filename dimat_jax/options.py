@@ -1,8 +1,9 @@
 """Options and records: each fact about a config's fields stands in one place.
 
-An `Option` is declared in the file of the thing that it configures. It holds the option's place in
-a config, its default, its meaning, and the values that it may have. Function signatures
-take their defaults from it, and functions check their arguments with it:
+An `Option` is declared in the file of the thing that it configures. It holds the
+option's place in a config, its default, its meaning, and the values that it may have.
+Function signatures take their defaults from it, and functions check their arguments
+with it:
 
     STAY = Option("merge.stay", 0.0, "What a unit must gain to move.", at_least=0)
 

@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in BENCHES:
         given = " ".join(arguments)
         raise UserError(f"the benchmark is {given!r}; {nearest(given, BENCHES)}")
-    config = flags.FLAGS.config
+    config = _bundled.given_config()
     request_cpu_devices(config.placement.cpu_devices)
     result = {
         "bench": arguments[0],
