@@ -8,7 +8,7 @@ that read them; `ROOT` holds the options that every run reads, and leads to all 
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -61,8 +61,13 @@ __all__ = [
     "settle_overrides",
 ]
 
-Config = Any
-"""An `ml_collections.ConfigDict`, whose fields type checkers cannot know."""
+if TYPE_CHECKING:
+    # ml_collections declares every field of a ConfigDict as a number or a text, so that
+    # type checkers would refuse `config.merge.stay`.
+    Config = Any
+else:
+    Config = ConfigDict
+"""The type of a config."""
 
 Fields = Mapping[str, Any]
 """The values of a config's fields, by dotted path."""
