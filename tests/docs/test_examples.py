@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +24,18 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from dimat_jax.algorithms import ALGORITHMS, BETWEEN_MERGES
 from dimat_jax.cli import COMMANDS
+from dimat_jax.compression import COMPRESSORS
 from dimat_jax.config import check
+from dimat_jax.data.partition import PARTITIONS
+from dimat_jax.data.sources import SOURCES
 from dimat_jax.experiment import check_network
+from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import MODELS, to_torch
 from dimat_jax.models.classifier import init
+from dimat_jax.optimizers import OPTIMIZERS
+from dimat_jax.topology import TOPOLOGIES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -107,7 +115,19 @@ def test_readme_tutorials_and_how_tos_have_examples():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
+def registries() -> Iterator[None]:
+    """Takes back what examples add to registries, which other tests share."""
+    found = [ALGORITHMS, BETWEEN_MERGES, COMPRESSORS, MIXINGS, MODELS, OPTIMIZERS]
+    found += [PARTITIONS, SOURCES, TOPOLOGIES]
+    before = [dict(registry) for registry in found]
+    yield
+    for registry, entries in zip(found, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, registries) -> Path:
     """A new folder that looks like the project's, to run examples in."""
     for name in ("configs", "dimat_jax", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
