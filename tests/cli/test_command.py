@@ -264,7 +264,11 @@ def test_it_shows_a_file_of_the_user(capsys, tmp_path):
         "from dimat_jax.configs import quickstart\nget_config = quickstart.get_config\n"
     )
     assert "'sgp'" in shown(capsys, f"{path}:sgp")
-    path.write_text("def get_runs():\n    return {'one': None, 'two': None}\n")
+    path.write_text(
+        "from dimat_jax.config import default_config\n"
+        "def get_runs():\n"
+        "    return {'one': default_config(), 'two': default_config()}\n"
+    )
     assert shown(capsys, str(path)) == "one\ntwo\n"
 
 
