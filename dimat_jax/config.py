@@ -56,7 +56,6 @@ __all__ = [
     "model_arguments",
     "record_of",
     "resolved",
-    "result_fields",
     "set_if_read",
     "settle_overrides",
 ]
@@ -146,16 +145,6 @@ def fields_of(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str,
         is_section = isinstance(value, (Mapping, ConfigDict))
         flat |= fields_of(value, f"{path}.") if is_section else {path: value}
     return flat
-
-
-def result_fields(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config's values by path, without options that change no result."""
-    options = _options()
-    return {
-        path: value
-        for path, value in fields_of(config).items()
-        if path not in options or options[path].changes_results
-    }
 
 
 def record_of(fields: Fields) -> AlgorithmRecord:
