@@ -70,12 +70,14 @@ def conv(seen, weight, rng):
     groups = int(rng.choice([n for n in (1, 2, 4) if x.shape[-1] % n == 0]))
     kernel = weight(a_size(rng), x.shape[-1] // groups, groups * a_size(rng))
     stride, dilation = (int(n) for n in rng.integers(1, 3, 2))
+    # With less padding, a dilated kernel may be longer than its input.
+    padding = max(2, dilation * (len(kernel) - 1))
     return jnp.tanh(
         lax.conv_general_dilated(
             x,
             kernel,
             [stride],
-            [(2, 2)],
+            [(padding, padding)],
             rhs_dilation=[dilation],
             dimension_numbers=("NWC", "WIO", "NWC"),
             feature_group_count=groups,
@@ -342,7 +344,7 @@ def test_what_is_derived_of_random_programs_holds(program, shape):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000, deadline=None, derandomize=True)
 @given(programs, shapes)
 def test_what_is_derived_of_many_random_programs_holds(program, shape):
     check(program, shape)
