@@ -27,9 +27,10 @@ from dimat_jax.algorithms.record import INIT
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
 from dimat_jax.data.pipeline import FLIP, PAD
+from dimat_jax.data.selection import BN_DATA, BN_SAMPLES
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
 from dimat_jax.errors import UserError
-from dimat_jax.models import MODEL, MODELS, ModelError
+from dimat_jax.models import MODEL, MODELS, ModelError, classifier
 from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, NetworkError, faults
 from dimat_jax.optimizers import LEARNING_RATE, OPTIMIZER, SCHEDULE
 from dimat_jax.options import (
@@ -337,6 +338,14 @@ def _check_together(fields: Fields) -> None:
     except NetworkError as error:
         raise ConfigError(f"config.faults: {error}") from None
     try:
-        MODELS[fields[MODEL.path]](n_classes=1, **model_arguments(fields))
+        model = MODELS[fields[MODEL.path]](n_classes=1, **model_arguments(fields))
     except ModelError as error:
         raise ConfigError(f"config.model: {error}") from None
+    if record.merges and classifier.batch_statistics(model) is None:
+        for option in (BN_DATA, BN_SAMPLES):
+            # "none" is true of such a model, so that a config may say it.
+            if fields[option.path] not in (option.default, "none"):
+                raise ConfigError(
+                    f"config.{option.path} is {fields[option.path]!r}, but nothing "
+                    f"reads it: {fields[MODEL.path]} has no BatchNorm here"
+                )

@@ -190,6 +190,15 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
             {"algorithm": "centralized", "faults__dropout": 0.1},
             "faults.dropout is 0.1, but algorithm='centralized' does not read it$",
         ),
+        (
+            {"model__name": "mlp", "merge__bn_samples": 10},
+            "config.merge.bn_samples is 10, but nothing reads it: mlp has no BatchNorm",
+        ),
+        (
+            {"model__norm": "group", "merge__bn_data": "own"},
+            "config.merge.bn_data is 'own', but nothing reads it: resnet20 has "
+            "no Batch",
+        ),
         ({"algorithm": "fedavg", "topology": "hypercube"}, "config.topology is 'hyper"),
         ({"algorithm": "local", "mixing": "lazy"}, "config.mixing is 'lazy', but"),
         ({"algorithm": "centralized", "topology": "star"}, "config.topology is 'star'"),
@@ -287,6 +296,8 @@ def test_what_would_be_ignored_or_cannot_be_is_refused(fields, message):
     "fields",
     [
         {"mixing": "file", "graph__file": "W.npy"},
+        {"model__name": "mlp", "merge__bn_data": "none"},
+        {"model__name": "mlp", "model__norm": "batch", "merge__bn_samples": 10},
         {"topology": "random_regular", "graph__degree": 4},
         {"data__partition": "dirichlet", "data__alpha": 0.1},
         {
