@@ -13,8 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from dimat_jax._passing import weighted_sums
 from dimat_jax.errors import UserError
 from dimat_jax.options import Option, Record, registry
+from dimat_jax.placement import Placement
 from dimat_jax.topology import (
     MATRIX_FILE,
     Adjacency,
@@ -348,13 +350,35 @@ def spectral_gap(mixing_matrix: MixingMatrix) -> float:
     return float(np.clip(1 - moduli[-2], 0.0, 1.0))
 
 
-def mix(mixing_matrix: Float[Array, "agents agents"], stacked: PyTree) -> PyTree:
+def mix(
+    mixing_matrix: Float[Array, "agents agents"],
+    stacked: PyTree,
+    placement: Placement | None = None,
+) -> PyTree:
     """Computes sum_j W[i, j] x_j for every leaf `[agents, ...]` of a stacked tree.
 
     A leaf keeps its dtype. The sum is computed in float32, or in the leaf's dtype if
     that is more precise or complex. Leaves of other dtypes, such as integer counters,
     are not mixed: every agent keeps its own.
+
+    Args:
+        mixing_matrix: W.
+        stacked: the tree.
+        placement: the devices on which the agents live. With it, devices send each
+            other only what W gives a weight to. Without it, the result is the same, and
+            XLA decides what is sent: if agents live on several devices, that may be
+            everything, to every device.
     """
+    if placement is not None and placement.spread:
+        leaves, treedef = jax.tree.flatten(stacked)
+        sums = iter(
+            weighted_sums(
+                placement.mesh, mixing_matrix, list(filter(is_inexact, leaves))
+            )
+        )
+        return treedef.unflatten(
+            next(sums) if is_inexact(leaf) else leaf for leaf in leaves
+        )
 
     def mix_leaf(leaf):
         if not is_inexact(leaf):

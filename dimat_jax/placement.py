@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
+from dimat_jax import _passing
 from dimat_jax.errors import UserError
 from dimat_jax.options import Option
 from dimat_jax.tree import PyTree, stack, take
@@ -150,6 +151,27 @@ class Placement:
             )
 
         return stack([run(i) for i in range(n_local)])
+
+    @property
+    def spread(self) -> bool:
+        """Whether agents live on several devices."""
+        return self.mesh.shape["agents"] > 1
+
+    def pick(
+        self, stacked: PyTree, indices: Int[Array | np.ndarray, " slots"]
+    ) -> PyTree:
+        """Gives every slot the entry of another slot: `leaf[indices]` for every leaf.
+
+        Devices send each other what they need, and no device ever holds the entries of
+        all agents.
+
+        Args:
+            stacked: a tree with leaves `[slots, ...]`.
+            indices: for each slot the slot whose entry it gets.
+        """
+        if not self.spread:
+            return take(stacked, indices)
+        return _passing.pick(self.mesh, stacked, indices)
 
     def put(self, stacked: PyTree) -> PyTree:
         """Places host arrays `[n_agents, ...]` on the devices as `[slots, ...]`."""

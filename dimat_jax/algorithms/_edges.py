@@ -79,7 +79,7 @@ def spanning_forest(active_edges: Adjacency) -> Edges:
 def waves(edges: Edges, slots: int) -> list[Pairs]:
     """Groups edges into waves of `slots` edges.
 
-    The last wave is filled up with self-loops of agent 0.
+    The last wave is filled up with self-loops: the agent of each slot with itself.
     """
     # Edges are sorted by offset first. If agents fill the slots, every wave of a ring
     # or a fully connected graph then holds each receiver exactly once, in order.
@@ -88,7 +88,7 @@ def waves(edges: Edges, slots: int) -> list[Pairs]:
     result = []
     for start in range(0, len(edges), slots):
         wave = edges[start : start + slots]
-        filled = np.zeros((slots, 2), np.int32)
+        filled = np.tile(np.arange(slots, dtype=np.int32)[:, None], (1, 2))
         filled[: len(wave)] = wave
         result.append(Pairs(filled[:, 0], filled[:, 1], len(wave)))
     return result

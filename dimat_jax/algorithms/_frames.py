@@ -35,8 +35,9 @@ from dimat_jax.algorithms.base import Algorithm, State
 from dimat_jax.mixing import mix
 from dimat_jax.options import Record, registry
 from dimat_jax.permutation import Perms
+from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
-from dimat_jax.tree import PyTree, is_inexact, stack, take
+from dimat_jax.tree import PyTree, is_inexact, stack
 
 __all__ = ["AS_THEY_ARE", "FRAMES", "Frame", "Merge", "Views"]
 
@@ -75,7 +76,7 @@ views are in the frames in which `merged` is.
 class Frame(Record[Merge]):
     """A way to merge agents whose units are in different orders.
 
-    `build(inner, exchanged)` makes its `Merge`.
+    `build(inner, exchanged, placement)` makes its `Merge`.
 
     Attributes:
         edges: `edges(active_edges)` returns the edges along which agents are matched.
@@ -95,10 +96,12 @@ class Frame(Record[Merge]):
 # How agents merge, given the permutations =============================================
 
 
-def average_as_they_are(inner: Algorithm, exchanged: Exchanged) -> Merge:
+def average_as_they_are(
+    inner: Algorithm, exchanged: Exchanged, placement: Placement
+) -> Merge:
     """x_i <- sum_j W_ij x_j: no unit is permuted (weight averaging)."""
     del inner
-    mix_in_place = _mixing_in_place(exchanged)
+    mix_in_place = _mixing_in_place(exchanged, placement)
 
     def merge(views, perms, W):
         del perms
@@ -107,7 +110,7 @@ def average_as_they_are(inner: Algorithm, exchanged: Exchanged) -> Merge:
     return merge
 
 
-def own_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
+def own_frame(inner: Algorithm, exchanged: Exchanged, placement: Placement) -> Merge:
     """x_i <- sum_j W_ij P_ij x_j: every agent stays in its own frame.
 
     One assignment problem is solved for each edge and group (DIMAT, arXiv 2404.08079,
@@ -125,7 +128,8 @@ def own_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
     def add_wave(total, x, W, P_ij, wave):
         i, j, real = wave
         W_ij = jnp.where(jnp.arange(len(j)) < real, W[i, j], 0.0)
-        return _add_at(i, total, _weighted(W_ij, align(take(x, j), P_ij)))
+        aligned = align(placement.pick(x, j), P_ij)
+        return _add_at(i, total, _weighted(W_ij, aligned), placement)
 
     def merge(views, perms, W):
         # x_i <- W_ii x_i + sum_j W_ij P_ij x_j, one wave of edges (i, j) at a time.
@@ -137,7 +141,9 @@ def own_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
     return merge
 
 
-def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
+def reference_frame(
+    inner: Algorithm, exchanged: Exchanged, placement: Placement
+) -> Merge:
     """x_i <- sum_j W_ij P_j x_j: every agent moves into the frame of a root, and stays.
 
     The root is the lowest agent of a connected component. P_j is composed along a
@@ -145,7 +151,7 @@ def reference_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
     the same P_j.
     """
     align = jax.jit(inner.aligned)
-    mix_in_place = _mixing_in_place(exchanged)
+    mix_in_place = _mixing_in_place(exchanged, placement)
 
     def merge(views, perms, W):
         if perms:
@@ -177,7 +183,7 @@ def _to_roots(perms: EdgePerms, slots: int) -> dict[str, Int32[Array, "slots _un
     return stack(to_root)
 
 
-def _mixing_in_place(exchanged: Exchanged):
+def _mixing_in_place(exchanged: Exchanged, placement: Placement):
     """Makes `mix_in_place(views, W)`, which computes sum_j W_ij x_j for every agent i.
 
     The term of an agent's own x_i is exact; the others are its neighbours' x_j as the
@@ -187,8 +193,9 @@ def _mixing_in_place(exchanged: Exchanged):
     @jax.jit
     def mix_in_place(views: Views, W: Array) -> PyTree:
         if views.announced is None:
-            return mix(W, exchanged(views.own))
-        received = mix(W - jnp.diag(jnp.diagonal(W)), exchanged(views.announced))
+            return mix(W, exchanged(views.own), placement)
+        others = W - jnp.diag(jnp.diagonal(W))
+        received = mix(others, exchanged(views.announced), placement)
         return jax.tree.map(
             lambda own, others: own + others if is_inexact(own) else own,
             _weighted(jnp.diagonal(W), exchanged(views.own)),
@@ -212,13 +219,23 @@ def _weighted(weights: Float[Array, " agents"], stacked: PyTree) -> PyTree:
     return jax.tree.map(weigh, stacked)
 
 
-def _add_at(agents: Array, total: PyTree, terms: PyTree) -> PyTree:
-    """Adds each term to an agent's leaves; counters do not change."""
-    return jax.tree.map(
-        lambda leaf, term: leaf.at[agents].add(term) if is_inexact(term) else leaf,
-        total,
-        terms,
-    )
+def _add_at(
+    agents: Array, total: PyTree, terms: PyTree, placement: Placement
+) -> PyTree:
+    """Adds the term of each slot to an agent's leaves; counters do not change."""
+
+    def add(leaf, term):
+        return leaf.at[agents].add(term) if is_inexact(leaf) else leaf
+
+    if placement.spread:
+        # Terms travel to their agents' devices as weighted sums do.
+        addressed = agents[None, :] == jnp.arange(placement.slots)[:, None]
+        terms = mix(addressed.astype(jnp.float32), terms, placement)
+
+        def add(leaf, term):
+            return leaf + term if is_inexact(leaf) else leaf
+
+    return jax.tree.map(add, total, terms)
 
 
 # The registry =========================================================================

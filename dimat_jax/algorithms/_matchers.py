@@ -36,7 +36,7 @@ from dimat_jax.matching._weight_scores import (
 )
 from dimat_jax.permutation import PermutationSpec, PermutationSpecError, group_sizes
 from dimat_jax.placement import Placement
-from dimat_jax.tree import PyTree, take
+from dimat_jax.tree import PyTree
 
 __all__ = ["ActivationMatcher", "WeightMatcher"]
 
@@ -121,16 +121,20 @@ class _Programs:
                 for group, taps in units.items()
             }
 
+        def pick(stacked, indices):
+            # None stands for all entries in order.
+            return stacked if indices is None else placement.pick(stacked, indices)
+
         def observe_received(variables, inputs, mask, senders, receivers):
             return placement.per_agent(observe)(
-                _pick(variables, senders),
-                _pick(inputs, receivers),
-                _pick(mask, receivers),
+                pick(variables, senders),
+                pick(inputs, receivers),
+                pick(mask, receivers),
             )
 
         def update(moments, references, receivers, permutees, senders):
             return placement.per_agent(update_taps)(
-                moments, _pick(references, receivers), _pick(permutees, senders)
+                moments, pick(references, receivers), pick(permutees, senders)
             )
 
         self.spec, self.placement = spec, placement
@@ -228,7 +232,7 @@ class WeightMatcher:
         self.search: Callable[[Problem, Key[Array, ""]], PairPerms] = partial(
             match_by_weights, restarts=restarts
         )
-        self._lift = placement.per_agent
+        self._lift, self._pick = placement.per_agent, placement.pick
 
     def both_ways(self, data: MergeData) -> bool:
         del data
@@ -255,6 +259,7 @@ class WeightMatcher:
             included(variables, not_running_statistics),
             edge_waves,
             lift=self._lift,
+            pick=self._pick,
             fetch=fetch,
             names=[f"agent {slot % agents}" for slot in range(slots)],
         )
@@ -262,8 +267,3 @@ class WeightMatcher:
     def score_bytes(self, sizes: Sequence[int]) -> int:
         del sizes
         return 0
-
-
-def _pick(stacked: PyTree, indices: Array | np.ndarray | None) -> PyTree:
-    """Takes stacked entries by index; None stands for all of them in order."""
-    return stacked if indices is None else take(stacked, indices)

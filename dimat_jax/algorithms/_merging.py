@@ -167,7 +167,7 @@ class _MergeRound:
         self._inner, self._placement = inner, placement
         self._frame, self._matcher, self._stay = frame, matcher, stay
         self._opt_state = opt_state
-        self._merge = frame.build(inner, self._exchanged)
+        self._merge = frame.build(inner, self._exchanged, placement)
         self._absorb = jax.jit(self._absorbed, out_shardings=placement.sharding)
         self._measure = None
         if task.batch_statistics is not None:

@@ -79,9 +79,9 @@ def cdsgd(
             state, batch, placement.keys(key)
         )
         if order == "combine_then_adapt":
-            variables = apply_updates(mix(network.W, variables), updates)
+            variables = apply_updates(mix(network.W, variables, placement), updates)
         else:
-            variables = mix(network.W, apply_updates(variables, updates))
+            variables = mix(network.W, apply_updates(variables, updates), placement)
         return LocalState(variables, opt_state), metrics
 
     return local(task, tx, placement)._replace(

@@ -43,7 +43,7 @@ from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
 from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
-from dimat_jax.tree import PyTree, take
+from dimat_jax.tree import PyTree
 
 __all__ = ["RECORDS", "cga", "project"]
 
@@ -108,7 +108,7 @@ def cga(
             placement.keys(compression_key),
         )
         updates, opt_state = adapt(direction, state.local, batch)
-        mixed = mix(network.W, {**variables, **own.model_state})
+        mixed = mix(network.W, {**variables, **own.model_state}, placement)
         local_state = LocalState(apply_updates(mixed, updates), opt_state)
         memory = dict(zip(state.memory, lost, strict=True))
         return MemoryState(local_state, memory), own.metrics
@@ -144,10 +144,12 @@ def _cross_gradients(
 
     def ask(variables, batch, network, keys):
         returned = [
-            gradient_on(take(variables, senders), batch, keys).grads
+            gradient_on(placement.pick(variables, senders), batch, keys).grads
             for senders in exchange.neighbours.T
         ]
-        crossed = [exchange.answers(returned, k) for k in range(len(returned))]
+        crossed = [
+            exchange.answers(returned, k, placement) for k in range(len(returned))
+        ]
         # An agent without examples has no gradient to send, and is no constraint.
         answering = network.active_edges & batch.mask.any(axis=1)[None, :]
         own = gradient_on(variables, batch, keys)

@@ -86,7 +86,7 @@ def choco(
         params, known = gossip(
             variables["params"], state.memory, network, placement.keys(compression_key)
         )
-        mixed = mix(network.W, {**variables, "params": {}})
+        mixed = mix(network.W, {**variables, "params": {}}, placement)
         local_state = LocalState({**mixed, "params": params}, opt_state)
         return MemoryState(local_state, known), metrics
 
@@ -115,7 +115,7 @@ def _reliable(placement: Placement, compressor: Compressor, gamma: float):
         params = jax.tree.map(
             lambda x, average, own: x + gamma * (average - own),
             params,
-            mix(network.W, known),
+            mix(network.W, known, placement),
             known,
         )
         return params, {"known": known}
@@ -158,7 +158,7 @@ def _by_edge(
         active = exchange.active(network.active_edges)
         known = update_known(params, memory, active, keys)
         answers = [known[name] for name in names]
-        received = [exchange.answers(answers, k) for k in range(len(names))]
+        received = [exchange.answers(answers, k, placement) for k in range(len(names))]
         weights = exchange.weights(network.W) * active.astype(network.W.dtype)
         return step_to_consensus(params, known, received, weights), known
 

@@ -70,12 +70,12 @@ def d2(task: Task, tx: optax.GradientTransformation, placement: Placement) -> Al
         # then 5e-6, and otherwise 0.2.
         origin = take(ahead, slice(1))
         own = jax.tree.map(jnp.subtract, ahead, origin)
-        mixed = mix(network.W, own)
+        mixed = mix(network.W, own, placement)
         increment = jax.tree.map(
             lambda s, old, new: s + (new - old), state.memory["increment"], own, mixed
         )
         params = jax.tree.map(jnp.add, origin, mixed)
-        variables = {**mix(network.W, sent), "params": params}
+        variables = {**mix(network.W, sent, placement), "params": params}
         local_state = LocalState(variables, opt_state)
         return MemoryState(local_state, {"increment": increment}), metrics
 

@@ -60,11 +60,11 @@ def dsgt(
         return MemoryState(LocalState(variables, opt_state), memory, marks), metrics
 
     def step(state, batch, network, key):
-        received = mix(network.W, state.memory["tracker"])
+        received = mix(network.W, state.memory["tracker"], placement)
         state, metrics = placement.per_agent(track)(
             state, received, batch, placement.keys(key)
         )
-        variables = mix(network.W, state.local.variables)
+        variables = mix(network.W, state.local.variables, placement)
         return state._replace(local=state.local._replace(variables=variables)), metrics
 
     tracking = remembering(

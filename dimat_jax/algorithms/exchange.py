@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
 from dimat_jax.tree import PyTree
 
@@ -48,19 +49,32 @@ class Exchange(NamedTuple):
             place[agent, k] = np.argmax(back & real[neighbours[agent, k]])
         return Exchange(neighbours, place, real)
 
-    def answers(self, answered: Sequence[PyTree], k: int) -> PyTree:
+    def answers(
+        self, answered: Sequence[PyTree], k: int, placement: Placement
+    ) -> PyTree:
         """Returns the answers that all agents get from their k-th neighbours, stacked.
 
         Args:
             answered: for each k, the answers of all agents to their own k-th
                 neighbours, stacked.
             k: the column of the tables.
+            placement: the devices on which the agents live.
         """
-
-        def pick(*leaves):
-            return jnp.stack(leaves)[self.place[:, k], self.neighbours[:, k]]
-
-        return jax.tree.map(pick, *answered)
+        result = answered[0]
+        for place in np.unique(self.place[:, k]):
+            here = self.place[:, k] == place
+            # An agent whose answer is at another place asks for its own entry, which
+            # costs no message.
+            senders = np.where(here, self.neighbours[:, k], np.arange(len(here)))
+            answers = placement.pick(answered[place], senders)
+            result = jax.tree.map(
+                lambda new, old, here=here: jnp.where(
+                    here.reshape(-1, *[1] * (new.ndim - 1)), new, old
+                ),
+                answers,
+                result,
+            )
+        return result
 
     def active(
         self, active_edges: Bool[Array, "agents agents"]

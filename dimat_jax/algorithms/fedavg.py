@@ -63,7 +63,7 @@ def fedavg(
         shares = shares / jnp.maximum(shares.sum(), 1)
         # An absent agent receives nothing, and keeps its variables.
         W = jnp.where(present[:, None], shares[None, :], jnp.eye(placement.slots))
-        variables = mix(W, state.local.variables)
+        variables = mix(W, state.local.variables, placement)
         return state._replace(
             local=local_algorithm.with_variables(state.local, variables),
             marks={"turn": jnp.where(present, latest + 1, turn)},

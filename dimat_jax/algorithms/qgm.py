@@ -81,7 +81,7 @@ def qgm(
         local_state, rate, metrics = placement.per_agent(adapt)(
             state, batch, placement.keys(key)
         )
-        variables = mix(network.W, local_state.variables)
+        variables = mix(network.W, local_state.variables, placement)
 
         @placement.per_agent
         def remember(old, new, memory, rate):

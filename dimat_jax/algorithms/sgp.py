@@ -73,7 +73,7 @@ def sgp(
     def step(state, batch, network, key):
         keys = placement.keys(key)
         pushed, opt_state, metrics = placement.per_agent(adapt)(state, batch, keys)
-        pushed, weight = mix(network.W, (pushed, state.weight))
+        pushed, weight = mix(network.W, (pushed, state.weight), placement)
         return SgpState(LocalState(pushed, opt_state), weight), metrics
 
     def restarted(local_state: LocalState) -> SgpState:

@@ -54,6 +54,7 @@ class WeightScorer:
         leaves: the leaves that count, by path: arrays `[networks, ...]`.
         waves: the pairs of networks. The pairs of one wave are computed together.
         lift: makes a function of one pair a function of stacked pairs, as `jax.vmap`.
+        pick: takes entries of stacked arrays by index, as `tree.take`.
         fetch: brings arrays to the host.
         names: what to call each network in error messages.
 
@@ -69,13 +70,14 @@ class WeightScorer:
         waves: Sequence[Pairs],
         *,
         lift: Callable[..., Callable[..., Any]] = jax.vmap,
+        pick: Callable[[PyTree, Any], PyTree] = take,
         fetch: Callable[[Array], np.ndarray] = jax.device_get,
         names: Sequence[str],
     ):
         self.sizes = sizes
         self.n_pairs = sum(wave.real for wave in waves)
         self._leaves, self._waves = leaves, waves
-        self._lift, self._fetch = lift, fetch
+        self._lift, self._pick, self._fetch = lift, pick, fetch
         self._terms = [
             _Term(path, block)
             for path, leaf in leaves.items()
@@ -160,6 +162,7 @@ class WeightScorer:
                 *shared,
                 blocks=program.blocks,
                 lift=self._lift,
+                pick=self._pick,
             )
             results.append(self._fetch(result)[:real])
             start += real
@@ -249,8 +252,8 @@ def _program(
     return _Program(tuple(paths), tuple(groups), tuple(blocks))
 
 
-@partial(jax.jit, static_argnames=("blocks", "lift"))
-def _scores(leaves, perms, references, permutees, counting, *, blocks, lift):
+@partial(jax.jit, static_argnames=("blocks", "lift", "pick"))
+def _scores(leaves, perms, references, permutees, counting, *, blocks, lift, pick):
     """The scores of the units of group 0: float32 `[pairs, units, units]`."""
 
     def of_pair(reference, permutee, perms, counting):
@@ -269,12 +272,12 @@ def _scores(leaves, perms, references, permutees, counting, *, blocks, lift):
         return total
 
     return lift(of_pair, in_axes=(0, 0, 0, None))(
-        take(leaves, references), take(leaves, permutees), perms, counting
+        pick(leaves, references), pick(leaves, permutees), perms, counting
     )
 
 
-@partial(jax.jit, static_argnames=("blocks", "lift"))
-def _inner_product(leaves, perms, references, permutees, *, blocks, lift):
+@partial(jax.jit, static_argnames=("blocks", "lift", "pick"))
+def _inner_product(leaves, perms, references, permutees, *, blocks, lift, pick):
     """<reference, P permutee>: float32 `[pairs]`."""
 
     def of_pair(reference, permutee, perms):
@@ -284,7 +287,7 @@ def _inner_product(leaves, perms, references, permutees, *, blocks, lift):
             total += dot(_cut(block, reference[leaf]), permuted)
         return total
 
-    return lift(of_pair)(take(leaves, references), take(leaves, permutees), perms)
+    return lift(of_pair)(pick(leaves, references), pick(leaves, permutees), perms)
 
 
 @partial(jax.jit, static_argnames=("blocks", "lift"))

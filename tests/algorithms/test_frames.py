@@ -125,7 +125,7 @@ def random_perms(edges: np.ndarray, seed: int = 0) -> EdgePerms:
 
 
 def merged_by(frame: Frame, views: Views, perms: EdgePerms, W) -> tuple[Any, PyTree]:
-    merge = frame.build(LOCAL, lambda state: state.variables)
+    merge = frame.build(LOCAL, lambda state: state.variables, PLACEMENT)
     views, merged = merge(views, perms, W)
     return views, PLACEMENT.gather(merged)
 

@@ -1,0 +1,194 @@
+"""Tests what devices send each other.
+
+Whether XLA gathers all agents' arrays on every device shows in its programs alone. So
+this file is also a program. It runs in a process of its own, in which XLA writes down
+all programs that it compiles, and trains and merges agents that have a device each.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dimat_jax.algorithms import MergeData
+from dimat_jax.mixing import mix
+from dimat_jax.placement import Placement, place
+from dimat_jax.tree import take
+from tests.algorithms.cases import CASES, case_of, links, on_placement
+from tests.algorithms.problems import N_AGENTS, PROBLEMS, mlp, shared_images
+
+ROOT = Path(__file__).parents[1]
+
+layouts = st.tuples(st.integers(1, 7), st.integers(1, 5))
+
+
+def placed(layout: tuple[int, int]) -> Placement:
+    n_agents, n_devices = layout
+    return place(n_agents, jax.devices()[:n_devices], "vmap")
+
+
+def stacked_tree(placement: Placement, seed: int) -> dict:
+    """A tree with leaves of many shapes and dtypes."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.standard_normal((placement.n_agents, *shape))
+
+    return placement.put(
+        {
+            "kernel": np.float32(draw(3, 2)),
+            "bias": np.float32(draw(2)),
+            "scalar": np.float32(draw()),
+            "half": draw(4).astype(jnp.bfloat16),
+            "complex": np.complex64(draw(2) + 1j * draw(2)),
+            "count": np.arange(placement.n_agents, dtype=np.int32),
+            "flags": draw(3) > 0,
+            "empty": np.float32(draw(0)),
+        }
+    )
+
+
+@settings(deadline=None, max_examples=30)
+@given(layout=layouts, density=st.floats(0, 1), seed=st.integers(0, 2**16))
+def test_mixing_over_devices_is_the_product_with_w(layout, density, seed):
+    placement = placed(layout)
+    rng = np.random.default_rng(seed)
+    W = rng.standard_normal((placement.slots,) * 2).astype(np.float32)
+    W *= rng.random(W.shape) < density
+    stacked = stacked_tree(placement, seed)
+    found = jax.jit(lambda W, tree: mix(W, tree, placement))(W, stacked)
+    for name, leaf in mix(jnp.asarray(W), take(stacked, slice(None))).items():
+        assert found[name].dtype == leaf.dtype
+        # Two sums in another order differ by rounding, in the leaf's own dtype.
+        tolerance = 1e-2 if name == "half" else 1e-5
+        np.testing.assert_allclose(
+            np.asarray(found[name], complex),
+            np.asarray(leaf, complex),
+            rtol=tolerance,
+            atol=tolerance,
+        )
+
+
+@settings(deadline=None, max_examples=30)
+@given(layout=layouts, seed=st.integers(0, 2**16))
+def test_picking_over_devices_is_indexing(layout, seed):
+    placement = placed(layout)
+    indices = np.random.default_rng(seed).integers(0, placement.slots, placement.slots)
+    stacked = stacked_tree(placement, seed)
+    found = jax.jit(lambda tree, i: placement.pick(tree, i))(stacked, indices)
+    jax.tree.map(np.testing.assert_array_equal, found, take(stacked, indices))
+
+
+def test_what_no_agent_needs_is_not_sent():
+    """Agent 0 is not finite; it spoils only those that give it a weight."""
+    placement = placed((4, 4))
+    x = placement.put(np.float32([np.nan, 1, 2, 3]))
+    W = np.eye(4, dtype=np.float32)
+    W[1, 1] = W[1, 0] = 0.5
+    mixed = placement.gather(jax.jit(lambda W, x: mix(W, x, placement))(W, x))
+    np.testing.assert_array_equal(mixed, [np.nan, np.nan, 2, 3])
+
+
+# What XLA sends =======================================================================
+
+FRAMES = {
+    f"{name}, {frame}": case_of(name, frame=frame)
+    for name, frame in (("dimat", "reference"), ("dimat", "joint"))
+}
+# Algorithms that differ in what they send. Their other variants send it alike.
+SENDERS = (
+    "cdsgd",
+    "cga",
+    "choco, top_k",
+    "d2",
+    "dimat",
+    "dsgt",
+    "fedavg",
+    "sgp",
+    "wa",
+    "wa, int8",
+    "wm",
+    *FRAMES,
+)
+# The hidden layers of the model. Nothing but weights has a product of them as its size.
+HIDDEN = (200, 150)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> dict[str, str]:
+    """All programs that this file compiles when it runs as a program, by name."""
+    folder = tmp_path_factory.mktemp("programs")
+    environment = {
+        name: value for name, value in os.environ.items() if "JAX" not in name
+    }
+    # The modules that this program imports compute something, so it is too late for
+    # `request_cpu_devices` then.
+    environment["JAX_NUM_CPU_DEVICES"] = str(N_AGENTS)
+    environment["PJRT_NPROC"] = str(2 * N_AGENTS)
+    environment["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+    subprocess.run(
+        [sys.executable, "-m", "tests.test_passing"],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+    )
+    found = {
+        path.name: path.read_text()
+        for path in folder.glob("*after_optimizations.txt")
+        if "spmd" not in path.name
+    }
+    assert found
+    return found
+
+
+def sizes(program: str, operation: str) -> list[int]:
+    """The numbers of elements of all results of an operation."""
+    pattern = rf"= \(?\w+\[([\d,]*)\][^=]* {operation}(?:-start)?\("
+    return [
+        int(np.prod([int(x) for x in shape.split(",") if x]))
+        for shape in re.findall(pattern, program)
+    ]
+
+
+def test_no_device_receives_the_weights_of_all_agents(programs):
+    weights = N_AGENTS * HIDDEN[0] * HIDDEN[1]
+    for name, program in programs.items():
+        gathered = sizes(program, "all-gather") + sizes(program, "all-to-all")
+        assert max(gathered, default=0) < weights, name
+
+
+def test_weights_pass_from_device_to_device(programs):
+    passed = [
+        size
+        for program in programs.values()
+        for size in sizes(program, "collective-permute")
+    ]
+    assert max(passed) >= HIDDEN[0] * HIDDEN[1]
+
+
+def main() -> None:
+    """Trains and merges with every algorithm, on a device for each agent."""
+    PROBLEMS["wide"] = problem = mlp(*HIDDEN)
+    placement = place(N_AGENTS, jax.devices(), "vmap")
+    variables = problem.variables(N_AGENTS)
+    (batch,) = problem.batches(placement, 1)
+    ring = links("ring")
+    for name in SENDERS:
+        subject = on_placement(CASES.get(name) or FRAMES[name], "wide", placement)
+        state = subject.algorithm.init(placement.put(variables))
+        key, network = jax.random.key(0), ring.at_round(1, placement.slots)
+        data = MergeData(match=shared_images())
+        state, _ = subject.algorithm.communicate(state, data, network, key)
+        subject.step(state, batch, network, key)
+
+
+if __name__ == "__main__":
+    main()
