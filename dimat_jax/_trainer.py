@@ -48,6 +48,7 @@ class Trainer:
             batch = placement.per_agent(read, in_axes=(None, 0, 0, 0))(
                 pool, indices, mask, placement.keys(data_key)
             )
+            batch = placement.split_batch(batch)
             state, metrics = algorithm.step(state, batch, network, step_key)
             n = metrics["examples"].astype(jnp.float32)
             seen = jnp.stack([n * metrics["loss"], n * metrics["accuracy"], n], axis=1)

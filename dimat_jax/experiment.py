@@ -98,7 +98,9 @@ class Experiment:
         devices = jax.devices()
         if devices[0].platform == "cpu":
             devices = devices[: config.placement.cpu_devices]
-        self.placement = place(n_agents, devices, config.placement.batching)
+        self.placement = place(
+            n_agents, devices, config.placement.batching, config.batch_size
+        )
         self._build_task()
         self._build_samplers(pretrain_shards)
         self._build_algorithms()

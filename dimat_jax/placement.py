@@ -1,7 +1,9 @@
 """Lays out agents over devices: the same code for a CPU, host devices, GPUs and TPUs.
 
 Stacked arrays have a leading axis of `placement.slots` entries, which is sharded over
-the one-dimensional device mesh "agents". A computation of one agent alone is written
+the axis "agents" of the device mesh. If there are several devices for each agent, the
+mesh has a second axis, "batch", over which the examples of an agent's batch are sharded
+(see `Placement.split_batch`). A computation of one agent alone is written
 for one agent, and `per_agent` lifts it to the stack. A computation between agents is
 plain `jax.numpy` on the stack (see `mixing.mix`); XLA inserts the communication.
 
@@ -63,7 +65,7 @@ class Placement:
 
     Attributes:
         n_agents: the number of agents.
-        mesh: a mesh with the single axis "agents".
+        mesh: a mesh with the axis "agents", and perhaps with the axis "batch".
         batching: how agents that share a device run. "vmap" runs them as one batched
             program, "unroll" one after the other in one program. A batched convolution
             becomes a grouped one, which XLA:CPU runs about six times slower than the
@@ -77,7 +79,8 @@ class Placement:
     @property
     def slots(self) -> int:
         """The length of stacked axes: `n_agents`, rounded up to fill the devices."""
-        return -(-self.n_agents // self.mesh.size) * self.mesh.size
+        devices = self.mesh.shape["agents"]
+        return -(-self.n_agents // devices) * devices
 
     @property
     def sharding(self) -> NamedSharding:
@@ -129,6 +132,7 @@ class Placement:
                 mesh=self.mesh,
                 in_specs=specs,
                 out_specs=PartitionSpec("agents"),
+                axis_names={"agents"},
                 check_vma=False,
             )(*args)
 
@@ -136,7 +140,7 @@ class Placement:
 
     def _over_shard(self, fn, axes, shards):
         """Runs `fn` on every agent of one device's shard."""
-        n_local = self.slots // self.mesh.size
+        n_local = self.slots // self.mesh.shape["agents"]
         if n_local > 1 and self.batching == "vmap":
             return jax.vmap(fn, in_axes=axes, axis_size=n_local)(*shards)
 
@@ -172,6 +176,31 @@ class Placement:
         if not self.spread:
             return take(stacked, indices)
         return _passing.pick(self.mesh, stacked, indices)
+
+    def split_batch(self, batches: PyTree, *, shared: bool = False) -> PyTree:
+        """Splits the examples of every agent's batch over the agent's devices.
+
+        What is computed from the batch is split too, and the results are as if it had
+        not been: XLA adds up the sums over examples, also those of BatchNorm. Nothing
+        changes if every agent has one device, or if its devices do not divide the
+        number of examples. Call it from within `jax.jit`.
+
+        Args:
+            batches: a tree with leaves `[slots, batch, ...]`.
+            shared: whether all agents share the batch, so that leaves are
+                `[batch, ...]`.
+        """
+        if (parts := self.mesh.shape.get("batch", 1)) == 1:
+            return batches
+        axes = ("batch",) if shared else ("agents", "batch")
+        sharding = NamedSharding(self.mesh, PartitionSpec(*axes))
+
+        def split(leaf):
+            if leaf.shape[len(axes) - 1] % parts:
+                return leaf
+            return jax.lax.with_sharding_constraint(leaf, sharding)
+
+        return jax.tree.map(split, batches)
 
     def put(self, stacked: PyTree) -> PyTree:
         """Places host arrays `[n_agents, ...]` on the devices as `[slots, ...]`."""
@@ -235,14 +264,18 @@ def place(
     n_agents: int,
     devices: Sequence[Any] | None = None,
     batching: Batching = BATCHING.default,
+    batch_size: int = 1,
 ) -> Placement:
     """Lays out agents over devices.
 
     Args:
         n_agents: the number of agents.
-        devices: the devices to use, at most one for each agent. None: all devices.
+        devices: the devices to use. None: all devices.
         batching: how agents that share a device run (see `Placement`). "auto" unrolls
             them on CPUs and vmaps them elsewhere.
+        batch_size: the number of examples in a batch. If there are several devices for
+            each agent, the batch is split over as many of them as divide this number.
+            With 1 an agent uses one device.
 
     Raises:
         OptionError: the batching is unknown.
@@ -252,7 +285,13 @@ def place(
     if n_agents < 1:
         raise PlacementError(f"expected at least 1 agent, got {n_agents}")
     BATCHING.check(batching)
-    devices = list(jax.devices() if devices is None else devices)[:n_agents]
+    devices = list(jax.devices() if devices is None else devices)
+    n_parts = max(
+        parts
+        for parts in range(1, max(len(devices) // n_agents, 1) + 1)
+        if batch_size % parts == 0
+    )
+    devices = devices[: n_agents * n_parts]
     on_cpu = devices[0].platform == "cpu"
     if batching == "auto":
         batching = "unroll" if on_cpu else "vmap"
@@ -263,8 +302,14 @@ def place(
             "which collectives deadlock; call request_cpu_devices before JAX starts, "
             f"or set PJRT_NPROC={_threads_for(n_local)} in the environment"
         )
+    axes = {"agents": len(devices)}
+    if n_parts > 1:
+        axes = {"agents": n_agents, "batch": n_parts}
     mesh = jax.make_mesh(
-        (len(devices),), ("agents",), axis_types=(AxisType.Auto,), devices=devices
+        tuple(axes.values()),
+        tuple(axes),
+        axis_types=(AxisType.Auto,) * len(axes),
+        devices=devices,
     )
     return Placement(n_agents, mesh, batching)
 

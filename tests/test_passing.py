@@ -14,12 +14,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.algorithms import MergeData
+from dimat_jax import models
+from dimat_jax.algorithms import MergeData, Task
+from dimat_jax.algorithms.cdsgd import cdsgd
+from dimat_jax.data.pipeline import Batch
 from dimat_jax.mixing import mix
+from dimat_jax.models import classifier
+from dimat_jax.models.resnet import ResNet
 from dimat_jax.placement import Placement, place
 from dimat_jax.tree import take
 from tests.algorithms.cases import CASES, case_of, links, on_placement
@@ -31,8 +37,9 @@ layouts = st.tuples(st.integers(1, 7), st.integers(1, 5))
 
 
 def placed(layout: tuple[int, int]) -> Placement:
+    """Agents on some devices; with two devices or more for each, in two parts."""
     n_agents, n_devices = layout
-    return place(n_agents, jax.devices()[:n_devices], "vmap")
+    return place(n_agents, jax.devices()[:n_devices], "vmap", batch_size=2)
 
 
 def stacked_tree(placement: Placement, seed: int) -> dict:
@@ -95,6 +102,74 @@ def test_what_no_agent_needs_is_not_sent():
     W[1, 1] = W[1, 0] = 0.5
     mixed = placement.gather(jax.jit(lambda W, x: mix(W, x, placement))(W, x))
     np.testing.assert_array_equal(mixed, [np.nan, np.nan, 2, 3])
+
+
+# Several devices for each agent =======================================================
+
+
+def test_a_batch_is_split_over_the_devices_of_its_agent():
+    placement = place(2, jax.devices()[:5], "vmap", batch_size=6)
+    assert dict(placement.mesh.shape) == {"agents": 2, "batch": 2}
+    stacked = placement.put(np.zeros((2, 6, 3), np.float32))
+    split = jax.jit(placement.split_batch)(stacked)
+    assert {shard.data.shape for shard in split.addressable_shards} == {(1, 3, 3)}
+    shared = jax.jit(lambda x: placement.split_batch(x, shared=True))(np.zeros((6, 3)))
+    assert {shard.data.shape for shard in shared.addressable_shards} == {(3, 3)}
+    # Five examples cannot be shared out evenly.
+    odd = placement.put(np.zeros((2, 5, 3), np.float32))
+    assert jax.jit(placement.split_batch)(odd).sharding == odd.sharding
+
+
+@pytest.mark.parametrize(
+    ("n_devices", "batch_size", "expected"),
+    [(3, 4, (2, 1)), (4, 4, (2, 2)), (5, 3, (2, 1)), (5, 1, (2, 1)), (1, 4, (1, 1))],
+)
+def test_agents_come_before_batches(n_devices, batch_size, expected):
+    placement = place(2, jax.devices()[:n_devices], batch_size=batch_size)
+    shape = placement.mesh.shape
+    assert (shape["agents"], shape.get("batch", 1)) == expected
+
+
+@pytest.mark.parametrize("batching", ["vmap", "unroll"])
+def test_a_split_batch_trains_as_a_whole_one(batching):
+    """BatchNorm sees the statistics of the whole batch, of which two entries are
+    masked."""
+    model = ResNet(blocks=(1,), channels=(4,), n_classes=3)
+    task = Task(loss=classifier.loss(model), spec=models.permutation_spec(model))
+    rng = np.random.default_rng(0)
+    mask = np.arange(8) < np.array([[8], [6]])
+    data = (
+        np.float32(rng.standard_normal((2, 8, 8, 8, 3))),
+        rng.integers(0, 3, (2, 8)).astype(np.int32),
+        mask,
+    )
+    agents = [
+        classifier.init(model, jax.random.key(i), np.zeros((1, 8, 8, 3)))
+        for i in range(2)
+    ]
+    network = links("fully_connected", n_agents=2).at_round(1, 2)
+
+    def train(n_devices):
+        placement = place(2, jax.devices()[:n_devices], batching, batch_size=8)
+        algorithm = cdsgd(task, optax.sgd(0.1), placement)
+
+        @jax.jit
+        def step(state, batch, network):
+            batch = placement.split_batch(batch)
+            return algorithm.step(state, batch, network, jax.random.key(0))[0]
+
+        state = algorithm.init(
+            placement.put(jax.tree.map(lambda *x: np.stack(x), *agents))
+        )
+        for _ in range(2):
+            state = step(state, Batch(*placement.put(data)), network)
+        return placement.gather(algorithm.variables(state))
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        train(4),
+        train(1),
+    )
 
 
 # What XLA sends =======================================================================

@@ -2,7 +2,7 @@
 
 An algorithm works on stacked agents. It is written with two tools:
 `Placement.per_agent` lifts a function of one agent to all agents, and
-`mixing.mix(W, tree)` averages over neighbours.
+`mixing.mix(W, tree, placement)` averages over neighbours.
 """
 
 from collections.abc import Callable

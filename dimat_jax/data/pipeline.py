@@ -249,8 +249,9 @@ class Reader:
     """Makes `Samples` from one pool. All of them share compiled programs."""
 
     def __init__(self, pool: Pool, placement: Placement):
-        load_shared = jax.jit(load)
-        load_own = jax.jit(placement.per_agent(load, in_axes=(None, 0, 0)))
+        per_agent = placement.per_agent(load, in_axes=(None, 0, 0))
+        load_shared = jax.jit(lambda *i: placement.split_batch(load(*i), shared=True))
+        load_own = jax.jit(lambda *i: placement.split_batch(per_agent(*i)))
         self._load_shared = lambda *i: load_shared(pool, *placement.replicate(i))
         self._load_own = lambda *i: load_own(pool, *placement.put(i))
 
