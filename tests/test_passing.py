@@ -97,7 +97,7 @@ def test_picking_over_devices_is_indexing(layout, seed):
 def test_what_no_agent_needs_is_not_sent():
     """Agent 0 is not finite; it spoils only those that give it a weight."""
     placement = placed((4, 4))
-    x = placement.put(np.float32([np.nan, 1, 2, 3]))
+    x = placement.put(np.array([np.nan, 1, 2, 3], np.float32))
     W = np.eye(4, dtype=np.float32)
     W[1, 1] = W[1, 0] = 0.5
     mixed = placement.gather(jax.jit(lambda W, x: mix(W, x, placement))(W, x))
