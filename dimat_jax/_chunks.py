@@ -11,7 +11,7 @@ arrays that nothing else needs any more, or into fresh ones.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend as jex
@@ -22,13 +22,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from dimat_jax._jaxprs import (
     Atom,
     ClosedJaxpr,
-    Equation,
     Var,
-    equations,
-    run_equation,
     run_equations,
 )
-from dimat_jax._layouts import LAYOUTS, Shards, is_per_agent, over_rows
+from dimat_jax._layouts import LAYOUTS, Shards, over_rows
+from dimat_jax._parts import Part, abstract, inlined, parts_of
 
 __all__ = ["Chunked"]
 
@@ -79,115 +77,6 @@ class Chunked:
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), programs(leaves))
 
 
-# Cutting a function into parts ========================================================
-
-
-class _Part(NamedTuple):
-    """Equations that are one program.
-
-    Attributes:
-        eqns: the equations.
-        alone: whether they are what agents do alone.
-        reads: the variables that the equations read and do not make.
-        writes: the variables that the equations make and that are needed afterwards.
-        last_reads: those of `reads` that are not needed afterwards.
-    """
-
-    eqns: list[Equation]
-    alone: bool
-    reads: list[Var]
-    writes: list[Var]
-    last_reads: set[Var]
-
-
-def _parts(closed: ClosedJaxpr, shards: Shards) -> list[_Part]:
-    """Cuts a jaxpr into parts. An equation is in the first part that can have it."""
-    parts: list[_Part] = []
-    needed = {var for var in closed.jaxpr.outvars if isinstance(var, Var)}
-    for eqns, alone in reversed(_turns(closed.jaxpr.eqns, shards)):
-        made = [var for eqn in eqns for var in eqn.outvars]
-        read = [v for eqn in eqns for v in eqn.invars if isinstance(v, Var)]
-        reads = list(dict.fromkeys(v for v in read if v not in set(made)))
-        writes = [var for var in made if var in needed]
-        parts.append(_Part(eqns, alone, reads, writes, set(reads) - needed))
-        needed = needed.difference(made).union(reads)
-    return parts[::-1]
-
-
-def _turns(
-    eqns: Iterable[Equation], shards: Shards
-) -> list[tuple[list[Equation], bool]]:
-    """Sorts equations into turns: of arithmetic on stacked arrays, and of agents alone.
-
-    An equation comes in the first turn that has all its operands. What agents do alone
-    may use what they did alone in the same turn, if each reads its own results.
-
-    Returns:
-        the equations of each turn, and whether they are what agents do alone.
-    """
-    stacked: list[list[Equation]] = [[]]
-    alone: list[list[Equation]] = [[]]
-    # The first turn whose arithmetic can use a variable, and the first turn in which
-    # agents that do something alone can use their own rows of the variable.
-    whole: dict[Var, int] = {}
-    rows: dict[Var, int] = {}
-    for eqn in eqns:
-        lifted = is_per_agent(eqn) and eqn.params["shards"] == shards
-        axes = eqn.params["in_axes"] if lifted else [None] * len(eqn.invars)
-        turn = 0
-        for atom, axis in zip(eqn.invars, axes, strict=True):
-            if isinstance(atom, Var):
-                turn = max(turn, (rows if axis == 0 else whole).get(atom, 0))
-        while len(stacked) <= turn:
-            stacked.append([])
-            alone.append([])
-        (alone if lifted else stacked)[turn].append(eqn)
-        rows |= dict.fromkeys(eqn.outvars, turn)
-        whole |= dict.fromkeys(eqn.outvars, turn + lifted)
-    pairs = zip(stacked, alone, strict=True)
-    turns = [turn for first, then in pairs for turn in ((first, False), (then, True))]
-    return [(eqns, lifted) for eqns, lifted in turns if eqns]
-
-
-def _inlined(closed: ClosedJaxpr, copies_all: bool) -> ClosedJaxpr:
-    """Replaces calls of jaxprs that lift a function by the equations of these jaxprs.
-
-    Args:
-        closed: a traced function.
-        copies_all: whether each result is a copy. Otherwise these alone are copies:
-            arguments that the function returns, and what it returns a second time.
-    """
-
-    def run(*args: Any) -> list[Any]:
-        results, seen = [], {id(x) for x in (*args, *closed.consts)}
-        for result in run_jaxpr(closed, args):
-            copied = copies_all or id(result) in seen
-            results.append(jnp.copy(result) if copied else result)
-            seen.add(id(result))
-        return results
-
-    def run_jaxpr(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-        jaxpr = closed.jaxpr
-        values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-        values |= dict(zip(jaxpr.invars, args, strict=True))
-        return run_equations(jaxpr.eqns, values, jaxpr.outvars, run_one)
-
-    def run_one(eqn: Equation, inputs: list[Any]) -> list[Any]:
-        calls = eqn.primitive is jex.core.primitives.jit_p
-        if calls and any(map(is_per_agent, equations(eqn))):
-            return run_jaxpr(eqn.params["jaxpr"], inputs)
-        return run_equation(eqn, inputs)
-
-    return jax.make_jaxpr(run)(*map(_shape, closed.in_avals))
-
-
-def _shape(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-
-
-# Running the parts ====================================================================
-
-
 class _Where:
     """Where arrays are: the shardings of variables.
 
@@ -225,8 +114,8 @@ class _Programs:
         compiler_options: dict[str, Any] | None,
     ):
         self._traced = closed
-        closed = _inlined(closed, copies_all=where.results not in (None, where.agents))
-        jaxpr, parts = closed.jaxpr, _parts(closed, where.shards)
+        closed = inlined(closed, copies_all=where.results not in (None, where.agents))
+        jaxpr, parts = closed.jaxpr, parts_of(closed, where.shards)
         self.has_chunks = any(part.alone for part in parts)
         self._invars, self._outvars = jaxpr.invars, jaxpr.outvars
         self._donated = {v for v, d in zip(jaxpr.invars, donated, strict=True) if d}
@@ -270,7 +159,7 @@ class _Programs:
         ]
 
 
-def _operand_shardings(parts: Iterable[_Part], where: _Where) -> dict[Var, Sharding]:
+def _operand_shardings(parts: Iterable[Part], where: _Where) -> dict[Var, Sharding]:
     """The shardings in which chunks take their operands."""
     wanted: dict[Var, Sharding] = {}
     for part in parts:
@@ -283,7 +172,7 @@ def _operand_shardings(parts: Iterable[_Part], where: _Where) -> dict[Var, Shard
     return wanted
 
 
-def _overwritten(part: _Part, owned: set[Var], reads: Iterable[Var]) -> dict[Var, Var]:
+def _overwritten(part: Part, owned: set[Var], reads: Iterable[Var]) -> dict[Var, Var]:
     """Finds variables whose arrays the results of a part can overwrite.
 
     Returns:
@@ -306,7 +195,7 @@ Program = Callable[[dict[Var, Any]], dict[Var, Any]]
 
 
 def _stacked_program(
-    part: _Part,
+    part: Part,
     owned: set[Var],
     shardings: dict[Var, Sharding | None],
     compiler_options: dict[str, Any] | None,
@@ -335,7 +224,7 @@ def _stacked_program(
 
 
 def _chunk_program(
-    part: _Part,
+    part: Part,
     owned: set[Var],
     where: _Where,
     compiler_options: dict[str, Any] | None,
@@ -396,7 +285,7 @@ def _empty(aval: Any) -> Any:
     return jnp.zeros(aval.shape, aval.dtype)
 
 
-def _operands(part: _Part) -> tuple[list[Var], list[Var]]:
+def _operands(part: Part) -> tuple[list[Var], list[Var]]:
     """The variables of which agents read their own rows, and those that they share."""
     made = {var for eqn in part.eqns for var in eqn.outvars}
     rows, shared = {}, {}
@@ -408,7 +297,7 @@ def _operands(part: _Part) -> tuple[list[Var], list[Var]]:
 
 
 def _of_one_agent(
-    part: _Part, rows: Sequence[Var], shared: Sequence[Var]
+    part: Part, rows: Sequence[Var], shared: Sequence[Var]
 ) -> ClosedJaxpr:
     """Makes one jaxpr of all that an agent does alone in a part."""
 
@@ -424,7 +313,7 @@ def _of_one_agent(
         return [own[var] for var in part.writes]
 
     of_rows = [jax.ShapeDtypeStruct(v.aval.shape[1:], v.aval.dtype) for v in rows]
-    return jax.make_jaxpr(run)(*of_rows, *[_shape(v.aval) for v in shared])
+    return jax.make_jaxpr(run)(*of_rows, *[abstract(v.aval) for v in shared])
 
 
 def _value(atom: Atom, values: dict[Var, Any]) -> Any:

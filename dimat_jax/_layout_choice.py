@@ -49,8 +49,6 @@ def choose(
     if n_local == 1:
         return LayoutChoice("vmap", chunk, "every agent has a device of its own")
     batching = automatic(device.platform, convolves())
-    model = (
-        "a model with convolutions" if convolves() else "a model without convolutions"
-    )
-    reason = f"it suits {model} on {device.device_kind}"
+    having = "with" if convolves() else "without"
+    reason = f"it suits models {having} convolutions on {device.device_kind}"
     return LayoutChoice(batching, CHUNK.default, reason)

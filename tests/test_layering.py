@@ -17,6 +17,7 @@ FLOORS = [
     ["_lazy", "tree", "errors", "_stopwatch", "_jaxprs"],
     ["options", "_conv_forms"],
     ["_layouts"],
+    ["_parts"],
     ["_chunks"],
     ["_option_facts", "placement"],
     ["topology"],
