@@ -20,11 +20,25 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dimat_jax import _conv_forms
 from dimat_jax._jaxprs import ClosedJaxpr, Equation
+from dimat_jax.errors import UserError
 from dimat_jax.options import Option, Record, registry
 
-__all__ = ["CHUNK", "LAYOUTS", "Shards", "is_per_agent", "lift", "over_rows"]
+__all__ = [
+    "CHUNK",
+    "LAYOUTS",
+    "PlacementError",
+    "Shards",
+    "is_per_agent",
+    "lift",
+    "over_rows",
+]
 
 Axes = tuple[int | None, ...]
+
+
+class PlacementError(UserError):
+    """Agents cannot be laid out over the devices."""
+
 
 CHUNK = Option(
     "placement.chunk",
@@ -100,7 +114,7 @@ def lift(fn: Callable[..., Any], in_axes: Axes, args: tuple, shards: Shards) -> 
         shards: the layout.
 
     Raises:
-        ValueError: a stacked array has another leading axis than `shards.slots`.
+        PlacementError: a stacked array has another leading axis than `shards.slots`.
     """
     flat, tree, axes = [], jax.tree.structure(args), []
     for arg, axis in zip(args, in_axes, strict=True):
@@ -127,7 +141,7 @@ def _of_one(leaf: Any, axis: int | None, shards: Shards) -> jax.ShapeDtypeStruct
     aval = jax.typeof(leaf)
     shape = aval.shape
     if axis == 0 and shape[:1] != (shards.slots,):
-        raise ValueError(
+        raise PlacementError(
             f"expected a leading axis of {shards.slots} slots, got an array of shape "
             f"{shape}"
         )

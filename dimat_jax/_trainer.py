@@ -103,7 +103,7 @@ class Trainer:
         networks: Sequence[Network],
         tick: Callable[[int], Any],
     ) -> tuple[State, np.ndarray]:
-        """Takes the steps. Returns the state, and the sums `[agents, 3]` for the means."""
+        """Takes the steps. Returns the state, and sums `[agents, 3]` for the means."""
         experiment = self._experiment
         totals = experiment.placement.zeros(3)
         for number, network in enumerate(networks, first_step):

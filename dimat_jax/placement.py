@@ -24,8 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Key
 
 from dimat_jax._chunks import Chunked
-from dimat_jax._layouts import CHUNK, LAYOUTS, Shards, lift
-from dimat_jax.errors import UserError
+from dimat_jax._layouts import CHUNK, LAYOUTS, PlacementError, Shards, lift
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.tree import PyTree
 
@@ -77,10 +76,6 @@ BATCHING = Option(
     choices=registry(AUTO, *LAYOUTS.values()),
     changes_results=False,
 )
-
-
-class PlacementError(UserError):
-    """Agents cannot be laid out over the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
