@@ -13,50 +13,65 @@ absent, have no neighbours, and `gather` removes them.
 """
 
 import dataclasses
-import os
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Int, Key
 
 from dimat_jax import _passing
-from dimat_jax.errors import UserError
-from dimat_jax.options import Option
-from dimat_jax.tree import PyTree, stack, take
+from dimat_jax._chunks import Chunked
+from dimat_jax._cpu_devices import CPU_DEVICES, check_threads, request_cpu_devices
+from dimat_jax._layouts import CHUNK, LAYOUTS, PlacementError, Shards, lift
+from dimat_jax.options import Option, Record, registry
+from dimat_jax.tree import PyTree, take
 
-__all__ = ["Batching", "Placement", "PlacementError", "place", "request_cpu_devices"]
+__all__ = [
+    "CPU_DEVICES",
+    "Batching",
+    "Placement",
+    "PlacementError",
+    "place",
+    "refusals_explained",
+    "request_cpu_devices",
+]
 
-Batching = Literal["auto", "vmap", "unroll"]
+Batching = Literal["auto", "vmap", "unroll", "chunks", "im2col", "grouped"]
 
 AGENTS = Option(
     "agents", 5, "The number of agents in the network.", at_least=1, unit="agents"
 )
-CPU_DEVICES = Option(
-    "placement.cpu_devices",
-    1,
-    "The number of devices that a CPU is split into.",
-    at_least=1,
-    unit="devices",
-    changes_results=False,
+
+
+def automatic(platform: str, convolves: bool = True) -> Literal["vmap", "chunks"]:
+    """Returns the layout that suits a platform and a model, without any timing.
+
+    Args:
+        platform: the platform of the devices, e.g. "cpu".
+        convolves: whether the model has convolutions. XLA:CPU runs the convolutions of
+            several agents in one batched program about six times slower.
+    """
+    return "chunks" if platform == "cpu" and convolves else "vmap"
+
+
+AUTO = Record(
+    "auto",
+    automatic,
+    summary="The program chooses. On a CPU, models without convolutions run as vmap, "
+    "and others as chunks. Elsewhere a run times a few training steps of each layout.",
 )
 BATCHING = Option(
     "placement.batching",
     "auto",
-    "How agents that share a device run: as one batched program (vmap), or one after "
-    "the other in one program (unroll). auto unrolls agents on CPUs and batches them "
-    "elsewhere.",
-    choices=get_args(Batching),
+    "The layout: how agents that share a device run.",
+    choices=registry(AUTO, *LAYOUTS.values()),
     changes_results=False,
 )
-
-
-class PlacementError(UserError):
-    """Agents cannot be laid out over the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +89,8 @@ class Placement:
 
     n_agents: int
     mesh: Mesh
-    batching: Literal["vmap", "unroll"]
+    batching: str
+    chunk: int = CHUNK.default
 
     @property
     def slots(self) -> int:
@@ -123,38 +139,44 @@ class Placement:
                 raise PlacementError(
                     f"in_axes has {len(axes)} entries for {len(args)} arguments"
                 )
-            specs = tuple(
-                PartitionSpec() if axis is None else PartitionSpec("agents")
-                for axis in axes
-            )
-            return jax.shard_map(
-                lambda *shards: self._over_shard(fn, axes, shards),
-                mesh=self.mesh,
-                in_specs=specs,
-                out_specs=PartitionSpec("agents"),
-                axis_names={"agents"},
-                check_vma=False,
-            )(*args)
+            return lift(fn, axes, args, self._shards)
 
         return stacked_fn
 
-    def _over_shard(self, fn, axes, shards):
-        """Runs `fn` on every agent of one device's shard."""
+    def jit(
+        self,
+        fn: Callable[..., Any],
+        *,
+        donate_argnums: int | Sequence[int] = (),
+        out_shardings: Sharding | None = None,
+        compiler_options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compiles a function on stacked agents, as the layout asks for.
+
+        It is `jax.jit`, except for the layout "chunks": there each function that
+        `per_agent` lifts is a program of its own, which runs for one chunk of agents
+        after the other. Use it for all functions that call what `per_agent` returns.
+        Within other functions that are traced, such a function is a part of them.
+
+        Args:
+            fn: a pure function of pytrees of arrays.
+            donate_argnums: the arguments whose memory may be reused.
+            out_shardings: the sharding of all results; None: each as it comes.
+            compiler_options: options for XLA.
+        """
+        options = {
+            "donate_argnums": donate_argnums,
+            "out_shardings": out_shardings,
+            "compiler_options": compiler_options,
+        }
+        if self.batching == "chunks" and self._shards.n_local > 1:
+            return Chunked(fn, self._shards, **options)
+        return jax.jit(fn, **options)
+
+    @property
+    def _shards(self) -> Shards:
         n_local = self.slots // self.mesh.shape["agents"]
-        if n_local > 1 and self.batching == "vmap":
-            return jax.vmap(fn, in_axes=axes, axis_size=n_local)(*shards)
-
-        # A single agent on a device needs no batching. Batching rules would turn its
-        # convolutions into grouped ones, which takes more time on some backends.
-        def run(i: int):
-            return fn(
-                *(
-                    shard if axis is None else take(shard, i)
-                    for axis, shard in zip(axes, shards, strict=True)
-                )
-            )
-
-        return stack([run(i) for i in range(n_local)])
+        return Shards(self.mesh, n_local, self.batching, self.chunk)
 
     @property
     def spread(self) -> bool:
@@ -264,6 +286,8 @@ def place(
     n_agents: int,
     devices: Sequence[Any] | None = None,
     batching: Batching = BATCHING.default,
+    chunk: int = CHUNK.default,
+    *,
     batch_size: int = 1,
 ) -> Placement:
     """Lays out agents over devices.
@@ -271,20 +295,22 @@ def place(
     Args:
         n_agents: the number of agents.
         devices: the devices to use. None: all devices.
-        batching: how agents that share a device run (see `Placement`). "auto" unrolls
-            them on CPUs and vmaps them elsewhere.
+        batching: the layout (see `Placement`). "auto" is "chunks" on CPUs and "vmap"
+            elsewhere.
+        chunk: the number of agents in a chunk, for the layout "chunks".
         batch_size: the number of examples in a batch. If there are several devices for
             each agent, the batch is split over as many of them as divide this number.
             With 1 an agent uses one device.
 
     Raises:
-        OptionError: the batching is unknown.
+        OptionError: the layout is unknown, or `chunk` is below 1.
         PlacementError: there is no agent, or collectives of the host devices would
             deadlock (see `request_cpu_devices`).
     """
     if n_agents < 1:
         raise PlacementError(f"expected at least 1 agent, got {n_agents}")
     BATCHING.check(batching)
+    CHUNK.check(chunk)
     devices = list(jax.devices() if devices is None else devices)
     n_parts = max(
         parts
@@ -292,16 +318,10 @@ def place(
         if batch_size % parts == 0
     )
     devices = devices[: n_agents * n_parts]
-    on_cpu = devices[0].platform == "cpu"
-    if batching == "auto":
-        batching = "unroll" if on_cpu else "vmap"
+    layout = automatic(devices[0].platform) if batching == "auto" else batching
     n_local = sum(device.process_index == jax.process_index() for device in devices)
-    if on_cpu and n_local > 1 and _thread_pool_size() < _threads_for(n_local):
-        raise PlacementError(
-            f"{n_local} host devices share a pool of {_thread_pool_size()} threads, in "
-            "which collectives deadlock; call request_cpu_devices before JAX starts, "
-            f"or set PJRT_NPROC={_threads_for(n_local)} in the environment"
-        )
+    if devices[0].platform == "cpu":
+        check_threads(n_local)
     axes = {"agents": len(devices)}
     if n_parts > 1:
         axes = {"agents": n_agents, "batch": n_parts}
@@ -311,7 +331,27 @@ def place(
         axis_types=(AxisType.Auto,) * len(axes),
         devices=devices,
     )
-    return Placement(n_agents, mesh, batching)
+    return Placement(n_agents, mesh, layout, chunk)
+
+
+@contextmanager
+def refusals_explained(placement: Placement) -> Iterator[None]:
+    """Raises the errors of XLA and of the devices as one error about the layout.
+
+    Raises:
+        PlacementError: a program does not compile, or has failed while it ran.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        device = placement.mesh.devices.flat[0].device_kind
+        others = ", ".join(name for name in LAYOUTS if name != placement.batching)
+        raise PlacementError(
+            f"the layout {placement.batching} does not run on {device}: {reason}. "
+            f"{BATCHING.path} can also be {others}; chunks of few agents need the "
+            "least memory"
+        ) from error
 
 
 def _check_in_axes(in_axes: Any) -> None:
@@ -322,43 +362,3 @@ def _check_in_axes(in_axes: Any) -> None:
                 "each entry of in_axes is 0 (agents are stacked on the leading axis) "
                 f"or None (all agents share the argument), got {entry!r}"
             )
-
-
-def request_cpu_devices(n_devices: int) -> None:
-    """Splits the CPU into `n_devices` devices. Call it before JAX first computes.
-
-    A collective within one process holds one thread of XLA's pool for each device, and
-    programs that wait for the collective hold more threads. The pool has as many
-    threads as the CPU has cores, unless the environment variable PJRT_NPROC sets
-    another number. With too few threads the devices never meet in a collective, and XLA
-    aborts the process. So this function sets PJRT_NPROC if the pool is too small.
-
-    Raises:
-        RuntimeError: JAX has started already.
-        PlacementError: `n_devices` is below 1.
-    """
-    if n_devices < 1:
-        raise PlacementError(f"expected at least 1 CPU device, got {n_devices}")
-    jax.config.update("jax_num_cpu_devices", n_devices)
-    if _thread_pool_size() < _threads_for(n_devices):
-        os.environ["PJRT_NPROC"] = str(_threads_for(n_devices))
-
-
-def _threads_for(n_devices: int) -> int:
-    """The number of threads with which collectives do not deadlock.
-
-    It was measured with jax 0.10.2 by dispatching forward passes and all-gathers
-    without waiting for them. 2 devices hang with 3 threads, and 5 devices hang with 9.
-    2 devices with 4 threads, 5 with 10 and 8 with 16 do not hang.
-    """
-    return 2 * n_devices
-
-
-def _thread_pool_size() -> int:
-    """The number of threads that XLA:CPU has, or will have, for all devices."""
-    if requested := os.environ.get("PJRT_NPROC"):
-        return int(requested)
-    # XLA counts the cores that the process may use, if the system can tell them.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
