@@ -20,8 +20,8 @@ from dimat_jax.algorithms._edges import (
     Edges,
     every_edge,
     no_edges,
-    sparse_edges,
     spanning_forest,
+    sparse_edges,
     stack_wave,
     waves,
 )
