@@ -79,8 +79,7 @@ def load(
         name: a key of `SOURCES`.
         directory: the folder of the data. For CIFAR it is tfds's data folder (None:
             tfds's own default); for Tiny ImageNet it is the authors' zip, the unpacked
-            folder, or a folder that holds either. The digits come with scikit-learn, and the
-            random images are drawn.
+            folder, or a folder that holds either. Other data sets need no folder.
         cache_dir: the folder where decoded arrays are kept; None means
             `$XDG_CACHE_HOME/dimat_jax` or `~/.cache/dimat_jax`.
         train_size: the number of training samples to keep, equally many of each class
