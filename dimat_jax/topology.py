@@ -87,7 +87,8 @@ def from_graph(graph: nx.Graph) -> Adjacency:
 
 def fully_connected(n_agents: int) -> Adjacency:
     """Every agent is connected with every other agent."""
-    return from_graph(nx.complete_graph(_at_least_one(n_agents)))
+    # networkx would make an object for each of the millions of edges of many agents.
+    return ~np.eye(_at_least_one(n_agents), dtype=bool)
 
 
 def ring(n_agents: int) -> Adjacency:

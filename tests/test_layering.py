@@ -18,6 +18,7 @@ FLOORS = [
     ["options"],
     ["_option_facts", "placement"],
     ["topology"],
+    ["_spectrum"],
     ["mixing"],
     ["network"],
     ["ledger"],

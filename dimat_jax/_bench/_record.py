@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
+from dimat_jax._bench._hardware import Hardware
 from dimat_jax.config import Config
 
 __all__ = ["Bench", "Settings", "table"]
@@ -17,11 +18,13 @@ class Settings(NamedTuple):
         repeats: the number of timings of each side, after the first call.
         steps: the number of local steps in one timing.
         full: whether the benchmark also measures what takes more than 10 minutes.
+        hardware: the machines for which `scale` predicts the speed.
     """
 
     repeats: int = 3
     steps: int = 5
     full: bool = False
+    hardware: Hardware = Hardware()
 
 
 class Bench(NamedTuple):

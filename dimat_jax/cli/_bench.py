@@ -5,8 +5,10 @@
 merge: times a merge round by phase, and compares it with a local epoch.
 train: times a step of all agents together, and compares it with as many steps of one
     agent alone, and with a step in bfloat16.
-scale: times a step of 1, 2, 5, ... agents, and compares the time for each agent with
-    that of a single agent.
+scale: times steps and merges of 1, 2, 5, ... agents, up to the config's number, as far
+    as ten minutes reach, and fits how time and memory grow. A cost model predicts 64 to
+    4096 agents on the hardware that --bandwidth, --latency, --agents_per_device and
+    --speed describe.
 
 Each program that is compared runs in a process of its own, and the programs take turns.
 Times are medians over --repeats, after a first call that compiles. Compare only times
@@ -18,6 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from dimat_jax._bench import BENCHES
+from dimat_jax._bench._hardware import Hardware
 from dimat_jax._bench._record import Settings
 from dimat_jax._metrics import write_json
 from dimat_jax.cli import _bundled, _program
@@ -45,6 +48,40 @@ def define_flags() -> None:
         "full", settings.full, "Whether to measure also what takes over 10 minutes."
     )
 
+    hardware = Hardware()
+    text = "For scale: "
+    flags.DEFINE_float(
+        "bandwidth", hardware.bandwidth, text + "what a device sends, in Gbit/s.", 1e-9
+    )
+    flags.DEFINE_float(
+        "latency", hardware.latency, text + "the milliseconds of a message.", 0
+    )
+    flags.DEFINE_integer(
+        "agents_per_device",
+        hardware.agents_per_device,
+        text + "the number of agents that share a device.",
+        1,
+    )
+    flags.DEFINE_float(
+        "speed",
+        hardware.speed,
+        text + "how many times faster a device computes than this machine.",
+        1e-9,
+    )
+
+
+def _hardware(bench: str) -> Hardware:
+    """Returns the machines that the flags describe.
+
+    Raises:
+        UserError: the benchmark predicts nothing.
+    """
+    given = flags.FLAGS
+    for name in Hardware._fields:
+        if bench != "scale" and given[name].present:
+            raise UserError(f"--{name} is for scale; {bench} does not read it")
+    return Hardware(*(given[name].value for name in Hardware._fields))
+
 
 def main(arguments: list[str]) -> None:
     """Runs the benchmark that the argument names."""
@@ -54,9 +91,10 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     bench, config = BENCHES[arguments[0]], _bundled.given_config()
     check(config)
+    settings = Settings(given.repeats, given.steps, given.full, _hardware(arguments[0]))
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    result = bench.run(config, Settings(given.repeats, given.steps, given.full))
+    result = bench.run(config, settings)
     write_json(out, {"bench": bench.name, **result, "config": config.to_dict()})
     print(bench.show(result))
     print(f"wrote {out}")
