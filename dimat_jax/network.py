@@ -88,8 +88,10 @@ def _network_bytes(slots: int) -> int:
 def _filled_up(W, active_edges, present, *, slots: int) -> Network:
     """Makes a network that is filled up to `slots` with absent agents."""
     n_agents = len(present)
-    full_W = np.eye(slots, dtype=np.float32)
+    full_W = np.zeros((slots, slots), np.float32)
     full_W[:n_agents, :n_agents] = W
+    spare = np.arange(n_agents, slots)
+    full_W[spare, spare] = 1
     full_edges = np.zeros((slots, slots), bool)
     full_edges[:n_agents, :n_agents] = active_edges
     full_present = np.zeros(slots, bool)
@@ -364,13 +366,14 @@ class Links:
             W = self._weights(_key(active))
         if failed is not None:
             active &= ~self._from_key(failed)
-        undelivered = adjacency & ~active
-        if undelivered.any():
-            returned = np.where(undelivered, W, 0.0)
-            kept = returned.sum(axis=0 if columns_sum_to_one(W) else 1)
-            W = W - returned
-            W[np.diag_indices_from(W)] += kept
-        return _filled_up(W, active, is_present, slots=slots)
+        network = _filled_up(W, active, is_present, slots=slots)
+        receivers, senders = np.nonzero(adjacency & ~active)
+        if len(receivers):
+            keepers = senders if columns_sum_to_one(W) else receivers
+            kept = np.bincount(keepers, W[receivers, senders], minlength=len(W))
+            network.W[receivers, senders] = 0
+            network.W[np.diag_indices(len(W))] = W.diagonal() + kept
+        return network
 
     def _matrix_of(self, phase: int) -> MixingMatrix:
         if self._rule is None:
@@ -385,7 +388,7 @@ class Links:
     def _from_key(self, links: bytes) -> Adjacency:
         shape = self.adjacency.shape[1:]
         bits = np.unpackbits(np.frombuffer(links, np.uint8), count=math.prod(shape))
-        return bits.astype(bool).reshape(shape)
+        return bits.view(bool).reshape(shape)
 
 
 def _key(links: Adjacency) -> bytes:
