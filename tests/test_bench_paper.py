@@ -64,7 +64,8 @@ def test_merges_are_predicted_from_smaller_ones():
             expected = seconds(frame, topology, 20)
             if (frame, topology) == ("joint", "ring"):
                 expected["assignment"] = 0.5 * 20
-            found = _paper.merge_seconds(fits, frame, TOPOLOGIES[topology](20))
+            to_do = _paper.work(frame, TOPOLOGIES[topology](20))
+            found = _paper.merge_seconds(fits, frame, to_do)
             assert found == pytest.approx(sum(expected.values()), rel=1e-6)
 
 

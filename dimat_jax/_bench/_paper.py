@@ -9,6 +9,7 @@ to the relative errors, and neither is negative. The bytes of an exchange are wh
 ledger books for it; see `Hardware.exchange_seconds`.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,12 +27,23 @@ from dimat_jax.data.selection import MATCH_DATA
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger, Message, Messages
 from dimat_jax.mixing import uniform
-from dimat_jax.network import Links
+from dimat_jax.network import Links, Network
 from dimat_jax.permutation import group_sizes
 from dimat_jax.topology import TOPOLOGIES, Adjacency
 from dimat_jax.tree import nbytes
 
-__all__ = ["Fit", "Merge", "Model", "Sizes", "fit", "message_sizes", "predict"]
+__all__ = [
+    "Fit",
+    "Merge",
+    "Model",
+    "Sizes",
+    "fit",
+    "fit_merges",
+    "merge_seconds",
+    "message_sizes",
+    "predict",
+    "work",
+]
 
 
 # Measured times =======================================================================
@@ -71,29 +83,42 @@ class Merge(NamedTuple):
     seconds: Mapping[str, float]
 
 
-def work(frame: str, phase: str, adjacency: Adjacency) -> int:
-    """Counts the units of work of a merge's phase: agents, pairs or edges."""
-    if phase in ("correlations", "scores", "assignment"):
-        return max(len(_pairs(frame, adjacency)), 1)
-    if phase == "mix" and frame == "own":
-        return int(adjacency.sum())
-    return len(adjacency)
+class Work(NamedTuple):
+    """How much a merge has to do.
+
+    Attributes:
+        agents: the number of agents.
+        edges: the number of messages.
+        pairs: the pairs that are matched, each in one direction.
+    """
+
+    agents: int
+    edges: int
+    pairs: np.ndarray
+
+    def units(self, frame: str, phase: str) -> int:
+        """Counts the units of work of a phase: agents, pairs or edges."""
+        if phase in ("correlations", "scores", "assignment"):
+            return len(self.pairs)
+        return self.edges if phase == "mix" and frame == "own" else self.agents
 
 
-def _pairs(frame: str, adjacency: Adjacency) -> np.ndarray:
-    """Returns the pairs that a frame matches, each in one direction."""
+def work(frame: str, adjacency: Adjacency) -> Work:
+    """Counts the work of a merge in a frame."""
     edges = FRAMES[frame].edges(adjacency)
-    return np.unique(np.sort(edges, axis=1), axis=0)
+    numbers = edges.min(axis=1) * len(adjacency) + edges.max(axis=1)
+    pairs = np.stack(np.divmod(np.unique(numbers), len(adjacency)), axis=1)
+    return Work(len(adjacency), int(adjacency.sum()), pairs)
 
 
 def fit_merges(merges: Sequence[Merge]) -> dict[str, dict[str, Fit]]:
     """Fits each phase of the merges in each frame."""
     samples: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for merge in merges:
-        adjacency = TOPOLOGIES[merge.topology](merge.n_agents)
+        done = work(merge.frame, TOPOLOGIES[merge.topology](merge.n_agents))
         for phase, seconds in merge.seconds.items():
-            units = work(merge.frame, phase, adjacency)
-            samples.setdefault((merge.frame, phase), []).append((units, seconds))
+            sample = done.units(merge.frame, phase), seconds
+            samples.setdefault((merge.frame, phase), []).append(sample)
     fits: dict[str, dict[str, Fit]] = {}
     for (frame, phase), points in samples.items():
         units, seconds = zip(*points, strict=True)
@@ -102,23 +127,22 @@ def fit_merges(merges: Sequence[Merge]) -> dict[str, dict[str, Fit]]:
 
 
 def merge_seconds(
-    fits: Mapping[str, Fit], frame: str, adjacency: Adjacency, share: float = 1.0
+    fits: Mapping[str, Fit], frame: str, to_do: Work, share: float = 1.0
 ) -> float:
     """Predicts the seconds of a merge on one device.
 
     Args:
         fits: the fitted phases of the frame.
         frame: the frame in which agents merge.
-        adjacency: the graph of all agents.
+        to_do: the work of all agents.
         share: the share of the agents that the device has.
     """
 
     def seconds(phase: str) -> float:
         # One machine finds all permutations that have to agree.
         alone = FRAMES[frame].joint and phase == "assignment"
-        return fits[phase].seconds(
-            work(frame, phase, adjacency) * (1.0 if alone else share)
-        )
+        units = to_do.units(frame, phase)
+        return fits[phase].seconds(units if alone else share * units)
 
     return sum(map(seconds, fits))
 
@@ -174,25 +198,11 @@ def message_sizes(config: dict[str, Any]) -> Program:
     return jax_program(call)
 
 
-def booked(
-    sizes: Sizes, adjacency: Adjacency, frame: str | None = None
-) -> tuple[Ledger, Ledger]:
-    """Books one step and one round in two ledgers.
-
-    Args:
-        sizes: the bytes that agents send.
-        adjacency: the graph of all agents.
-        frame: the frame in which agents merge; None if they do not.
-    """
-    network = Links(adjacency, uniform).at_round(1, len(adjacency))
-    step, round = Ledger(len(adjacency)), Ledger(len(adjacency))
-    step.record_steps(sizes.messages, [network])
-    matching = None
-    if frame is not None:
-        pairs = _pairs(frame, adjacency)
-        matching = FRAMES[frame].traffic(adjacency, pairs, sizes.matching)
-    round.record_round(sizes.messages, network, adjacency, matching)
-    return step, round
+# Several predictions in a row are for the same network.
+@functools.lru_cache(1)
+def _network(topology: str, n_agents: int) -> tuple[Adjacency, Network]:
+    adjacency = TOPOLOGIES[topology](n_agents)
+    return adjacency, Links(adjacency, uniform).at_round(1, n_agents)
 
 
 # Predictions ==========================================================================
@@ -236,21 +246,21 @@ def predict(
         the rounds in an hour, the seconds of computing and of exchanging in a round,
         and the bytes of a round over all links.
     """
-    adjacency = TOPOLOGIES[topology](n_agents)
+    adjacency, network = _network(topology, n_agents)
     steps, local = model.steps_per_round, min(hardware.agents_per_device, n_agents)
-    share = local / n_agents
-    computing = steps * model.step.seconds(local)
+    share, ledger = local / n_agents, Ledger(n_agents)
+    computing, exchanges = steps * model.step.seconds(local), 1
     if frame is None:
-        step, _ = booked(model.gossip_sizes, adjacency)
-        computing += steps * model.gossip.seconds(adjacency.sum() * share)
-        exchanging = steps * hardware.exchange_seconds(step.by_link)
-        sent = steps * step.bytes_sent
+        exchanges = steps
+        ledger.record_steps(model.gossip_sizes.messages, [network])
+        computing += steps * model.gossip.seconds(share * int(adjacency.sum()))
     else:
-        _, round = booked(model.merge_sizes, adjacency, frame)
-        computing += merge_seconds(model.merges[frame], frame, adjacency, share)
-        exchanging = hardware.exchange_seconds(round.by_link)
-        sent = round.bytes_sent
+        to_do, sizes = work(frame, adjacency), model.merge_sizes
+        matching = FRAMES[frame].traffic(adjacency, to_do.pairs, sizes.matching)
+        ledger.record_round(sizes.messages, network, adjacency, matching)
+        computing += merge_seconds(model.merges[frame], frame, to_do, share)
     computing /= hardware.speed
+    exchanging = exchanges * hardware.exchange_seconds(ledger.by_link)
     return {
         "agents": n_agents,
         "topology": topology,
@@ -258,5 +268,5 @@ def predict(
         "compute_seconds": computing,
         "exchange_seconds": exchanging,
         "rounds_per_hour": 3600 / (computing + exchanging),
-        "bytes_per_round": sent,
+        "bytes_per_round": exchanges * ledger.bytes_sent,
     }

@@ -233,8 +233,8 @@ def _checks(
         (n, "steps", seconds, model.step.seconds(n)) for n, seconds in steps.items()
     ]
     for frame, topology, n, phases in merges:
-        adjacency = TOPOLOGIES[topology](n)
-        predicted = _paper.merge_seconds(model.merges[frame], frame, adjacency)
+        to_do = _paper.work(frame, TOPOLOGIES[topology](n))
+        predicted = _paper.merge_seconds(model.merges[frame], frame, to_do)
         pairs.append((n, f"{frame}, {topology}", sum(phases.values()), predicted))
     return [
         {
