@@ -260,7 +260,9 @@ def _exact_sum(sizes: Shaped[np.ndarray, "agents agents"], axis: int | None = No
 def _packed(matrix: Shaped[np.ndarray, "agents agents"]) -> list | str:
     """A matrix as JSON content: compressed text, or lists of Python ints."""
     if matrix.dtype == object:
-        return matrix.tolist()
+        if matrix.max(initial=0) >= 2**63:
+            return matrix.tolist()
+        matrix = matrix.astype(np.int64)
     # As lists, the links of 4096 agents would take gigabytes.
     return base64.b64encode(zlib.compress(matrix.tobytes(), level=1)).decode()
 
