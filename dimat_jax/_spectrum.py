@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from jaxtyping import Float
 from scipy.sparse import csr_array
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, aslinearoperator, eigs, eigsh
 
 from dimat_jax.topology import components, is_connected
 
@@ -55,17 +55,14 @@ def _by_iterations(matrices: np.ndarray, symmetric: bool) -> float | None:
     """Finds the second largest modulus; None if the iterations do not converge."""
     sparse = np.count_nonzero(matrices) < 0.1 * matrices.size
     factors = [csr_array(W) for W in matrices] if sparse else matrices
-    operator = LinearOperator(
-        matrices.shape[1:],
-        matvec=lambda x: functools.reduce(lambda x, W: W @ x, factors, x),
-        dtype=np.float64,
-    )
+    operators = map(aslinearoperator, factors)
+    product = functools.reduce(lambda product, W: W @ product, operators)
     # A fixed start gives the same digits every time.
     start = np.random.default_rng(0).random(matrices.shape[-1])
     solve = eigsh if symmetric else eigs
     try:
         values = solve(
-            operator, k=2, ncv=64, maxiter=40, v0=start, return_eigenvectors=False
+            product, k=2, ncv=64, maxiter=40, v0=start, return_eigenvectors=False
         )
     except ArpackNoConvergence:
         return None

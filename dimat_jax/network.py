@@ -217,11 +217,12 @@ class Links:
     ):
         self.adjacency = schedule(np.asarray(adjacency, bool))
         self.faults = faults
-        self._rule = mixing if callable(mixing) else None
-        if self._rule is None:
-            self._given = np.broadcast_to(
-                check_mixing_matrix(mixing, self.adjacency), self.adjacency.shape
-            )
+        self._rule = None
+        if callable(mixing):
+            self._rule = mixing
+        else:
+            matrix = check_mixing_matrix(mixing, self.adjacency)
+            self._given = np.broadcast_to(matrix, self.adjacency.shape)
         n_agents, period = self.adjacency.shape[-1], len(self.adjacency)
         self._undirected = is_undirected(self.adjacency)
         # Some rules solve an optimization problem, and the same agents are often absent

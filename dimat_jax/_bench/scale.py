@@ -127,7 +127,7 @@ def _exponents(
     """Fits how time and memory grow, for the sides with three numbers from 5 on."""
     found = []
     at_start = timings[1]["steps"].peak_bytes
-    for name in next(reversed(timings.values())):
+    for name in timings[max(timings)]:
         frame, _, topology = name.partition(", ")
         seconds = {n: s for n, s in _column(timings, name).items() if n >= 5}
         if len(seconds) < 3:

@@ -103,10 +103,6 @@ class Frame(Record[Merge]):
 StackedPerms = dict[str, Int32[np.ndarray, "slots _units"]]
 """A permutation of each group for every agent."""
 
-Align = Callable[[State, StackedPerms], State]
-"""`Algorithm.aligned`, as it is or jitted."""
-
-
 # How agents merge, given the permutations =============================================
 
 
@@ -196,7 +192,7 @@ def joint_frame(inner: Algorithm, exchanged: Exchanged) -> Merge:
     return merge
 
 
-def _moved(align: Align, views: Views, perms) -> Views:
+def _moved(align: Callable[..., State], views: Views, perms) -> Views:
     """Permutes the states of all agents, and what their neighbours know of them."""
     own, announced = views
     announced = None if announced is None else align(announced, perms)

@@ -80,7 +80,9 @@ def _hardware(bench: str) -> Hardware:
     for name in Hardware._fields:
         if bench != "scale" and given[name].present:
             raise UserError(f"--{name} is for scale; {bench} does not read it")
-    return Hardware(*(given[name].value for name in Hardware._fields))
+    return Hardware(
+        given.bandwidth, given.latency, given.agents_per_device, given.speed
+    )
 
 
 def main(arguments: list[str]) -> None:
