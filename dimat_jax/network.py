@@ -78,11 +78,12 @@ class Network(NamedTuple):
 
 def networks_kept(slots: int) -> int:
     """How many networks of some slots a cache keeps: 64, or what 512 MiB hold."""
-    return max(1, min(64, 2**29 // _network_bytes(slots)))
+    # An entry of W has four bytes, and an active edge one.
+    return _kept(64, 5 * slots**2)
 
 
-def _network_bytes(slots: int) -> int:
-    return slots**2 * (np.dtype(np.float32).itemsize + np.dtype(bool).itemsize)
+def _kept(most: int, nbytes: int) -> int:
+    return max(1, min(most, 2**29 // nbytes))
 
 
 def _filled_up(W, active_edges, present, *, slots: int) -> Network:
@@ -227,11 +228,11 @@ class Links:
         self._undirected = is_undirected(self.adjacency)
         # Some rules solve an optimization problem, and the same agents are often absent
         # together.
-        kept = networks_kept(n_agents)
-        self._weights = functools.lru_cache(16 * kept)(self._weights_of)
+        kept = _kept(1024, 8 * n_agents**2)
+        self._weights = functools.lru_cache(kept)(self._weights_of)
         self._matrix = functools.lru_cache(kept)(self._matrix_of)
         # There are many local steps. Unless links fail, most have the same network.
-        self._network = functools.lru_cache(kept)(self._network_of)
+        self._network = functools.lru_cache(networks_kept(n_agents))(self._network_of)
         for phase in range(period):
             # It raises an error if the rule does not fit the graph.
             self._matrix(phase)
