@@ -77,13 +77,9 @@ class Network(NamedTuple):
 
 
 def networks_kept(slots: int) -> int:
-    """How many networks of some slots a cache keeps: 64, or what 512 MiB hold."""
+    """How many networks of some slots a cache keeps: 64, or what a gibibyte holds."""
     # An entry of W has four bytes, and an active edge one.
-    return _kept(64, 5 * slots**2)
-
-
-def _kept(most: int, nbytes: int) -> int:
-    return max(1, min(most, 2**29 // nbytes))
+    return max(1, min(64, 2**30 // (5 * slots**2)))
 
 
 def _filled_up(W, active_edges, present, *, slots: int) -> Network:
@@ -218,24 +214,21 @@ class Links:
     ):
         self.adjacency = schedule(np.asarray(adjacency, bool))
         self.faults = faults
-        self._rule = None
-        if callable(mixing):
-            self._rule = mixing
-        else:
+        self._rule = mixing if callable(mixing) else None
+        if not callable(mixing):
             matrix = check_mixing_matrix(mixing, self.adjacency)
             self._given = np.broadcast_to(matrix, self.adjacency.shape)
-        n_agents, period = self.adjacency.shape[-1], len(self.adjacency)
+        n_agents = self.adjacency.shape[-1]
         self._undirected = is_undirected(self.adjacency)
         # Some rules solve an optimization problem, and the same agents are often absent
         # together.
-        kept = _kept(1024, 8 * n_agents**2)
+        kept = max(1, min(1024, 2**28 // (8 * n_agents**2)))
         self._weights = functools.lru_cache(kept)(self._weights_of)
         self._matrix = functools.lru_cache(kept)(self._matrix_of)
         # There are many local steps. Unless links fail, most have the same network.
         self._network = functools.lru_cache(networks_kept(n_agents))(self._network_of)
-        for phase in range(period):
-            # It raises an error if the rule does not fit the graph.
-            self._matrix(phase)
+        # A rule that does not fit the graph raises an error here.
+        list(map(self._matrix, range(len(self.adjacency))))
         for absence in faults.absences:
             if absence.agent >= n_agents:
                 raise NetworkError(
@@ -287,7 +280,8 @@ class Links:
 
         It is `[period, agents, agents]`.
         """
-        return np.stack(list(self._all_times()))
+        matrices = list(self._all_times())
+        return np.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
     def _all_times(self) -> Iterator[MixingMatrix]:
         """W at every time, one after the other: a stack may take gigabytes."""
