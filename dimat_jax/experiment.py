@@ -38,7 +38,7 @@ from dimat_jax.data.partition import (
 from dimat_jax.data.pipeline import Reader, Sampler, Samples, place_pool
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier
-from dimat_jax.network import Network
+from dimat_jax.network import Network, networks_kept
 from dimat_jax.optimizers import (
     LEARNING_RATE,
     OPTIMIZER,
@@ -225,9 +225,12 @@ class Experiment:
         return jax.random.fold_in(self.key("communicate"), round_number)
 
     def placed(self, network: Network) -> Network:
-        """Copies a network to all devices. The copies are kept for further steps."""
+        """Copies a network to all devices. The copies are kept for further steps.
+
+        A few networks that are used in turn are copied there only once.
+        """
         if id(network) not in self._placed:
-            if len(self._placed) == _NETWORKS_KEPT:
+            if len(self._placed) == networks_kept(self.placement.slots):
                 self._placed.clear()
             # id(network) is a safe key only while the network object is alive, so the
             # cache keeps a reference to it.
@@ -365,10 +368,6 @@ class Experiment:
                     "images"
                 )
 
-
-# The number of networks that are kept on the devices. A few networks that are used in
-# turn are then copied there only once.
-_NETWORKS_KEPT = 64
 
 # Each purpose has random numbers of its own. A new purpose is added at the end, because
 # another order would change the results of every run.

@@ -1,13 +1,14 @@
 """What has crossed the network: rounds, and bytes by kind and by link."""
 
-import copy
+import base64
 import dataclasses
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Shaped
 from numpy.typing import ArrayLike
 
 from dimat_jax.network import Network
@@ -19,8 +20,11 @@ __all__ = ["Ledger", "Message", "Messages"]
 Message = dict[str, PyTree]
 """One message: for every kind of content, a tree of `jax.ShapeDtypeStruct`."""
 
-_Links = list[tuple[int, int]]
-"""Pairs (receiver, sender)."""
+_Links = Bool[np.ndarray, "agents agents"]
+"""Some links, as a mask `[receiver, sender]`."""
+
+_NEVER = -1
+"""Stands for the number of missed messages where no message has arrived yet."""
 
 
 class Messages(NamedTuple):
@@ -47,9 +51,9 @@ class Messages(NamedTuple):
     whole: Message = {}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Ledger:
-    """Bytes and rounds so far, as Python ints (they outgrow int32, and even int64).
+    """Bytes and rounds so far. Totals are Python ints, since they outgrow int64.
 
     Arrays that its methods take may have more slots than there are agents. The slots
     that only fill up devices do not communicate, and are left out.
@@ -60,29 +64,42 @@ class Ledger:
             exchange with a server counts as one.
         by_kind: Bytes by kind of content. Two kinds are the ledger's own: "matching",
             and "missed" for content that was sent later.
-        by_link: Bytes of every link, `[receiver][sender]`.
+        by_link: Bytes of every link, `[receiver, sender]`. They are int64, or Python
+            ints in an array of objects once a link might outgrow that.
         server_bytes: Bytes to and from a server. They belong to no link.
-        missed: `[receiver][sender]` the number of messages that the receiver has
-            missed since the last one that reached it; None before the first one.
+        missed: `[receiver, sender]` the number of messages that the receiver has missed
+            since the last one that reached it, int32; -1 before the first one. None as
+            long as no agent has announced anything.
     """
 
     n_agents: int
     exchanges: int = 0
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
-    by_link: list[list[int]] = dataclasses.field(default_factory=list)
+    by_link: Shaped[np.ndarray, "agents agents"] = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 0), np.int64)
+    )
     server_bytes: int = 0
-    missed: list[list[int | None]] = dataclasses.field(default_factory=list)
+    missed: Int[np.ndarray, "agents agents"] | None = None
 
     def __post_init__(self):
-        agents = range(self.n_agents)
-        self.by_link = self.by_link or [[0 for _ in agents] for _ in agents]
-        self.missed = self.missed or [[None for _ in agents] for _ in agents]
+        if not self.by_link.size:
+            self.by_link = np.zeros((self.n_agents, self.n_agents), np.int64)
+        # No link has carried more bytes than this.
+        self._most = int(self.by_link.max(initial=0))
         self._measured: tuple[Messages, _Sizes] | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ledger) and self.record() == other.record()
 
     @property
     def bytes_sent(self) -> int:
         """Bytes over all links, in both directions, and to and from a server."""
         return sum(self.by_kind.values())
+
+    @property
+    def bytes_sent_by_agent(self) -> list[int]:
+        """Bytes that each agent sent its neighbours."""
+        return _exact_sum(self.by_link, axis=0).tolist()
 
     @property
     def comm_rounds(self) -> float:
@@ -106,7 +123,7 @@ class Ledger:
             return
         by_id = {id(network): network for network in networks}
         for network_id, steps in Counter(map(id, networks)).items():
-            links = self._links(by_id[network_id].active_edges)
+            links = self._own(by_id[network_id].active_edges)
             self._exchange(message, links, steps)
 
     def record_round(
@@ -126,16 +143,13 @@ class Ledger:
             edges: All edges that the network has at any time.
             matching: Bytes of matching data over every link, `[receiver, sender]`.
         """
-        sizes, links = self._sizes(messages), self._links(network.active_edges)
+        sizes, links = self._sizes(messages), self._own(network.active_edges)
         present = self._own(network.present)
         self._exchange(sizes.round, links, 1)
         if sizes.whole:
-            announced = self._own(edges) & present
-            self._catch_up(sizes, links, self._links(announced))
+            self._catch_up(sizes, links, announced=self._own(edges) & present)
         if matching is not None:
-            for receiver, sender in self._links(matching != 0):
-                size = int(matching[receiver, sender])
-                self._send("matching", receiver, sender, size)
+            self._add_matching(self._own(matching))
         if sizes.server:
             clients = int(present.sum())
             self.exchanges += clients
@@ -145,23 +159,42 @@ class Ledger:
 
     def record(self) -> dict[str, Any]:
         """The ledger as JSON content."""
-        return dataclasses.asdict(self)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            **fields,
+            "by_kind": dict(self.by_kind),
+            "by_link": _packed(self.by_link),
+            "missed": None if self.missed is None else _packed(self.missed),
+        }
 
     @staticmethod
     def of(record: dict[str, Any]) -> "Ledger":
-        """The ledger that `record` was made from."""
-        return Ledger(**copy.deepcopy(record))
+        """The ledger that `record` was made from, or that an older version made."""
+        n_agents, missed = record["n_agents"], record["missed"]
+        if isinstance(
+            missed, list
+        ):  # Older versions had None before the first message.
+            missed = [[_NEVER if n is None else n for n in row] for row in missed]
+        return Ledger(
+            **{
+                **record,
+                "by_kind": dict(record["by_kind"]),
+                "by_link": _unpacked(record["by_link"], n_agents, np.int64),
+                "missed": None
+                if missed is None
+                else _unpacked(missed, n_agents, np.int32),
+            }
+        )
 
     def _exchange(self, message: dict[str, int], links: _Links, times: int) -> None:
         """Books a message, given as bytes by kind, that every link carries `times`."""
         if not message:
             return
-        self.exchanges += times * len(links)
+        n_links = int(np.count_nonzero(links))
+        self.exchanges += times * n_links
         for kind, size in message.items():
-            self._book(kind, times * len(links) * size)
-        size = times * sum(message.values())
-        for receiver, sender in links:
-            self.by_link[receiver][sender] += size
+            self._book(kind, times * n_links * size)
+        self._add(times * sum(message.values()), links)
 
     def _catch_up(self, sizes: "_Sizes", links: _Links, announced: _Links) -> None:
         """Books the content that was missed and is sent now, and what is missed now.
@@ -171,23 +204,34 @@ class Ledger:
             links: The links that carry the message of this round.
             announced: All links that there is a message for.
         """
+        if self.missed is None:
+            self.missed = np.full(links.shape, _NEVER, np.int32)
         size = sum(sizes.round.values())
-        for receiver, sender in links:
-            missed = self.missed[receiver][sender]
-            self.missed[receiver][sender] = 0
+        for missed in np.unique(self.missed[links]).tolist():
             # The message itself is booked already, even if it is larger than `whole`.
             extra = sizes.whole - size
-            if missed is not None:
+            if missed != _NEVER:
                 extra = min(missed * size, extra)
             if extra > 0:
-                self._send("missed", receiver, sender, extra)
-        for receiver, sender in set(announced) - set(links):
-            if (missed := self.missed[receiver][sender]) is not None:
-                self.missed[receiver][sender] = missed + 1
+                late = links & (self.missed == missed)
+                self._book("missed", extra * int(np.count_nonzero(late)))
+                self._add(extra, late)
+        self.missed[links] = 0
+        self.missed += announced & ~links & (self.missed != _NEVER)
 
-    def _send(self, kind: str, receiver: int, sender: int, size: int) -> None:
-        self._book(kind, size)
-        self.by_link[receiver][sender] += size
+    def _add_matching(self, matching: Int[np.ndarray, "agents agents"]) -> None:
+        if matching.any():
+            self._book("matching", int(_exact_sum(matching)))
+            self._add(matching, matching != 0)
+
+    def _add(self, sizes: int | np.ndarray, links: _Links) -> None:
+        """Adds bytes, the same for all links or those of each, to some links."""
+        self._most += int(np.max(sizes))
+        if self._most >= 2**63 and self.by_link.dtype != object:
+            self.by_link = self.by_link.astype(object)
+        if self.by_link.dtype == object and isinstance(sizes, np.ndarray):
+            sizes = sizes.astype(object)
+        np.add(self.by_link, sizes, out=self.by_link, where=links)
 
     def _book(self, kind: str, size: int) -> None:
         self.by_kind[kind] = self.by_kind.get(kind, 0) + size
@@ -203,10 +247,33 @@ class Ledger:
         array = np.asarray(matrix)
         return array[tuple(slice(self.n_agents) for _ in array.shape)]
 
-    def _links(self, edges: ArrayLike) -> _Links:
-        """Pairs (receiver, sender), as Python ints: they index lists much faster."""
-        receivers, senders = np.nonzero(self._own(edges))
-        return list(zip(receivers.tolist(), senders.tolist(), strict=True))
+
+def _exact_sum(sizes: Shaped[np.ndarray, "agents agents"], axis: int | None = None):
+    """Sums bytes, each below 2^63, to Python ints in an array of objects."""
+    if sizes.dtype == object:
+        return np.sum(sizes, axis=axis)
+    # Each half of the digits can be summed in int64, over up to 2^31 links.
+    high, low = (sizes >> 32).sum(axis=axis), (sizes & (2**32 - 1)).sum(axis=axis)
+    return np.asarray(high).astype(object) * 2**32 + np.asarray(low).astype(object)
+
+
+def _packed(matrix: Shaped[np.ndarray, "agents agents"]) -> list | str:
+    """A matrix as JSON content: compressed text, or lists of Python ints."""
+    if matrix.dtype == object:
+        if matrix.max(initial=0) >= 2**63:
+            return matrix.tolist()
+        matrix = matrix.astype(np.int64)
+    # As lists, the links of 4096 agents would take gigabytes.
+    return base64.b64encode(zlib.compress(matrix.tobytes(), level=1)).decode()
+
+
+def _unpacked(packed: list | str, n_agents: int, dtype: Any) -> np.ndarray:
+    """The matrix of `_packed`, or of the lists of numbers that older versions wrote."""
+    if isinstance(packed, str):
+        content = zlib.decompress(base64.b64decode(packed))
+        return np.frombuffer(content, dtype).reshape(n_agents, n_agents).copy()
+    largest = max((size for row in packed for size in row), default=0)
+    return np.array(packed, object if largest >= 2**63 else dtype)
 
 
 class _Sizes(NamedTuple):

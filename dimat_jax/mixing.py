@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from dimat_jax._passing import weighted_sums
+from dimat_jax._spectrum import second_modulus
 from dimat_jax.errors import UserError
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.placement import Placement
@@ -340,14 +341,11 @@ def spectral_gap(mixing_matrix: MixingMatrix) -> float:
     `[period, agents, agents]` the gap is that of the product W_period ... W_2 W_1,
     which is the effect of a whole period.
     """
-    whole = np.asarray(mixing_matrix, np.float64)
-    if whole.ndim == 3:
-        whole = functools.reduce(lambda product, W: W @ product, whole)
-    if len(whole) == 1:
+    matrices = schedule(np.asarray(mixing_matrix, np.float64))
+    if matrices.shape[-1] == 1:
         return 1.0
-    moduli = np.sort(np.abs(np.linalg.eigvals(whole)))
     # Rounding may put an eigenvalue of modulus 1 a hair above it.
-    return float(np.clip(1 - moduli[-2], 0.0, 1.0))
+    return float(np.clip(1 - second_modulus(matrices), 0.0, 1.0))
 
 
 def mix(

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
     "NetworkError",
     "FAULTS",
     "faults",
+    "networks_kept",
     "parse_absences",
 ]
 
@@ -74,11 +76,19 @@ class Network(NamedTuple):
     present: Bool[Array | np.ndarray, " agents"]
 
 
+def networks_kept(slots: int) -> int:
+    """How many networks of some slots a cache keeps: 64, or what a gibibyte holds."""
+    # An entry of W has four bytes, and an active edge one.
+    return max(1, min(64, 2**30 // (5 * slots**2)))
+
+
 def _filled_up(W, active_edges, present, *, slots: int) -> Network:
     """Makes a network that is filled up to `slots` with absent agents."""
     n_agents = len(present)
-    full_W = np.eye(slots, dtype=np.float32)
+    full_W = np.zeros((slots, slots), np.float32)
     full_W[:n_agents, :n_agents] = W
+    spare = np.arange(n_agents, slots)
+    full_W[spare, spare] = 1
     full_edges = np.zeros((slots, slots), bool)
     full_edges[:n_agents, :n_agents] = active_edges
     full_present = np.zeros(slots, bool)
@@ -188,8 +198,6 @@ class Links:
 
     Attributes:
         adjacency: the graph, `[period, agents, agents]`.
-        mixing_matrix: W, `[period, agents, agents]`, for the times when all agents are
-            present and no link fails.
         faults: the faults that were given.
 
     Raises:
@@ -207,17 +215,20 @@ class Links:
         self.adjacency = schedule(np.asarray(adjacency, bool))
         self.faults = faults
         self._rule = mixing if callable(mixing) else None
-        matrix = mixing(self.adjacency) if callable(mixing) else mixing
-        self.mixing_matrix = np.broadcast_to(
-            check_mixing_matrix(matrix, self.adjacency), self.adjacency.shape
-        )
+        if not callable(mixing):
+            matrix = check_mixing_matrix(mixing, self.adjacency)
+            self._given = np.broadcast_to(matrix, self.adjacency.shape)
+        n_agents = self.adjacency.shape[-1]
         self._undirected = is_undirected(self.adjacency)
         # Some rules solve an optimization problem, and the same agents are often absent
         # together.
-        self._weights = functools.lru_cache(1024)(self._weights_of)
+        kept = max(1, min(1024, 2**28 // (8 * n_agents**2)))
+        self._weights = functools.lru_cache(kept)(self._weights_of)
+        self._matrix = functools.lru_cache(kept)(self._matrix_of)
         # There are many local steps. Unless links fail, most have the same network.
-        self._network = functools.lru_cache(64)(self._network_of)
-        n_agents = self.adjacency.shape[-1]
+        self._network = functools.lru_cache(networks_kept(n_agents))(self._network_of)
+        # A rule that does not fit the graph raises an error here.
+        list(map(self._matrix, range(len(self.adjacency))))
         for absence in faults.absences:
             if absence.agent >= n_agents:
                 raise NetworkError(
@@ -227,7 +238,7 @@ class Links:
         if (
             faults.any
             and not self._undirected
-            and not columns_sum_to_one(self.mixing_matrix)
+            and not all(map(columns_sum_to_one, self._all_times()))
         ):
             raise NetworkError(
                 "where agents drop out of a directed network, or its links fail, a "
@@ -253,7 +264,7 @@ class Links:
         """
         if self.faults.any and not (self._undirected and self._symmetric):
             return False
-        return self.column_stochastic and all(map(rows_sum_to_one, self._matrices))
+        return self.column_stochastic and all(map(rows_sum_to_one, self._every_kind()))
 
     @functools.cached_property
     def column_stochastic(self) -> bool:
@@ -261,16 +272,28 @@ class Links:
 
         Weights may be negative.
         """
-        return all(map(columns_sum_to_one, self._matrices))
+        return all(map(columns_sum_to_one, self._every_kind()))
+
+    @functools.cached_property
+    def mixing_matrix(self) -> MixingMatrix:
+        """W for the times when all agents are present and no link fails.
+
+        It is `[period, agents, agents]`.
+        """
+        matrices = list(self._all_times())
+        return np.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+
+    def _all_times(self) -> Iterator[MixingMatrix]:
+        """W at every time, one after the other: a stack may take gigabytes."""
+        return map(self._matrix, range(len(self.adjacency)))
 
     @property
     def _symmetric(self) -> bool:
-        return all(np.allclose(W, W.T, rtol=0, atol=1e-6) for W in self._matrices)
+        return all((np.abs(W - W.T) <= 1e-6).all() for W in self._every_kind())
 
-    @functools.cached_property
-    def _matrices(self) -> list[MixingMatrix]:
+    def _every_kind(self) -> Iterator[MixingMatrix]:
         """W at every time, and an example of W while agents are absent."""
-        matrices = list(self.mixing_matrix)
+        yield from self._all_times()
         some_absent = bool(self.faults.dropout or self.faults.absences)
         if self._reapplies and some_absent and self.edges.any():
             # The sums of some rules are 1 only on regular graphs, and the graph of the
@@ -279,8 +302,7 @@ class Links:
             irregular = np.zeros_like(self.edges)
             for agent in range(min(2, len(irregular) - 1)):
                 irregular[agent, agent + 1] = irregular[agent + 1, agent] = True
-            matrices.append(self._weights(irregular.tobytes()))
-        return matrices
+            yield self._weights(_key(irregular))
 
     @property
     def _reapplies(self) -> bool:
@@ -317,34 +339,57 @@ class Links:
         return self._at(step, round_number, _STEP, slots)
 
     def _at(self, time: int, round_number: int, purpose: int, slots: int) -> Network:
-        adjacency = self.adjacency[phase := time % len(self.adjacency)]
-        failed = np.zeros_like(adjacency)
+        phase, failed = time % len(self.adjacency), None
         if self.faults.edge_loss:
-            rng = np.random.default_rng([self.faults.seed, purpose, time])
-            failed = adjacency & (rng.random(adjacency.shape) < self.faults.edge_loss)
-            if self._undirected:
-                failed = np.triu(failed) | np.triu(failed).T
-        present = self.present(round_number)
-        return self._network(phase, present.tobytes(), failed.tobytes(), slots)
+            failed = _key(self._failed_links(phase, [self.faults.seed, purpose, time]))
+        return self._network(phase, self.present(round_number).tobytes(), failed, slots)
+
+    def _failed_links(self, phase: int, seed: list[int]) -> Adjacency:
+        rng = np.random.default_rng(seed)
+        failed = self.adjacency[phase].copy()
+        # Row by row, since random numbers take eight times the memory of the links.
+        for row in failed:
+            row &= rng.random(len(row)) < self.faults.edge_loss
+        return np.triu(failed) | np.triu(failed).T if self._undirected else failed
 
     def _network_of(
-        self, phase: int, present: bytes, failed: bytes, slots: int
+        self, phase: int, present: bytes, failed: bytes | None, slots: int
     ) -> Network:
-        adjacency, W = self.adjacency[phase], self.mixing_matrix[phase]
+        adjacency, W = self.adjacency[phase], self._matrix(phase)
         is_present = np.frombuffer(present, bool)
-        reachable = adjacency & is_present & is_present[:, None]
-        if self._reapplies and (reachable != adjacency).any():
-            W = self._weights(reachable.tobytes())
-        active = reachable & ~np.frombuffer(failed, bool).reshape(adjacency.shape)
-        undelivered = np.where(adjacency & ~active, W, 0.0)
-        kept = undelivered.sum(axis=0 if columns_sum_to_one(W) else 1)
-        W = W - undelivered + np.diag(kept)
-        return _filled_up(W, active, is_present, slots=slots)
+        active = adjacency & is_present & is_present[:, None]
+        if self._reapplies and (active != adjacency).any():
+            W = self._weights(_key(active))
+        if failed is not None:
+            active &= ~self._from_key(failed)
+        network = _filled_up(W, active, is_present, slots=slots)
+        receivers, senders = np.nonzero(adjacency & ~active)
+        if len(receivers):
+            keepers = senders if columns_sum_to_one(W) else receivers
+            kept = np.bincount(keepers, W[receivers, senders], minlength=len(W))
+            network.W[receivers, senders] = 0
+            network.W[np.diag_indices(len(W))] = W.diagonal() + kept
+        return network
+
+    def _matrix_of(self, phase: int) -> MixingMatrix:
+        if self._rule is None:
+            return self._given[phase]
+        adjacency = self.adjacency[phase]
+        return check_mixing_matrix(self._rule(adjacency), adjacency)
 
     def _weights_of(self, adjacency: bytes) -> MixingMatrix:
         assert self._rule is not None
+        return self._rule(self._from_key(adjacency))
+
+    def _from_key(self, links: bytes) -> Adjacency:
         shape = self.adjacency.shape[1:]
-        return self._rule(np.frombuffer(adjacency, bool).reshape(shape))
+        bits = np.unpackbits(np.frombuffer(links, np.uint8), count=math.prod(shape))
+        return bits.view(bool).reshape(shape)
+
+
+def _key(links: Adjacency) -> bytes:
+    """Some links as the key of a cache: one bit each."""
+    return np.packbits(links).tobytes()
 
 
 # Each purpose has random numbers of its own, so that draws are independent.

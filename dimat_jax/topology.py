@@ -28,17 +28,21 @@ __all__ = [
     "Adjacency",
     "Schedule",
     "TopologyError",
+    "Tree",
     "components",
     "from_graph",
     "is_connected",
     "is_undirected",
     "read_matrix",
     "schedule",
+    "spanning_trees",
     "union",
 ]
 
 Adjacency = Bool[np.ndarray, "agents agents"]
 Schedule = Bool[np.ndarray, "period agents agents"]
+Tree = list[tuple[int, int]]
+"""The edges (parent, child) of a tree."""
 
 # A random graph is drawn this many times before the search for a connected one ends.
 _DRAWS = 1000
@@ -83,7 +87,8 @@ def from_graph(graph: nx.Graph) -> Adjacency:
 
 def fully_connected(n_agents: int) -> Adjacency:
     """Every agent is connected with every other agent."""
-    return from_graph(nx.complete_graph(_at_least_one(n_agents)))
+    # networkx would make an object for each of the millions of edges of many agents.
+    return ~np.eye(_at_least_one(n_agents), dtype=bool)
 
 
 def ring(n_agents: int) -> Adjacency:
@@ -270,15 +275,49 @@ def components(adjacency: Adjacency | Schedule) -> list[list[int]]:
     Each component is a sorted list of agents. The components are sorted by their lowest
     agent.
     """
+    return [
+        sorted([root, *(child for _, child in tree)])
+        for root, tree in spanning_trees(adjacency).items()
+    ]
+
+
+def spanning_trees(adjacency: Adjacency | Schedule) -> dict[int, Tree]:
+    """Returns a tree in each (weakly) connected component, breadth first, by its root.
+
+    The root is the component's lowest agent. Parents come before their children, and
+    the children of an agent are sorted.
+    """
     edges = union(adjacency)
-    graph = nx.from_numpy_array(edges | edges.T)
-    return sorted(sorted(component) for component in nx.connected_components(graph))
+    linked, unseen = edges | edges.T, np.ones(len(edges), bool)
+    # Each tree removes its agents from `unseen`.
+    return {
+        root: _breadth_first(linked, root, unseen)
+        for root in range(len(edges))
+        if unseen[root]
+    }
+
+
+def _breadth_first(linked: Adjacency, root: int, unseen: np.ndarray) -> Tree:
+    """Finds a tree of the unseen agents that a root is linked with, and marks them."""
+    # A graph object with millions of edges would take gigabytes. A row of the matrix is
+    # read at once, so that this takes milliseconds.
+    unseen[root] = False
+    queue, tree = [root], []
+    for parent in queue:
+        children = np.flatnonzero(linked[parent] & unseen).tolist()
+        unseen[children] = False
+        queue += children
+        tree += [(parent, child) for child in children]
+    return tree
 
 
 def is_connected(adjacency: Adjacency | Schedule) -> bool:
     """Whether information from every agent reaches every other agent at some time."""
-    return nx.is_strongly_connected(
-        nx.from_numpy_array(union(adjacency).T, create_using=nx.DiGraph)
+    edges = union(adjacency)
+    others = len(edges) - 1
+    return all(
+        len(_breadth_first(direction, 0, np.ones(len(edges), bool))) == others
+        for direction in (edges, edges.T)
     )
 
 

@@ -47,6 +47,9 @@ from dimat_jax.tree import PyTree
 
 __all__ = ["Progress", "Results", "Workdir", "load_agents"]
 
+_MOST_IN_ROWS = 64
+"""Rows have the bytes of every link for at most this number of agents."""
+
 
 @dataclasses.dataclass
 class Progress:
@@ -78,7 +81,11 @@ class Progress:
 
     def record(self) -> dict[str, Any]:
         """The progress as JSON content."""
-        return {**dataclasses.asdict(self), "seconds": self.total_seconds}
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "ledger": self.ledger.record(),
+            "seconds": self.total_seconds,
+        }
 
     @staticmethod
     def of(record: dict[str, Any]) -> "Progress":
@@ -272,13 +279,21 @@ class Results:
                 "consensus_distance": distance,
                 "bytes_sent_total": ledger.bytes_sent,
                 "bytes_sent_by_kind": ledger.by_kind,
-                "bytes_sent_by_link": ledger.by_link,
+                "bytes_sent_by_agent": ledger.bytes_sent_by_agent,
+                **self._bytes_sent_by_link(),
                 "comm_rounds_total": ledger.comm_rounds,
                 "present": self._experiment.links.present(number),
                 "seconds_total": progress.total_seconds,
                 **metrics,
             }
         )
+
+    def _bytes_sent_by_link(self) -> dict[str, Any]:
+        """The field of the links' bytes, unless there are too many for every row."""
+        ledger = self.progress.ledger
+        if ledger.n_agents > _MOST_IN_ROWS:
+            return {}
+        return {"bytes_sent_by_link": ledger.by_link}
 
     def save(self, state: State) -> None:
         """Saves a checkpoint of the agents' state and of the progress."""

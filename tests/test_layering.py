@@ -22,6 +22,7 @@ FLOORS = [
     ["_option_facts", "_passing", "_cpu_devices"],
     ["placement"],
     ["topology"],
+    ["_spectrum"],
     ["mixing"],
     ["network"],
     ["ledger"],
@@ -42,7 +43,7 @@ FLOORS = [
     ["_trainer", "workdir"],
     ["_pretrain", "_race"],
     ["train"],
-    ["reports", "_merge_models"],
+    ["reports", "_merge_models", "_bench"],
     ["cli"],
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -251,6 +251,7 @@ def test_a_row_holds_the_evaluation_and_what_was_sent(folder, experiment):
         "consensus_distance",
         "bytes_sent_total",
         "bytes_sent_by_kind",
+        "bytes_sent_by_agent",
         "bytes_sent_by_link",
         "comm_rounds_total",
         "present",
@@ -260,7 +261,17 @@ def test_a_row_holds_the_evaluation_and_what_was_sent(folder, experiment):
     assert (row["round"], row["step"], row["phase"]) == (1, 7, "merged")
     assert row["test_accuracy"] == [0.25, 0.5, 0.75]
     assert row["test_accuracy_mean"] == 0.5 and row["test_loss_mean"] == 2.0
+    assert row["bytes_sent_by_link"] == [[0] * 3] * 3
     assert row["bytes_sent_total"] == row["bytes_sent_by_kind"]["params"] == 2**60
+
+
+def test_rows_leave_out_the_links_of_many_agents(folder, experiment, monkeypatch):
+    monkeypatch.setattr(workdir, "_MOST_IN_ROWS", 2)
+    with Results(folder, experiment) as results:
+        results.write("merged", 1, EVALUATION, {})
+    (row,) = read_rows(folder.path)
+    assert "bytes_sent_by_link" not in row
+    assert row["bytes_sent_by_agent"] == [0] * 3
 
 
 def test_the_summary_is_the_last_row_of_all_and_of_each_phase(folder, experiment):

@@ -9,9 +9,10 @@ j to i is the permutation from i to j, half of the edges are enough.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import networkx as nx
 import numpy as np
 from jaxtyping import Array, Int, Key
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import minimum_spanning_tree
 
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms.base import MergeData
@@ -25,7 +26,7 @@ from dimat_jax.matching._descent import (
 )
 from dimat_jax.matching._joint import all_pairs_together
 from dimat_jax.placement import Placement
-from dimat_jax.topology import Adjacency, components
+from dimat_jax.topology import Adjacency, spanning_trees
 from dimat_jax.tree import PyTree
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "every_edge",
     "match_edges",
     "no_edges",
+    "sparse_edges",
     "spanning_forest",
     "stack_wave",
     "waves",
@@ -43,6 +45,9 @@ __all__ = [
 
 Edges = Int[np.ndarray, "_edges 2"]
 """Pairs (receiver, sender). The sender will be aligned with the receiver."""
+
+MOST_NEIGHBOURS = 8
+"""The number of neighbours with which an agent is matched, for a joint frame."""
 
 EdgePerms = dict[tuple[int, int], dict[str, np.ndarray]]
 """For every edge (receiver, sender), the permutations that align the sender."""
@@ -67,13 +72,48 @@ def spanning_forest(active_edges: Adjacency) -> Edges:
 
     The root of a tree is the component's lowest agent.
     """
-    graph = nx.from_numpy_array(active_edges | active_edges.T)
-    edges = [
-        edge
-        for component in components(active_edges)
-        for edge in nx.bfs_edges(graph, component[0], sort_neighbors=sorted)
-    ]
+    edges = [edge for tree in spanning_trees(active_edges).values() for edge in tree]
     return np.array(edges, np.int64).reshape(-1, 2)
+
+
+def sparse_edges(active_edges: Adjacency) -> Edges:
+    """Returns edges that connect what a graph connects, about as many as agents.
+
+    An agent keeps at most `MOST_NEIGHBOURS` neighbours, and all of them if no agent has
+    more. A few further edges are kept if the graph falls apart without them: a hub
+    keeps all neighbours that have no other. Opposite edges are kept together.
+    """
+    linked = active_edges | active_edges.T
+    kept = _few_neighbours(linked)
+    if len(spanning_trees(kept)) > len(spanning_trees(linked)):
+        # The lightest spanning tree has as few edges as possible that are not kept.
+        weights = csr_array(np.where(kept, 1, 2) * linked)
+        joining = minimum_spanning_tree(weights).toarray() > 0
+        kept |= joining | joining.T
+    return np.argwhere(kept & active_edges)
+
+
+def _few_neighbours(linked: Adjacency) -> Adjacency:
+    """Keeps links while both of their agents have less than the most neighbours."""
+    n_agents = len(linked)
+    agents, kept = np.arange(n_agents), np.zeros_like(linked)
+    missing = np.minimum(linked.sum(axis=1), MOST_NEIGHBOURS)
+    # Some long links keep the ways between agents short. If all agents are connected,
+    # every agent has links of the same lengths: a circulant graph.
+    long = [round(n_agents ** (k / 4)) for k in range(4)]
+    for length in [*long, *range(1, n_agents // 2 + 1)]:
+        if not missing.any():
+            break
+        others = (agents + length) % n_agents
+        possible = linked[agents, others] & ~kept[agents, others]
+        possible &= (missing > 0) & (missing[others] > 0)
+        for agent in np.flatnonzero(possible).tolist():
+            other = int(others[agent])
+            if missing[agent] and missing[other] and not kept[agent, other]:
+                kept[agent, other] = kept[other, agent] = True
+                missing[agent] -= 1
+                missing[other] -= 1
+    return kept
 
 
 def waves(edges: Edges, slots: int) -> list[Pairs]:

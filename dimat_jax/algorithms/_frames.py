@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from dimat_jax import permutation
 from dimat_jax.algorithms._edges import (
     EdgePerms,
     Edges,
     every_edge,
     no_edges,
     spanning_forest,
+    sparse_edges,
     stack_wave,
     waves,
 )
@@ -34,12 +34,11 @@ from dimat_jax.algorithms._traffic import (
 from dimat_jax.algorithms.base import Algorithm, State
 from dimat_jax.mixing import mix
 from dimat_jax.options import Record, registry
-from dimat_jax.permutation import Perms
 from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
-from dimat_jax.tree import PyTree, is_inexact, stack
+from dimat_jax.tree import PyTree, is_inexact
 
-__all__ = ["AS_THEY_ARE", "FRAMES", "Frame", "Merge", "Views"]
+__all__ = ["AS_THEY_ARE", "FRAMES", "Exchanged", "Frame", "Merge", "Views"]
 
 
 class Views(NamedTuple):
@@ -60,8 +59,17 @@ class Views(NamedTuple):
         return self.own if self.announced is None else self.announced
 
 
-Exchanged = Callable[[State], PyTree]
-"""The part of a state that agents send, align and average."""
+class Exchanged(NamedTuple):
+    """The part of a state that agents send, align and average.
+
+    Attributes:
+        part: `part(state)` returns it.
+        with_part: `with_part(state, part)` returns a state that has another such part.
+    """
+
+    part: Callable[[State], PyTree]
+    with_part: Callable[[State, PyTree], State]
+
 
 Merge = Callable[[Views, EdgePerms, Array | np.ndarray], tuple[Views, PyTree]]
 """`merge(views, perms, W) -> (views, merged)`.
@@ -93,6 +101,9 @@ class Frame(Record[Merge]):
     traffic: Traffic = no_traffic
 
 
+StackedPerms = dict[str, Int32[np.ndarray, "slots _units"]]
+"""A permutation of each group for every agent."""
+
 # How agents merge, given the permutations =============================================
 
 
@@ -118,13 +129,13 @@ def own_frame(inner: Algorithm, exchanged: Exchanged, placement: Placement) -> M
     """
 
     def align(x, P):
-        return exchanged(inner.aligned(x, P))
+        return exchanged.part(inner.aligned(x, P))
 
     @jax.jit
     def own_share(x, W):
-        return _weighted(jnp.diagonal(W), exchanged(x))  # W_ii x_i
+        return _weighted(jnp.diagonal(W), exchanged.part(x))  # W_ii x_i
 
-    @jax.jit
+    @placement.jit
     def add_wave(total, x, W, P_ij, wave):
         i, j, real = wave
         W_ij = jnp.where(jnp.arange(len(j)) < real, W[i, j], 0.0)
@@ -150,37 +161,79 @@ def reference_frame(
     spanning tree, from j to the root. So N - 1 edges are matched, and all agents use
     the same P_j.
     """
-    align = jax.jit(inner.aligned)
+    align = placement.jit(inner.aligned)
     mix_in_place = _mixing_in_place(exchanged, placement)
 
     def merge(views, perms, W):
         if perms:
-            to_root = _to_roots(perms, len(W))
-            own, announced = views
-            announced = None if announced is None else align(announced, to_root)
-            views = Views(align(own, to_root), announced)
+            views = _moved(align, views, _to_roots(perms, len(W)))
         return views, mix_in_place(views, W)
 
     return merge
 
 
-def _to_roots(perms: EdgePerms, slots: int) -> dict[str, Int32[Array, "slots _units"]]:
-    """Composes the permutations into the roots' frames, stacked.
+def joint_frame(inner: Algorithm, exchanged: Exchanged, placement: Placement) -> Merge:
+    """x_i <- sum_j W_ij Q_i^-1 Q_j x_j: every agent stays in its own frame.
 
-    The roots have the identity.
+    The permutations agree along every cycle of the network. So Q_j, which moves agent j
+    into the frame of a root, can be composed along any tree, and a few matched edges
+    determine the permutations of all others. Agents mix in the root's frame, and each
+    result moves back: that takes as many permutations of weights as there are agents.
+    """
+    mix_in_place = _mixing_in_place(exchanged, placement)
+
+    @placement.jit
+    def mix_in_frame(views: Views, W: Array, to_root, from_root):
+        mixed = mix_in_place(_moved(inner.aligned, views, to_root), W)
+        holding = exchanged.with_part(views.own, mixed)
+        return exchanged.part(inner.aligned(holding, from_root))
+
+    def merge(views, perms, W):
+        if not perms:
+            return views, mix_in_place(views, W)
+        to_root = _to_roots(perms, len(W))
+        from_root = {group: _inverse(perm) for group, perm in to_root.items()}
+        return views, mix_in_frame(views, W, to_root, from_root)
+
+    return merge
+
+
+def _moved(align: Callable[..., State], views: Views, perms) -> Views:
+    """Permutes the states of all agents, and what their neighbours know of them."""
+    own, announced = views
+    announced = None if announced is None else align(announced, perms)
+    return Views(align(own, perms), announced)
+
+
+def _to_roots(perms: EdgePerms, slots: int) -> StackedPerms:
+    """Composes the permutations into the roots' frames along spanning trees, stacked.
+
+    The root of a connected component is its lowest agent. It has the identity.
 
     Args:
-        perms: the permutations by edge (parent, child) of a spanning forest, in which
-            parents come before their children.
+        perms: the permutations by edge. They agree along every cycle, or there are no
+            cycles. One direction of an edge is enough.
         slots: the number of stacked agents.
     """
     some = next(iter(perms.values()))
-    identity: Perms = {group: jnp.arange(len(perm)) for group, perm in some.items()}
-    to_root = [identity] * slots
-    for (parent, child), to_parent in perms.items():
+    to_root = {
+        group: np.tile(np.arange(len(perm), dtype=np.int32), (slots, 1))
+        for group, perm in some.items()
+    }
+    matched = np.zeros((slots, slots), bool)
+    matched[tuple(_edges_of(perms).T)] = True
+    for parent, child in spanning_forest(matched).tolist():
         # The child is aligned with its parent, and then moves with it to the root.
-        to_root[child] = permutation.compose(to_parent, to_root[parent])
-    return stack(to_root)
+        answered = (parent, child) in perms
+        to_parent = perms[(parent, child) if answered else (child, parent)]
+        for group, perm in to_parent.items():
+            perm = perm if answered else _inverse(perm)
+            to_root[group][child] = perm[to_root[group][parent]]
+    return to_root
+
+
+def _inverse(perms: Int32[np.ndarray, "*batch units"]) -> np.ndarray:
+    return np.argsort(perms, axis=-1).astype(np.int32)
 
 
 def _mixing_in_place(exchanged: Exchanged, placement: Placement):
@@ -193,12 +246,12 @@ def _mixing_in_place(exchanged: Exchanged, placement: Placement):
     @jax.jit
     def mix_in_place(views: Views, W: Array) -> PyTree:
         if views.announced is None:
-            return mix(W, exchanged(views.own), placement)
+            return mix(W, exchanged.part(views.own), placement)
         others = W - jnp.diag(jnp.diagonal(W))
-        received = mix(others, exchanged(views.announced), placement)
+        received = mix(others, exchanged.part(views.announced), placement)
         return jax.tree.map(
             lambda own, others: own + others if is_inexact(own) else own,
-            _weighted(jnp.diagonal(W), exchanged(views.own)),
+            _weighted(jnp.diagonal(W), exchanged.part(views.own)),
             received,
         )
 
@@ -254,10 +307,8 @@ FRAMES: dict[str, Frame] = registry(
     ),
     Frame(
         "joint",
-        own_frame,
-        summary="x_i <- sum_j W_ij Q_i^-1 Q_j x_j: every agent stays in its own frame, "
-        "and the permutations agree along every cycle of the network.",
-        edges=every_edge,
+        joint_frame,
+        edges=sparse_edges,
         joint=True,
         two_way=True,
         traffic=joint_traffic,

@@ -26,7 +26,13 @@ from dimat_jax.algorithms._edges import (
     Matcher,
     match_edges,
 )
-from dimat_jax.algorithms._frames import AS_THEY_ARE, FRAMES, Frame, Views
+from dimat_jax.algorithms._frames import (
+    AS_THEY_ARE,
+    FRAMES,
+    Exchanged,
+    Frame,
+    Views,
+)
 from dimat_jax.algorithms._matchers import ActivationMatcher, WeightMatcher
 from dimat_jax.algorithms._recalibration import Recalibrator
 from dimat_jax.algorithms._traffic import MatchingSizes
@@ -167,7 +173,9 @@ class _MergeRound:
         self._inner, self._placement = inner, placement
         self._frame, self._matcher, self._stay = frame, matcher, stay
         self._opt_state = opt_state
-        self._merge = frame.build(inner, self._exchanged, placement)
+        self._merge = frame.build(
+            inner, Exchanged(self._exchanged, self._with_part), placement
+        )
         self._absorb = jax.jit(self._absorbed, out_shardings=placement.sharding)
         self._measure = None
         if task.batch_statistics is not None:
@@ -254,9 +262,13 @@ class _MergeRound:
         """Returns the state with which training goes on after the merge."""
         if self._opt_state == "reset":
             return with_clocks_of(self._inner.init(merged.variables), state)
+        return self._with_part(state, merged)
+
+    def _with_part(self, state: State, part: LocalState) -> State:
+        """Returns the state with another part that is sent, aligned and averaged."""
         if self._opt_state == "merge":
-            state = with_opt_state(state, merged.opt_state)
-        return self._inner.with_variables(state, merged.variables)
+            state = with_opt_state(state, part.opt_state)
+        return self._inner.with_variables(state, part.variables)
 
     def _recalibrate(
         self, state: State, samples: Samples | None, stopwatch: Stopwatch

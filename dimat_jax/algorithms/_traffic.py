@@ -9,7 +9,6 @@ since. This is not counted.)
 from collections.abc import Callable
 from typing import NamedTuple
 
-import networkx as nx
 import numpy as np
 from jaxtyping import Int
 
@@ -83,19 +82,18 @@ def joint_traffic(active_edges: Adjacency, pairs: Edges, sizes: MatchingSizes) -
     # as much as in a root's frame.
     traffic = reference_traffic(active_edges, pairs, sizes)
     tree = spanning_forest(active_edges).tolist()
-    parent_of = {child: parent for parent, child in tree}
     evidence = np.zeros(len(active_edges), np.int64)
     if sizes.scores:
         np.add.at(evidence, pairs[:, 0], sizes.scores)
     else:
-        evidence[list(nx.from_edgelist(tree).nodes)] = sizes.weights
-    for agent, sent in enumerate(evidence):
-        hop, first = agent, True
-        while hop in parent_of:
-            # A parent has its child's weights already, because it merges with them.
-            if sizes.scores or not first:
-                traffic[parent_of[hop], hop] += sent
-            if not first:
-                traffic[hop, parent_of[hop]] += sizes.perms
-            hop, first = parent_of[hop], False
+        evidence[active_edges.any(axis=1)] = sizes.weights
+    # What an agent and its descendants send goes through the link to its parent.
+    sent, descendants = evidence.copy(), np.zeros(len(active_edges), np.int64)
+    for parent, child in reversed(tree):
+        sent[parent] += sent[child]
+        descendants[parent] += 1 + descendants[child]
+        # A parent has its child's weights already, because it merges with them.
+        known = 0 if sizes.scores else evidence[child]
+        traffic[parent, child] += sent[child] - known
+        traffic[child, parent] += sizes.perms * descendants[child]
     return traffic

@@ -14,7 +14,7 @@ scores. It treats one network after the other: while all others are fixed, the b
 is one assignment.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import Any
@@ -196,10 +196,15 @@ def _components(pairs: Int[np.ndarray, "pairs 2"]) -> list[np.ndarray]:
     """For each connected component its pairs, by index."""
     graph = nx.Graph()
     graph.add_edges_from(pairs.tolist())
-    return [
-        np.flatnonzero(np.isin(pairs[:, 0], list(networks)))
-        for networks in nx.connected_components(graph)
-    ]
+    number_of = {
+        network: number
+        for number, networks in enumerate(nx.connected_components(graph))
+        for network in networks
+    }
+    own: dict[int, list[int]] = defaultdict(list)
+    for pair, network in enumerate(pairs[:, 0].tolist()):
+        own[number_of[network]].append(pair)
+    return [np.array(own[number]) for number in sorted(own)]
 
 
 _Frames = dict[int, np.ndarray]
@@ -222,6 +227,11 @@ class _Component:
         for pair, (reference, permutee) in self._ends.items():
             self._pairs_of[reference].append((pair, permutee))
             self._pairs_of[permutee].append((pair, reference))
+        self._pair_of_link = {
+            link: pair
+            for pair, ends in self._ends.items()
+            for link in (ends, ends[::-1])
+        }
         graph, root = nx.Graph(), min(self._pairs_of)
         graph.add_edges_from(self._ends.values())
         self._tree = list(nx.bfs_edges(graph, root, sort_neighbors=sorted))
@@ -231,9 +241,7 @@ class _Component:
         """The frames that pairs' permutations stand for; the root keeps its order."""
         frames = {self._order[0]: np.arange(perms.shape[1], dtype=np.int32)}
         for parent, child in self._tree:
-            pair = next(
-                pair for pair, other in self._pairs_of[child] if other == parent
-            )
+            pair = self._pair_of_link[parent, child]
             inverted = self._ends[pair][0] == child
             perm = _inverse(perms[pair]) if inverted else perms[pair]
             frames[child] = perm[frames[parent]]
@@ -241,9 +249,8 @@ class _Component:
 
     def perms(self, frames: _Frames) -> np.ndarray:
         """P_ij = Q_i^-1 Q_j for each pair."""
-        return np.stack(
-            [frames[j][_inverse(frames[i])] for i, j in self._ends.values()]
-        )
+        back = {network: _inverse(frame) for network, frame in frames.items()}
+        return np.stack([frames[j][back[i]] for i, j in self._ends.values()])
 
     def one_by_one(self) -> _Frames:
         """Brings each network into the frame by its pairs with earlier networks."""
@@ -262,16 +269,18 @@ class _Component:
             * self._scores.shape[-1]
             * max(np.abs(self._scores[pair]).max() for pair in self._ends)
         )
-        waiting = list(self._order)
+        waiting, is_waiting = deque(self._order), set(self._order)
         while waiting:
-            network = waiting.pop(0)
+            network = waiting.popleft()
+            is_waiting.remove(network)
             places = self._places(network, frames)
             assigned = solve_assignment(places)
             gain = total_score(places, assigned) - total_score(places, frames[network])
             if gain > least:
                 frames[network] = assigned
-                others = {other for _, other in self._pairs_of[network]}
-                waiting += sorted(others - set(waiting))
+                others = {other for _, other in self._pairs_of[network]} - is_waiting
+                waiting.extend(sorted(others))
+                is_waiting |= others
         return frames
 
     def _places(self, network: int, frames: _Frames) -> np.ndarray:

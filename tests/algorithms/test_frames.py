@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import networkx as nx
 import numpy as np
 import optax
 import pytest
@@ -11,17 +12,27 @@ from hypothesis import strategies as st
 
 from dimat_jax import permutation
 from dimat_jax.algorithms import MergeData
-from dimat_jax.algorithms._edges import EdgePerms
-from dimat_jax.algorithms._frames import AS_THEY_ARE, FRAMES, Frame, Views
+from dimat_jax.algorithms._edges import MOST_NEIGHBOURS, EdgePerms
+from dimat_jax.algorithms._frames import (
+    AS_THEY_ARE,
+    FRAMES,
+    Exchanged,
+    Frame,
+    Views,
+)
 from dimat_jax.algorithms._merging import FRAME, OPT_STATE, merging
 from dimat_jax.algorithms._traffic import MatchingSizes
 from dimat_jax.algorithms.dimat import dimat
 from dimat_jax.algorithms.local import local
 from dimat_jax.algorithms.wa import wa
 from dimat_jax.algorithms.wm import wm
+from dimat_jax.compression import COMPRESSORS
+from dimat_jax.mixing import uniform
+from dimat_jax.network import Links
 from dimat_jax.options import OptionError, Record
-from dimat_jax.topology import components
-from dimat_jax.tree import PyTree, take
+from dimat_jax.placement import place
+from dimat_jax.topology import TOPOLOGIES, components
+from dimat_jax.tree import PyTree, stack, take
 from tests.algorithms.cases import KEY, Layout, links, placed
 from tests.algorithms.problems import N_AGENTS, PROBLEMS, shared_images
 
@@ -72,6 +83,59 @@ def test_own_frames_match_every_active_edge(active):
         assert set(map(tuple, edges.tolist())) == expected
 
 
+@given(
+    n=st.integers(1, 40),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+    directed=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_joint_frame_matches_few_edges_that_connect_what_the_graph_connects(
+    n, density, seed, directed
+):
+    active = np.random.default_rng(seed).random((n, n)) < density
+    np.fill_diagonal(active, False)
+    active = active if directed else active | active.T
+    kept = matched_jointly(active)
+    assert not kept[~active].any()
+    assert components(kept) == components(active)
+    linked, links = active | active.T, kept | kept.T
+    # An edge and its opposite are kept or left out together.
+    np.testing.assert_array_equal(kept, links & active)
+    degree, possible = links.sum(axis=1), linked.sum(axis=1)
+    # Besides the chosen neighbours there are at most the edges of a tree.
+    beyond = np.maximum(degree - MOST_NEIGHBOURS, 0).sum() / 2
+    assert beyond <= n - len(components(active))
+    if (possible <= MOST_NEIGHBOURS).all():
+        np.testing.assert_array_equal(kept, active)
+    # No link is left out if both of its agents have room for it.
+    room = degree < MOST_NEIGHBOURS
+    assert not (linked & ~links & room & room[:, None]).any()
+
+
+@pytest.mark.parametrize("n", [10, 13, 20, 40, 64, 300])
+def test_in_a_fully_connected_graph_the_ways_along_matched_edges_are_short(n):
+    kept = matched_jointly(TOPOLOGIES["fully_connected"](n))
+    assert kept.sum(axis=1).max() == MOST_NEIGHBOURS
+    assert kept.sum() >= MOST_NEIGHBOURS * n - 2
+    # Eight neighbours reach everyone in about 4 n^(1/4) hops and not in n / 8.
+    assert nx.diameter(nx.from_numpy_array(kept)) <= 2 * n**0.25 + 2
+
+
+def test_a_hub_keeps_all_agents_that_have_no_other_neighbour():
+    star = TOPOLOGIES["star"](30)
+    np.testing.assert_array_equal(matched_jointly(star), star)
+    # With two hubs every agent is linked with one of them, and a few with both.
+    bipartite = matched_jointly(TOPOLOGIES["bipartite"](30))
+    assert 2 * 29 <= bipartite.sum() <= 2 * (29 + MOST_NEIGHBOURS)
+
+
+def matched_jointly(active: np.ndarray) -> np.ndarray:
+    kept = np.zeros_like(active)
+    kept[tuple(FRAMES["joint"].edges(active).T)] = True
+    return kept
+
+
 @given(active=graphs())
 @settings(deadline=None, max_examples=60)
 def test_a_reference_frame_matches_a_tree_of_every_component(active):
@@ -111,21 +175,26 @@ def variables() -> PyTree:
     return DEEP.variables(N_AGENTS)
 
 
-def random_perms(edges: np.ndarray, seed: int = 0) -> EdgePerms:
+def random_perms(edges: np.ndarray, agreeing: bool = False) -> EdgePerms:
+    """Draws permutations for every edge; those that agree have P_ij = Q_i^-1 Q_j."""
     one = take(variables(), 0)
-    return {
-        (i, j): {
-            group: np.asarray(perm)
-            for group, perm in permutation.random(
-                DEEP.task.spec, one, jax.random.key(100 * seed + 10 * i + j)
-            ).items()
-        }
-        for i, j in edges.tolist()
-    }
+
+    def drawn(seed: int) -> dict[str, np.ndarray]:
+        perms = permutation.random(DEEP.task.spec, one, jax.random.key(seed))
+        return {group: np.asarray(perm) for group, perm in perms.items()}
+
+    def of_edge(i: int, j: int) -> dict[str, np.ndarray]:
+        if not agreeing:
+            return drawn(10 * i + j)
+        Q_i, Q_j = drawn(i), drawn(j)
+        return {group: Q_j[group][np.argsort(Q_i[group])] for group in Q_i}
+
+    return {(i, j): of_edge(i, j) for i, j in edges.tolist()}
 
 
 def merged_by(frame: Frame, views: Views, perms: EdgePerms, W) -> tuple[Any, PyTree]:
-    merge = frame.build(LOCAL, lambda state: state.variables, PLACEMENT)
+    exchanged = Exchanged(lambda state: state.variables, LOCAL.with_variables)
+    merge = frame.build(LOCAL, exchanged, PLACEMENT)
     views, merged = merge(views, perms, W)
     return views, PLACEMENT.gather(merged)
 
@@ -149,7 +218,7 @@ def test_merging_is_the_sum_of_weighted_permuted_networks(frame, topology, lossy
     W, active = np.asarray(network.W), np.asarray(network.active_edges)
     own = LOCAL.init(PLACEMENT.put(variables()))
     known = LOCAL.init(PLACEMENT.put(changed(variables())))
-    perms = random_perms(frame.edges(active))
+    perms = random_perms(frame.edges(active), agreeing=frame.joint)
     spec, apply = DEEP.task.spec, permutation.apply
     views, merged = merged_by(frame, Views(own, known if lossy else None), perms, W)
 
@@ -189,6 +258,45 @@ def test_merging_is_the_sum_of_weighted_permuted_networks(frame, topology, lossy
 def test_views_are_known_as_they_are_unless_something_else_was_announced():
     assert Views("own", None).known == "own"
     assert Views("own", "announced").known == "announced"
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize("topology", ["fully_connected", "random_regular"])
+def test_forty_agents_that_are_one_network_in_disguise_stay_as_they_are(
+    topology, lossy
+):
+    """The edges that are not matched are aligned too: by way of the others."""
+    n = 40
+    many = place(n, jax.devices()[:1], "vmap")
+    one, spec = take(variables(), 0), DEEP.task.spec
+    disguised = [
+        permutation.apply(
+            spec, permutation.random(spec, one, jax.random.key(seed)), one
+        )
+        for seed in range(n)
+    ]
+    algorithm = wm(
+        local(DEEP.task, optax.sgd(0.1), many),
+        DEEP.task,
+        many,
+        frame="joint",
+        compressor=COMPRESSORS["bfloat16"]() if lossy else COMPRESSORS["none"](),
+    )
+    options = {"degree": 10} if topology == "random_regular" else {}
+    network = Links(TOPOLOGIES[topology](n, **options), uniform).at_round(1, n)
+    assert network.active_edges.sum() > n * MOST_NEIGHBOURS
+    state = algorithm.init(many.put(jax.tree.map(np.asarray, stack(disguised))))
+    state, metrics = algorithm.communicate(state, MergeData(), network, KEY)
+    merged = many.gather(algorithm.variables(state))
+    for agent in range(n):
+        jax.tree.map(
+            lambda found, own: np.testing.assert_allclose(
+                found, own, atol=2e-2 if lossy else 1e-5
+            ),
+            take(merged, agent),
+            disguised[agent],
+        )
+    assert metrics["match_similarity"] > 0.999
 
 
 # The three algorithms =================================================================
