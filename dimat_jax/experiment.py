@@ -11,6 +11,7 @@ from jaxtyping import Array, Key
 
 from dimat_jax import evaluate, models, permutation
 from dimat_jax._chosen import build_chosen, check_network, number_of_agents
+from dimat_jax._slots import put_each
 from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.conditions import no_negative_weights
@@ -44,7 +45,6 @@ from dimat_jax.optimizers import (
 )
 from dimat_jax.options import Option, arguments
 from dimat_jax.placement import place
-from dimat_jax.tree import stack
 
 __all__ = ["Experiment", "check_network"]
 
@@ -97,7 +97,13 @@ class Experiment:
 
         devices = jax.devices()
         if devices[0].platform == "cpu":
-            devices = devices[: config.placement.cpu_devices]
+            n_devices = config.placement.cpu_devices
+            processes = range(jax.process_count())
+            devices = [
+                device
+                for process in processes
+                for device in jax.local_devices(process_index=process)[:n_devices]
+            ]
         self.placement = place(n_agents, devices, config.placement.batching)
         self._build_task()
         self._build_samplers(pretrain_shards)
@@ -279,8 +285,7 @@ class Experiment:
         init = jax.jit(self._init)
         keys = self.placement.keys(self.key("init"))
         same = self.config.init == "same"
-        agents = [init(keys[0 if same else i]) for i in range(len(self.shards))]
-        return self.placement.put(stack(agents))
+        return put_each(self.placement, lambda i: init(keys[0 if same else i]))
 
     def abstract_variables(self) -> Variables:
         """Returns the shapes and dtypes of the agents' variables, `[agents, ...]`."""

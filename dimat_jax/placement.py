@@ -191,7 +191,10 @@ class Placement:
         return jax.tree.map(put_leaf, tree)
 
     def fetch(self, stacked: PyTree) -> PyTree:
-        """Brings stacked arrays to the host: NumPy arrays `[slots, ...]`."""
+        """Brings stacked arrays to the host: NumPy arrays `[slots, ...]`.
+
+        Every process receives the rows of all processes, so fetch what is small.
+        """
         if jax.process_count() > 1:
             stacked = multihost_utils.process_allgather(stacked, tiled=True)
         # The arrays are copied: on a CPU, asarray would return views of buffers that a
@@ -218,19 +221,20 @@ def place(
 
     Args:
         n_agents: the number of agents.
-        devices: the devices to use, at most one for each agent. None: all devices.
+        devices: the devices to use, at most one for each agent and equally many of
+            each process. None: all devices.
         batching: how agents that share a device run (see `Placement`). "auto" unrolls
             them on CPUs and vmaps them elsewhere.
 
     Raises:
         OptionError: the batching is unknown.
-        PlacementError: there is no agent, or collectives of the host devices would
-            deadlock (see `request_cpu_devices`).
+        PlacementError: there is no agent, there are fewer agents than processes, or
+            collectives of the host devices would deadlock (see `request_cpu_devices`).
     """
     if n_agents < 1:
         raise PlacementError(f"expected at least 1 agent, got {n_agents}")
     BATCHING.check(batching)
-    devices = list(jax.devices() if devices is None else devices)[:n_agents]
+    devices = _shared_out(jax.devices() if devices is None else devices, n_agents)
     on_cpu = devices[0].platform == "cpu"
     if batching == "auto":
         batching = "unroll" if on_cpu else "vmap"
@@ -245,6 +249,22 @@ def place(
         (len(devices),), ("agents",), axis_types=(AxisType.Auto,), devices=devices
     )
     return Placement(n_agents, mesh, batching)
+
+
+def _shared_out(devices: Sequence[Any], n_agents: int) -> list[Any]:
+    """Chooses equally many devices of each process, at most one for each agent."""
+    processes = dict.fromkeys(device.process_index for device in devices)
+    if n_agents < len(processes):
+        raise PlacementError(
+            f"{n_agents} agents are too few for {len(processes)} processes, each of "
+            "which holds at least one"
+        )
+    of_each = n_agents // len(processes)
+    return [
+        device
+        for process in processes
+        for device in [d for d in devices if d.process_index == process][:of_each]
+    ]
 
 
 def _check_in_axes(in_axes: Any) -> None:

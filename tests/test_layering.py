@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["_lazy", "tree", "errors", "_stopwatch"],
     ["options"],
-    ["_option_facts", "placement"],
+    ["_option_facts", "placement", "_processes"],
+    ["_slots"],
     ["topology"],
     ["mixing"],
     ["network"],
