@@ -213,7 +213,7 @@ def joined(
 
 
 _DETECTION = (
-    "; JAX detects the processes under Slurm, on TPU pods and under Open MPI, and needs "
+    "; JAX detects the processes under Slurm, under Open MPI and on TPU pods; it needs "
     "--coordinator=HOST:PORT --n_processes=N --process_id=I elsewhere"
 )
 
@@ -224,8 +224,8 @@ def _check_arguments(
     given = [coordinator is not None, n_processes is not None, process_id is not None]
     if any(given) and not all(given):
         raise ProcessError(
-            "--coordinator, --n_processes and --process_id are given together or, where "
-            "JAX can detect them, not at all"
+            "--coordinator, --n_processes and --process_id are given together, or not "
+            "at all where JAX can detect them"
         )
     if coordinator is None or n_processes is None or process_id is None:
         return

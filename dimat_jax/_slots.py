@@ -23,6 +23,7 @@ __all__ = [
     "put_slots",
     "refill",
     "slots_of_devices",
+    "with_sharding",
 ]
 
 
@@ -115,3 +116,11 @@ def refill(placement: Placement, stacked: PyTree) -> PyTree:
     agents = agent_of_slots(placement)
     copy = jax.jit(lambda x: take(x, agents), out_shardings=placement.sharding)
     return copy(stacked)
+
+
+def with_sharding(placement: Placement, abstract: PyTree) -> PyTree:
+    """Adds the sharding of stacked arrays to `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding),
+        abstract,
+    )

@@ -1,9 +1,10 @@
 """Turns lists of indices into batches on the devices.
 
-Every device holds all images of a split as they are stored (uint8). The examples for
-training, matching and evaluation are lists of indices into these images. The lists are
-drawn on the host from seeds. Gathering, normalising and augmenting run inside of the
-jitted step.
+The devices hold images as they are stored (uint8): every device holds the training
+images of the agents that live there, and a copy of the images that all agents share.
+The examples for training, matching and evaluation are lists of indices into these
+images. The lists are drawn on the host from seeds. Gathering, normalising and
+augmenting run inside of the jitted step.
 """
 
 import dataclasses
@@ -24,13 +25,14 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Pool",
-    "Reader",
     "Sampler",
     "Samples",
     "chunked",
     "draw_own",
     "load",
+    "normalised",
     "place_pool",
+    "share",
 ]
 
 
@@ -64,7 +66,7 @@ class Batch(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A split, of which every device holds a whole copy.
+    """Images that all agents share, of which every device holds a copy.
 
     Attributes:
         images: the pixels as stored.
@@ -82,7 +84,7 @@ class Pool(NamedTuple):
 def place_pool(
     split: Split, mean: np.ndarray, std: np.ndarray, placement: Placement
 ) -> Pool:
-    """Places a split on the devices. `mean` and `std` are in units of its pixels."""
+    """Places a split on every device. `mean` and `std` are in units of its pixels."""
     return Pool(*placement.replicate((*split, np.float32(mean), np.float32(std))))
 
 
@@ -115,11 +117,22 @@ def load(
     The key is consumed by the augmentation. Without a key nothing is augmented.
     """
     images = jnp.take(pool.images, indices, axis=0)
+    inputs = normalised(images, pool.mean, pool.std, key, augmentation)
+    return Batch(inputs, jnp.take(pool.labels, indices, axis=0), mask)
+
+
+def normalised(
+    images: UInt8[Array, "batch height width channels"],
+    mean: Float[Array, " channels"],
+    std: Float[Array, " channels"],
+    key: Key[Array, ""] | None,
+    augmentation: Augmentation,
+) -> Float[Array, "batch height width channels"]:
+    """Augments images, if there is a key, and normalises them."""
     if key is not None:
         images = _augment(images, augmentation, key)
-    mean, std = (x.reshape(1, 1, 1, -1) for x in (pool.mean, pool.std))
-    inputs = (images.astype(jnp.float32) - mean) / std
-    return Batch(inputs, jnp.take(pool.labels, indices, axis=0), mask)
+    mean, std = (x.reshape(1, 1, 1, -1) for x in (mean, std))
+    return (images.astype(jnp.float32) - mean) / std
 
 
 def _augment(
@@ -245,29 +258,35 @@ class Samples:
             yield self.load(indices, mask)
 
 
-class Reader:
-    """Makes `Samples` from one pool. All of them share compiled programs."""
+_load_shared = jax.jit(load)
 
-    def __init__(self, pool: Pool, placement: Placement):
-        load_shared = jax.jit(load)
-        load_own = jax.jit(placement.per_agent(load, in_axes=(None, 0, 0)))
-        self._load_shared = lambda *i: load_shared(pool, *placement.replicate(i))
-        self._load_own = lambda *i: load_own(pool, *placement.put(i))
 
-    def shared(self, indices: np.ndarray, batch_size: int) -> Samples:
-        """Makes samples that all agents share. `indices` are int[samples]."""
-        return Samples(self._load_shared, *chunked(indices, batch_size), shared=True)
+def share(
+    split: Split,
+    chosen: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    batch_size: int,
+    placement: Placement,
+) -> Samples:
+    """Makes samples that all agents share. Every device holds the chosen images alone.
 
-    def own(self, indices: Sequence[np.ndarray], batch_size: int) -> Samples:
-        """Makes samples of each agent's own. `indices[agent]` are int[samples]."""
-        n_batches = max(-(-len(own) // batch_size) for own in indices)
-        chunks = [chunked(own, batch_size, n_batches) for own in indices]
-        return Samples(
-            self._load_own,
-            np.stack([i for i, _ in chunks], axis=1),
-            np.stack([m for _, m in chunks], axis=1),
-            shared=False,
-        )
+    Args:
+        split: the images to choose from.
+        chosen: int[samples], the indices of the images.
+        mean: the mean of each channel, as of `Pool`.
+        std: the standard deviation of each channel, as of `Pool`.
+        batch_size: the number of images in a batch.
+        placement: the devices on which the agents live.
+    """
+    pool = place_pool(
+        Split(split.images[chosen], split.labels[chosen]), mean, std, placement
+    )
+    return Samples(
+        lambda *i: _load_shared(pool, *placement.replicate(i)),
+        *chunked(np.arange(len(chosen)), batch_size),
+        shared=True,
+    )
 
 
 def draw_own(
