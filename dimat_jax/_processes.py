@@ -29,6 +29,7 @@ __all__ = [
     "from_main",
     "is_main",
     "joined",
+    "leave",
     "together",
 ]
 
@@ -308,7 +309,8 @@ class _Watch:
         everywhere(None)
         self.over = True
         # No process leaves before every process has stopped to watch.
-        everywhere(None)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            everywhere(None)
 
     def explain(self, error: Exception) -> None:
         """Ends this process if an error comes from another process that has ended."""
@@ -317,8 +319,21 @@ class _Watch:
             _end(1, f"another process of the run has ended; {_GOES_ON}")
 
 
+def leave(code: int) -> NoReturn:
+    """Ends this process, whether it has joined others or not."""
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    if code:
+        # The others may have to read what this process has sent them last.
+        time.sleep(_POLL_SECONDS)
+    # Other threads, and what JAX does at the end, may wait for other processes.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _end(code: int, message: str) -> NoReturn:
-    """Ends the process at once, although other threads wait for other processes."""
+    """Ends this process from any thread."""
     print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
