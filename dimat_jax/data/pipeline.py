@@ -25,6 +25,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Pool",
+    "Reader",
     "Sampler",
     "Samples",
     "chunked",
@@ -258,7 +259,29 @@ class Samples:
             yield self.load(indices, mask)
 
 
-_load_shared = jax.jit(load)
+class Reader:
+    """Makes `Samples` from one pool. All of them share compiled programs."""
+
+    def __init__(self, pool: Pool, placement: Placement):
+        load_shared = jax.jit(load)
+        load_own = jax.jit(placement.per_agent(load, in_axes=(None, 0, 0)))
+        self._load_shared = lambda *i: load_shared(pool, *placement.replicate(i))
+        self._load_own = lambda *i: load_own(pool, *placement.put(i))
+
+    def shared(self, indices: np.ndarray, batch_size: int) -> Samples:
+        """Makes samples that all agents share. `indices` are int[samples]."""
+        return Samples(self._load_shared, *chunked(indices, batch_size), shared=True)
+
+    def own(self, indices: Sequence[np.ndarray], batch_size: int) -> Samples:
+        """Makes samples of each agent's own. `indices[agent]` are int[samples]."""
+        n_batches = max(-(-len(own) // batch_size) for own in indices)
+        chunks = [chunked(own, batch_size, n_batches) for own in indices]
+        return Samples(
+            self._load_own,
+            np.stack([i for i, _ in chunks], axis=1),
+            np.stack([m for _, m in chunks], axis=1),
+            shared=False,
+        )
 
 
 def share(
@@ -282,11 +305,7 @@ def share(
     pool = place_pool(
         Split(split.images[chosen], split.labels[chosen]), mean, std, placement
     )
-    return Samples(
-        lambda *i: _load_shared(pool, *placement.replicate(i)),
-        *chunked(np.arange(len(chosen)), batch_size),
-        shared=True,
-    )
+    return Reader(pool, placement).shared(np.arange(len(chosen)), batch_size)
 
 
 def draw_own(
