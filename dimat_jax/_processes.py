@@ -35,6 +35,8 @@ __all__ = [
 
 # The seconds between two looks at whether all processes are alive.
 _POLL_SECONDS = 1.0
+# The seconds between two connections to process 0, and to its answer.
+_PROBE_SECONDS = 5.0
 # The seconds that a process has to end by itself, with a message of its own, once
 # another process has ended.
 _GRACE_SECONDS = 3.0
@@ -42,7 +44,10 @@ _GRACE_SECONDS = 3.0
 # because JAX aborts a process whose service goes away while it is arriving.
 _LONGER_SECONDS = 3.0
 
-_GOES_ON = "the same command on every process goes on from the last checkpoint"
+_LOST = (
+    "another process of the run has ended; the same command on every process goes on "
+    "from the last checkpoint"
+)
 
 
 class ProcessError(UserError):
@@ -202,7 +207,7 @@ def joined(
         raise ProcessError(_first_line(error) + _DETECTION) from error
     finally:
         missing.cancel()
-    watch = _Watch(heartbeat_timeout)
+    watch = _Watch(heartbeat_timeout, coordinator)
     try:
         yield
         watch.finish()
@@ -277,32 +282,55 @@ class _Watch:
 
     Args:
         heartbeat_timeout: The seconds after which a silent process counts as dead.
+        coordinator: "host:port", where process 0 listens; None if JAX has found it.
 
     Attributes:
         over: Whether it no longer matters that other processes end.
     """
 
-    def __init__(self, heartbeat_timeout: int):
+    def __init__(self, heartbeat_timeout: int, coordinator: str | None):
         self.over = False
         self._patience = heartbeat_timeout + 2 * _GRACE_SECONDS
         self._devices = jax.devices()
         self._lost = threading.Event()
-        if jax.process_count() > 1:
-            threading.Thread(target=self._run, daemon=True).start()
+        if jax.process_count() == 1:
+            return
+        threading.Thread(target=self._poll, daemon=True).start()
+        if coordinator is not None and not is_main():
+            address = coordinator.rsplit(":", 1)
+            threading.Thread(target=self._probe, args=address, daemon=True).start()
 
-    def _run(self) -> None:
+    def _probe(self, host: str, port: str) -> None:
+        """Sees at once that process 0 is dead. `_poll` would wait for its answer."""
+        while not self.over:
+            try:
+                socket.create_connection(
+                    (host.strip("[]"), port), _PROBE_SECONDS
+                ).close()
+            except ConnectionRefusedError:
+                self._end()
+            except OSError:
+                pass  # Process 0 may be alive; the heartbeats decide.
+            time.sleep(_PROBE_SECONDS)
+
+    def _poll(self) -> None:
         while not self.over:
             try:
                 with multihost_utils.live_devices(self._devices) as alive:
                     n_alive = len(alive)
             except Exception:
                 n_alive = 0
-            if n_alive < len(self._devices) and not self.over:
-                self._lost.set()
-                time.sleep(_GRACE_SECONDS)
-                if not self.over:
-                    _end(1, f"another process of the run has ended; {_GOES_ON}")
+            if n_alive < len(self._devices):
+                self._end()
             time.sleep(_POLL_SECONDS)
+
+    def _end(self) -> None:
+        """Ends this process, unless it ends by itself."""
+        if not self.over:
+            self._lost.set()
+            time.sleep(_GRACE_SECONDS)
+        if not self.over:
+            _end(1, _LOST)
 
     def finish(self) -> None:
         """Waits for the other processes, since they may now end at any time."""
@@ -316,7 +344,7 @@ class _Watch:
         """Ends this process if an error comes from another process that has ended."""
         if "Gloo" in str(error) or self._lost.wait(self._patience):
             self.over = True
-            _end(1, f"another process of the run has ended; {_GOES_ON}")
+            _end(1, _LOST)
 
 
 def leave(code: int) -> NoReturn:

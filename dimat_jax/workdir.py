@@ -225,7 +225,11 @@ class Results:
     def __exit__(self, *exception: object) -> None:
         if self._rows is not None:
             self._rows.close()
-        self._checkpoints.close()
+        is_lost = isinstance(exception[1], jax.errors.JaxRuntimeError)
+        # Several processes finish a checkpoint together. If one of them has died, the
+        # others would wait for it.
+        if jax.process_count() == 1 or not is_lost:
+            self._checkpoints.close()
 
     def restore(self) -> State | None:
         """The agents' state in the newest checkpoint, on the devices.

@@ -21,6 +21,11 @@ RUNS: dict[str, dict[str, object]] = {
         "merge.bn_data": "own",
         "merge.bn_samples": 40,
         "model.norm": "batch",
+        # Adam's first steps would magnify the rounding of BatchNorm.
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate": 0.05,
+        "pretrain.optimizer.name": "sgd",
+        "pretrain.optimizer.learning_rate": 0.1,
     },
     # Five agents do not fill four devices, and edges do not fill waves.
     "reference frame, five agents": {

@@ -35,9 +35,9 @@ ROOT = Path(__file__).parents[1]
 TIMES = ("seconds_total", "merge_seconds")
 # A run that goes on long enough to be killed.
 LONG = (
-    "--config=quickstart",
+    "--config=quickstart:wa",
     "--config.agents=4",
-    "--config.rounds=40",
+    "--config.rounds=20",
     "--config.local_epochs=1",
     "--config.data.train_size=200",
     "--config.data.test_size=50",
@@ -171,6 +171,7 @@ def test_two_processes_share_the_agents_that_they_have_pre_trained(pair):
 def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = (*LONG, f"--workdir={killed}")
+    others = start_training(*[(*LONG, f"--workdir={whole}")] * 2)
     for victim in (1, 0):
         processes = start_training(command, command)
         n_rows = len(read_rows(killed)) + 5
@@ -186,11 +187,7 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
         if victim:
             shutil.copytree(killed, tmp_path / "copy")
 
-    finished = [
-        start_training(command, command),
-        start_training(*[(*LONG, f"--workdir={whole}")] * 2),
-    ]
-    for process in sum(finished, []):
+    for process in (*others, *start_training(command, command)):
         code, out, err = ended(process)
         assert code == 0, out + err
     assert without_times(read_rows(killed)) == without_times(read_rows(whole))
@@ -208,7 +205,7 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
 
 def test_processes_that_disagree_or_are_missing_end_with_one_message(tmp_path):
     command = (*LONG, f"--workdir={tmp_path / 'run'}")
-    other = (*command, "--config.seed=1", "--config.merge.stay=.2")
+    other = (*command, "--config.seed=1", "--config.batch_size=16")
     few = (*command, "--config.agents=1", "--config.topology=disconnected")
     # The processes wait for each other, so these pairs cost as much as one.
     pairs = {
@@ -220,7 +217,7 @@ def test_processes_that_disagree_or_are_missing_end_with_one_message(tmp_path):
         "missing": start_training(command, command, n_processes=3, arrival_timeout=9),
     }
     messages = {
-        "configs": ("config.merge.stay (0.1 on process 0, 0.2 on process 1)", "seed"),
+        "configs": ("config.batch_size (32 on process 0, 16 on process 1)", "seed"),
         "devices": ("same number of devices", "2 on process 0, 1 on process 1"),
         "agents": ("1 agents are too few for 2 processes",),
         "missing": ("the 3 processes did not arrive", "within 9 seconds"),
