@@ -13,6 +13,8 @@ import numpy as np
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._processes import from_main, is_main
+from dimat_jax._slots import refill
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import fields_of, fields_read
@@ -107,20 +109,22 @@ class SharedAgents:
             The agents' variables on the devices, the metrics of the last epoch, and
             the seconds that the training took. None if there are no such agents yet.
         """
-        if self.path is None or not self.path.exists():
+        # Another run may write them at this very moment, so one process looks for all.
+        if self.path is None or not from_main(self.path.exists()):
             return None
+        placement = self._experiment.placement
         checkpoints = Checkpoints(self.path, create=False)
         try:
             restored = checkpoints.restore(
-                lambda record: self._experiment.abstract_variables()
+                lambda record: self._experiment.abstract_variables(),
+                rows=placement.n_agents,
             )
         finally:
             checkpoints.close()
         if restored is None:
             return None
         agents, record = restored
-        variables = self._experiment.placement.put(agents)
-        return variables, record["metrics"], record["seconds"]
+        return refill(placement, agents), record["metrics"], record["seconds"]
 
     def write(
         self, variables: Variables, metrics: dict[str, np.ndarray], seconds: float
@@ -128,18 +132,21 @@ class SharedAgents:
         """Writes pre-trained agents for other runs, if the config names a folder."""
         if self.path is None:
             return
-        agents = self._experiment.placement.gather(variables)
         lists = {name: value.tolist() for name, value in metrics.items()}
         # Several runs may pre-train the same agents at a time. Each writes a folder of
         # its own, and then renames it, so that nobody reads a folder that is half full.
-        partial = self.path.with_name(f".{self.path.name}-{uuid.uuid4().hex}")
+        partial = self.path.with_name(
+            f".{self.path.name}-{from_main(uuid.uuid4().hex)}"
+        )
         checkpoints = Checkpoints(partial, keep=1)
-        checkpoints.save(0, agents, {"seconds": seconds, "metrics": lists})
+        checkpoints.save(0, variables, {"seconds": seconds, "metrics": lists})
         checkpoints.close()
-        try:
-            os.replace(partial, self.path)
-        except OSError:  # Another run was faster, and its agents are the same.
-            shutil.rmtree(partial)
+        # Every process has written its part once Orbax has closed the folder.
+        if is_main():
+            try:
+                os.replace(partial, self.path)
+            except OSError:  # Another run was faster, and its agents are the same.
+                shutil.rmtree(partial)
 
 
 def _fingerprint(experiment: Experiment) -> str:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Key
 
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State
-from dimat_jax.data.pipeline import Augmentation, Sampler, load
+from dimat_jax.data._own import load_own
+from dimat_jax.data.pipeline import Augmentation, Sampler
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.network import Network
@@ -41,14 +42,10 @@ class Trainer:
         placement = experiment.placement
         augmentation = Augmentation(**experiment.config.augmentation)
 
-        def read(pool, indices, mask, key):
-            return load(pool, indices, mask, key, augmentation)
-
         def step(state, totals, pool, indices, mask, network, number):
             data_key, step_key = jax.random.split(jax.random.fold_in(key, number))
-            batch = placement.per_agent(read, in_axes=(None, 0, 0, 0))(
-                pool, indices, mask, placement.keys(data_key)
-            )
+            keys = placement.keys(data_key)
+            batch = load_own(placement, pool, indices, mask, keys, augmentation)
             batch = placement.split_batch(batch)
             state, metrics = algorithm.step(state, batch, network, step_key)
             n = metrics["examples"].astype(jnp.float32)

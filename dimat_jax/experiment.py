@@ -13,6 +13,7 @@ from dimat_jax import evaluate, models, permutation
 from dimat_jax._chosen import build_chosen, check_network, number_of_agents
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._layout_choice import LayoutChoice, choose
+from dimat_jax._slots import put_each
 from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.conditions import no_negative_weights
@@ -29,13 +30,14 @@ from dimat_jax.config import (
     resolved,
 )
 from dimat_jax.data import selection, sources
+from dimat_jax.data._own import Holdings, OwnPool, OwnReader, place_own_pool
 from dimat_jax.data.partition import (
     PARTITION,
     PRETRAIN_PARTITION,
     Shard,
     partition,
 )
-from dimat_jax.data.pipeline import Reader, Sampler, Samples, place_pool
+from dimat_jax.data.pipeline import Sampler, Samples, share
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier
 from dimat_jax.network import Network, networks_kept
@@ -46,7 +48,6 @@ from dimat_jax.optimizers import (
 )
 from dimat_jax.options import Option, arguments
 from dimat_jax.placement import place
-from dimat_jax.tree import stack
 
 __all__ = ["Experiment", "check_network"]
 
@@ -69,7 +70,8 @@ class Experiment:
         placement: the devices on which the agents live.
         model: the model that every agent trains.
         task: the loss, the symmetry and the activations of the model.
-        sampler: the order in which agents see their images during the rounds.
+        sampler: the order in which agents see their images during the rounds, as
+            positions in `train_pool`.
         pretrain_sampler: the same for pre-training.
         local_steps: the number of local steps in a round.
         pretrain_steps: the number of local steps in pre-training.
@@ -86,6 +88,7 @@ class Experiment:
         self._fields = resolved(fields_of(config))
         self.record = record_of(self._fields)
         self._placed: dict[int, tuple[Network, Network]] = {}
+        self._shared: dict[int, Samples] = {}
         self.links = check_network(config)
         n_agents = number_of_agents(self._fields)
         self.dataset = sources.load(
@@ -102,7 +105,13 @@ class Experiment:
 
         devices = jax.devices()
         if devices[0].platform == "cpu":
-            devices = devices[: config.placement.cpu_devices]
+            n_devices = config.placement.cpu_devices
+            processes = range(jax.process_count())
+            devices = [
+                device
+                for process in processes
+                for device in jax.local_devices(process_index=process)[:n_devices]
+            ]
         self._build_task()
         self.layout = layout or choose(
             config, devices[0], -(-n_agents // len(devices)), lambda: self.convolves
@@ -134,9 +143,15 @@ class Experiment:
     def _build_samplers(self, pretrain_shards: Sequence[Shard]) -> None:
         """Builds the samplers of both phases, and counts their steps."""
         config = self.config
-        self.sampler = Sampler(self.shards, config.batch_size, self.seeds("order"))
+        self._holdings = Holdings(
+            self.shards, pretrain_shards, placement=self.placement
+        )
+        self._rows = self._holdings.rows(self.shards)
+        self.sampler = Sampler(self._rows, config.batch_size, self.seeds("order"))
         self.pretrain_sampler = Sampler(
-            pretrain_shards, config.pretrain.batch_size, self.seeds("pretrain_order")
+            self._holdings.rows(pretrain_shards),
+            config.pretrain.batch_size,
+            self.seeds("pretrain_order"),
         )
         self.pretrain_steps = (
             config.pretrain.epochs * self.pretrain_sampler.steps_per_epoch
@@ -238,23 +253,37 @@ class Experiment:
         return self._placed[id(network)][1]
 
     @cached_property
-    def train_pool(self):
-        """The training images, on the devices."""
-        dataset = self.dataset
-        return place_pool(dataset.train, dataset.mean, dataset.std, self.placement)
+    def train_pool(self) -> OwnPool:
+        """The training images, each on the device of the agent that owns it."""
+        return place_own_pool(self.dataset.train, *self._statistics, self._holdings)
 
     @cached_property
     def evaluator(self) -> Evaluator:
         """The evaluator, which uses the same test images every time."""
-        dataset, options = self.dataset, self.config.eval
-        pool = place_pool(dataset.test, dataset.mean, dataset.std, self.placement)
-        subset = self._subset("eval", len(dataset.test.labels), options.samples)
-        samples = Reader(pool, self.placement).shared(subset, options.batch_size)
+        test, options = self.dataset.test, self.config.eval
+        subset = self._subset("eval", len(test.labels), options.samples)
+        samples = share(
+            test, subset, *self._statistics, options.batch_size, self.placement
+        )
         return Evaluator(classifier.forward(self.model), samples, self.placement)
 
+    @property
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.dataset.mean, self.dataset.std
+
     @cached_property
-    def _reader(self) -> Reader:
-        return Reader(self.train_pool, self.placement)
+    def _own_reader(self) -> OwnReader:
+        return OwnReader(self.train_pool, self.placement)
+
+    def _share(self, size: int) -> Samples:
+        """Makes samples of training images that all agents share, once per size."""
+        if size not in self._shared:
+            train, batch_size = self.dataset.train, self.config.merge.batch_size
+            chosen = self._subset("proxy", len(train.labels), size)
+            self._shared[size] = share(
+                train, chosen, *self._statistics, batch_size, self.placement
+            )
+        return self._shared[size]
 
     def merge_data(self, round_number: int) -> MergeData:
         """Returns the examples that merging looks at in a round."""
@@ -271,10 +300,10 @@ class Experiment:
         if choice not in self.record.reads:
             return None
         available = selection.Available(
-            reader=self._reader,
-            shards=self.shards,
-            shuffled=self._subset("proxy", len(self.dataset.train.labels), 0),
+            read_own=self._own_reader,
+            shards=self._rows,
             seed=[*self.seeds("own"), round_number],
+            share=self._share,
             batch_size=self.config.merge.batch_size,
         )
         select = choice.entry(self._fields[choice.path])
@@ -296,14 +325,17 @@ class Experiment:
         init = jax.jit(self._init)
         keys = self.placement.keys(self.key("init"))
         same = self.config.init == "same"
-        agents = [init(keys[0 if same else i]) for i in range(len(self.shards))]
-        return self.placement.put(stack(agents))
+        return put_each(self.placement, lambda i: init(keys[0 if same else i]))
 
     def abstract_variables(self) -> Variables:
-        """Returns the shapes and dtypes of the agents' variables, `[agents, ...]`."""
+        """Returns shapes, dtypes and shardings of the stacked variables of agents."""
         one = jax.eval_shape(self._init, jax.random.key(0))
+        slots, sharding = self.placement.slots, self.placement.sharding
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((len(self.shards), *x.shape), x.dtype), one
+            lambda x: jax.ShapeDtypeStruct(
+                (slots, *x.shape), x.dtype, sharding=sharding
+            ),
+            one,
         )
 
     def verify_spec(self) -> None:

@@ -264,7 +264,10 @@ class Placement:
         return jax.tree.map(put_leaf, tree)
 
     def fetch(self, stacked: PyTree) -> PyTree:
-        """Brings stacked arrays to the host: NumPy arrays `[slots, ...]`."""
+        """Brings stacked arrays to the host: NumPy arrays `[slots, ...]`.
+
+        Every process receives the rows of all processes, so fetch what is small.
+        """
         if jax.process_count() > 1:
             stacked = multihost_utils.process_allgather(stacked, tiled=True)
         # The arrays are copied: on a CPU, asarray would return views of buffers that a
@@ -294,7 +297,8 @@ def place(
 
     Args:
         n_agents: the number of agents.
-        devices: the devices to use. None: all devices.
+        devices: the devices to use, of which equally many of each process are chosen.
+            None: all devices.
         batching: the layout (see `Placement`). "auto" is "chunks" on CPUs and "vmap"
             elsewhere.
         chunk: the number of agents in a chunk, for the layout "chunks".
@@ -304,20 +308,15 @@ def place(
 
     Raises:
         OptionError: the layout is unknown, or `chunk` is below 1.
-        PlacementError: there is no agent, or collectives of the host devices would
-            deadlock (see `request_cpu_devices`).
+        PlacementError: there is no agent, there are fewer agents than processes, or
+            collectives of the host devices would deadlock (see `request_cpu_devices`).
     """
     if n_agents < 1:
         raise PlacementError(f"expected at least 1 agent, got {n_agents}")
     BATCHING.check(batching)
     CHUNK.check(chunk)
     devices = list(jax.devices() if devices is None else devices)
-    n_parts = max(
-        parts
-        for parts in range(1, max(len(devices) // n_agents, 1) + 1)
-        if batch_size % parts == 0
-    )
-    devices = devices[: n_agents * n_parts]
+    devices, n_parts = _shared_out(devices, n_agents, batch_size)
     layout = automatic(devices[0].platform) if batching == "auto" else batching
     n_local = sum(device.process_index == jax.process_index() for device in devices)
     if devices[0].platform == "cpu":
@@ -352,6 +351,34 @@ def refusals_explained(placement: Placement) -> Iterator[None]:
             f"{BATCHING.path} can also be {others}; chunks of few agents need the "
             "least memory"
         ) from error
+
+
+def _shared_out(
+    devices: Sequence[Any], n_agents: int, batch_size: int
+) -> tuple[list[Any], int]:
+    """Chooses equally many devices of each process.
+
+    Returns:
+        the devices, process by process, and the number of devices for each agent. It is
+        1 if several agents share a device.
+    """
+    processes: dict[int, list[Any]] = {}
+    for device in devices:
+        processes.setdefault(device.process_index, []).append(device)
+    if n_agents < len(processes):
+        raise PlacementError(
+            f"{n_agents} agents are too few for {len(processes)} processes, each of "
+            "which holds at least one"
+        )
+    # All devices of an agent belong to one process.
+    of_each, left_over = divmod(n_agents, len(processes))
+    available = min(map(len, processes.values()))
+    most = 1 if left_over else max(available // of_each, 1)
+    n_parts = max(parts for parts in range(1, most + 1) if batch_size % parts == 0)
+    chosen = [
+        device for own in processes.values() for device in own[: of_each * n_parts]
+    ]
+    return chosen, n_parts
 
 
 def _check_in_axes(in_axes: Any) -> None:

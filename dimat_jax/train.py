@@ -14,14 +14,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
+import dimat_jax
 from dimat_jax._pretrain import pretrain
+from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import State
-from dimat_jax.config import Config
+from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.evaluate import Evaluation
@@ -36,6 +39,9 @@ def run(
 ) -> dict[str, Any]:
     """Runs a config, or what is left of it, and writes all results into `workdir`.
 
+    With several processes (see `jax.distributed`), all of them make the same call.
+    Each trains the agents on its own devices; process 0 logs and writes.
+
     Args:
         config: A config as `config.default_config` describes.
         workdir: The run's folder. It is made if it is missing, and may hold the same
@@ -49,9 +55,9 @@ def run(
         UserError: The config cannot be run, or the folder holds another run.
         NonFiniteError: A loss is not finite.
     """
-    folder = Workdir(workdir)
-    folder.check(config)
-    if (summary := folder.read_summary()) is not None:
+    folder, log = Workdir(workdir), log if is_main() else _silent
+    _check(config, folder)
+    if (summary := from_main(folder.read_summary())) is not None:
         log(f"{folder.path} holds this run, finished")
         return summary
     experiment = _prepare(config, folder, log)
@@ -97,12 +103,39 @@ def run(
 
 def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
     """Builds and checks a run's experiment, and makes its folder if it is new."""
-    experiment = settled(config, folder, log)
-    if not folder.is_started:
-        if experiment.record.aligns:
+    is_new = not from_main(folder.is_started)
+    with together():
+        experiment = settled(config, folder, log)
+        if is_new and experiment.record.aligns:
             experiment.verify_spec()
-        log(table(folder.create(experiment)))
+    with together():
+        if is_new and is_main():
+            log(table(folder.create(experiment)))
+    with together():
+        if not folder.is_started:
+            raise ConfigError(
+                f"{folder.path} is not the folder that process 0 writes; all processes "
+                "must see the same workdir"
+            )
     return experiment
+
+
+def _check(config: Config, folder: Workdir) -> None:
+    """Refuses a config or a folder that cannot be used, before anything is written."""
+    with together():
+        folder.check(config)
+    fields = {f"config.{name}": value for name, value in fields_of(config).items()}
+    versions = {
+        "the version of dimat_jax": dimat_jax.__version__,
+        "the version of jax": jax.__version__,
+        "the workdir's name": folder.path.resolve().name,
+    }
+    check_equal({**fields, **versions})
+
+
+def _silent(line: str) -> None:
+    """Logs nothing, in processes that do not print."""
+    del line
 
 
 def _trainer(experiment: Experiment) -> Trainer:
@@ -118,7 +151,7 @@ def _bar(experiment: Experiment, results: Results) -> tqdm:
         total=experiment.pretrain_steps + rounds * experiment.local_steps,
         initial=results.progress.step,
         unit="step",
-        disable=None,
+        disable=None if is_main() else True,
     )
 
 

@@ -8,6 +8,9 @@
     checkpoints/     the newest states, from which a run that was killed goes on
     summary.json     the last rows, once the run has finished
 
+With several processes, process 0 writes all files but the checkpoints, of which each
+process writes its part. All processes must see the folder.
+
 A folder with a config.json holds a run; one with a summary.json, a finished one.
 """
 
@@ -26,6 +29,8 @@ import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._metrics import MetricsWriter, read_rows, write_json
+from dimat_jax._processes import from_main, is_main
+from dimat_jax._slots import refill, with_sharding
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import (
@@ -230,14 +235,21 @@ class Results:
             self.progress = Progress(Ledger(experiment.placement.n_agents))
         else:
             self.progress = Progress.of(record)
-        self._rows = MetricsWriter(workdir.path, keep_rows=self.progress.rows)
+        self._rows = None
+        if is_main():
+            self._rows = MetricsWriter(workdir.path, keep_rows=self.progress.rows)
 
     def __enter__(self) -> "Results":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._rows.close()
-        self._checkpoints.close()
+        if self._rows is not None:
+            self._rows.close()
+        is_lost = isinstance(exception[1], jax.errors.JaxRuntimeError)
+        # Several processes finish a checkpoint together. If one of them has died, the
+        # others would wait for it.
+        if jax.process_count() == 1 or not is_lost:
+            self._checkpoints.close()
 
     def restore(self) -> State | None:
         """The agents' state in the newest checkpoint, on the devices.
@@ -251,7 +263,7 @@ class Results:
         if restored is None:
             return None
         _, state = restored
-        return self._experiment.placement.put(state)
+        return state
 
     def write(
         self, phase: str, number: int, evaluation: Evaluation, metrics: dict[str, Any]
@@ -264,6 +276,8 @@ class Results:
             evaluation: How good the agents are.
             metrics: Further entries of the row.
         """
+        if self._rows is None:
+            return
         accuracy, loss, distance = evaluation
         progress, ledger = self.progress, self.progress.ledger
         self._rows.write(
@@ -298,12 +312,10 @@ class Results:
     def save(self, state: State) -> None:
         """Saves a checkpoint of the agents' state and of the progress."""
         progress = self.progress
-        progress.rows = self._rows.rows
-        self._checkpoints.save(
-            progress.epoch + progress.round,
-            self._experiment.placement.gather(state),
-            progress.record(),
-        )
+        if self._rows is not None:
+            progress.rows = self._rows.rows
+        number = progress.epoch + progress.round
+        self._checkpoints.save(number, state, progress.record())
 
     def summarize(self) -> dict[str, Any]:
         """Writes summary.json: the last rows, and what computed them.
@@ -311,8 +323,15 @@ class Results:
         Returns:
             Its content.
         """
+        # A run with a summary counts as finished, so its checkpoints come first.
+        self._checkpoints.wait()
+        if is_main():
+            write_json(self._workdir.path / "summary.json", self._summary())
+        return from_main(self._workdir.read_summary() if is_main() else None)
+
+    def _summary(self) -> dict[str, Any]:
         rows = read_rows(self._workdir.path)
-        summary = {
+        return {
             **rows[-1],
             # The last row of each phase. It also shows the agents right after the last
             # merge, before they trained on.
@@ -324,10 +343,6 @@ class Results:
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "versions": {"dimat_jax": dimat_jax.__version__, "jax": jax.__version__},
         }
-        # A run with a summary counts as finished, so its checkpoints come first.
-        self._checkpoints.wait()
-        write_json(self._workdir.path / "summary.json", summary)
-        return json.loads((self._workdir.path / "summary.json").read_text())
 
 
 def load_agents(
@@ -360,13 +375,17 @@ def load_agents(
         raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
     algorithm, state = restored
     placement = experiment.placement
-    return experiment, placement.gather(algorithm.variables(placement.put(state)))
+    return experiment, placement.gather(algorithm.variables(state))
 
 
 def _restore(
     experiment: Experiment, checkpoints: Checkpoints
 ) -> tuple[Algorithm, State] | None:
-    """The newest checkpoint: the algorithm it belongs to, and its state on the host."""
+    """The newest checkpoint: the algorithm it belongs to, and its state.
+
+    The run may have been saved on another number of devices, so that its arrays had
+    another number of slots. Older versions saved the agents alone.
+    """
     placement = experiment.placement
 
     def algorithm_of(record: dict[str, Any]) -> Algorithm:
@@ -374,23 +393,16 @@ def _restore(
         return experiment.pretrain_algorithm if pretraining else experiment.algorithm
 
     def abstract_state(record: dict[str, Any]) -> PyTree:
-        # Algorithms work on slots, checkpoints hold agents alone.
-        variables = _resized(experiment.abstract_variables(), placement.slots)
-        state = jax.eval_shape(algorithm_of(record).init, variables)
-        return _resized(state, placement.n_agents)
+        variables = experiment.abstract_variables()
+        return with_sharding(
+            placement, jax.eval_shape(algorithm_of(record).init, variables)
+        )
 
-    restored = checkpoints.restore(abstract_state)
+    restored = checkpoints.restore(abstract_state, rows=placement.n_agents)
     if restored is None:
         return None
     state, record = restored
-    return algorithm_of(record), state
-
-
-def _resized(abstract: PyTree, size: int) -> PyTree:
-    """`jax.ShapeDtypeStruct`s with another length of the leading axis."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), abstract
-    )
+    return algorithm_of(record), refill(placement, state)
 
 
 def _as_dict(config: Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from dimat_jax import merge, permutation
 from dimat_jax._merge_models._methods import METHODS, Problem
 from dimat_jax._merge_models._options import Options
-from dimat_jax.data.pipeline import Reader, Samples, place_pool
+from dimat_jax.data.pipeline import Samples, share
 from dimat_jax.data.sources import Dataset, Split
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier, permutation_spec
@@ -73,10 +73,8 @@ class Merging:
         """
         rng = np.random.default_rng(self.options.seed)
         order = rng.permutation(len(split.labels))[:size]
-        chosen = Split(split.images[order], split.labels[order])
-        pool = place_pool(chosen, dataset.mean, dataset.std, self._placement)
-        reader = Reader(pool, self._placement)
-        return reader.shared(np.arange(len(order)), batch_size)
+        statistics = dataset.mean, dataset.std
+        return share(split, order, *statistics, batch_size, self._placement)
 
     def match(self, models: Sequence[PyTree]) -> list[Perms] | None:
         """Finds for each model the permutations that align it with the others.

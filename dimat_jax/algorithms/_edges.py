@@ -9,13 +9,16 @@ j to i is the permutation from i to j, half of the edges are enough.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import minimum_spanning_tree
 
 from dimat_jax._stopwatch import Stopwatch
+from dimat_jax.algorithms._local_pairs import search_local_pairs
 from dimat_jax.algorithms.base import MergeData
+from dimat_jax.matching._activation import ActivationScorer
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._descent import (
     PairPerms,
@@ -249,8 +252,17 @@ def match_edges(
     )
     with stopwatch("assignment"):
         scorer = matcher.scorer(variables, edge_waves, data, stopwatch)
-        perms = matcher.search(Problem(scorer, solver), key)
-        similarity = float(scorer.similarity(perms).mean())
+        if (
+            jax.process_count() > 1
+            and isinstance(scorer, ActivationScorer)
+            and not joint
+        ):
+            perms, similarity = search_local_pairs(
+                matcher.search, scorer, edge_waves, placement, stay=stay, key=key
+            )
+        else:
+            perms = matcher.search(Problem(scorer, solver), key)
+            similarity = scorer.similarity(perms)
     found = _by_edge(pairs, perms)
     if both_ways:
         inverted = {
@@ -258,7 +270,9 @@ def match_edges(
             for group, perm in perms.items()
         }
         found |= _by_edge(pairs[:, ::-1], inverted)
-    return MatchedEdges({(i, j): found[i, j] for i, j in edges.tolist()}, similarity)
+    return MatchedEdges(
+        {(i, j): found[i, j] for i, j in edges.tolist()}, float(similarity.mean())
+    )
 
 
 def _by_edge(pairs: Edges, perms: PairPerms) -> EdgePerms:

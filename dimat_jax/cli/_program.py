@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from absl import app, flags, logging
 
+from dimat_jax import _processes
 from dimat_jax.data._cache import user_cache
 from dimat_jax.errors import NonFiniteError, UserError
 
@@ -68,7 +69,9 @@ def run(
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
-        app.run(lambda argv: command.main(argv[1:]), argv=sys.argv, flags_parser=_parse)
+        app.run(
+            lambda argv: _main(command, argv[1:]), argv=sys.argv, flags_parser=_parse
+        )
     except UserError as error:
         _end(2, f"error: {error}")
     except NonFiniteError as error:
@@ -77,6 +80,11 @@ def run(
         hint = "; the same command goes on from the last checkpoint"
         _end(130, "interrupted" + (hint if command.resumes else ""))
     sys.exit(0)
+
+
+def _main(command: Command, arguments: list[str]) -> NoReturn:
+    command.main(arguments)
+    _processes.leave(0)
 
 
 def _help(command: Command, called: str, names: Sequence[str]) -> str:
@@ -122,4 +130,4 @@ def expect_no(arguments: list[str]) -> None:
 
 def _end(code: int, message: str) -> NoReturn:
     print(message, file=sys.stderr)
-    sys.exit(code)
+    _processes.leave(code)

@@ -6,14 +6,20 @@ NAME is a bundled config (`dimat show configs`) or the path of a file that defin
 `get_config() -> config`; NAME:ARGUMENT calls `get_config(ARGUMENT)`. Any field of the
 config can be overridden: `--config.topology=fully_connected`. Options of the file that
 an override leaves unread go back to their defaults. The same command resumes a run that
-was killed. It exits with 2 on bad input, and with 1 if the loss is not
-finite.
+was killed. It exits with 2 on bad input, and with 1 if the loss is not finite.
+
+With --multihost, several processes run the config together, each on the devices of its
+own machine. Start the same command on all of them. Slurm, TPU pods and Open MPI tell
+JAX about the processes; elsewhere, add these to the command of process I, from 0 on:
+
+    --multihost --coordinator=HOST:PORT --n_processes=N --process_id=I
 """
 
 from absl import flags
 
 from dimat_jax import reports, train
-from dimat_jax.cli import _bundled, _program
+from dimat_jax._processes import is_main
+from dimat_jax.cli import _bundled, _multihost, _program
 from dimat_jax.placement import request_cpu_devices
 
 __all__ = ["COMMAND"]
@@ -23,6 +29,7 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     _bundled.define_config(None, "The config to run.")
     flags.DEFINE_string("workdir", None, "The folder for all results.", required=True)
+    _multihost.define_flags()
 
 
 def main(arguments: list[str]) -> None:
@@ -30,9 +37,11 @@ def main(arguments: list[str]) -> None:
     _program.expect_no(arguments)
     config, workdir = _bundled.given_config(), flags.FLAGS.workdir
     request_cpu_devices(config.placement.cpu_devices)
-    train.run(config, workdir)
-    for path in reports.write([workdir], workdir):
-        print(f"wrote {path}")
+    with _multihost.joined():
+        train.run(config, workdir)
+        if is_main():
+            for path in reports.write([workdir], workdir):
+                print(f"wrote {path}")
 
 
 COMMAND = _program.Command("train", __doc__, main, define_flags, resumes=True)

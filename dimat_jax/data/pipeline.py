@@ -1,9 +1,10 @@
 """Turns lists of indices into batches on the devices.
 
-Every device holds all images of a split as they are stored (uint8). The examples for
-training, matching and evaluation are lists of indices into these images. The lists are
-drawn on the host from seeds. Gathering, normalising and augmenting run inside of the
-jitted step.
+The devices hold images as they are stored (uint8): every device holds the training
+images of the agents that live there, and a copy of the images that all agents share.
+The examples for training, matching and evaluation are lists of indices into these
+images. The lists are drawn on the host from seeds. Gathering, normalising and
+augmenting run inside of the jitted step.
 """
 
 import dataclasses
@@ -30,7 +31,9 @@ __all__ = [
     "chunked",
     "draw_own",
     "load",
+    "normalised",
     "place_pool",
+    "share",
 ]
 
 
@@ -64,7 +67,7 @@ class Batch(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """A split, of which every device holds a whole copy.
+    """Images that all agents share, of which every device holds a copy.
 
     Attributes:
         images: the pixels as stored.
@@ -82,7 +85,7 @@ class Pool(NamedTuple):
 def place_pool(
     split: Split, mean: np.ndarray, std: np.ndarray, placement: Placement
 ) -> Pool:
-    """Places a split on the devices. `mean` and `std` are in units of its pixels."""
+    """Places a split on every device. `mean` and `std` are in units of its pixels."""
     return Pool(*placement.replicate((*split, np.float32(mean), np.float32(std))))
 
 
@@ -115,11 +118,22 @@ def load(
     The key is consumed by the augmentation. Without a key nothing is augmented.
     """
     images = jnp.take(pool.images, indices, axis=0)
+    inputs = normalised(images, pool.mean, pool.std, key, augmentation)
+    return Batch(inputs, jnp.take(pool.labels, indices, axis=0), mask)
+
+
+def normalised(
+    images: UInt8[Array, "batch height width channels"],
+    mean: Float[Array, " channels"],
+    std: Float[Array, " channels"],
+    key: Key[Array, ""] | None,
+    augmentation: Augmentation,
+) -> Float[Array, "batch height width channels"]:
+    """Augments images, if there is a key, and normalises them."""
     if key is not None:
         images = _augment(images, augmentation, key)
-    mean, std = (x.reshape(1, 1, 1, -1) for x in (pool.mean, pool.std))
-    inputs = (images.astype(jnp.float32) - mean) / std
-    return Batch(inputs, jnp.take(pool.labels, indices, axis=0), mask)
+    mean, std = (x.reshape(1, 1, 1, -1) for x in (mean, std))
+    return (images.astype(jnp.float32) - mean) / std
 
 
 def _augment(
@@ -269,6 +283,30 @@ class Reader:
             np.stack([m for _, m in chunks], axis=1),
             shared=False,
         )
+
+
+def share(
+    split: Split,
+    chosen: np.ndarray,
+    mean: np.ndarray,
+    std: np.ndarray,
+    batch_size: int,
+    placement: Placement,
+) -> Samples:
+    """Makes samples that all agents share. Every device holds the chosen images alone.
+
+    Args:
+        split: the images to choose from.
+        chosen: int[samples], the indices of the images.
+        mean: the mean of each channel, as of `Pool`.
+        std: the standard deviation of each channel, as of `Pool`.
+        batch_size: the number of images in a batch.
+        placement: the devices on which the agents live.
+    """
+    pool = place_pool(
+        Split(split.images[chosen], split.labels[chosen]), mean, std, placement
+    )
+    return Reader(pool, placement).shared(np.arange(len(chosen)), batch_size)
 
 
 def draw_own(

@@ -5,13 +5,12 @@ the examples on which units are matched by their activations, and for those on w
 BatchNorm statistics are measured anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
+from dimat_jax.data._own import OwnReader
 from dimat_jax.data.partition import Shard
-from dimat_jax.data.pipeline import Reader, Samples, draw_own
+from dimat_jax.data.pipeline import Samples, draw_own
 from dimat_jax.options import Option, Record, registry
 
 __all__ = ["BN_DATA", "BN_SAMPLES", "MATCH_DATA", "MATCH_SAMPLES", "Available"]
@@ -21,30 +20,30 @@ class Available(NamedTuple):
     """The training examples from which a round's samples are taken.
 
     Attributes:
-        reader: the reader, which makes batches from indices of training images.
-        shards: for each agent the indices of its own training images.
-        shuffled: all indices in a random order, which is the same in every round.
+        read_own: makes samples of each agent's own images.
+        shards: for each agent the positions of its own images on its device.
         seed: the seed by which an agent chooses among its own images in this round.
-        batch_size: the number of images in a batch.
+        share: `share(size)` makes samples of `size` training images (0: all), the same
+            ones for all agents and in every round.
+        batch_size: the number of images in a batch of an agent's own.
     """
 
-    reader: Reader
+    read_own: OwnReader
     shards: Sequence[Shard]
-    shuffled: np.ndarray
     seed: Sequence[int]
+    share: Callable[[int], Samples]
     batch_size: int
 
 
 def own(available: Available, size: int) -> Samples:
     """Every agent uses a random part of its own shard, drawn anew in every round."""
     indices = draw_own(available.shards, size, available.seed)
-    return available.reader.own(indices, available.batch_size)
+    return available.read_own(indices, available.batch_size)
 
 
 def proxy(available: Available, size: int) -> Samples:
     """All agents use the same sample of the training images, in every round."""
-    shared = available.shuffled[: size or None]
-    return available.reader.shared(shared, available.batch_size)
+    return available.share(size)
 
 
 def everything(available: Available, size: int) -> Samples:

@@ -282,6 +282,12 @@ class ActivationScorer:
         self.n_pairs = sum(wave.real for wave in waves)
         self._scores, self._waves, self._fetch = scores, waves, fetch
 
+    def restricted(
+        self, waves: Sequence[Pairs], fetch: Callable[[Array], np.ndarray]
+    ) -> "ActivationScorer":
+        """Makes the scorer of those pairs whose scores `fetch` brings to the host."""
+        return ActivationScorer(self._scores, waves, fetch=fetch)
+
     def scores(
         self, group: str, perms: PairPerms, matched: MatchedGroups | None = None
     ) -> Float[np.ndarray, "pairs units units"]:

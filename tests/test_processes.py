@@ -1,0 +1,276 @@
+"""Runs in two processes with two devices each, over loopback.
+
+Processes take seconds to start and to compile. So one pair runs all small experiments,
+another one is killed and resumes, and the wrong commands run side by side.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dimat_jax import train
+from dimat_jax._metrics import read_rows
+from dimat_jax._processes import (
+    ProcessError,
+    check_equal,
+    everywhere,
+    from_main,
+    joined,
+    together,
+)
+from dimat_jax.errors import UserError
+from tests.processes import RUNS, config_of
+
+ROOT = Path(__file__).parents[1]
+TIMES = ("seconds_total", "merge_seconds")
+# A run that goes on long enough to be killed.
+LONG = (
+    "--config=quickstart:wa",
+    "--config.agents=4",
+    "--config.rounds=20",
+    "--config.local_epochs=1",
+    "--config.data.train_size=200",
+    "--config.data.test_size=50",
+    "--config.pretrain.epochs=1",
+    "--config.model.width=.125",
+    "--config.placement.cpu_devices=2",
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: Sequence[str]) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["DIMAT_TEST_COMPILED"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    # The number of threads that this process has asked for is not the program's own.
+    environment.pop("PJRT_NPROC", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_training(
+    *commands: Sequence[str], n_processes: int = 2, arrival_timeout: int = 60
+) -> list[subprocess.Popen]:
+    """Starts the first processes of a run, with a command for each."""
+    flags = (
+        "--multihost",
+        f"--coordinator=127.0.0.1:{free_port()}",
+        f"--n_processes={n_processes}",
+        f"--arrival_timeout={arrival_timeout}",
+    )
+    return [
+        start(["experiments.train", *command, *flags, f"--process_id={process}"])
+        for process, command in enumerate(commands)
+    ]
+
+
+def ended(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]:
+    """Waits for a process: its exit code, and what it has printed."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"a process did not end:\n{out}\n{err}")
+    return process.returncode, out, err
+
+
+def assert_one_message(err: str, *parts: str) -> None:
+    """Asserts that stderr has one line of ours, with these parts, and no traceback."""
+    assert "Traceback" not in err and "stack trace" not in err, err
+    (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    for part in parts:
+        assert part in message, message
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+# All experiments at once ==============================================================
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """The folder of the runs that two processes have done."""
+    folder = tmp_path_factory.mktemp("pair")
+    coordinator = f"127.0.0.1:{free_port()}"
+    processes = [
+        start(["tests.processes", str(folder), coordinator, "2", str(process)])
+        for process in range(2)
+    ]
+    for number, process in enumerate(processes):
+        code, out, err = ended(process, 280)
+        assert code == 0, f"process {number}:\n{out}\n{err}"
+        # Process 0 alone reports.
+        n_evaluations = sum(len(read_rows(folder / name)) for name in RUNS)
+        assert out.count("test accuracy") == (0 if number else n_evaluations)
+    return folder
+
+
+@pytest.mark.parametrize("cpu_devices", [4, 1])
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_find_what_one_process_finds(pair, tmp_path, name, cpu_devices):
+    train.run(config_of(name, cpu_devices), tmp_path, lambda line: None)
+    ours, theirs = read_rows(pair / name), read_rows(tmp_path)
+    assert [list(row) for row in ours] == [list(row) for row in theirs]
+    for row, expected in zip(without_times(ours), without_times(theirs), strict=True):
+        for field, value in row.items():
+            if isinstance(value, (str, int, dict)) or field == "bytes_sent_by_link":
+                assert value == expected[field], field
+            else:
+                # Sums over processes are rounded in another order.
+                np.testing.assert_allclose(value, expected[field], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["own frames, own data, BatchNorm", "push-sum"])
+def test_the_agents_of_two_processes_are_loaded_in_one(pair, tmp_path, name):
+    train.run(config_of(name, 4), tmp_path, lambda line: None)
+    _, agents = train.load_agents(pair / name)
+    _, expected = train.load_agents(tmp_path)
+    assert jax.tree.structure(agents) == jax.tree.structure(expected)
+    for leaf, other in zip(*map(jax.tree.leaves, (agents, expected)), strict=True):
+        assert isinstance(leaf, np.ndarray) and len(leaf) == 4
+        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_share_the_agents_that_they_have_pre_trained(pair):
+    # Four runs of four agents without BatchNorm start from the same ones.
+    assert len(list((pair / "pretrained").iterdir())) == 3
+    first = [read_rows(pair / name)[0] for name in ("averages", "gossip", "push-sum")]
+    assert first[0]["test_loss"] == first[1]["test_loss"] == first[2]["test_loss"]
+
+
+# A process dies =======================================================================
+
+
+def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = (*LONG, f"--workdir={killed}")
+    others = start_training(*[(*LONG, f"--workdir={whole}")] * 2)
+    for victim in (1, 0):
+        processes = start_training(command, command)
+        n_rows = len(read_rows(killed)) + 5
+        deadline = time.monotonic() + 120
+        while len(read_rows(killed)) < n_rows and time.monotonic() < deadline:
+            time.sleep(0.02)
+        processes[victim].send_signal(signal.SIGKILL)
+        processes[victim].communicate()
+        code, out, err = ended(processes[1 - victim])
+        assert code == 1, out + err
+        assert_one_message(err, "another process of the run has ended", "same command")
+        assert not (killed / "summary.json").exists(), "it was too fast to be killed"
+        if victim:
+            shutil.copytree(killed, tmp_path / "copy")
+
+    for process in (*others, *start_training(command, command)):
+        code, out, err = ended(process)
+        assert code == 0, out + err
+    assert without_times(read_rows(killed)) == without_times(read_rows(whole))
+
+    # One process goes on with what two have begun.
+    config = train.load_agents(whole)[0].config
+    train.run(config, tmp_path / "copy", lambda line: None)
+    last, expected = (read_rows(d)[-1] for d in (tmp_path / "copy", whole))
+    assert last["bytes_sent_total"] == expected["bytes_sent_total"]
+    np.testing.assert_allclose(last["test_loss"], expected["test_loss"], rtol=1e-2)
+
+
+# Bad input ============================================================================
+
+
+def test_processes_that_disagree_or_are_missing_end_with_one_message(tmp_path):
+    command = (*LONG, f"--workdir={tmp_path / 'run'}")
+    other = (*command, "--config.seed=1", "--config.batch_size=16")
+    few = (*command, "--config.agents=1", "--config.topology=disconnected")
+    # The processes wait for each other, so these pairs cost as much as one.
+    pairs = {
+        "configs": start_training(command, other),
+        "devices": start_training(
+            command, (*command, "--config.placement.cpu_devices=1")
+        ),
+        "agents": start_training(few, few),
+        "missing": start_training(command, command, n_processes=3, arrival_timeout=9),
+    }
+    messages = {
+        "configs": ("config.batch_size (32 on process 0, 16 on process 1)", "seed"),
+        "devices": ("same number of devices", "2 on process 0, 1 on process 1"),
+        "agents": ("1 agents are too few for 2 processes",),
+        "missing": ("the 3 processes did not arrive", "within 9 seconds"),
+    }
+    for name, processes in pairs.items():
+        for process in processes:
+            code, out, err = ended(process)
+            assert code == 2, f"{name}: {out}\n{err}"
+            assert_one_message(err, *messages[name])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1234", None, None), "given together"),
+        ((None, 2, 0), "given together"),
+        (("localhost:1234", 2, 2), "--process_id must be from 0 to 1"),
+        (("localhost", 2, 0), "HOST:PORT"),
+        (("localhost:http", 2, 0), "HOST:PORT"),
+        (("localhost:99999", 2, 0), "HOST:PORT"),
+    ],
+)
+def test_arguments_that_name_no_process_are_refused(arguments, message):
+    block = joined(*arguments, arrival_timeout=1, heartbeat_timeout=10)
+    with pytest.raises(ProcessError, match=message), block:
+        pass
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        block = joined(
+            f"localhost:{port}", 2, 0, arrival_timeout=1, heartbeat_timeout=10
+        )
+        with pytest.raises(ProcessError, match=f"port {port} .* is taken"), block:
+            pass
+
+
+def test_flags_of_a_process_need_the_flag_multihost(tmp_path):
+    process = start(
+        ["experiments.train", *LONG, f"--workdir={tmp_path}", "--n_processes=2"]
+    )
+    code, _, err = ended(process)
+    assert code == 2
+    assert_one_message(err, "--n_processes needs --multihost")
+
+
+def test_a_single_process_agrees_with_itself():
+    assert everywhere({"a": (1, 2)}) == [{"a": (1, 2)}]
+    assert from_main("x") == "x"
+    check_equal({"seed": 1})
+    with pytest.raises(UserError, match="as it is"), together():
+        raise UserError("as it is")
