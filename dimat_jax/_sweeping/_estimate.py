@@ -74,24 +74,30 @@ def describe(jobs: Sequence[Job], share: Share, n_jobs: int) -> str:
     rows = [
         [
             *(plan.job.name, plan.state, plan.agents, plan.pretraining, plan.rounds),
-            f"{sum(both) / 3600:.3g}",
+            _hours(sum(both)),
         ]
         for plan, both in zip(plans, seconds, strict=True)
     ]
     headings = ["run", "state", "agents", "pre-training", "rounds x steps", "hours"]
-    total = sum(map(sum, seconds)) / 3600
+    total = _hours(sum(map(sum, seconds)))
+    side_by_side = _hours(_makespan(plans, seconds, n_jobs))
     lines = [tabulate(rows, headings, disable_numparse=True), ""]
     if calibrated:
         lines.append(
             "Runs of this kind have not been timed in this folder, so "
             f"{_CALIBRATION_STEPS} local steps were timed: {', '.join(calibrated)}. "
-            "Merges and evaluations come on top."
+            "Compiling, merging and evaluating come on top."
         )
     lines.append(
-        f"Together {total:.3g} hours; with --jobs={n_jobs} about "
-        f"{_makespan(plans, seconds, n_jobs) / 3600:.3g} hours."
+        f"Together {total} hours; with --jobs={n_jobs} about {side_by_side} hours."
     )
     return "\n".join(lines)
+
+
+def _hours(seconds: float) -> str:
+    """The hours as a text. A tenth of an hour or more needs no further digits."""
+    hours = seconds / 3600
+    return f"{hours:.1f}" if hours >= 0.1 else f"{hours:.5f}"
 
 
 def _plans(jobs: Sequence[Job]) -> list[_Plan]:

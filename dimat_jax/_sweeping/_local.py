@@ -132,7 +132,9 @@ def _start(job: Job, share: Share) -> _Running:
     context = multiprocessing.get_context("spawn")
     answer, from_child = context.Pipe(duplex=False)
     options = {**inherited_jax_options(), **share.jax_options}
-    process = context.Process(target=_child, args=(job, options, from_child))
+    process = context.Process(
+        target=_child, args=(job, options, from_child), name=job.name
+    )
     with applied(share):
         process.start()
     # Only the child may hold this end: reading then ends when the child does.
