@@ -66,7 +66,6 @@ def describe(jobs: Sequence[Job], share: Share, n_jobs: int) -> str:
     Returns:
         A text of several lines.
     """
-    request_cpu_devices(max(job.config.placement.cpu_devices for job in jobs))
     plans = _plans(in_order(jobs))
     times = _Times(jobs)
     calibrated = times.calibrate(plans, share)

@@ -79,7 +79,7 @@ def failure_reason(error: Exception) -> str:
     if isinstance(error, NonFiniteError):
         return f"diverged: {first_line}"
     if isinstance(error, UserError):
-        return str(error)
+        return " ".join(str(error).split())
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first_line:
         return f"out of memory: {first_line or type(error).__name__}"
     return f"{type(error).__name__}: {first_line}"

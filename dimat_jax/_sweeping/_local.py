@@ -26,6 +26,7 @@ from dimat_jax._sweeping._job import (
 from dimat_jax._sweeping._plan import Job, in_order, unfinished
 from dimat_jax._sweeping._progress import View
 from dimat_jax._sweeping._shares import Share, applied
+from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.placement import request_cpu_devices
 
 __all__ = [
@@ -54,7 +55,8 @@ def run_here(jobs: Sequence[Job]) -> dict[str, str]:
         try:
             train.run(job.config, job.workdir)
         except Exception as error:
-            traceback.print_exc()
+            if not isinstance(error, (NonFiniteError, UserError)):
+                traceback.print_exc()
             failures[job.name] = failure_reason(error)
             print(f"{job.name}: failed: {failures[job.name]}", flush=True)
     return failures

@@ -5,10 +5,10 @@ of JAX before JAX starts. XLA then makes as many threads as the job has cores, a
 only the job's own devices.
 """
 
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -63,19 +63,24 @@ def _available_devices() -> Devices:
     """Asks JAX for the devices of this machine, in a process that ends afterwards.
 
     If this process asked itself, it would hold the GPUs' memory from then on.
+
+    Raises:
+        UserError: JAX cannot start.
     """
-    if str(jax.config.values["jax_platforms"]) == "cpu":
+    if jax.config.values["jax_platforms"] == "cpu":
         return Devices("cpu", 1)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as executor:
-        return executor.submit(_devices).result()
-
-
-def _devices() -> Devices:
-    # Counting the devices needs none of their memory.
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    devices = jax.local_devices()
-    return Devices(devices[0].platform, len(devices))
+    code = "import jax; d = jax.local_devices(); print(d[0].platform, len(d))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        # Counting the devices needs none of their memory.
+        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(f"JAX cannot start on this machine: {done.stderr.strip()}")
+    platform, count = done.stdout.split()[-2:]
+    return Devices(platform, int(count))
 
 
 def make_shares(n_jobs: int, devices: Devices, jobs_per_device: int = 1) -> list[Share]:

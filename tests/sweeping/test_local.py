@@ -12,7 +12,7 @@ import pytest
 
 from dimat_jax import train
 from dimat_jax._metrics import read_rows
-from dimat_jax._sweeping import run_here, run_side_by_side
+from dimat_jax._sweeping import _local, run_here, run_side_by_side
 from dimat_jax._sweeping._job import failure_reason
 from dimat_jax._sweeping._shares import Share
 from dimat_jax.errors import NonFiniteError, UserError
@@ -120,7 +120,9 @@ def test_a_terminated_sweep_ends_its_runs_and_they_go_on_later(tmp_path):
     assert "going on after local step" in log_of(made[0].workdir)
 
 
-def test_runs_in_this_process_fail_alone_too(tmp_path, capsys):
+def test_runs_in_this_process_fail_alone_too(tmp_path, capsys, monkeypatch):
+    # JAX has started already, with the devices of conftest.py.
+    monkeypatch.setattr(_local, "request_cpu_devices", lambda n_devices: None)
     made = jobs(
         tmp_path,
         diverges=small("wa", optimizer__name="sgd", optimizer__learning_rate=1e30),
@@ -132,14 +134,21 @@ def test_runs_in_this_process_fail_alone_too(tmp_path, capsys):
     assert made[2].is_finished
     printed = capsys.readouterr()
     assert "diverges: failed: diverged: the training loss" in printed.out
-    assert "Traceback" in printed.err
+    assert "Traceback" not in printed.err
+
+    def crash(*args):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(train, "run", crash)
+    assert run_here(made[:1]) == {"diverges": "KeyError: 'a bug'"}
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (NonFiniteError("the loss"), "diverged: the loss"),
-        (UserError("no such\nfile"), "no such\nfile"),
+        (UserError("no such file"), "no such file"),
         (MemoryError(), "out of memory: MemoryError"),
         (
             RuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nat"),
