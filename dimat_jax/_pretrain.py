@@ -4,24 +4,29 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from filelock import FileLock, Timeout
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._chosen import number_of_agents
 from dimat_jax._processes import from_main, is_main
 from dimat_jax._slots import refill
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import State, Variables
-from dimat_jax.config import fields_of, fields_read
+from dimat_jax.config import Config, fields_of, fields_read, resolved
 from dimat_jax.experiment import Experiment
 from dimat_jax.workdir import Results
 
-__all__ = ["SharedAgents", "pretrain"]
+__all__ = ["SharedAgents", "pretrain", "pretraining_fields"]
 
 
 def pretrain(
@@ -46,16 +51,18 @@ def pretrain(
     """
     progress = results.progress
     shared = SharedAgents(experiment)
-    found = shared.read() if state is None else None
-    if found is not None:
-        log(f"pre-trained agents come from {shared.path}")
-        variables, metrics, seconds = found
-        # Times of runs are compared, so the run counts as if it had trained them.
-        progress.seconds += seconds
-        tick(experiment.pretrain_steps)
-    else:
-        variables, metrics = _train_alone(experiment, results, state, tick)
-        shared.write(variables, metrics, progress.total_seconds)
+    with shared.reserved(log) as seconds_waited:
+        progress.seconds -= seconds_waited
+        found = shared.read()
+        if found is not None:
+            log(f"pre-trained agents come from {shared.path}")
+            variables, metrics, seconds = found
+            # Times of runs are compared, so the run counts as if it had trained them.
+            progress.seconds = seconds - seconds_waited
+            tick(experiment.pretrain_steps - progress.step)
+        else:
+            variables, metrics = _train_alone(experiment, results, state, tick)
+            shared.write(variables, metrics, progress.total_seconds)
     progress.epoch = experiment.config.pretrain.epochs
     progress.step = experiment.pretrain_steps
     return experiment.algorithm.init(variables), metrics
@@ -101,6 +108,36 @@ class SharedAgents:
         self._experiment = experiment
         cache_dir = experiment.config.pretrain.cache_dir
         self.path = Path(cache_dir) / _fingerprint(experiment) if cache_dir else None
+
+    @contextmanager
+    def reserved(self, log: Callable[[str], None]) -> Iterator[float]:
+        """Keeps other runs from training the same agents at the same time.
+
+        A run that comes second waits for the first one, and then finds its agents. If
+        the first run dies, the system releases its lock, and the next run trains.
+
+        Args:
+            log: A function that receives a line of text if the run has to wait.
+
+        Yields:
+            The seconds for which the run has waited.
+        """
+        # The processes of one run train together. They must not wait for each other.
+        if self.path is None or jax.process_count() > 1:
+            yield 0.0
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        start = time.perf_counter()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log(f"waiting for the run that pre-trains the same agents, {self.path}")
+            lock.acquire()
+        try:
+            yield time.perf_counter() - start
+        finally:
+            lock.release()
 
     def read(self) -> tuple[Variables, dict[str, Any], float] | None:
         """Reads what another run has written.
@@ -149,17 +186,25 @@ class SharedAgents:
                 shutil.rmtree(partial)
 
 
-def _fingerprint(experiment: Experiment) -> str:
-    """A name for the agents that a run pre-trains. Only equal agents share a name."""
-    config, dataset = experiment.config, experiment.dataset
+def pretraining_fields(config: Config) -> dict[str, Any]:
+    """Returns the fields of a config that its pre-training depends on, by path.
+
+    The number of agents is among them. Runs with equal fields share their agents if
+    they name the same `pretrain.cache_dir`.
+    """
     parts = ("data.", "augmentation.", "model.", "pretrain.", "seed", "init")
     fields = {
         field: value
         for field, value in fields_read(fields_of(config)).items()
         if field.startswith(parts)
     }
-    fields |= {
-        "agents": experiment.placement.n_agents,
+    return fields | {"agents": number_of_agents(resolved(fields_of(config)))}
+
+
+def _fingerprint(experiment: Experiment) -> str:
+    """A name for the agents that a run pre-trains. Only equal agents share a name."""
+    dataset = experiment.dataset
+    fields = pretraining_fields(experiment.config) | {
         "examples": len(dataset.train.labels),
         "mean": dataset.mean.tolist(),
         "version": dimat_jax.__version__,

@@ -18,7 +18,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 import dimat_jax
 from dimat_jax._layout_choice import LayoutChoice
@@ -72,7 +71,9 @@ def candidates(experiment: Experiment) -> list[LayoutChoice]:
     placement, preferred = experiment.placement, experiment.layout
     n_local = placement.slots // placement.mesh.shape["agents"]
     on_cpu = placement.mesh.devices.flat[0].platform == "cpu"
-    if on_cpu or n_local == 1 or not experiment.convolves:
+    # Several processes would have to agree on the result, and on which layouts fail.
+    several = jax.process_count() > 1
+    if on_cpu or several or n_local == 1 or not experiment.convolves:
         return [preferred]
     chunks = {1, min(4, n_local)}
     return [
@@ -127,11 +128,6 @@ def race(
     if not times:
         raise PlacementError(f"no layout runs on {device}: {'; '.join(notes)}")
     ranking = sorted(times, key=lambda choice: times[choice])
-    # Processes must agree, and their clocks differ.
-    if jax.process_count() > 1:
-        first = choices.index(ranking[0])
-        agreed = multihost_utils.broadcast_one_to_all(np.int32(first))
-        ranking = [choices[int(agreed)]]
     shown = [f"{choice.name} {1e3 * times[choice]:.4g} ms" for choice in ranking]
     reason = f"a training step takes {', '.join([*shown, *notes])}"
     return ranking[0]._replace(reason=reason)
@@ -150,8 +146,7 @@ def _step_seconds(experiment: Experiment) -> float:
         # `train` returns once the losses are on the host, so no work is left then.
         state, _ = trainer.train(state, step, [network])
         times.append(time.perf_counter() - start)
-        # Several processes must all take the same number of steps.
-        if step > 0 and sum(times) > _CAP and jax.process_count() == 1:
+        if step > 0 and sum(times) > _CAP:
             break
     return float(np.median(times[1:]))
 

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["NonFiniteError", "UserError", "nearest"]
+__all__ = ["NonFiniteError", "SweepError", "UserError", "nearest"]
 
 
 class UserError(ValueError):
@@ -12,6 +12,10 @@ class UserError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """A loss is NaN or infinite, so the run cannot go on."""
+
+
+class SweepError(RuntimeError):
+    """Some runs of a sweep have failed. The message names them and the reasons."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

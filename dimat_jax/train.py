@@ -35,7 +35,10 @@ __all__ = ["load_agents", "run"]
 
 
 def run(
-    config: Config, workdir: str | os.PathLike[str], log: Callable[[str], None] = print
+    config: Config,
+    workdir: str | os.PathLike[str],
+    log: Callable[[str], None] = print,
+    make_bar: Callable[..., tqdm] = tqdm,
 ) -> dict[str, Any]:
     """Runs a config, or what is left of it, and writes all results into `workdir`.
 
@@ -47,6 +50,7 @@ def run(
         workdir: The run's folder. It is made if it is missing, and may hold the same
             config's interrupted run.
         log: A function that receives a line of text for every evaluation.
+        make_bar: The class of the progress bar, which counts local steps.
 
     Returns:
         The content of `workdir`/summary.json.
@@ -62,7 +66,10 @@ def run(
         return summary
     experiment = _prepare(config, folder, log)
     algorithm = experiment.algorithm
-    with Results(folder, experiment) as results, _bar(experiment, results) as bar:
+    with (
+        Results(folder, experiment) as results,
+        _bar(experiment, results, make_bar) as bar,
+    ):
         log = log if bar.disable else bar.write
         evaluate = _Evaluations(experiment, results, log)
         progress, state = results.progress, results.restore()
@@ -144,10 +151,12 @@ def _trainer(experiment: Experiment) -> Trainer:
     return Trainer(experiment, experiment.algorithm, experiment.sampler, key)
 
 
-def _bar(experiment: Experiment, results: Results) -> tqdm:
+def _bar(
+    experiment: Experiment, results: Results, make_bar: Callable[..., tqdm]
+) -> tqdm:
     """A progress bar over all local steps, drawn on terminals only."""
     rounds = experiment.config.rounds
-    return tqdm(
+    return make_bar(
         total=experiment.pretrain_steps + rounds * experiment.local_steps,
         initial=results.progress.step,
         unit="step",

@@ -40,7 +40,8 @@ def test_the_workflow_runs_on_every_python_version_that_the_package_names():
 
 def test_every_dependency_has_the_lower_bound_that_the_oldest_job_installs():
     extras = PROJECT["optional-dependencies"]
-    bounded = [*PROJECT["dependencies"], *extras["sdp"], *extras["torch"]]
+    optional = (*extras["sdp"], *extras["slurm"], *extras["torch"])
+    bounded = [*PROJECT["dependencies"], *optional]
     assert not [requirement for requirement in bounded if ">=" not in requirement]
 
 

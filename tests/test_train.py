@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from configs import cifar100_resnet20, quickstart
 from dimat_jax import models, train
 from dimat_jax._metrics import read_rows
+from dimat_jax._pretrain import SharedAgents
 from dimat_jax._trainer import Trainer
 from dimat_jax.config import ConfigError, default_config, drop_unread
 from dimat_jax.errors import NonFiniteError, UserError
@@ -269,6 +272,59 @@ def test_runs_share_pretrained_agents(tmp_path):
     assert any("pre-trained agents come from" in line for line in lines)
     first, second, third = (read_rows(tmp_path / run)[0] for run in "abc")
     assert first["test_loss"] == second["test_loss"] != third["test_loss"]
+
+
+def test_a_run_waits_for_another_one_that_pretrains_the_same_agents(tmp_path):
+    config = small("wa", pretrain__cache_dir=str(tmp_path / "agents"), rounds=0)
+    path = SharedAgents(Experiment(config)).path
+    assert path is not None
+    path.parent.mkdir()
+    lines = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if "waiting for the run" in line:
+            # The other run dies, and this one has to train.
+            process.kill()
+
+    code = "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; print(flush=True); time.sleep(600)"]
+        + [str(path.with_name(f".{path.name}.lock"))],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline()
+    train.run(config, tmp_path / "run", log)
+    process.communicate()
+    assert f"waiting for the run that pre-trains the same agents, {path}" in lines
+    assert not any("agents come from" in line for line in lines)
+    assert path.exists()
+
+
+def test_a_run_that_goes_on_uses_agents_that_another_one_has_trained_since(
+    tmp_path, monkeypatch
+):
+    changes = {"pretrain__cache_dir": str(tmp_path / "agents"), "rounds": 1}
+    original, calls = train.Trainer.train, []
+
+    def die_in_the_third_epoch(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise _Killed
+        return original(*args)
+
+    monkeypatch.setattr(train.Trainer, "train", die_in_the_third_epoch)
+    with pytest.raises(_Killed):
+        train.run(small("wa", **changes), tmp_path / "a", quiet)
+    monkeypatch.undo()
+    train.run(small("wa", **changes), tmp_path / "b", quiet)
+    lines = []
+    train.run(small("wa", **changes), tmp_path / "a", lines.append)
+    assert lines[0].startswith("going on after local step")
+    assert lines[1].startswith("pre-trained agents come from")
+    a, b = read_rows(tmp_path / "a"), read_rows(tmp_path / "b")
+    assert without_times(a) == without_times(b)
+    assert a[0]["seconds_total"] == pytest.approx(b[0]["seconds_total"], abs=30)
 
 
 @pytest.mark.parametrize("algorithm", ["wa", "local", "centralized"])

@@ -1,7 +1,8 @@
 """Runs the commands of `dimat`: flags, help, error messages and exit codes.
 
-The exit code is 0 after success, 1 if a run's loss was not finite, and 2 after bad
-input, with one clear message. Any other error is a bug, and shows its traceback.
+The exit code is 0 after success, 1 if a run's loss was not finite or runs of a sweep
+have failed, and 2 after bad input, with one clear message. Any other error is a bug,
+and shows its traceback.
 """
 
 import ast
@@ -15,7 +16,7 @@ from absl import app, flags, logging
 
 from dimat_jax import _processes
 from dimat_jax.data._cache import user_cache
-from dimat_jax.errors import NonFiniteError, UserError
+from dimat_jax.errors import NonFiniteError, SweepError, UserError
 
 __all__ = ["Command", "expect_no", "run"]
 
@@ -74,7 +75,7 @@ def run(
         )
     except UserError as error:
         _end(2, f"error: {error}")
-    except NonFiniteError as error:
+    except (NonFiniteError, SweepError) as error:
         _end(1, f"error: {error}")
     except KeyboardInterrupt:
         hint = "; the same command goes on from the last checkpoint"

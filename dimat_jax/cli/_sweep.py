@@ -1,24 +1,31 @@
-"""Runs a sweep: many configs, one after the other, and a report on all of them.
+"""Runs a sweep: many configs, one after the other or side by side, and a report on all.
 
-    dimat sweep --sweep=NAME --workdir=DIR [--data_dir=DATA]
+    dimat sweep --sweep=NAME --workdir=DIR [--jobs=K] [--dry_run] [--data_dir=DATA]
+    dimat sweep --sweep=NAME --workdir=DIR --launcher=slurm --slurm=time=60
+        --slurm=partition=gpu --slurm=gpus_per_node=1 [--slurm=KEY=VALUE ...]
 
 NAME is a bundled sweep (`dimat show sweeps`) or the path of a file that defines
 `get_runs() -> {name: config}`. Each run has a folder of its own, DIR/name. Runs that
-pre-train the same agents share them, in DIR/pretrained. The same command goes on with a
-sweep that was killed. A run whose loss is not finite does not keep the others from
-running.
+pre-train the same agents share them, in DIR/pretrained: one of them trains, the others
+wait for it. The same command goes on with a sweep that was killed. A run that fails
+does not keep the others from running; the reasons are listed at the end, and the exit
+code is then 1.
+
+With --jobs=K, K runs go on at a time. Each has a process of its own, its part of the
+CPU cores and of the GPUs, and a log, DIR/name/run.log. With --launcher=slurm every run
+is a job of a Slurm array, and K jobs go on at a time; --slurm passes options to
+submitit. A job that is pre-empted goes on from its last checkpoint.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 from absl import flags
 
-from dimat_jax import train
+from dimat_jax import _sweeping
 from dimat_jax.cli import _bundled, _program, _report
-from dimat_jax.config import Config, check, set_if_read
-from dimat_jax.errors import NonFiniteError
-from dimat_jax.experiment import check_network
-from dimat_jax.placement import request_cpu_devices
+from dimat_jax.errors import SweepError, UserError
 
 __all__ = ["COMMAND"]
 
@@ -28,37 +35,73 @@ def define_flags() -> None:
     flags.DEFINE_string("sweep", None, "The sweep to run.", required=True)
     flags.DEFINE_string("workdir", None, "The folder for all runs.", required=True)
     flags.DEFINE_string("data_dir", None, "Replaces every config's data.dir.")
+    flags.DEFINE_integer(
+        "jobs",
+        None,
+        "The number of runs that go on at a time. By default 1 on this machine, and as "
+        "many as Slurm starts there.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer(
+        "jobs_per_device", 1, "How many jobs may share a GPU and its memory.", 1
+    )
+    flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where the runs go on.")
+    flags.DEFINE_multi_string(
+        "slurm", [], "An option of submitit, KEY=VALUE. The flag may be repeated."
+    )
+    flags.DEFINE_bool(
+        "dry_run", False, "Only lists the runs, and estimates how long they take."
+    )
 
 
 def main(arguments: list[str]) -> None:
     """Runs the sweep and reports on it."""
     _program.expect_no(arguments)
-    workdir = Path(flags.FLAGS.workdir)
-    runs = _bundled.load_runs(flags.FLAGS.sweep)
-    for config in runs.values():
-        _prepare(config, workdir)
-    request_cpu_devices(max(c.placement.cpu_devices for c in runs.values()))
-    failures = []
-    for number, (name, config) in enumerate(runs.items(), 1):
-        print(f"[{number}/{len(runs)}] {name}", flush=True)
-        try:
-            train.run(config, workdir / name)
-        except NonFiniteError as error:
-            failures.append(f"{name}: {error}")
-            print(failures[-1], flush=True)
-    _report.main([str(workdir)])
+    given, workdir = flags.FLAGS, Path(flags.FLAGS.workdir)
+    on_slurm, n_jobs = given.launcher == "slurm", given.jobs or 1
+    options = _sweeping.parse_options(given.slurm)
+    if options and not on_slurm:
+        raise UserError("--slurm has no effect without --launcher=slurm")
+    shares = _sweeping.share_out(1 if on_slurm else n_jobs, given.jobs_per_device)
+    if on_slurm or given.dry_run or n_jobs > 1:
+        # The runs get the accelerators. This process would take their memory.
+        jax.config.update("jax_platforms", "cpu")
+    configs = _bundled.load_runs(given.sweep)
+    jobs = _sweeping.prepare(configs, workdir, given.data_dir)
+    if given.dry_run:
+        if on_slurm:
+            n_jobs = given.jobs or len(jobs)
+        print(_sweeping.describe(jobs, shares[0], n_jobs))
+        return
+    if on_slurm:
+        executor = _sweeping.make_executor(workdir, given.jobs, options, "slurm")
+        failures = _sweeping.run_on_slurm(jobs, executor)
+    elif n_jobs > 1:
+        failures = _sweeping.run_side_by_side(jobs, shares)
+    else:
+        failures = _sweeping.run_here(jobs)
+    _report_on(workdir, len(jobs), failures)
+
+
+def _report_on(workdir: Path, n_runs: int, failures: Mapping[str, str]) -> None:
+    """Writes the report, and then lists the runs that have failed.
+
+    Raises:
+        SweepError: At least one run has failed.
+        UserError: There is nothing to report on, although no run has failed.
+    """
+    try:
+        _report.main([str(workdir)])
+    except UserError:
+        # If every run has failed before its first evaluation, only the failures matter.
+        if not failures:
+            raise
     if failures:
-        raise NonFiniteError("; ".join(failures))
-
-
-def _prepare(config: Config, workdir: Path) -> None:
-    """Checks a config before the first run takes hours, and sets its folders."""
-    check(config)
-    check_network(config)
-    if flags.FLAGS.data_dir:
-        set_if_read(config, "data.dir", flags.FLAGS.data_dir)
-    if not config.pretrain.cache_dir:
-        set_if_read(config, "pretrain.cache_dir", str(workdir / "pretrained"))
+        lines = [f"    {name}: {reason}" for name, reason in failures.items()]
+        raise SweepError(
+            f"{len(failures)} of {n_runs} runs have failed; the same command tries "
+            "them again\n" + "\n".join(lines)
+        )
 
 
 COMMAND = _program.Command("sweep", __doc__, main, define_flags, resumes=True)

@@ -113,7 +113,7 @@ def place_own_pool(
             rows[0, : len(held)] = array[held]
             return rows
 
-        shape = (placement.mesh.size, holdings.most, *array.shape[1:])
+        shape = (placement.mesh.shape["agents"], holdings.most, *array.shape[1:])
         return jax.make_array_from_callback(shape, placement.sharding, read)
 
     statistics = placement.replicate((np.float32(mean), np.float32(std)))

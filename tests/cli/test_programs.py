@@ -171,8 +171,8 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
     assert result.returncode == 0, result.stderr
     for name in ("dimat-0", "dimat-1", "wa-0", "wa-1"):
         assert json.loads((workdir / name / "summary.json").read_text())["round"] == 2
-    # There is one set of agents for each seed.
-    assert len(list((workdir / "pretrained").iterdir())) == 2
+    # There is one set of agents for each seed, and a lock for each.
+    assert len(list((workdir / "pretrained").glob("[!.]*"))) == 2
     runs = reports.load([workdir])
     assert runs.fields == ["algorithm"]
     summary, by_round, by_kind = reports.tables(runs).values()

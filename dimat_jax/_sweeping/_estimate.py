@@ -1,0 +1,269 @@
+"""Says what a sweep would do, and about how long it would take."""
+
+import heapq
+import multiprocessing
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+from tabulate import tabulate
+
+from dimat_jax._chosen import number_of_agents
+from dimat_jax._metrics import read_rows
+from dimat_jax._pretrain import SharedAgents
+from dimat_jax._sweeping._job import inherited_jax_options
+from dimat_jax._sweeping._plan import Job, in_order, pretraining_key
+from dimat_jax._sweeping._shares import Share, applied
+from dimat_jax._trainer import Trainer
+from dimat_jax.config import Config, fields_of, resolved
+from dimat_jax.experiment import Experiment
+from dimat_jax.placement import request_cpu_devices
+
+__all__ = ["describe"]
+
+# The number of local steps that are timed where no run has been timed.
+_CALIBRATION_STEPS = 5
+
+
+class _Plan(NamedTuple):
+    """What a run would do from now on.
+
+    Attributes:
+        job: The run.
+        state: "new", "finished", or how far the run is.
+        agents: The number of agents.
+        pretraining: Where its pre-trained agents come from.
+        steps_alone: The local steps of pre-training that are left.
+        steps: The local steps of the rounds that are left.
+        rounds: The number of rounds, and the steps of a round.
+        waits_for: The key of the pre-training that another run does first, or None.
+    """
+
+    job: Job
+    state: str
+    agents: int
+    pretraining: str
+    steps_alone: int
+    steps: int
+    rounds: str
+    waits_for: str | None
+
+
+def describe(jobs: Sequence[Job], share: Share, n_jobs: int) -> str:
+    """Lists the runs and what each would do, and estimates the hours.
+
+    Nothing is written into the sweep's folder. Experiments are built in this process,
+    so JAX should be bound to the CPU.
+
+    Args:
+        jobs: The runs.
+        share: What one of the jobs that run at a time has of this machine.
+        n_jobs: The number of these jobs.
+
+    Returns:
+        A text of several lines.
+    """
+    plans = _plans(in_order(jobs))
+    times = _Times(jobs)
+    calibrated = times.calibrate(plans, share)
+    seconds = [_seconds(plan, times) for plan in plans]
+    rows = [
+        [
+            *(plan.job.name, plan.state, plan.agents, plan.pretraining, plan.rounds),
+            _hours(sum(both)),
+        ]
+        for plan, both in zip(plans, seconds, strict=True)
+    ]
+    headings = ["run", "state", "agents", "pre-training", "rounds x steps", "hours"]
+    total = _hours(sum(map(sum, seconds)))
+    side_by_side = _hours(_makespan(plans, seconds, n_jobs))
+    lines = [tabulate(rows, headings, disable_numparse=True), ""]
+    if calibrated:
+        lines.append(
+            "Runs of this kind have not been timed in this folder, so "
+            f"{_CALIBRATION_STEPS} local steps were timed: {', '.join(calibrated)}. "
+            "Compiling, merging and evaluating come on top."
+        )
+    lines.append(
+        f"Together {total} hours; with --jobs={n_jobs} about {side_by_side} hours."
+    )
+    return "\n".join(lines)
+
+
+def _hours(seconds: float) -> str:
+    """The hours as a text. A tenth of an hour or more needs no further digits."""
+    hours = seconds / 3600
+    return f"{hours:.1f}" if hours >= 0.1 else f"{hours:.5f}"
+
+
+def _plans(jobs: Sequence[Job]) -> list[_Plan]:
+    """Finds out what each run would do from now on."""
+    leaders: dict[str, str] = {}
+    plans = []
+    for job in jobs:
+        experiment = Experiment(job.config)
+        rounds, steps = job.config.rounds, experiment.local_steps
+        alone, text, waits_for = experiment.pretrain_steps, "none", None
+        rows = read_rows(job.workdir)
+        done = rows[-1]["step"] if rows else 0
+        key = pretraining_key(job.config)
+        state = f"in round {rows[-1]['round']}" if rows else "new"
+        if job.is_finished:
+            alone, state, done, text = 0, "finished", rounds * steps, "done"
+        elif rows:
+            done, alone, text = done - alone, 0, "done"
+        elif alone:
+            text = f"{alone} steps"
+            path = SharedAgents(experiment).path
+            if path is not None and path.exists():
+                alone, text = 0, "agents are there"
+            elif key in leaders:
+                alone, text, waits_for = 0, f"shared with {leaders[key]}", key
+            elif key is not None:
+                leaders[key] = job.name
+        plans.append(
+            _Plan(
+                job=job,
+                state=state,
+                agents=experiment.placement.n_agents,
+                pretraining=text,
+                steps_alone=alone,
+                steps=max(0, rounds * steps - done),
+                rounds=f"{rounds} x {steps}",
+                waits_for=waits_for,
+            )
+        )
+    return plans
+
+
+class _Times:
+    """Seconds of a local step for each image of a batch, by the kind of run.
+
+    The time of a run of the same algorithm is taken where there is one. It includes
+    merges and evaluations. Else it is that of any run of the same model and size.
+
+    Args:
+        jobs: The runs. Those that are in their folders already have been timed.
+    """
+
+    def __init__(self, jobs: Sequence[Job]):
+        self._found: dict[tuple[str, str], list[float]] = {}
+        for job in jobs:
+            rows = read_rows(job.workdir)
+            if not rows:
+                continue
+            config, first, last = job.config, rows[0], rows[-1]
+            if first["phase"] == "pretrained" and first["step"]:
+                seconds = first["seconds_total"] / first["step"]
+                self._add(config, "alone", seconds / config.pretrain.batch_size)
+            if last["step"] > first["step"]:
+                seconds = last["seconds_total"] - first["seconds_total"]
+                seconds /= last["step"] - first["step"]
+                self._add(config, config.algorithm, seconds / config.batch_size)
+
+    def _add(self, config: Config, algorithm: str, seconds: float) -> None:
+        self._found.setdefault((_kind(config), algorithm), []).append(seconds)
+
+    def calibrate(self, plans: Sequence[_Plan], share: Share) -> list[str]:
+        """Times a few steps for every kind of run that has not been timed.
+
+        Args:
+            plans: What the runs would do.
+            share: What the timed process has of this machine.
+
+        Returns:
+            The names of the runs that were timed.
+        """
+        names = []
+        for plan in plans:
+            known = {kind for kind, _ in self._found}
+            if plan.steps_alone + plan.steps and _kind(plan.job.config) not in known:
+                seconds = _time_apart(plan.job.config, share)
+                batch_size = plan.job.config.batch_size
+                self._add(plan.job.config, "", seconds / batch_size)
+                names.append(plan.job.name)
+        return names
+
+    def of(self, config: Config, algorithm: str) -> float:
+        """The seconds of a local step for each image of a batch.
+
+        Args:
+            config: The config, of whose kind at least one run has been timed.
+            algorithm: The algorithm, or "alone" for pre-training.
+        """
+        kind = _kind(config)
+        if same := self._found.get((kind, algorithm)):
+            return statistics.median(same)
+        return statistics.median(
+            seconds
+            for (other, _), found in self._found.items()
+            if other == kind
+            for seconds in found
+        )
+
+
+def _kind(config: Config) -> str:
+    """A text that is equal for runs of the same model and size."""
+    fields = resolved(fields_of(config))
+    parts = ("model.", "placement.", "data.name")
+    chosen = {path: v for path, v in fields.items() if path.startswith(parts)}
+    return repr([number_of_agents(fields), sorted(chosen.items())])
+
+
+def _seconds(plan: _Plan, times: _Times) -> tuple[float, float]:
+    """The seconds that are left of pre-training, and of the rounds."""
+    config = plan.job.config
+    alone = rounds = 0.0
+    if plan.steps_alone:
+        alone = (
+            plan.steps_alone * config.pretrain.batch_size * times.of(config, "alone")
+        )
+    if plan.steps:
+        rounds = plan.steps * config.batch_size * times.of(config, config.algorithm)
+    return alone, rounds
+
+
+def _makespan(
+    plans: Sequence[_Plan], seconds: Sequence[tuple[float, float]], n_jobs: int
+) -> float:
+    """The seconds until the last run ends, if they start in order."""
+    free = [0.0] * n_jobs
+    agents_at: dict[str | None, float] = {}
+    for plan, (alone, rounds) in zip(plans, seconds, strict=True):
+        start = heapq.heappop(free)
+        if plan.waits_for is not None:
+            start = max(start, agents_at[plan.waits_for])
+        elif plan.steps_alone:
+            agents_at[pretraining_key(plan.job.config)] = start + alone
+        heapq.heappush(free, start + alone + rounds)
+    return max(free)
+
+
+def _time_apart(config: Config, share: Share) -> float:
+    """Times local steps in a process that has one job's share of this machine."""
+    context = multiprocessing.get_context("spawn")
+    options = {**inherited_jax_options(), **share.jax_options}
+    with applied(share), ProcessPoolExecutor(1, mp_context=context) as executor:
+        return executor.submit(_time_steps, config, options).result()
+
+
+def _time_steps(config: Config, jax_options: Mapping[str, Any]) -> float:
+    """The seconds of a local step of all agents, once it has been compiled."""
+    for name, value in jax_options.items():
+        jax.config.update(name, value)
+    request_cpu_devices(config.placement.cpu_devices)
+    experiment = Experiment(config)
+    algorithm = experiment.algorithm
+    trainer = Trainer(
+        experiment, algorithm, experiment.sampler, experiment.key("rounds")
+    )
+    state = algorithm.init(experiment.initial_variables())
+    networks = [experiment.network_at_step(0, 1)] * _CALIBRATION_STEPS
+    state, _ = trainer.train(state, 0, networks[:1])
+    start = time.perf_counter()
+    # The losses are on the host when the method returns, so no work is left then.
+    trainer.train(state, 1, networks)
+    return (time.perf_counter() - start) / _CALIBRATION_STEPS
