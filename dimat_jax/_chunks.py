@@ -133,7 +133,7 @@ class _Programs:
         self._steps = [
             (
                 part,
-                _chunk_program(part, owned, where, compiler_options)
+                _ChunkProgram(part, owned, where, compiler_options)
                 if part.alone
                 else _stacked_program(part, owned, shardings, compiler_options),
             )
@@ -223,60 +223,81 @@ def _stacked_program(
     return run_part
 
 
-def _chunk_program(
-    part: Part,
-    owned: set[Var],
-    where: _Where,
-    compiler_options: dict[str, Any] | None,
-) -> Program:
-    """Makes the program of a part that agents do alone, and calls it for each chunk."""
-    shards = where.shards
-    rows, shared = _operands(part)
-    one = _of_one_agent(part, rows, shared)
-    old = _overwritten(part, owned, [var for var in rows if var not in shared])
-    kept = [var for var in rows if var not in set(old.values())]
-    axes = (0,) * len(rows) + (None,) * len(shared)
+class _ChunkProgram:
+    """The program of a part that agents do alone, which is called for each chunk.
 
-    def run(size, start, buffers, kept_arrays, shared_arrays):
-        pairs = zip(part.writes, buffers, strict=True)
-        arrays = {old[var]: buffer for var, buffer in pairs if var in old}
-        arrays |= dict(zip(kept, kept_arrays, strict=True))
-        own = [jax.lax.dynamic_slice_in_dim(arrays[var], start, size) for var in rows]
-        build = LAYOUTS["vmap"].build
-        results = over_rows(build, one, axes, [*own, *shared_arrays], size)
-        return [
-            jax.lax.dynamic_update_slice_in_dim(buffer, result, start, axis=0)
-            for buffer, result in zip(buffers, results, strict=True)
+    Args:
+        part: the part.
+        owned: the variables whose arrays may be overwritten.
+        where: the shardings.
+        compiler_options: options for XLA.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        owned: set[Var],
+        where: _Where,
+        compiler_options: dict[str, Any] | None,
+    ):
+        self._writes, self._shards = part.writes, where.shards
+        self._rows, self._shared = _operands(part)
+        self._one = _of_one_agent(part, self._rows, self._shared)
+        # The variables that results overwrite, and those that are only read by row.
+        own_alone = [var for var in self._rows if var not in self._shared]
+        self._old = _overwritten(part, owned, own_alone)
+        self._kept = [v for v in self._rows if v not in set(self._old.values())]
+        self._program = jax.jit(
+            self._on_all_devices,
+            static_argnums=0,
+            donate_argnums=2,
+            out_shardings=where.agents,
+            compiler_options=compiler_options,
+        )
+        fresh = [var.aval for var in part.writes if var not in self._old]
+        make_fresh = jax.jit(
+            lambda: [_empty(aval) for aval in fresh], out_shardings=where.agents
+        )
+        self._fresh = make_fresh if fresh else list
+        size, n_local = where.shards.chunk, where.shards.n_local
+        # The size and the first row of each chunk. The rows are on the devices already.
+        self._chunks = [
+            (min(size, n_local - row), jax.device_put(np.int32(row), where.shared))
+            for row in range(0, n_local, size)
         ]
 
-    def on_each_device(size, *args):
-        in_axes = (None, 0, 0, None)
-        return shards.map(lambda *local: run(size, *local), in_axes, *args)
+    def __call__(self, values: dict[Var, Any]) -> dict[Var, Any]:
+        fresh, old = iter(self._fresh()), self._old
+        buffers = [values[old[v]] if v in old else next(fresh) for v in self._writes]
+        kept = [values[var] for var in self._kept]
+        shared = [values[var] for var in self._shared]
+        for size, first in self._chunks:
+            buffers = self._program(size, first, buffers, kept, shared)
+        return dict(zip(self._writes, buffers, strict=True))
 
-    program = jax.jit(
-        on_each_device,
-        static_argnums=0,
-        donate_argnums=2,
-        compiler_options=compiler_options,
-    )
-    fresh = [var.aval for var in part.writes if var not in old]
-    make_fresh = jax.jit(
-        lambda: [_empty(aval) for aval in fresh], out_shardings=where.agents
-    )
-    starts = range(0, shards.n_local, shards.chunk)
-    sizes = [min(shards.chunk, shards.n_local - start) for start in starts]
-    placed = [jax.device_put(np.int32(start), where.shared) for start in starts]
+    def _on_all_devices(self, size: int, *args: Any) -> Any:
+        def on_one_device(*local):
+            return self._run_chunk(size, *local)
 
-    def run_part(values):
-        new = iter(make_fresh() if fresh else ())
-        buffers = [values[old[v]] if v in old else next(new) for v in part.writes]
-        kept_arrays = [values[v] for v in kept]
-        shared_arrays = [values[v] for v in shared]
-        for size, start in zip(sizes, placed, strict=True):
-            buffers = program(size, start, buffers, kept_arrays, shared_arrays)
-        return dict(zip(part.writes, buffers, strict=True))
+        return self._shards.map(on_one_device, (None, 0, 0, None), *args)
 
-    return run_part
+    def _run_chunk(
+        self, size: int, first: Any, buffers: Any, kept: Any, shared: Any
+    ) -> list[Any]:
+        """Reads the rows of a chunk, runs its agents, and writes their results."""
+        old = zip(self._writes, buffers, strict=True)
+        arrays = {self._old[var]: buffer for var, buffer in old if var in self._old}
+        arrays |= dict(zip(self._kept, kept, strict=True))
+        rows = [
+            jax.lax.dynamic_slice_in_dim(arrays[var], first, size) for var in self._rows
+        ]
+        axes = (0,) * len(rows) + (None,) * len(shared)
+        build = LAYOUTS["vmap"].build
+        results = over_rows(build, self._one, axes, [*rows, *shared], size)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(buffer, result, first, axis=0)
+            for buffer, result in zip(buffers, results, strict=True)
+        ]
 
 
 def _empty(aval: Any) -> Any:

@@ -189,7 +189,7 @@ def test_a_program_for_a_chunk_serves_all_chunks(caplog):
     run = placement.jit(lambda x: placement.per_agent(jnp.sin)(x))
     with jax.log_compiles():
         run(placement.put(X))
-    chunks = [m for m in caplog.messages if "Compiling" in m and "on_each_device" in m]
+    chunks = [m for m in caplog.messages if "Compiling" in m and "_on_all_devices" in m]
     assert len(chunks) == 1
     with jax.log_compiles():
         caplog.clear()
