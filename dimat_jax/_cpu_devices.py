@@ -7,7 +7,7 @@ import jax
 from dimat_jax._layouts import PlacementError
 from dimat_jax.options import Option
 
-__all__ = ["CPU_DEVICES", "check_threads", "request_cpu_devices"]
+__all__ = ["CPU_DEVICES", "check_threads", "cores", "request_cpu_devices"]
 
 CPU_DEVICES = Option(
     "placement.cpu_devices",
@@ -67,7 +67,12 @@ def _pool_size() -> int:
     """The number of threads that XLA:CPU has, or will have, for all devices."""
     if requested := os.environ.get("PJRT_NPROC"):
         return int(requested)
-    # XLA counts the cores that the process may use, if the system can tell them.
+    return cores()
+
+
+def cores() -> int:
+    """The number of cores that XLA counts: those that the process may use."""
+    # Not every system can tell them.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -26,7 +26,12 @@ from jaxtyping import Array, Int, Key
 
 from dimat_jax import _passing
 from dimat_jax._chunks import Chunked
-from dimat_jax._cpu_devices import CPU_DEVICES, check_threads, request_cpu_devices
+from dimat_jax._cpu_devices import (
+    CPU_DEVICES,
+    check_threads,
+    cores,
+    request_cpu_devices,
+)
 from dimat_jax._layouts import CHUNK, LAYOUTS, PlacementError, Shards, lift
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.tree import PyTree, take
@@ -175,8 +180,13 @@ class Placement:
 
     @property
     def _shards(self) -> Shards:
-        n_local = self.slots // self.mesh.shape["agents"]
-        return Shards(self.mesh, n_local, self.batching, self.chunk)
+        n_devices = self.mesh.shape["agents"]
+        # A small convolution uses one core of a CPU, so a chunk runs on each core.
+        # XLA runs the programs of other devices one after the other.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        lanes = max(1, cores() // n_devices) if on_cpu else 1
+        n_local = self.slots // n_devices
+        return Shards(self.mesh, n_local, self.batching, self.chunk, lanes)
 
     @property
     def spread(self) -> bool:
