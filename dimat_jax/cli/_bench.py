@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from dimat_jax._bench import BENCHES
+from dimat_jax._bench._benches import BENCHES
 from dimat_jax._bench._record import Settings
 from dimat_jax._metrics import write_json
 from dimat_jax.cli import _bundled, _program
