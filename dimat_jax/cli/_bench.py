@@ -9,8 +9,8 @@ scale: times a step of 1, 2, 5, ... agents, and compares the time for each agent
     that of a single agent.
 
 Each program that is compared runs in a process of its own, and the programs take turns.
-Times are medians over --repeats, after a first call that compiles. A ratio is the median
-of the ratios within one turn. Compare only times within one file.
+Times are medians over --repeats, after a first call that compiles. A ratio is the
+median of the ratios within one turn. Compare only times within one file.
 """
 
 from pathlib import Path
