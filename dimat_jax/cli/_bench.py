@@ -3,23 +3,23 @@
     dimat bench merge|train|scale --out=FILE.json [--config=NAME --config.FIELD=VALUE]
 
 merge: times a merge round by phase, and compares it with a local epoch.
-train: times a step of all agents together, and compares it with as many steps of one
-    agent alone, and with a step in bfloat16.
+train: compares the images per second of all agents together, of one agent alone and of
+    one model in a plain Flax loop and in a plain PyTorch loop, in float32 and bfloat16.
 scale: times steps and merges of 1, 2, 5, ... agents, up to the config's number, as far
     as ten minutes reach, and fits how time and memory grow. A cost model predicts 64 to
     4096 agents on the hardware that --bandwidth, --latency, --agents_per_device and
     --speed describe.
 
 Each program that is compared runs in a process of its own, and the programs take turns.
-Times are medians over --repeats, after a first call that compiles. Compare only times
-within one file.
+Times are medians over --repeats, after a first call that compiles. A ratio is the
+median of the ratios within one turn. Compare only times within one file.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from dimat_jax._bench import BENCHES
+from dimat_jax._bench._benches import BENCHES
 from dimat_jax._bench._hardware import Hardware
 from dimat_jax._bench._record import Settings
 from dimat_jax._metrics import write_json
