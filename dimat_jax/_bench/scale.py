@@ -19,6 +19,7 @@ from dimat_jax._bench._steps import changed, number_of_agents
 from dimat_jax._bench._timing import Side, Timing, race
 from dimat_jax.algorithms._traffic import MatchingSizes
 from dimat_jax.config import Config, fields_of, record_of
+from dimat_jax.errors import UserError
 from dimat_jax.placement import AGENTS
 from dimat_jax.topology import TOPOLOGIES, TOPOLOGY
 
@@ -55,6 +56,9 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
 
     Without `settings.full` it stops before the numbers that would take it beyond ten
     minutes. An algorithm that does not align agents has its steps timed alone.
+
+    Raises:
+        UserError: not even the steps of one agent can be timed.
     """
     started, spent = time.perf_counter(), 0.0
     timings: dict[int, dict[str, Timing]] = {}
@@ -67,6 +71,8 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
         timings[n_agents] = race(_sides(config, n_agents, settings), settings.repeats)
         spent = time.perf_counter() - started - so_far
     steps = _column(timings, "steps", settings.steps)
+    if 1 not in steps:
+        raise UserError(f"one agent: {timings[1]['steps'].unavailable}")
     result: dict[str, Any] = {
         "sides": {
             str(n): {name: timing.record() for name, timing in of_count.items()}
