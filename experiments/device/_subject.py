@@ -1,0 +1,206 @@
+"""What the parts measure: configs, and the time and memory of a local step.
+
+Times are taken of the library's own loop, `Trainer`: reading and augmenting a batch on
+the device, the step of all agents, and the host's work between two steps. The images
+are random, since the time of a step does not depend on them.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dimat_jax._trainer import Trainer
+from dimat_jax.config import Config, default_config, drop_unread
+from dimat_jax.data._cache import write_arrays
+from dimat_jax.data._cifar import ARRAYS
+from dimat_jax.data._dataset import make_split
+from dimat_jax.experiment import Experiment
+from dimat_jax.models import classifier
+from dimat_jax.placement import BATCHING
+
+__all__ = [
+    "LAYOUTS",
+    "Steps",
+    "alone_flops",
+    "images_folder",
+    "step_config",
+]
+
+# Every way in which agents that share a device can run.
+LAYOUTS = tuple(name for name in BATCHING.choices if name != "auto")
+
+BATCH = 100
+# The seconds that one timing lasts at least, unless it has `_MOST_STEPS` steps.
+_LEAST_SECONDS = 0.3
+_MOST_STEPS = 50
+_REPEATS = 3
+
+
+def images_folder(work: Path) -> Path:
+    """A data folder with random images in the place of CIFAR-100, made if missing."""
+    folder = work / "random-images"
+    target = folder / "cifar100" / ARRAYS
+    if not target.exists():
+        rng = np.random.default_rng(0)
+        splits = [
+            make_split(
+                rng.integers(0, 256, (size, 32, 32, 3), np.uint8),
+                np.arange(size) % 100,
+            )
+            for size in (6400, 1000)
+        ]
+        write_arrays(target, (splits[0], splits[1], 100, None))
+    return folder
+
+
+def step_config(
+    work: Path,
+    model: str,
+    width: float,
+    n_agents: int,
+    *,
+    batching: str = "auto",
+    batch: int = BATCH,
+    **fields: Any,
+) -> Config:
+    """A config whose local steps are measured: agents on CIFAR-sized images.
+
+    Args:
+        work: the folder for files.
+        model: the architecture.
+        width: the width of the model.
+        n_agents: the number of agents.
+        batching: the layout.
+        batch: the number of images in an agent's batch.
+        **fields: other fields of the config, with `__` in the place of dots.
+    """
+    config = default_config()
+    chosen = {
+        "algorithm": "local",
+        "agents": n_agents,
+        "batch_size": batch,
+        "local_epochs": 1,
+        "data.name": "cifar100",
+        "data.dir": str(images_folder(work)),
+        "augmentation.flip": True,
+        "augmentation.pad": 4,
+        "model.name": model,
+        "model.width": width,
+        "pretrain.epochs": 0,
+        "placement.batching": batching,
+    }
+    chosen |= {path.replace("__", "."): value for path, value in fields.items()}
+    config.update_from_flattened_dict(chosen)
+    return drop_unread(config)
+
+
+class Steps:
+    """The local steps of a config.
+
+    Args:
+        config: the config.
+
+    Attributes:
+        experiment: the parts of the config's run.
+        first_seconds: the time of the first step, which traces and compiles.
+    """
+
+    def __init__(self, config: Config):
+        self.experiment = experiment = Experiment(config)
+        key = experiment.key("rounds")
+        algorithm, sampler = experiment.algorithm, experiment.sampler
+        self._trainer = Trainer(experiment, algorithm, sampler, key)
+        self._network = experiment.network_at_step(0, 1)
+        self._done = 0
+        self._state = algorithm.init(experiment.initial_variables())
+        jax.block_until_ready((self._state, experiment.train_pool))
+        self.first_seconds = self.take(1)
+        # The second call may still compile, if the first one changed a layout.
+        self._second = self.take(1)
+
+    def take(self, n_steps: int) -> float:
+        """Takes some steps and returns the seconds that they took."""
+        started = time.perf_counter()
+        # `train` returns once the losses are on the host, so no work is left then.
+        self._state, _ = self._trainer.train(
+            self._state, self._done, [self._network] * n_steps
+        )
+        self._done += n_steps
+        return time.perf_counter() - started
+
+    def seconds(self) -> tuple[float, float]:
+        """The median time of a step over some timings, and the spread of these.
+
+        The spread is the difference of the slowest and the fastest timing, over the
+        median.
+        """
+        estimate = self.take(2) / 2
+        n_steps = int(np.clip(_LEAST_SECONDS / estimate, 2, _MOST_STEPS))
+        times = np.array([self.take(n_steps) / n_steps for _ in range(_REPEATS)])
+        median = float(np.median(times))
+        return median, float(np.ptp(times)) / median
+
+    def peak_bytes(self) -> int | None:
+        """The most memory in use on the device while steps run; None if unknown."""
+        with _peak_memory() as peak:
+            self.take(3)
+        return peak.get("bytes")
+
+
+def alone_flops(experiment: Experiment, batch: int = BATCH) -> float:
+    """The floating-point operations of one agent's loss and gradient.
+
+    XLA counts them in the program before it is compiled, so the count is the same for
+    every layout and device.
+    """
+    loss = classifier.loss(experiment.model)
+
+    def gradient(variables, inputs, labels, key):
+        from dimat_jax.data.pipeline import Batch
+
+        mask = jax.numpy.ones(batch, bool)
+        params = variables["params"]
+
+        def value(params):
+            return loss({**variables, "params": params}, Batch(inputs, labels, mask), key)
+
+        return jax.grad(value, has_aux=True)(params)
+
+    one = jax.eval_shape(experiment._init, jax.random.key(0))
+    inputs = jax.ShapeDtypeStruct((batch, 32, 32, 3), np.float32)
+    labels = jax.ShapeDtypeStruct((batch,), np.int32)
+    lowered = jax.jit(gradient).lower(one, inputs, labels, jax.random.key(0))
+    analysis: Any = lowered.cost_analysis()
+    return float(analysis["flops"])
+
+
+@contextmanager
+def _peak_memory() -> Iterator[dict[str, int]]:
+    """Watches the memory in use on the first device.
+
+    The device's own record of its peak cannot be set back, so a thread asks for the
+    memory in use, again and again. A program holds all its memory while it runs.
+    """
+    device, found, stop = jax.devices()[0], {}, threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            statistics = device.memory_stats() or {}
+            if "bytes_in_use" in statistics:
+                in_use = statistics["bytes_in_use"]
+                found["bytes"] = max(found.get("bytes", 0), in_use)
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()

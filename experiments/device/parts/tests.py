@@ -1,0 +1,41 @@
+"""Runs the tests that are marked `gpu`."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.device._cells import Cell, Log
+from experiments.device.parts import Settings
+
+__all__ = ["cells"]
+
+_ROOT = Path(__file__).parents[3]
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """The one cell of this part."""
+
+    def measure(log: Log) -> None:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "-q"]
+        command += ["-p", "no:cacheprovider", "tests/device"]
+        environment = dict(os.environ)
+        if settings.tiny:
+            # The tests then compare the CPU with itself.
+            environment["DIMAT_TEST_ANY_DEVICE"] = "1"
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=_ROOT, env=environment
+        )
+        outcomes = {
+            test.rpartition("::")[2]: outcome.lower()
+            for outcome, test in re.findall(
+                r"^(PASSED|FAILED|ERROR|SKIPPED) (\S+)", done.stdout, re.MULTILINE
+            )
+        }
+        log.note(outcomes=outcomes, exit_code=done.returncode)
+        if done.returncode:
+            log.note(output=(done.stdout + done.stderr)[-8000:])
+            raise RuntimeError(f"pytest ended with {done.returncode}")
+
+    return [Cell("tests", settings.seconds, measure)]

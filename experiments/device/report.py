@@ -1,0 +1,236 @@
+"""Turns the JSON files of `measure` into a section for experiments/RESULTS.md.
+
+    python -m experiments.device.report DIR
+
+The Markdown goes to the standard output. Figures that are missing leave empty cells.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.device._cells import read_record
+from experiments.device.parts import PARTS
+
+__all__ = ["render"]
+
+Figures = dict[str, Any]
+
+
+def render(out: Path) -> str:
+    """Writes the section on the figures in a folder."""
+    records = {part.name: read_record(out / f"{part.name}.json") for part in PARTS}
+    settings = read_record(out / "measure.json")
+    lines = ["## On one device", ""]
+    if settings.get("tiny"):
+        lines += ["This was a rehearsal with tiny sizes: no figure means anything.", ""]
+    for part in PARTS:
+        record = records[part.name]
+        if not record["cells"]:
+            continue
+        lines += [f"### {part.summary.rstrip('.')}", ""]
+        table = _TABLES[part.name](record["cells"], records)
+        lines += [*table, ""] if table else []
+        lines += [*_gaps(record), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _gaps(record: dict[str, Any]) -> list[str]:
+    """Says how long a part took, and what has no complete figures, and why."""
+    cells = record["cells"]
+    by_status: dict[str, list[str]] = {}
+    for name, cell in cells.items():
+        reason = ""
+        if "error" in cell:
+            last = cell["error"].strip().splitlines()[-1:]
+            reason = f" ({last[0][:160]})" if last else ""
+        by_status.setdefault(cell["status"], []).append(f"{name}{reason}")
+    told = [f"{len(by_status.pop('done', []))} of {len(record['planned'])} done"]
+    told += [f"{status}: {'; '.join(names)}" for status, names in by_status.items()]
+    missing = [name for name in record["planned"] if name not in cells]
+    told += [f"not reached: {'; '.join(missing)}"] if missing else []
+    seconds = record.get("seconds")
+    took = f"{seconds:.0f} s; " if seconds is not None else ""
+    return [took + ". ".join(told) + "."]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A Markdown table; None is an empty cell."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = ("" if value is None else str(value) for value in row)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _number(scale: float = 1.0, digits: int = 3) -> Callable[[Any], str | None]:
+    """Writes numbers times `scale`, with significant digits; None stays None."""
+
+    def write(value: Any) -> str | None:
+        if value is None:
+            return None
+        scaled = value * scale
+        return f"{scaled:,.0f}" if abs(scaled) >= 100 else f"{scaled:.{digits}g}"
+
+    return write
+
+
+_seconds, _ms = _number(), _number(1e3)
+_mib, _tera = _number(2**-20), _number(1e-12)
+_percent = _number(100)
+
+
+def _facts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    machine = cells.get("machine", {}).get("figures", {})
+    rows = [
+        ("device", machine.get("driver") or machine.get("device_kind")),
+        ("CPU cores", machine.get("cores")),
+        ("Python", machine.get("python")),
+        *(machine.get("versions") or {}).items(),
+    ]
+    for name, cell in cells.items():
+        figures = cell["figures"]
+        if "flops_per_second" in figures:
+            size = figures["size"]
+            rate = _tera(figures["flops_per_second"])
+            rows.append((f"{name}, {size} x {size}", f"{rate} TFLOP/s"))
+        if "bytes_per_second" in figures:
+            rows.append((name, f"{_tera(figures['bytes_per_second'])} TB/s"))
+    return _table(("", ""), rows)
+
+
+def _runs(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    rows = [
+        (name, cell["status"], _seconds(cell["figures"].get("run_seconds")))
+        for name, cell in cells.items()
+    ]
+    return _table(("", "status", "s, compilation included"), rows)
+
+
+def _tests(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    outcomes = [
+        outcome
+        for cell in cells.values()
+        for outcome in cell["figures"].get("outcomes", {}).items()
+    ]
+    return _table(("test", "outcome"), outcomes)
+
+
+def _layouts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    """Each cell, with its time over that of as many agents one after the other."""
+    measured = [cell["figures"] for cell in cells.values()]
+    measured = [figures for figures in measured if "step_seconds" in figures]
+    alone = {
+        (f["model"], f["width"]): f["step_seconds"]
+        for f in measured
+        if f["agents"] == 1
+    }
+    rows = []
+    for f in measured:
+        single = alone.get((f["model"], f["width"]))
+        ratio = single and f["step_seconds"] / (f["agents"] * single)
+        chosen = f["layout"]
+        if chosen == "auto":
+            chosen = f"auto ({f['chosen']})"
+        rows.append(
+            (
+                f"{f['model']}, width {f['width']:g}",
+                f["agents"],
+                "alone" if f["agents"] == 1 else chosen,
+                _ms(f["step_seconds"]),
+                _percent(f["spread"]),
+                _number()(f["images_per_second"]),
+                _number()(ratio),
+                _seconds(f["first_seconds"]),
+                _mib(f.get("peak_bytes")),
+            )
+        )
+    header = ("model", "agents", "layout", "step, ms", "spread, %", "images/s")
+    header += ("step / (agents x step alone)", "first step, s", "memory, MiB")
+    return _table(header, rows)
+
+
+def _merges(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, cell in cells.items():
+        figures = cell["figures"]
+        for which in ("first", "later"):
+            if f"{which}_seconds" in figures:
+                phases = figures[f"{which}_phases"].items()
+                told = ", ".join(f"{phase} {_seconds(s)}" for phase, s in phases)
+                total = _seconds(figures[f"{which}_seconds"])
+                rows.append((name, which, total, told))
+    return _table(("merge", "call", "s", "by phase, s"), rows)
+
+
+def _precision(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            name,
+            f["layout"],
+            _ms(f["step_seconds"]),
+            _tera(f.get("flops_per_second")),
+            _percent(f.get("utilisation")),
+        )
+        for name, f in ((name, cell["figures"]) for name, cell in cells.items())
+        if "step_seconds" in f
+    ]
+    header = ("", "layout", "step, ms", "model TFLOP/s", "utilisation, %")
+    return _table(header, rows)
+
+
+def _pytorch(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    """PyTorch's step, and the library's step of the same single model over it."""
+    ours = {
+        f["width"]: f["step_seconds"]
+        for f in (cell["figures"] for cell in records["layouts"]["cells"].values())
+        if "step_seconds" in f and f["agents"] == 1 and f["model"] == "resnet20"
+    }
+    rows = []
+    for name, cell in cells.items():
+        figures = cell["figures"]
+        if "step_seconds" in figures:
+            step = figures["step_seconds"]
+            here = ours.get(figures["width"])
+            ratio = here and here / step
+            rate = _number()(figures["images_per_second"])
+            rows.append((name, _ms(step), rate, _number()(ratio)))
+    header = ("PyTorch, one agent", "step, ms", "images/s", "JAX float32 / PyTorch")
+    return _table(header, rows)
+
+
+def _protocol(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
+    """Accuracies by round, right after the communication and after training."""
+    rows = []
+    for name, cell in cells.items():
+        for row in cell["figures"].get("rows", ()):
+            accuracy, deviation = row["test_accuracy_mean"], row["test_accuracy_std"]
+            told = f"{_percent(accuracy)} ± {_percent(deviation)}"
+            when = (row["round"], row["phase"])
+            rows.append((name, *when, told, _seconds(row["seconds_total"])))
+    return _table(("run", "round", "phase", "test accuracy, %", "s"), rows)
+
+
+_TABLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], list[str]]] = {
+    "facts": _facts,
+    "algorithms": _runs,
+    "models": _runs,
+    "tests": _tests,
+    "layouts": _layouts,
+    "merges": _merges,
+    "precision": _precision,
+    "pytorch": _pytorch,
+    "protocol": _protocol,
+}
+
+
+def main() -> None:
+    """Prints the section."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="the folder that `measure` has filled")
+    print(render(parser.parse_args().out), end="")
+
+
+if __name__ == "__main__":
+    main()
