@@ -87,7 +87,7 @@ class Evaluator:
             )
             return totals + jnp.where(batch.mask, measures, 0).sum(axis=1)
 
-        self._count = jax.jit(
+        self._count = placement.jit(
             placement.per_agent(count, in_axes=(0, 0, None)), donate_argnums=0
         )
         self._distance = jax.jit(self._consensus_distance)

@@ -11,6 +11,8 @@ from jaxtyping import Array, Key
 
 from dimat_jax import evaluate, models, permutation
 from dimat_jax._chosen import build_chosen, check_network, number_of_agents
+from dimat_jax._conv_forms import has_convolution
+from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.conditions import no_negative_weights
@@ -54,6 +56,8 @@ class Experiment:
 
     Args:
         config: a config with the fields of `config.default_config`.
+        layout: how agents share a device. By default it is what the config names, or
+            what suits the model and the device.
 
     Attributes:
         config: the config that was given.
@@ -61,6 +65,7 @@ class Experiment:
         links: the network over time.
         dataset: the data set.
         shards: for each agent the indices of its training images.
+        layout: how agents share a device, and why.
         placement: the devices on which the agents live.
         model: the model that every agent trains.
         task: the loss, the symmetry and the activations of the model.
@@ -75,7 +80,7 @@ class Experiment:
         UserError: the config cannot be run.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layout: LayoutChoice | None = None):
         check(config)
         self.config = config
         self._fields = resolved(fields_of(config))
@@ -98,8 +103,13 @@ class Experiment:
         devices = jax.devices()
         if devices[0].platform == "cpu":
             devices = devices[: config.placement.cpu_devices]
-        self.placement = place(n_agents, devices, config.placement.batching)
         self._build_task()
+        self.layout = layout or choose(
+            config, devices[0], -(-n_agents // len(devices)), lambda: self.convolves
+        )
+        self.placement = place(
+            n_agents, devices, self.layout.batching, self.layout.chunk
+        )
         self._build_samplers(pretrain_shards)
         self._build_algorithms()
 
@@ -304,6 +314,11 @@ class Experiment:
             self._example_inputs(32),
             verify_key,
         )
+
+    @cached_property
+    def convolves(self) -> bool:
+        """Whether the model has convolutions."""
+        return has_convolution(jax.make_jaxpr(self._init)(jax.random.key(0)).jaxpr)
 
     def _init(self, key: Key[Array, ""]) -> Variables:
         """Draws one agent's initial variables."""

@@ -12,27 +12,49 @@ absent, have no neighbours, and `gather` removes them.
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Key
 
-from dimat_jax.errors import UserError
-from dimat_jax.options import Option
-from dimat_jax.tree import PyTree, stack, take
+from dimat_jax._chunks import Chunked
+from dimat_jax._layouts import CHUNK, LAYOUTS, PlacementError, Shards, lift
+from dimat_jax.options import Option, Record, registry
+from dimat_jax.tree import PyTree
 
-__all__ = ["Batching", "Placement", "PlacementError", "place", "request_cpu_devices"]
+__all__ = [
+    "Batching",
+    "Placement",
+    "PlacementError",
+    "place",
+    "refusals_explained",
+    "request_cpu_devices",
+]
 
-Batching = Literal["auto", "vmap", "unroll"]
+Batching = Literal["auto", "vmap", "unroll", "chunks", "im2col", "grouped"]
 
 AGENTS = Option(
     "agents", 5, "The number of agents in the network.", at_least=1, unit="agents"
 )
+
+
+def automatic(platform: str, convolves: bool = True) -> Literal["vmap", "chunks"]:
+    """Returns the layout that suits a platform and a model, without any timing.
+
+    Args:
+        platform: the platform of the devices, e.g. "cpu".
+        convolves: whether the model has convolutions. XLA:CPU runs the convolutions of
+            several agents in one batched program about six times slower.
+    """
+    return "chunks" if platform == "cpu" and convolves else "vmap"
+
+
 CPU_DEVICES = Option(
     "placement.cpu_devices",
     1,
@@ -41,19 +63,19 @@ CPU_DEVICES = Option(
     unit="devices",
     changes_results=False,
 )
+AUTO = Record(
+    "auto",
+    automatic,
+    summary="The program chooses. On a CPU, models without convolutions run as vmap, "
+    "and others as chunks. Elsewhere a run times a few training steps of each layout.",
+)
 BATCHING = Option(
     "placement.batching",
     "auto",
-    "How agents that share a device run: as one batched program (vmap), or one after "
-    "the other in one program (unroll). auto unrolls agents on CPUs and batches them "
-    "elsewhere.",
-    choices=get_args(Batching),
+    "The layout: how agents that share a device run.",
+    choices=registry(AUTO, *LAYOUTS.values()),
     changes_results=False,
 )
-
-
-class PlacementError(UserError):
-    """Agents cannot be laid out over the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +84,16 @@ class Placement:
 
     Attributes:
         n_agents: the number of agents.
-        mesh: a mesh with the single axis "agents".
-        batching: how agents that share a device run. "vmap" runs them as one batched
-            program, "unroll" one after the other in one program. A batched convolution
-            becomes a grouped one, which XLA:CPU runs about six times slower than the
-            same convolutions unrolled. Unrolling costs compile time for each agent.
+        mesh: a mesh with the axis "agents".
+        batching: the layout, that is, how agents that share a device run: one of
+            `LAYOUTS`.
+        chunk: the number of agents in a chunk, for the layout "chunks".
     """
 
     n_agents: int
     mesh: Mesh
-    batching: Literal["vmap", "unroll"]
+    batching: str
+    chunk: int = CHUNK.default
 
     @property
     def slots(self) -> int:
@@ -119,37 +141,44 @@ class Placement:
                 raise PlacementError(
                     f"in_axes has {len(axes)} entries for {len(args)} arguments"
                 )
-            specs = tuple(
-                PartitionSpec() if axis is None else PartitionSpec("agents")
-                for axis in axes
-            )
-            return jax.shard_map(
-                lambda *shards: self._over_shard(fn, axes, shards),
-                mesh=self.mesh,
-                in_specs=specs,
-                out_specs=PartitionSpec("agents"),
-                check_vma=False,
-            )(*args)
+            return lift(fn, axes, args, self._shards)
 
         return stacked_fn
 
-    def _over_shard(self, fn, axes, shards):
-        """Runs `fn` on every agent of one device's shard."""
+    def jit(
+        self,
+        fn: Callable[..., Any],
+        *,
+        donate_argnums: int | Sequence[int] = (),
+        out_shardings: Sharding | None = None,
+        compiler_options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compiles a function on stacked agents, as the layout asks for.
+
+        It is `jax.jit`, except for the layout "chunks": there each function that
+        `per_agent` lifts is a program of its own, which runs for one chunk of agents
+        after the other. Use it for all functions that call what `per_agent` returns.
+        Within other functions that are traced, such a function is a part of them.
+
+        Args:
+            fn: a pure function of pytrees of arrays.
+            donate_argnums: the arguments whose memory may be reused.
+            out_shardings: the sharding of all results; None: each as it comes.
+            compiler_options: options for XLA.
+        """
+        options = {
+            "donate_argnums": donate_argnums,
+            "out_shardings": out_shardings,
+            "compiler_options": compiler_options,
+        }
+        if self.batching == "chunks":
+            return Chunked(fn, self._shards, **options)
+        return jax.jit(fn, **options)
+
+    @property
+    def _shards(self) -> Shards:
         n_local = self.slots // self.mesh.size
-        if n_local > 1 and self.batching == "vmap":
-            return jax.vmap(fn, in_axes=axes, axis_size=n_local)(*shards)
-
-        # A single agent on a device needs no batching. Batching rules would turn its
-        # convolutions into grouped ones, which takes more time on some backends.
-        def run(i: int):
-            return fn(
-                *(
-                    shard if axis is None else take(shard, i)
-                    for axis, shard in zip(axes, shards, strict=True)
-                )
-            )
-
-        return stack([run(i) for i in range(n_local)])
+        return Shards(self.mesh, n_local, self.batching, self.chunk)
 
     def put(self, stacked: PyTree) -> PyTree:
         """Places host arrays `[n_agents, ...]` on the devices as `[slots, ...]`."""
@@ -213,27 +242,29 @@ def place(
     n_agents: int,
     devices: Sequence[Any] | None = None,
     batching: Batching = BATCHING.default,
+    chunk: int = CHUNK.default,
 ) -> Placement:
     """Lays out agents over devices.
 
     Args:
         n_agents: the number of agents.
         devices: the devices to use, at most one for each agent. None: all devices.
-        batching: how agents that share a device run (see `Placement`). "auto" unrolls
-            them on CPUs and vmaps them elsewhere.
+        batching: the layout (see `Placement`). "auto" is "chunks" on CPUs and "vmap"
+            elsewhere.
+        chunk: the number of agents in a chunk, for the layout "chunks".
 
     Raises:
-        OptionError: the batching is unknown.
+        OptionError: the layout is unknown, or `chunk` is below 1.
         PlacementError: there is no agent, or collectives of the host devices would
             deadlock (see `request_cpu_devices`).
     """
     if n_agents < 1:
         raise PlacementError(f"expected at least 1 agent, got {n_agents}")
     BATCHING.check(batching)
+    CHUNK.check(chunk)
     devices = list(jax.devices() if devices is None else devices)[:n_agents]
     on_cpu = devices[0].platform == "cpu"
-    if batching == "auto":
-        batching = "unroll" if on_cpu else "vmap"
+    layout = automatic(devices[0].platform) if batching == "auto" else batching
     n_local = sum(device.process_index == jax.process_index() for device in devices)
     if on_cpu and n_local > 1 and _thread_pool_size() < _threads_for(n_local):
         raise PlacementError(
@@ -244,7 +275,27 @@ def place(
     mesh = jax.make_mesh(
         (len(devices),), ("agents",), axis_types=(AxisType.Auto,), devices=devices
     )
-    return Placement(n_agents, mesh, batching)
+    return Placement(n_agents, mesh, layout, chunk)
+
+
+@contextmanager
+def refusals_explained(placement: Placement) -> Iterator[None]:
+    """Raises the errors of XLA and of the devices as one error about the layout.
+
+    Raises:
+        PlacementError: a program does not compile, or has failed while it ran.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        device = placement.mesh.devices.flat[0].device_kind
+        others = ", ".join(name for name in LAYOUTS if name != placement.batching)
+        raise PlacementError(
+            f"the layout {placement.batching} does not run on {device}: {reason}. "
+            f"{BATCHING.path} can also be {others}; chunks of few agents need the "
+            "least memory"
+        ) from error
 
 
 def _check_in_axes(in_axes: Any) -> None:

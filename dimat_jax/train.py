@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dimat_jax._pretrain import pretrain
+from dimat_jax._race import settled
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config
@@ -96,7 +97,7 @@ def run(
 
 def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
     """Builds and checks a run's experiment, and makes its folder if it is new."""
-    experiment = Experiment(config)
+    experiment = settled(config, folder, log)
     if not folder.is_started:
         if experiment.record.aligns:
             experiment.verify_spec()

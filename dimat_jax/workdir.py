@@ -1,6 +1,7 @@
 """The files of a run. Its folder holds these:
 
     config.json      the config that the run was started with
+    layout.json      how agents share a device, with which the run was started
     partition.json   how many training samples of each class every agent has
     metrics.jsonl    a row for every evaluation
     events.out.*     the numbers of these rows, for TensorBoard
@@ -23,6 +24,7 @@ from jaxtyping import Int64
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._metrics import MetricsWriter, read_rows, write_json
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State, Variables
@@ -134,7 +136,7 @@ class Workdir:
             )
 
     def create(self, experiment: Experiment) -> Int64[np.ndarray, "agents classes"]:
-        """Makes the folder, with config.json and partition.json.
+        """Makes the folder, with config.json, layout.json and partition.json.
 
         Returns:
             How many training samples of each class every agent has.
@@ -150,6 +152,7 @@ class Workdir:
             "counts": counts,
         }
         write_json(self.path / "partition.json", partition)
+        write_json(self._layout, experiment.layout._asdict())
         # config.json comes last, since it marks the folder as that of a run.
         write_json(self._config, _as_dict(config))
         return counts
@@ -174,10 +177,20 @@ class Workdir:
             raise ConfigError(f"{self._config} cannot be used: {error}") from error
         return drop_unread(config)
 
+    def read_layout(self) -> LayoutChoice | None:
+        """Reads how the agents of the run share a device; None if the run is new."""
+        if not (self.is_started and self._layout.exists()):
+            return None
+        return LayoutChoice(**json.loads(self._layout.read_text()))
+
     def read_summary(self) -> dict[str, Any] | None:
         """Reads summary.json; None for a run that has not finished."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def _layout(self) -> Path:
+        return self.path / "layout.json"
 
     @property
     def _config(self) -> Path:
@@ -292,6 +305,7 @@ class Results:
             # This is the gap without faults, over one period of the topology.
             "spectral_gap": spectral_gap(self._experiment.links.mixing_matrix),
             "seconds_total": self.progress.total_seconds,
+            "layout": self._experiment.layout._asdict(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "versions": {"dimat_jax": dimat_jax.__version__, "jax": jax.__version__},
         }

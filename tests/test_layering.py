@@ -14,8 +14,11 @@ ROOT = Path(__file__).parents[1]
 # The top floor first. Modules and packages of one floor do not import each other;
 # within a package there is no order, but neither is there a cycle.
 FLOORS = [
-    ["_lazy", "tree", "errors", "_stopwatch"],
-    ["options"],
+    ["_lazy", "tree", "errors", "_stopwatch", "_jaxprs"],
+    ["options", "_conv_forms"],
+    ["_layouts"],
+    ["_parts"],
+    ["_chunks"],
     ["_option_facts", "placement"],
     ["topology"],
     ["mixing"],
@@ -33,10 +36,10 @@ FLOORS = [
     ["_run_options"],
     ["config"],
     ["sweeps"],
-    ["_chosen"],
+    ["_chosen", "_layout_choice"],
     ["experiment"],
     ["_trainer", "workdir"],
-    ["_pretrain"],
+    ["_pretrain", "_race"],
     ["train"],
     ["reports", "_merge_models", "_bench"],
     ["cli"],

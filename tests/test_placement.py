@@ -20,6 +20,7 @@ import optax
 import pytest
 
 from dimat_jax import placement as placement_module
+from dimat_jax._layouts import LAYOUTS
 from dimat_jax.algorithms.base import Task
 from dimat_jax.algorithms.local import local
 from dimat_jax.data.pipeline import Batch, Reader, place_pool
@@ -43,7 +44,7 @@ N_AGENTS = 5
 # Five agents share one device, share two devices with a slot left over, or have a
 # device each.
 DEVICES = [1, 2, 5]
-BATCHINGS: list[Batching] = ["vmap", "unroll"]
+BATCHINGS: list[Batching] = ["vmap", "unroll", "chunks"]
 N_STEPS = 20
 
 RNG = np.random.default_rng(0)
@@ -117,7 +118,7 @@ def trained(placement: Placement) -> tuple[dict, np.ndarray]:
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *initial)
     state = algorithm.init(placement.put(stacked))
     network = placement.replicate(ring_network(placement))
-    step = jax.jit(algorithm.step)
+    step = placement.jit(algorithm.step)
     metrics = {}
     for number in range(N_STEPS):
         key = jax.random.fold_in(jax.random.key(9), number)
@@ -146,7 +147,7 @@ def compute(placement: Placement) -> dict[str, np.ndarray]:
     lifted = placement.per_agent(one_agent, in_axes=(0, None, 0))
     keys = placement.keys(jax.random.key(3))
     stacked = placement.put(STACKED)
-    outputs = jax.jit(lifted)(stacked, placement.replicate(SHARED), keys)
+    outputs = placement.jit(lifted)(stacked, placement.replicate(SHARED), keys)
     n_shards = len({shard.device for shard in outputs["y"].addressable_shards})
 
     network = placement.replicate(ring_network(placement))
@@ -370,9 +371,9 @@ def test_put_refuses_what_is_not_stacked_over_the_agents(placement, shape):
         placement.put({"ok": np.zeros(3), "wrong": np.zeros(shape)})
 
 
-def test_auto_unrolls_on_a_cpu_and_vmaps_elsewhere():
+def test_auto_is_chunks_on_a_cpu_and_vmap_elsewhere():
     on_cpu = jax.devices()[0].platform == "cpu"
-    assert place(2).batching == ("unroll" if on_cpu else "vmap")
+    assert place(2).batching == ("chunks" if on_cpu else "vmap")
 
 
 def test_there_must_be_an_agent():
@@ -381,11 +382,12 @@ def test_there_must_be_an_agent():
 
 
 @pytest.mark.usefixtures("without_type_checks")
-def test_batching_is_one_of_three():
-    assert get_args(Batching) == ("auto", "vmap", "unroll")
+def test_batching_is_one_of_the_layouts():
+    assert get_args(Batching) == ("auto", *LAYOUTS)
     other: Any = "scan"
     with pytest.raises(
-        ValueError, match="batching is 'scan'; allowed: auto, unroll, vmap"
+        ValueError,
+        match="batching is 'scan'; allowed: auto, chunks, .* unroll, vmap",
     ):
         place(2, batching=other)
 

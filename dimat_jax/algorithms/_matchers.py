@@ -134,13 +134,13 @@ class _Programs:
             )
 
         self.spec, self.placement = spec, placement
-        self.observe_shared = jax.jit(
+        self.observe_shared = placement.jit(
             placement.per_agent(observe, in_axes=(0, None, None))
         )
-        self.observe_own = jax.jit(placement.per_agent(observe))
-        self.observe_received = jax.jit(observe_received)
-        self.update = jax.jit(update, donate_argnums=0)
-        self.scores = jax.jit(placement.per_agent(group_scores))
+        self.observe_own = placement.jit(placement.per_agent(observe))
+        self.observe_received = placement.jit(observe_received)
+        self.update = placement.jit(update, donate_argnums=0)
+        self.scores = placement.jit(placement.per_agent(group_scores))
 
 
 class _StackedAgents:

@@ -39,7 +39,7 @@ class Recalibrator:
             return add_batch(total, count, statistics, n)
 
         self._add = {
-            shared: jax.jit(
+            shared: placement.jit(
                 placement.per_agent(
                     add, in_axes=(0, 0, 0, *[None if shared else 0] * 2)
                 ),

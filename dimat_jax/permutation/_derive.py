@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple, overload
 import jax
 from jaxtyping import Array
 
+from dimat_jax._jaxprs import ClosedJaxpr
 from dimat_jax.permutation._declare import declare, fix_undeclarable, name_groups
-from dimat_jax.permutation._jaxpr import ClosedJaxpr, shape_of
+from dimat_jax.permutation._jaxpr import shape_of
 from dimat_jax.permutation._run_jaxpr import run_and_record
 from dimat_jax.permutation._spec import PermutationSpec, PermutationSpecError
 from dimat_jax.permutation._taps import Tap, choose_taps, read_tap

@@ -6,7 +6,8 @@ permuted.
 
 from collections.abc import Sequence
 
-from dimat_jax.permutation._jaxpr import Equation, shape_of
+from dimat_jax._jaxprs import Equation
+from dimat_jax.permutation._jaxpr import shape_of
 from dimat_jax.permutation._units import ArrayUnits, fix, fixed, same
 
 __all__ = [

@@ -10,8 +10,9 @@ without a rule fixes all axes that it touches.
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from dimat_jax._jaxprs import Atom, Equation
 from dimat_jax.permutation import _index_rules
-from dimat_jax.permutation._jaxpr import Atom, Equation, shape_of
+from dimat_jax.permutation._jaxpr import shape_of
 from dimat_jax.permutation._units import (
     ArrayUnits,
     AxisUnits,

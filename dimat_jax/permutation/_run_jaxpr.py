@@ -8,14 +8,15 @@ import jax.extend as jex
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from dimat_jax.permutation._jaxpr import (
+from dimat_jax._jaxprs import (
     Atom,
     ClosedJaxpr,
     Equation,
     Jaxpr,
-    Place,
     called_by,
+    run_equation,
 )
+from dimat_jax.permutation._jaxpr import Place
 
 __all__ = ["run_and_record"]
 
@@ -56,7 +57,7 @@ def _run(
         here = {p[1:]: whole for p, whole in wanted.items() if p[0] == number}
         inside = {place: whole for place, whole in here.items() if len(place) > 1}
         if not inside:
-            outputs = _evaluate(eqn, inputs)
+            outputs = run_equation(eqn, inputs)
         elif eqn.primitive.name == "scan":
             outputs, inner = _run_scan(eqn, inputs, inside)
             recorded |= inner
@@ -70,14 +71,6 @@ def _run(
             if len(place) == 1:
                 recorded[whole] = [*inputs, *reversed(outputs)][place[0]]
     return [value_of(atom) for atom in jaxpr.outvars], recorded
-
-
-def _evaluate(eqn: Equation, inputs: list[Any]) -> list[Any]:
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Some versions of JAX return the functions to be called apart from the params.
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    outputs = eqn.primitive.bind(*functions, *inputs, **params)
-    return outputs if eqn.primitive.multiple_results else [outputs]
 
 
 def _run_scan(

@@ -10,15 +10,8 @@ import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 
-from dimat_jax.permutation._jaxpr import (
-    Atom,
-    ClosedJaxpr,
-    Equation,
-    Jaxpr,
-    Place,
-    called_by,
-    shape_of,
-)
+from dimat_jax._jaxprs import Atom, ClosedJaxpr, Equation, Jaxpr, called_by
+from dimat_jax.permutation._jaxpr import Place, shape_of
 from dimat_jax.permutation._rules import RULES
 from dimat_jax.permutation._units import (
     ArrayUnits,

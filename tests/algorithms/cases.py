@@ -240,7 +240,7 @@ def on_placement(case: Case, problem: str, placement: Placement) -> Built:
         return algorithm.step(state, batch, network, key)
 
     def quickly(function):
-        return jax.jit(
+        return placement.jit(
             function, out_shardings=placement.sharding, compiler_options=QUICKLY
         )
 

@@ -11,11 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from dimat_jax import models
 from dimat_jax.algorithms import Task
 from dimat_jax.data.pipeline import Batch, Samples
 from dimat_jax.models import classifier
+from dimat_jax.models.vgg import VGG
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
@@ -140,12 +142,16 @@ class Problem(NamedTuple):
 
 def mlp(*hidden: int) -> Problem:
     """Makes the problem of the MLP, whose agents start from different weights."""
-    model = models.MODELS["mlp"](n_classes=3, hidden=hidden)
-    image = (2, 2, 1)
+    return classify(models.MODELS["mlp"](n_classes=3, hidden=hidden), (2, 2, 1))
+
+
+def classify(model: nn.Module, image: tuple[int, ...]) -> Problem:
+    """Makes the problem of a model that classifies images into three classes."""
     task = Task(
         loss=classifier.loss(model),
         spec=models.permutation_spec(model),
         activations=classifier.activations(model),
+        batch_statistics=classifier.batch_statistics(model),
     )
     init = jax.jit(lambda key: classifier.init(model, key, np.zeros((1, *image))))
 
@@ -168,13 +174,15 @@ PROBLEMS = {
     ),
     "mlp": mlp(6),
     "deep mlp": mlp(6, 5),
+    # Convolutions, one of them with BatchNorm before a pool.
+    "cnn": classify(VGG(stages=((4,), (4,)), n_classes=3), (4, 4, 1)),
 }
 
 
-def shared_images(n: int = 40) -> Samples:
+def shared_images(n: int = 40, problem: str = "mlp") -> Samples:
     """Draws images that all agents share, in two batches."""
     rng = np.random.default_rng(0)
-    inputs = jnp.asarray(rng.standard_normal((n, *PROBLEMS["mlp"].example)))
+    inputs = jnp.asarray(rng.standard_normal((n, *PROBLEMS[problem].example)))
 
     def load(indices, mask):
         return Batch(inputs[indices], jnp.zeros(len(indices), jnp.int32), mask)

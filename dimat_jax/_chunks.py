@@ -1,0 +1,320 @@
+"""Runs a function on stacked agents as several programs, one of them for a chunk.
+
+The function is traced once. Its equations are cut into parts that take turns:
+
+    arithmetic on stacked arrays, which is one program
+    what agents do alone: one program for a chunk of agents, called once for each chunk
+
+So what agents do alone is compiled once for any number of agents. A chunk reads its
+rows of the stacked arrays and writes its rows of the results. It writes in place: into
+arrays that nothing else needs any more, or into fresh ones.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from dimat_jax._jaxprs import (
+    Atom,
+    ClosedJaxpr,
+    Var,
+    run_equations,
+)
+from dimat_jax._layouts import LAYOUTS, Shards, over_rows
+from dimat_jax._parts import Part, abstract, inlined, parts_of
+
+__all__ = ["Chunked"]
+
+
+class Chunked:
+    """A function on stacked agents that runs chunk by chunk.
+
+    It is called like a function that `jax.jit` returns. Within another traced function
+    it is a part of that function.
+
+    Args:
+        fn: the function. Its arguments and results are pytrees of arrays.
+        shards: the layout of the agents.
+        out_shardings: the sharding of all results; None: each as it comes.
+        options: further options of `jax.jit`.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        shards: Shards,
+        out_shardings: Sharding | None = None,
+        **options: Any,
+    ):
+        self._shards, self._out_sharding = shards, out_shardings
+        self._whole = jax.jit(fn, out_shardings=out_shardings, **options)
+        self._compiler_options = options.get("compiler_options")
+        # The programs by the identity of the traced jaxpr, which they keep alive.
+        self._programs: dict[int, _Programs] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self._whole(*args)
+        # JAX keeps traces: arguments of the same shapes and dtypes give the same jaxpr.
+        traced = self._whole.trace(*args)
+        programs = self._programs.get(id(traced.jaxpr))
+        if programs is None:
+            programs = _Programs(
+                traced.jaxpr,
+                [info.donated for info in jax.tree.leaves(traced.args_info)],
+                _Where(self._shards, self._out_sharding),
+                self._compiler_options,
+            )
+            self._programs[id(traced.jaxpr)] = programs
+        if not programs.has_chunks:
+            return self._whole(*args)
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), programs(leaves))
+
+
+class _Where:
+    """Where arrays are: the shardings of variables.
+
+    Attributes:
+        shards: the layout of the agents.
+        results: the sharding of all results; None: each as it comes.
+        agents: the sharding of stacked arrays.
+        shared: the sharding of arrays that all agents share.
+    """
+
+    def __init__(self, shards: Shards, results: Sharding | None):
+        self.shards, self.results = shards, results
+        self.agents = NamedSharding(shards.mesh, PartitionSpec("agents"))
+        self.shared = NamedSharding(shards.mesh, PartitionSpec())
+
+
+class _Programs:
+    """The programs of one traced function. Calling it with flat arguments runs them.
+
+    Args:
+        closed: the traced function.
+        donated: for each argument whether its memory may be reused.
+        where: the shardings.
+        compiler_options: options for XLA.
+
+    Attributes:
+        has_chunks: whether any program is for a chunk of agents.
+    """
+
+    def __init__(
+        self,
+        closed: ClosedJaxpr,
+        donated: Sequence[bool],
+        where: _Where,
+        compiler_options: dict[str, Any] | None,
+    ):
+        self._traced = closed
+        closed = inlined(closed, copies_all=where.results not in (None, where.agents))
+        jaxpr, parts = closed.jaxpr, parts_of(closed, where.shards)
+        self.has_chunks = any(part.alone for part in parts)
+        self._invars, self._outvars = jaxpr.invars, jaxpr.outvars
+        self._donated = {v for v, d in zip(jaxpr.invars, donated, strict=True) if d}
+        self._wanted = _operand_shardings(parts, where)
+        self._consts = {
+            var: jax.device_put(const, self._wanted.get(var))
+            for var, const in zip(jaxpr.constvars, closed.consts, strict=True)
+        }
+        results = {v for v in jaxpr.outvars if isinstance(v, Var)}
+        shardings = {v: self._wanted.get(v) for part in parts for v in part.writes}
+        if where.results is not None:
+            shardings |= dict.fromkeys(results, where.results)
+        # What may be overwritten once it is not needed any more.
+        owned = self._donated.union(*(part.writes for part in parts))
+        self._steps = [
+            (
+                part,
+                _chunk_program(part, owned, where, compiler_options)
+                if part.alone
+                else _stacked_program(part, owned, shardings, compiler_options),
+            )
+            for part in parts
+        ]
+
+    def __call__(self, args: Sequence[Any]) -> list[Any]:
+        values = dict(self._consts)
+        for var, arg in zip(self._invars, args, strict=True):
+            wanted = self._wanted.get(var)
+            if wanted is not None and getattr(arg, "sharding", None) != wanted:
+                arg = jax.device_put(arg, wanted)
+            values[var] = arg
+        for part, program in self._steps:
+            values |= program(values)
+            for var in part.last_reads:
+                array = values.pop(var)
+                if var in self._donated and isinstance(array, jax.Array):
+                    array.delete()
+        return [
+            values[var] if isinstance(var, Var) else jnp.asarray(var.val)
+            for var in self._outvars
+        ]
+
+
+def _operand_shardings(parts: Iterable[Part], where: _Where) -> dict[Var, Sharding]:
+    """The shardings in which chunks take their operands."""
+    wanted: dict[Var, Sharding] = {}
+    for part in parts:
+        for eqn in part.eqns if part.alone else ():
+            for atom, axis in zip(eqn.invars, eqn.params["in_axes"], strict=True):
+                if isinstance(atom, Var) and axis == 0:
+                    wanted[atom] = where.agents
+                elif isinstance(atom, Var):
+                    wanted.setdefault(atom, where.shared)
+    return wanted
+
+
+def _overwritten(part: Part, owned: set[Var], reads: Iterable[Var]) -> dict[Var, Var]:
+    """Finds variables whose arrays the results of a part can overwrite.
+
+    Returns:
+        for each result that has one, the variable of the same shape and dtype. The
+        order decides, so that parameters overwrite the parameters before the step.
+    """
+    waiting: dict[Any, list[Var]] = {}
+    for var in reads:
+        if var in part.last_reads and var in owned:
+            waiting.setdefault((var.aval.shape, var.aval.dtype), []).append(var)
+    found = {}
+    for var in part.writes:
+        if candidates := waiting.get((var.aval.shape, var.aval.dtype)):
+            found[var] = candidates.pop(0)
+    return found
+
+
+Program = Callable[[dict[Var, Any]], dict[Var, Any]]
+"""Runs a part: takes the values of all variables, returns those of `part.writes`."""
+
+
+def _stacked_program(
+    part: Part,
+    owned: set[Var],
+    shardings: dict[Var, Sharding | None],
+    compiler_options: dict[str, Any] | None,
+) -> Program:
+    """Makes the program of a part that is arithmetic on stacked arrays."""
+    given = list(_overwritten(part, owned, part.reads).values())
+    kept = [var for var in part.reads if var not in set(given)]
+
+    def run(given_arrays, kept_arrays):
+        values = dict(zip(given, given_arrays, strict=True))
+        values |= dict(zip(kept, kept_arrays, strict=True))
+        return run_equations(part.eqns, values, part.writes)
+
+    program = jax.jit(
+        run,
+        donate_argnums=0,
+        out_shardings=[shardings.get(var) for var in part.writes],
+        compiler_options=compiler_options,
+    )
+
+    def run_part(values):
+        results = program([values[v] for v in given], [values[v] for v in kept])
+        return dict(zip(part.writes, results, strict=True))
+
+    return run_part
+
+
+def _chunk_program(
+    part: Part,
+    owned: set[Var],
+    where: _Where,
+    compiler_options: dict[str, Any] | None,
+) -> Program:
+    """Makes the program of a part that agents do alone, and calls it for each chunk."""
+    shards = where.shards
+    rows, shared = _operands(part)
+    one = _of_one_agent(part, rows, shared)
+    old = _overwritten(part, owned, [var for var in rows if var not in shared])
+    kept = [var for var in rows if var not in set(old.values())]
+    axes = (0,) * len(rows) + (None,) * len(shared)
+
+    def run(size, start, buffers, kept_arrays, shared_arrays):
+        pairs = zip(part.writes, buffers, strict=True)
+        arrays = {old[var]: buffer for var, buffer in pairs if var in old}
+        arrays |= dict(zip(kept, kept_arrays, strict=True))
+        own = [jax.lax.dynamic_slice_in_dim(arrays[var], start, size) for var in rows]
+        build = LAYOUTS["vmap"].build
+        results = over_rows(build, one, axes, [*own, *shared_arrays], size)
+        return [
+            jax.lax.dynamic_update_slice_in_dim(buffer, result, start, axis=0)
+            for buffer, result in zip(buffers, results, strict=True)
+        ]
+
+    def on_each_device(size, *args):
+        in_axes = (None, 0, 0, None)
+        return shards.map(lambda *local: run(size, *local), in_axes, *args)
+
+    program = jax.jit(
+        on_each_device,
+        static_argnums=0,
+        donate_argnums=2,
+        compiler_options=compiler_options,
+    )
+    fresh = [var.aval for var in part.writes if var not in old]
+    make_fresh = jax.jit(
+        lambda: [_empty(aval) for aval in fresh], out_shardings=where.agents
+    )
+    starts = range(0, shards.n_local, shards.chunk)
+    sizes = [min(shards.chunk, shards.n_local - start) for start in starts]
+    placed = [jax.device_put(np.int32(start), where.shared) for start in starts]
+
+    def run_part(values):
+        new = iter(make_fresh() if fresh else ())
+        buffers = [values[old[v]] if v in old else next(new) for v in part.writes]
+        kept_arrays = [values[v] for v in kept]
+        shared_arrays = [values[v] for v in shared]
+        for size, start in zip(sizes, placed, strict=True):
+            buffers = program(size, start, buffers, kept_arrays, shared_arrays)
+        return dict(zip(part.writes, buffers, strict=True))
+
+    return run_part
+
+
+def _empty(aval: Any) -> Any:
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return jax.vmap(jax.random.key)(jnp.zeros(aval.shape, jnp.uint32))
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+def _operands(part: Part) -> tuple[list[Var], list[Var]]:
+    """The variables of which agents read their own rows, and those that they share."""
+    made = {var for eqn in part.eqns for var in eqn.outvars}
+    rows, shared = {}, {}
+    for eqn in part.eqns:
+        for atom, axis in zip(eqn.invars, eqn.params["in_axes"], strict=True):
+            if isinstance(atom, Var) and atom not in made:
+                (rows if axis == 0 else shared)[atom] = None
+    return list(rows), list(shared)
+
+
+def _of_one_agent(
+    part: Part, rows: Sequence[Var], shared: Sequence[Var]
+) -> ClosedJaxpr:
+    """Makes one jaxpr of all that an agent does alone in a part."""
+
+    def run(*args: Any) -> list[Any]:
+        own = dict(zip(rows, args[: len(rows)], strict=True))
+        common = dict(zip(shared, args[len(rows) :], strict=True))
+        for eqn in part.eqns:
+            operands: list[Any] = []
+            for atom, axis in zip(eqn.invars, eqn.params["in_axes"], strict=True):
+                operands.append(_value(atom, own if axis == 0 else common))
+            results = jex.core.jaxpr_as_fun(eqn.params["jaxpr"])(*operands)
+            own |= dict(zip(eqn.outvars, results, strict=True))
+        return [own[var] for var in part.writes]
+
+    of_rows = [jax.ShapeDtypeStruct(v.aval.shape[1:], v.aval.dtype) for v in rows]
+    return jax.make_jaxpr(run)(*of_rows, *[abstract(v.aval) for v in shared])
+
+
+def _value(atom: Atom, values: dict[Var, Any]) -> Any:
+    return values[atom] if isinstance(atom, Var) else atom.val

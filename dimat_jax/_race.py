@@ -1,0 +1,194 @@
+"""Chooses the layout of a run's agents by a short timing, where that is worth it.
+
+On a CPU a rule is enough (see `_layout_choice`). On accelerators no rule holds for all
+models and devices: gradients of grouped convolutions, for example, are fast on some of
+them alone. There a run takes a few real training steps in every layout, on its own
+model and data. The fastest one is kept on disk for further runs of the same kind.
+
+A run that resumes has the layout with which it began, because layouts differ by
+rounding.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+import dimat_jax
+from dimat_jax._layout_choice import LayoutChoice
+from dimat_jax._metrics import write_json
+from dimat_jax._trainer import Trainer
+from dimat_jax.config import Config, fields_of, fields_read
+from dimat_jax.data._cache import user_cache
+from dimat_jax.experiment import Experiment
+from dimat_jax.placement import AUTO, PlacementError
+from dimat_jax.workdir import Workdir
+
+__all__ = ["race", "settled"]
+
+Seconds = Callable[[LayoutChoice], float]
+"""Measures the seconds of a training step in a layout."""
+
+# The number of timed steps in each layout, after a first one that compiles.
+_STEPS = 5
+# The seconds after which no further step of a layout is timed.
+_CAP = 20.0
+# The number of agents on a device up to which unrolling them is tried. Each agent adds
+# to the time that compilation takes.
+_FEW = 8
+
+
+def settled(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
+    """Builds the experiment of a run in the layout that its agents shall have.
+
+    Args:
+        config: the run's config.
+        folder: the run's folder. The layout of an interrupted run is read there.
+        log: a function that receives a line of text about the layout.
+
+    Raises:
+        UserError: the config cannot be run.
+        PlacementError: no layout runs on the devices.
+    """
+    automatic = config.placement.batching == AUTO.name
+    begun = folder.read_layout() if automatic else None
+    experiment = Experiment(config, begun)
+    if automatic and begun is None and len(candidates(experiment)) > 1:
+        choice = _chosen(experiment, log)
+        experiment = Experiment(config, choice)
+    name, reason = experiment.layout.name, experiment.layout.reason
+    log(f"agents on a device run as {name}: {reason}")
+    return experiment
+
+
+def candidates(experiment: Experiment) -> list[LayoutChoice]:
+    """The layouts that are worth a timing. A single one needs none."""
+    placement, preferred = experiment.placement, experiment.layout
+    n_local = placement.slots // placement.mesh.size
+    on_cpu = placement.mesh.devices.flat[0].platform == "cpu"
+    if on_cpu or n_local == 1 or not experiment.convolves:
+        return [preferred]
+    chunks = {1, min(4, n_local)}
+    return [
+        *(LayoutChoice(name, 1, "") for name in ("vmap", "grouped", "im2col")),
+        *(LayoutChoice("unroll", 1, "") for _ in range(n_local <= _FEW)),
+        *(LayoutChoice("chunks", size, "") for size in sorted(chunks)),
+    ]
+
+
+def _chosen(experiment: Experiment, log: Callable[[str], None]) -> LayoutChoice:
+    """Reads the fastest layout from the cache, or finds it and stores it there."""
+    path = user_cache() / "layouts" / f"{_fingerprint(experiment)}.json"
+    stored = _read(path)
+    if stored is None:
+        log("timing the layouts of agents, once for this model and device")
+
+        def seconds(choice: LayoutChoice) -> float:
+            return _step_seconds(Experiment(experiment.config, choice))
+
+        device = experiment.placement.mesh.devices.flat[0].device_kind
+        stored = race(candidates(experiment), seconds, device)
+        _write(path, stored)
+    return stored
+
+
+def race(
+    choices: Sequence[LayoutChoice], seconds: Seconds, device: str
+) -> LayoutChoice:
+    """Returns the fastest of several layouts.
+
+    A layout that fails, because the device refuses it or has too little memory, drops
+    out.
+
+    Args:
+        choices: the layouts.
+        seconds: measures a training step in a layout.
+        device: the kind of the device, for messages.
+
+    Returns:
+        the fastest layout. Its reason holds all times, and what has failed.
+
+    Raises:
+        PlacementError: every layout fails.
+    """
+    times, failures = {}, {}
+    for choice in choices:
+        try:
+            times[choice] = seconds(choice)
+        except (PlacementError, jax.errors.JaxRuntimeError) as error:
+            failures[choice] = str(error).strip().splitlines()[0]
+    notes = [f"{choice.name} fails ({error})" for choice, error in failures.items()]
+    if not times:
+        raise PlacementError(f"no layout runs on {device}: {'; '.join(notes)}")
+    ranking = sorted(times, key=lambda choice: times[choice])
+    # Processes must agree, and their clocks differ.
+    if jax.process_count() > 1:
+        first = choices.index(ranking[0])
+        agreed = multihost_utils.broadcast_one_to_all(np.int32(first))
+        ranking = [choices[int(agreed)]]
+    shown = [f"{choice.name} {1e3 * times[choice]:.4g} ms" for choice in ranking]
+    reason = f"a training step takes {', '.join([*shown, *notes])}"
+    return ranking[0]._replace(reason=reason)
+
+
+def _step_seconds(experiment: Experiment) -> float:
+    """Measures the median seconds of a training step."""
+    state = experiment.algorithm.init(experiment.initial_variables())
+    trainer = Trainer(
+        experiment, experiment.algorithm, experiment.sampler, experiment.key("rounds")
+    )
+    times = []
+    for step in range(1 + _STEPS):
+        start = time.perf_counter()
+        network = experiment.network_at_step(step, 1)
+        # `train` returns once the losses are on the host, so no work is left then.
+        state, _ = trainer.train(state, step, [network])
+        times.append(time.perf_counter() - start)
+        # Several processes must all take the same number of steps.
+        if step > 0 and sum(times) > _CAP and jax.process_count() == 1:
+            break
+    return float(np.median(times[1:]))
+
+
+def _fingerprint(experiment: Experiment) -> str:
+    """A name for all runs that share the fastest layout."""
+    config, placement = experiment.config, experiment.placement
+    device = placement.mesh.devices.flat[0]
+    parts = ("model.", "optimizer.name", "algorithm", "batch_size")
+    fields = {
+        field: value
+        for field, value in fields_read(fields_of(config)).items()
+        if field.startswith(parts)
+    }
+    fields |= {
+        "agents": placement.n_agents,
+        "devices": placement.mesh.size,
+        "device": device.device_kind,
+        "image": experiment.dataset.train.images.shape[1:],
+        "classes": experiment.dataset.n_classes,
+        "versions": [jax.__version__, dimat_jax.__version__],
+    }
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> LayoutChoice | None:
+    """Reads a stored layout; None if there is none that can be read."""
+    try:
+        return LayoutChoice(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(path: Path, choice: LayoutChoice) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, choice._asdict())
+    except OSError as error:
+        logging.warning("Cannot keep the choice of a layout: %s", error)
