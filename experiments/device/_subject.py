@@ -9,31 +9,30 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
+from dimat_jax._layouts import LAYOUTS as LAYOUT_RECORDS
 from dimat_jax._trainer import Trainer
+from dimat_jax.algorithms.base import gradient, one_agent
 from dimat_jax.config import Config, default_config, drop_unread
-from dimat_jax.data._cache import write_arrays
-from dimat_jax.data._cifar import ARRAYS
-from dimat_jax.data._dataset import make_split
+from dimat_jax.data.pipeline import Batch
 from dimat_jax.experiment import Experiment
-from dimat_jax.models import classifier
-from dimat_jax.placement import BATCHING
 
 __all__ = [
     "LAYOUTS",
     "Steps",
     "alone_flops",
-    "images_folder",
+    "layout_fields",
     "step_config",
 ]
 
-# Every way in which agents that share a device can run.
-LAYOUTS = tuple(name for name in BATCHING.choices if name != "auto")
+# Every way in which agents that share a device can run, and the size of chunks, for the
+# layout that has them.
+LAYOUTS = tuple(name for name in LAYOUT_RECORDS) + ("chunks of 4",)
 
 BATCH = 100
 # The seconds that one timing lasts at least, unless it has `_MOST_STEPS` steps.
@@ -42,41 +41,29 @@ _MOST_STEPS = 50
 _REPEATS = 3
 
 
-def images_folder(work: Path) -> Path:
-    """A data folder with random images in the place of CIFAR-100, made if missing."""
-    folder = work / "random-images"
-    target = folder / "cifar100" / ARRAYS
-    if not target.exists():
-        rng = np.random.default_rng(0)
-        splits = [
-            make_split(
-                rng.integers(0, 256, (size, 32, 32, 3), np.uint8),
-                np.arange(size) % 100,
-            )
-            for size in (6400, 1000)
-        ]
-        write_arrays(target, (splits[0], splits[1], 100, None))
-    return folder
+def layout_fields(layout: str) -> dict[str, Any]:
+    """The fields of a config by which agents run in a layout: "chunks of 4", "vmap"."""
+    batching, _, chunk = layout.partition(" of ")
+    fields: dict[str, Any] = {"placement.batching": batching}
+    return fields | ({"placement.chunk": int(chunk)} if chunk else {})
 
 
 def step_config(
-    work: Path,
     model: str,
     width: float,
     n_agents: int,
     *,
-    batching: str = "auto",
+    layout: str = "auto",
     batch: int = BATCH,
     **fields: Any,
 ) -> Config:
     """A config whose local steps are measured: agents on CIFAR-sized images.
 
     Args:
-        work: the folder for files.
         model: the architecture.
         width: the width of the model.
         n_agents: the number of agents.
-        batching: the layout.
+        layout: the layout: a key of `LAYOUTS`, or "auto".
         batch: the number of images in an agent's batch.
         **fields: other fields of the config, with `__` in the place of dots.
     """
@@ -86,14 +73,13 @@ def step_config(
         "agents": n_agents,
         "batch_size": batch,
         "local_epochs": 1,
-        "data.name": "cifar100",
-        "data.dir": str(images_folder(work)),
+        "data.name": "random",
         "augmentation.flip": True,
         "augmentation.pad": 4,
         "model.name": model,
         "model.width": width,
         "pretrain.epochs": 0,
-        "placement.batching": batching,
+        **layout_fields(layout),
     }
     chosen |= {path.replace("__", "."): value for path, value in fields.items()}
     config.update_from_flattened_dict(chosen)
@@ -159,24 +145,15 @@ def alone_flops(experiment: Experiment, batch: int = BATCH) -> float:
     XLA counts them in the program before it is compiled, so the count is the same for
     every layout and device.
     """
-    loss = classifier.loss(experiment.model)
-
-    def gradient(variables, inputs, labels, key):
-        from dimat_jax.data.pipeline import Batch
-
-        mask = jax.numpy.ones(batch, bool)
-        params = variables["params"]
-
-        def value(params):
-            return loss({**variables, "params": params}, Batch(inputs, labels, mask), key)
-
-        return jax.grad(value, has_aux=True)(params)
-
-    one = jax.eval_shape(experiment._init, jax.random.key(0))
-    inputs = jax.ShapeDtypeStruct((batch, 32, 32, 3), np.float32)
-    labels = jax.ShapeDtypeStruct((batch,), np.int32)
-    lowered = jax.jit(gradient).lower(one, inputs, labels, jax.random.key(0))
-    analysis: Any = lowered.cost_analysis()
+    shape = experiment.dataset.train.images.shape[1:]
+    examples = Batch(
+        jax.ShapeDtypeStruct((batch, *shape), np.float32),
+        jax.ShapeDtypeStruct((batch,), np.int32),
+        jax.ShapeDtypeStruct((batch,), np.bool_),
+    )
+    one = one_agent(experiment.abstract_variables())
+    step = jax.jit(partial(gradient, experiment.task))
+    analysis: Any = step.lower(one, examples, jax.random.key(0)).cost_analysis()
     return float(analysis["flops"])
 
 

@@ -109,8 +109,11 @@ def _run(part: Part, seconds: float, options: argparse.Namespace) -> str:
 
 def _environment(options: argparse.Namespace) -> dict[str, str]:
     """The environment of a worker. What the user has set stays as it is."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(options.work / "xla")}
-    return {**_ENVIRONMENT, **cache, **os.environ}
+    caches = {
+        "JAX_COMPILATION_CACHE_DIR": str(options.work / "xla"),
+        "XDG_CACHE_HOME": str(options.work / "cache"),
+    }
+    return {**_ENVIRONMENT, **caches, **os.environ}
 
 
 def _commit() -> str | None:

@@ -2,8 +2,9 @@
 
     python -m experiments.device.pack --data_dir=DATA [--out=build/device]
 
-OUT/wheels receives those Python packages that such a machine usually lacks. OUT/data-0,
-OUT/data-1, ... receive CIFAR-100, without loss, in parts that can be carried one by one.
+OUT/wheels receives those Python packages that such a machine usually lacks. The folders
+OUT/data-0, OUT/data-1, ... receive CIFAR-100, without loss, in parts that can be carried
+one by one.
 `python -m experiments.device.unpack` turns the parts into a data folder.
 """
 

@@ -130,14 +130,11 @@ def _layouts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
     for f in measured:
         single = alone.get((f["model"], f["width"]))
         ratio = single and f["step_seconds"] / (f["agents"] * single)
-        chosen = f["layout"]
-        if chosen == "auto":
-            chosen = f"auto ({f['chosen']})"
         rows.append(
             (
                 f"{f['model']}, width {f['width']:g}",
                 f["agents"],
-                "alone" if f["agents"] == 1 else chosen,
+                "alone" if f["agents"] == 1 else f["layout"],
                 _ms(f["step_seconds"]),
                 _percent(f["spread"]),
                 _number()(f["images_per_second"]),
@@ -148,7 +145,17 @@ def _layouts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
         )
     header = ("model", "agents", "layout", "step, ms", "spread, %", "images/s")
     header += ("step / (agents x step alone)", "first step, s", "memory, MiB")
-    return _table(header, rows)
+    choices = [
+        f"{name}: {cell['figures']['chosen']} after "
+        f"{_seconds(cell['figures']['choice_seconds'])} s, since "
+        f"{cell['figures']['reason']}."
+        for name, cell in cells.items()
+        if "chosen" in cell["figures"]
+    ]
+    return [
+        *_table(header, rows),
+        *(line for choice in choices for line in ("", choice)),
+    ]
 
 
 def _merges(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:

@@ -119,7 +119,10 @@ def test_a_hanging_cell_is_killed_and_the_others_run(tmp_path):
 
 def test_a_part_ends_at_its_limit_with_what_it_has(tmp_path):
     status, record = watch(
-        tmp_path / "example.json", 8, "Cell('quick', 9, quick)", "Cell('hang', 60, hang)"
+        tmp_path / "example.json",
+        8,
+        "Cell('quick', 9, quick)",
+        "Cell('hang', 60, hang)",
     )
     assert status == "out of time"
     assert record["cells"]["quick"]["figures"] == {"answer": 42}

@@ -5,9 +5,14 @@ measures the time of the first step, which compiles, the time of a later step, a
 memory in use. The cells that decide most come first, since time may run out.
 """
 
+import os
+import tempfile
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from dimat_jax._race import settled
+from dimat_jax.workdir import Workdir
 from experiments.device._cells import Cell, LeftOut, Log
 from experiments.device._subject import BATCH, LAYOUTS, Steps, step_config
 from experiments.device.parts import Settings
@@ -66,6 +71,8 @@ _TINY = (
     Subject("resnet20", 0.25, 2),
     Subject("mlp", 0.25, 2),
 )
+# Layouts that differ from "vmap" in their convolutions alone.
+_OF_CONVOLUTIONS = ("im2col", "grouped")
 # The limit of a cell in seconds, and of one with more than 5 agents.
 _LIMIT, _LIMIT_OF_MANY = 30, 45
 
@@ -79,6 +86,10 @@ def cells(settings: Settings) -> list[Cell]:
             limit = 100 if settings.tiny else limit
             measure = _measure(settings, subject, layout, limit)
             found.append(Cell(f"{subject}, {layout}", limit, measure))
+        if subject.model == "resnet20" and 1 < subject.agents <= 5:
+            limit = 3 * _LIMIT
+            measure = _measure_choice(settings, subject)
+            found.append(Cell(f"{subject}, auto", limit, measure))
     return found
 
 
@@ -86,9 +97,12 @@ def _layouts(subject: Subject) -> Iterator[str]:
     if subject.agents == 1:
         yield _ALONE
     else:
-        yield from LAYOUTS
-        if (subject.model, subject.agents) == ("resnet20", 5) and subject.width != 4:
-            yield "auto"
+        for layout in LAYOUTS:
+            if layout in _OF_CONVOLUTIONS and subject.model == "mlp":
+                continue
+            # Few agents are hardly more than one chunk.
+            if " of " not in layout or subject.agents > 5:
+                yield layout
 
 
 def _measure(settings: Settings, subject: Subject, layout: str, limit: float):
@@ -97,13 +111,8 @@ def _measure(settings: Settings, subject: Subject, layout: str, limit: float):
     def measure(log: Log) -> None:
         log.note(**subject._asdict(), layout=layout)
         _expect_to_finish(subject, layout, limit, log)
-        config = step_config(
-            settings.work, *subject, batching=layout, batch=batch
-        )
-        steps = Steps(config)
-        log.note(
-            chosen=steps.experiment.placement.batching, first_seconds=steps.first_seconds
-        )
+        steps = Steps(step_config(*subject, layout=layout, batch=batch))
+        log.note(first_seconds=steps.first_seconds)
         seconds, spread = steps.seconds()
         log.note(
             step_seconds=seconds,
@@ -115,9 +124,25 @@ def _measure(settings: Settings, subject: Subject, layout: str, limit: float):
     return measure
 
 
-def _expect_to_finish(
-    subject: Subject, layout: str, limit: float, log: Log
-) -> None:
+def _measure_choice(settings: Settings, subject: Subject):
+    """Measures which layout a run chooses by itself, and how long that takes."""
+
+    def measure(log: Log) -> None:
+        log.note(**subject._asdict(), layout="auto")
+        batch = 8 if settings.tiny else BATCH
+        # The choice that an earlier measurement has kept would hide this one's time.
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(dir=settings.work)
+        started = time.perf_counter()
+        folder = Workdir(settings.work / "no-such-run")
+        config = step_config(*subject, batch=batch)
+        experiment = settled(config, folder, lambda line: None)
+        log.note(choice_seconds=time.perf_counter() - started)
+        log.note(chosen=experiment.layout.name, reason=experiment.layout.reason)
+
+    return measure
+
+
+def _expect_to_finish(subject: Subject, layout: str, limit: float, log: Log) -> None:
     """Leaves a cell out that would compile longer than it may.
 
     The time to compile is extrapolated, in proportion to the agents, from the same
@@ -140,9 +165,7 @@ def _expect_to_finish(
         raise LeftOut(f"the first step would take about {expected:.0f} s")
 
 
-def best_layout(
-    record: dict[str, Any], model: str, width: float, agents: int
-) -> str:
+def best_layout(record: dict[str, Any], model: str, width: float, agents: int) -> str:
     """The fastest layout that this part has found, or "auto" if it found none.
 
     Without figures for this number of agents, those of the nearest number count.
@@ -153,6 +176,5 @@ def best_layout(
         if "step_seconds" in figures
         and (figures["model"], figures["width"]) == (model, width)
         and figures["agents"] > 1
-        and figures["layout"] != "auto"
     ]
     return min(found)[2] if found else "auto"

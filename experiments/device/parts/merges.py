@@ -39,11 +39,10 @@ def _measure(settings: Settings, width: float, images: int):
         layouts = read_record(settings.out / "layouts.json")
         layout = best_layout(layouts, "resnet20", width, _AGENTS)
         config = step_config(
-            settings.work,
             "resnet20",
             width,
             _AGENTS,
-            batching=layout,
+            layout=layout,
             batch=16 if settings.tiny else 100,
             algorithm="dimat",
             topology="ring",
@@ -61,9 +60,7 @@ def _measure(settings: Settings, width: float, images: int):
             network = experiment.network_at_round(number)
             key = experiment.communication_key(number)
             started = time.perf_counter()
-            state, metrics = experiment.algorithm.communicate(
-                state, data, network, key
-            )
+            state, metrics = experiment.algorithm.communicate(state, data, network, key)
             jax.block_until_ready(state)
             seconds = time.perf_counter() - started
             if number == 1:

@@ -24,11 +24,9 @@ def cells(settings: Settings) -> list[Cell]:
 
     def run(name: str):
         def measure(log: Log) -> None:
-            width = 0.25
             config = step_config(
-                settings.work,
                 name,
-                width,
+                0.25,
                 2,
                 batch=16,
                 algorithm="dimat",

@@ -44,9 +44,7 @@ def _measure(settings: Settings, subject: Subject, dtype: str):
         layouts = read_record(settings.out / "layouts.json")
         layout = best_layout(layouts, *subject)
         log.note(**subject._asdict(), layout=layout, dtype=dtype)
-        config = step_config(
-            settings.work, *subject, batching=layout, batch=batch, model__dtype=dtype
-        )
+        config = step_config(*subject, layout=layout, batch=batch, model__dtype=dtype)
         steps = Steps(config)
         log.note(first_seconds=steps.first_seconds)
         seconds, spread = steps.seconds()

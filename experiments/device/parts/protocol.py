@@ -15,7 +15,7 @@ from configs import cifar100_resnet20
 from dimat_jax._metrics import read_rows
 from dimat_jax.config import Config, drop_unread
 from experiments.device._cells import Cell, LeftOut, Log, read_record
-from experiments.device._subject import Steps, images_folder
+from experiments.device._subject import Steps, layout_fields
 from experiments.device.parts import Settings
 from experiments.device.parts.layouts import best_layout
 
@@ -54,8 +54,7 @@ def cells(settings: Settings) -> list[Cell]:
 
 
 def _config(settings: Settings, epochs: int, fields: dict[str, Any]) -> Config:
-    data = images_folder(settings.work) if settings.tiny else settings.data
-    if data is None:
+    if settings.data is None and not settings.tiny:
         raise LeftOut("there is no folder with CIFAR-100 (--data)")
     config = cifar100_resnet20.get_config()
     width = 0.25 if settings.tiny else _WIDTH
@@ -63,7 +62,7 @@ def _config(settings: Settings, epochs: int, fields: dict[str, Any]) -> Config:
     common: dict[str, Any] = {
         "agents": _AGENTS,
         "topology": "ring",
-        "data.dir": str(data),
+        "data.dir": str(settings.data or ""),
         "model.width": width,
         "rounds": _ROUNDS,
         "pretrain.epochs": epochs,
@@ -74,10 +73,11 @@ def _config(settings: Settings, epochs: int, fields: dict[str, Any]) -> Config:
         "merge.match_samples": 5000,
         "merge.bn_data": "proxy",
         "merge.bn_samples": 5000,
-        "placement.batching": best_layout(layouts, "resnet20", width, _AGENTS),
+        **layout_fields(best_layout(layouts, "resnet20", width, _AGENTS)),
     }
     if settings.tiny:
         common |= {
+            "data.name": "random" if settings.data is None else "cifar100",
             "rounds": 1,
             "local_epochs": 1,
             "batch_size": 20,

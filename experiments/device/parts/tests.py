@@ -1,5 +1,6 @@
 """Runs the tests that are marked `gpu`."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ from experiments.device.parts import Settings
 
 __all__ = ["cells"]
 
+# Compiling takes most of the time, and most of that is the CPU's.
+_PROCESSES = 4
 _ROOT = Path(__file__).parents[3]
 
 
@@ -24,6 +27,8 @@ def cells(settings: Settings) -> list[Cell]:
         if settings.tiny:
             # The tests then compare the CPU with itself.
             environment["DIMAT_TEST_ANY_DEVICE"] = "1"
+        elif importlib.util.find_spec("xdist"):
+            command += ["-n", str(_PROCESSES)]
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=_ROOT, env=environment
         )
