@@ -3,9 +3,8 @@
     python -m experiments.device.pack --data_dir=DATA [--out=build/device]
 
 OUT/wheels receives those Python packages that such a machine usually lacks. The folders
-OUT/data-0, OUT/data-1, ... receive CIFAR-100, without loss, in parts that can be carried
-one by one.
-`python -m experiments.device.unpack` turns the parts into a data folder.
+OUT/data-0, OUT/data-1, ... receive CIFAR-100, without loss, in parts that can be copied
+one by one. `python -m experiments.device.unpack` makes a data folder of the parts.
 """
 
 import argparse

@@ -75,7 +75,10 @@ def test_packed_data_are_loaded_as_they_were(tmp_path):
     assert len(parts) > 1
     unpack.unpack(tmp_path / "packed", tmp_path / "data")
     loaded = sources.load("cifar100", directory=str(tmp_path / "data"))
-    for x, y in zip((*original.train, *original.test), (*loaded.train, *loaded.test)):
+    pairs = zip(
+        (*original.train, *original.test), (*loaded.train, *loaded.test), strict=True
+    )
+    for x, y in pairs:
         np.testing.assert_array_equal(x, y)
     np.testing.assert_array_equal(loaded.mean, original.mean)
     assert loaded.class_names == original.class_names

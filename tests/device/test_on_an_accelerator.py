@@ -1,7 +1,7 @@
 """What a GPU or TPU computes is what the CPU computes.
 
-These tests are skipped where JAX has no accelerator. With DIMAT_TEST_ANY_DEVICE set, they
-compare the CPU with itself, which shows that they run.
+These tests are skipped where JAX has no accelerator. With DIMAT_TEST_ANY_DEVICE set,
+they compare the CPU with itself, which shows that they run.
 """
 
 import jax
