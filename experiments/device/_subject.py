@@ -98,6 +98,8 @@ class Steps:
     """
 
     def __init__(self, config: Config):
+        # What earlier steps in this process have left on the device does not count.
+        self._left_bytes = _bytes_in_use() or 0
         self.experiment = experiment = Experiment(config)
         key = experiment.key("rounds")
         algorithm, sampler = experiment.algorithm, experiment.sampler
@@ -133,10 +135,10 @@ class Steps:
         return median, float(np.ptp(times)) / median
 
     def peak_bytes(self) -> int | None:
-        """The most memory in use on the device while steps run; None if unknown."""
+        """The most memory that the steps use on the device; None if unknown."""
         with _peak_memory() as peak:
             self.take(3)
-        return peak.get("bytes")
+        return max(peak) - self._left_bytes if peak else None
 
 
 def alone_flops(experiment: Experiment, batch: int = BATCH) -> float:
@@ -158,20 +160,19 @@ def alone_flops(experiment: Experiment, batch: int = BATCH) -> float:
 
 
 @contextmanager
-def _peak_memory() -> Iterator[dict[str, int]]:
-    """Watches the memory in use on the first device.
+def _peak_memory() -> Iterator[list[int]]:
+    """Lists the memory in use on the first device; nothing if it is unknown.
 
     The device's own record of its peak cannot be set back, so a thread asks for the
     memory in use, again and again. A program holds all its memory while it runs.
     """
-    device, found, stop = jax.devices()[0], {}, threading.Event()
+    found: list[int] = []
+    stop = threading.Event()
 
     def look() -> None:
         while not stop.is_set():
-            statistics = device.memory_stats() or {}
-            if "bytes_in_use" in statistics:
-                in_use = statistics["bytes_in_use"]
-                found["bytes"] = max(found.get("bytes", 0), in_use)
+            if (in_use := _bytes_in_use()) is not None:
+                found.append(in_use)
             time.sleep(0.0005)
 
     thread = threading.Thread(target=look)
@@ -181,3 +182,8 @@ def _peak_memory() -> Iterator[dict[str, int]]:
     finally:
         stop.set()
         thread.join()
+
+
+def _bytes_in_use() -> int | None:
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("bytes_in_use")

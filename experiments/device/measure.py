@@ -71,7 +71,7 @@ def _measure(options: argparse.Namespace) -> None:
     total = budget if options.minutes is None else 60 * options.minutes
     write_json(
         options.out / "measure.json",
-        {"commit": _commit(), "tiny": options.tiny, "total_seconds": total},
+        {"commit": options.commit, "tiny": options.tiny, "total_seconds": total},
     )
     ends = time.time() + total
     for group in planned:
@@ -136,6 +136,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="data folder with CIFAR-100")
     parser.add_argument("--minutes", type=float, help="time limit of all parts")
     parser.add_argument("--parts", default=",".join(names), help=", ".join(names))
+    parser.add_argument("--commit", default=_commit(), help="what is measured")
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)

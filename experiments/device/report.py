@@ -23,6 +23,8 @@ def render(out: Path) -> str:
     records = {part.name: read_record(out / f"{part.name}.json") for part in PARTS}
     settings = read_record(out / "measure.json")
     lines = ["## On one device", ""]
+    if settings.get("commit"):
+        lines += [f"Commit {settings['commit']}.", ""]
     if settings.get("tiny"):
         lines += ["This was a rehearsal with tiny sizes: no figure means anything.", ""]
     for part in PARTS:
