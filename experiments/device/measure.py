@@ -128,7 +128,9 @@ def _commit() -> str | None:
 
 def _parse() -> argparse.Namespace:
     names = [part.name for part in PARTS]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for figures")
     parser.add_argument(
         "--work", type=Path, default=Path("build/device/work"), help="scratch folder"

@@ -72,7 +72,7 @@ def pack_data(dataset: sources.Dataset, out: Path, part_bytes: int) -> list[Path
             "blocks": [name for name, _ in named],
             "height": images.shape[1],
             "labels": np.asarray(labels).tolist(),
-            "sha256": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
+            "sha256": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
         }
     first = json.dumps(facts).encode()
     parts: list[list[tuple[str, bytes]]] = [[("data.json", first)]]
@@ -93,7 +93,9 @@ def _write(folder: Path, files: Sequence[tuple[str, bytes]]) -> Path:
 
 def main() -> None:
     """Packs everything, and prints the sizes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data_dir", help="tfds's data folder; by default, its own")
     parser.add_argument("--out", type=Path, default=Path("build/device"))
     parser.add_argument("--part_mib", type=int, default=PART_MIB)

@@ -141,12 +141,14 @@ def _layouts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
                 _percent(f["spread"]),
                 _number()(f["images_per_second"]),
                 _number()(ratio),
+                _ms(f.get("host_seconds")),
                 _seconds(f["first_seconds"]),
                 _mib(f.get("peak_bytes")),
             )
         )
     header = ("model", "agents", "layout", "step, ms", "spread, %", "images/s")
-    header += ("step / (agents x step alone)", "first step, s", "memory, MiB")
+    header += ("step / (agents x step alone)", "of it on the host, ms")
+    header += ("first step, s", "memory, MiB")
     choices = [
         f"{name}: {cell['figures']['chosen']} after "
         f"{_seconds(cell['figures']['choice_seconds'])} s, since "
@@ -236,7 +238,9 @@ _TABLES: dict[str, Callable[[dict[str, Any], dict[str, Any]], list[str]]] = {
 
 def main() -> None:
     """Prints the section."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="the folder that `measure` has filled")
     print(render(parser.parse_args().out), end="")
 

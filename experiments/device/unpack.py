@@ -45,14 +45,16 @@ def _split(packed: Path, facts: dict) -> Split:
         raise FileNotFoundError(f"no part in {packed} holds {missing[0]}")
     blocks = [files[name].read_bytes() for name in facts["blocks"]]
     images = _images.decode(blocks, facts["height"])
-    if hashlib.sha256(images).hexdigest() != facts["sha256"]:
+    if hashlib.sha256(images.data).hexdigest() != facts["sha256"]:
         raise ValueError(f"the images in {packed} are not those that were packed")
     return make_split(images, np.array(facts["labels"]))
 
 
 def main() -> None:
     """Unpacks, and prints how long it took."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("packed", type=Path)
     parser.add_argument("target", type=Path)
     options = parser.parse_args()

@@ -4,7 +4,10 @@ These tests are skipped where JAX has no accelerator. With DIMAT_TEST_ANY_DEVICE
 they compare two host devices of the CPU, which shows that they run.
 """
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -26,7 +29,7 @@ from dimat_jax.tree import stack
 pytestmark = pytest.mark.gpu
 
 AGENTS, CLASSES, BATCH = 3, 10, 8
-LAYOUTS = [name for name in BATCHING.choices if name != "auto"]
+LAYOUTS = [name for name in BATCHING.choices or () if name != "auto"]
 # Each model, with the shape of an image.
 MODELS = {
     "mlp": (8, 8, 1),
@@ -36,12 +39,12 @@ MODELS = {
 }
 
 
-def accelerator() -> list[jax.Device]:
+def accelerator() -> list[Any]:
     # Without an accelerator it is another host device than `cpu()`.
     return jax.devices()[-1:]
 
 
-def cpu() -> list[jax.Device]:
+def cpu() -> list[Any]:
     return jax.devices("cpu")[:1]
 
 
@@ -62,9 +65,9 @@ def one_step(name: str, placement: Placement):
         init = jax.jit(lambda key: classifier.init(model, key, np.zeros((1, *shape))))
         agents = [jax.device_get(init(jax.random.key(i))) for i in range(AGENTS)]
     batch = Batch(
-        rng.normal(size=(AGENTS, BATCH, *shape)).astype(np.float32),
-        rng.integers(0, CLASSES, (AGENTS, BATCH)).astype(np.int32),
-        np.ones((AGENTS, BATCH), bool),
+        jnp.asarray(rng.normal(size=(AGENTS, BATCH, *shape)), jnp.float32),
+        jnp.asarray(rng.integers(0, CLASSES, (AGENTS, BATCH)), jnp.int32),
+        jnp.ones((AGENTS, BATCH), bool),
     )
     alone = np.zeros((AGENTS, AGENTS), bool)
     network = Network(np.eye(AGENTS, dtype=np.float32), alone, np.ones(AGENTS, bool))

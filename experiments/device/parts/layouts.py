@@ -119,6 +119,7 @@ def _measure(settings: Settings, subject: Subject, layout: str, limit: float):
             spread=spread,
             images_per_second=subject.agents * batch / seconds,
         )
+        log.note(host_seconds=steps.host_seconds())
         log.note(peak_bytes=steps.peak_bytes())
 
     return measure

@@ -53,13 +53,14 @@ def _measure(settings: Settings, width: float, way: str):
         torch.backends.cudnn.benchmark = True
         log.note(width=width, dtype=dtype, mode=mode, torch=torch.__version__)
         model = ResNet([3, 3, 3], width=round(16 * width), n_classes=100)
-        model = model.to(device, memory_format=torch.channels_last)
+        model = model.to(device).to(memory_format=torch.channels_last)
         run = torch.compile(model, mode=mode) if mode else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         images = torch.randn(batch, 3, 32, 32, device=device)
         images = images.to(memory_format=torch.channels_last)
         labels = torch.randint(100, (batch,), device=device)
         half = torch.autocast(device.type, torch.bfloat16)
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
         def take(n_steps: int) -> float:
             started = time.perf_counter()
@@ -70,7 +71,7 @@ def _measure(settings: Settings, width: float, way: str):
                     loss = torch.nn.functional.cross_entropy(logits, labels)
                 loss.backward()
                 optimizer.step()
-            loss.item()  # waits for the device
+            wait()
             return time.perf_counter() - started
 
         log.note(first_seconds=take(1))
