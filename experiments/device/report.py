@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dimat_jax._bench._record import table
 from experiments.device._cells import read_record
 from experiments.device.parts import PARTS
 
@@ -29,18 +30,18 @@ def render(out: Path) -> str:
         lines += ["This was a rehearsal with tiny sizes: no figure means anything.", ""]
     for part in PARTS:
         record = records[part.name]
-        if not record["cells"]:
-            continue
+        if not (record["cells"] or "status" in record):
+            continue  # The part was not run.
         lines += [f"### {part.summary.rstrip('.')}", ""]
-        table = _TABLES[part.name](record["cells"], records)
-        lines += [*table, ""] if table else []
+        shown = _TABLES[part.name](record["cells"], records)
+        lines += [*shown, ""] if shown else []
         lines += [*_gaps(record), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _gaps(record: dict[str, Any]) -> list[str]:
     """Says how long a part took, and what has no complete figures, and why."""
-    cells = record["cells"]
+    cells, planned = record["cells"], record.get("planned", [])
     by_status: dict[str, list[str]] = {}
     for name, cell in cells.items():
         reason = ""
@@ -48,39 +49,30 @@ def _gaps(record: dict[str, Any]) -> list[str]:
             last = cell["error"].strip().splitlines()[-1:]
             reason = f" ({last[0][:160]})" if last else ""
         by_status.setdefault(cell["status"], []).append(f"{name}{reason}")
-    told = [f"{len(by_status.pop('done', []))} of {len(record['planned'])} done"]
+    told = [f"{len(by_status.pop('done', []))} of {len(planned)} done"]
     told += [f"{status}: {'; '.join(names)}" for status, names in by_status.items()]
-    missing = [name for name in record["planned"] if name not in cells]
+    missing = [name for name in planned if name not in cells]
     told += [f"not reached: {'; '.join(missing)}"] if missing else []
+    if not cells:
+        told.append(record["status"].strip().splitlines()[-1])
     seconds = record.get("seconds")
     took = f"{seconds:.0f} s; " if seconds is not None else ""
     return [took + ". ".join(told) + "."]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table; None is an empty cell."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        cells = ("" if value is None else str(value) for value in row)
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    """The lines of a table; None is an empty cell. Without rows there is no table."""
+    return table(header, rows).split("\n") if rows else []
 
 
-def _number(scale: float = 1.0, digits: int = 3) -> Callable[[Any], str | None]:
-    """Writes numbers times `scale`, with significant digits; None stays None."""
-
-    def write(value: Any) -> str | None:
-        if value is None:
-            return None
-        scaled = value * scale
-        return f"{scaled:,.0f}" if abs(scaled) >= 100 else f"{scaled:.{digits}g}"
-
-    return write
+def _scaled(value: float | None, factor: float) -> float | None:
+    """A value in another unit; None stays None."""
+    return None if value is None else factor * value
 
 
-_seconds, _ms = _number(), _number(1e3)
-_mib, _tera = _number(2**-20), _number(1e-12)
-_percent = _number(100)
+def _words(value: float) -> str:
+    """A number within a sentence."""
+    return f"{value:.3g}"
 
 
 def _facts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
@@ -95,16 +87,16 @@ def _facts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
         figures = cell["figures"]
         if "flops_per_second" in figures:
             size = figures["size"]
-            rate = _tera(figures["flops_per_second"])
+            rate = _words(1e-12 * figures["flops_per_second"])
             rows.append((f"{name}, {size} x {size}", f"{rate} TFLOP/s"))
         if "bytes_per_second" in figures:
-            rows.append((name, f"{_tera(figures['bytes_per_second'])} TB/s"))
+            rows.append((name, f"{_words(1e-12 * figures['bytes_per_second'])} TB/s"))
     return _table(("", ""), rows)
 
 
 def _runs(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
     rows = [
-        (name, cell["status"], _seconds(cell["figures"].get("run_seconds")))
+        (name, cell["status"], cell["figures"].get("run_seconds"))
         for name, cell in cells.items()
     ]
     return _table(("", "status", "s, compilation included"), rows)
@@ -137,13 +129,13 @@ def _layouts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
                 f"{f['model']}, width {f['width']:g}",
                 f["agents"],
                 "alone" if f["agents"] == 1 else f["layout"],
-                _ms(f["step_seconds"]),
-                _percent(f["spread"]),
-                _number()(f["images_per_second"]),
-                _number()(ratio),
-                _ms(f.get("host_seconds")),
-                _seconds(f["first_seconds"]),
-                _mib(f.get("peak_bytes")),
+                1e3 * f["step_seconds"],
+                100 * f["spread"],
+                f["images_per_second"],
+                ratio,
+                _scaled(f.get("host_seconds"), 1e3),
+                f["first_seconds"],
+                _scaled(f.get("peak_bytes"), 2**-20),
             )
         )
     header = ("model", "agents", "layout", "step, ms", "spread, %", "images/s")
@@ -151,7 +143,7 @@ def _layouts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
     header += ("first step, s", "memory, MiB")
     choices = [
         f"{name}: {cell['figures']['chosen']} after "
-        f"{_seconds(cell['figures']['choice_seconds'])} s, since "
+        f"{_words(cell['figures']['choice_seconds'])} s, since "
         f"{cell['figures']['reason']}."
         for name, cell in cells.items()
         if "chosen" in cell["figures"]
@@ -169,8 +161,8 @@ def _merges(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
         for which in ("first", "later"):
             if f"{which}_seconds" in figures:
                 phases = figures[f"{which}_phases"].items()
-                told = ", ".join(f"{phase} {_seconds(s)}" for phase, s in phases)
-                total = _seconds(figures[f"{which}_seconds"])
+                told = ", ".join(f"{phase} {_words(s)}" for phase, s in phases)
+                total = figures[f"{which}_seconds"]
                 rows.append((name, which, total, told))
     return _table(("merge", "call", "s", "by phase, s"), rows)
 
@@ -180,9 +172,9 @@ def _precision(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
         (
             name,
             f["layout"],
-            _ms(f["step_seconds"]),
-            _tera(f.get("flops_per_second")),
-            _percent(f.get("utilisation")),
+            1e3 * f["step_seconds"],
+            _scaled(f.get("flops_per_second"), 1e-12),
+            _scaled(f.get("utilisation"), 100),
         )
         for name, f in ((name, cell["figures"]) for name, cell in cells.items())
         if "step_seconds" in f
@@ -205,8 +197,8 @@ def _pytorch(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
             step = figures["step_seconds"]
             here = ours.get(figures["width"])
             ratio = here and here / step
-            rate = _number()(figures["images_per_second"])
-            rows.append((name, _ms(step), rate, _number()(ratio)))
+            rate = figures["images_per_second"]
+            rows.append((name, 1e3 * step, rate, ratio))
     header = ("PyTorch, one agent", "step, ms", "images/s", "JAX float32 / PyTorch")
     return _table(header, rows)
 
@@ -217,9 +209,9 @@ def _protocol(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
     for name, cell in cells.items():
         for row in cell["figures"].get("rows", ()):
             accuracy, deviation = row["test_accuracy_mean"], row["test_accuracy_std"]
-            told = f"{_percent(accuracy)} ± {_percent(deviation)}"
+            told = f"{100 * accuracy:.2f} ± {100 * deviation:.2f}"
             when = (row["round"], row["phase"])
-            rows.append((name, *when, told, _seconds(row["seconds_total"])))
+            rows.append((name, *when, told, row["seconds_total"]))
     return _table(("run", "round", "phase", "test accuracy, %", "s"), rows)
 
 

@@ -183,8 +183,12 @@ def test_the_report_shows_figures_and_gaps(tmp_path):
     cells = {"float32": {"status": "done", "figures": torch}}
     record = {"planned": [*cells], "cells": cells}
     (tmp_path / "pytorch.json").write_text(json.dumps(record))
+    record = {"cells": {}, "status": "the worker ended with 1: x\nImportError: no y"}
+    (tmp_path / "merges.json").write_text(json.dumps(record))
     text = report.render(tmp_path)
-    assert "| resnet20, width 1 | 5 | vmap | 5 | 1 | 100,000 | 0.5 |  | 3 |  |" in text
+    assert "0 of 0 done. ImportError: no y." in text
+    rows = [line.replace(" ", "") for line in text.splitlines()]
+    assert "|resnet20,width1|5|vmap|5|1|100,000|0.5||3||" in rows
     assert "12 s; 2 of 4 done. failed: many (OutOfMemory: 3 GiB)" in text
     assert "not reached: never." in text
-    assert "| float32 | 1 | 100,000 | 2 |" in text
+    assert "|float32|1|100,000|2|" in rows

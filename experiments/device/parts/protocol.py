@@ -6,7 +6,10 @@ train for two epochs. The number of epochs of pre-training follows from the time
 step; rounds go on until a cell's time is over.
 """
 
+import contextlib
+import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,10 @@ _WIDTH = 1
 _ROUNDS = 20
 _MOST_EPOCHS = 100
 # The share of the part's time that pre-training is to take, and may take.
-_PRETRAINS, _PRETRAINS_AT_MOST = 0.35, 0.5
+_PRETRAINS, _PRETRAINS_AT_MOST = 0.35, 0.6
+# The share of its limit after which a run ends by itself, with what it has. If its
+# process was killed instead, the next run would wait for a new one.
+_ENDS = 0.85
 # What is compared, with the fields that differ from the config's.
 _RUNS: dict[str, dict[str, Any]] = {
     "dimat own": {"algorithm": "dimat", "merge.frame": "own"},
@@ -49,7 +55,7 @@ def cells(settings: Settings) -> list[Cell]:
     pretrains = settings.seconds * _PRETRAINS_AT_MOST
     each = settings.seconds * (1 - _PRETRAINS) / len(_RUNS)
     return [Cell("pretrain", pretrains, _pretrain(settings))] + [
-        Cell(name, each, _run(settings, name)) for name in _RUNS
+        Cell(name, each, _run(settings, name, each)) for name in _RUNS
     ]
 
 
@@ -95,12 +101,13 @@ def _config(settings: Settings, epochs: int, fields: dict[str, Any]) -> Config:
 
 def _pretrain(settings: Settings):
     def measure(log: Log) -> None:
+        started = time.perf_counter()
         config = _config(settings, 1, _RUNS["local"])
         steps = Steps(config)
         seconds, _ = steps.seconds()
         epoch = seconds * steps.experiment.sampler.steps_per_epoch
-        epochs = int(settings.seconds * _PRETRAINS / epoch)
-        epochs = 1 if settings.tiny else max(1, min(epochs, _MOST_EPOCHS))
+        left = settings.seconds * _PRETRAINS - (time.perf_counter() - started)
+        epochs = 1 if settings.tiny else max(1, min(int(left / epoch), _MOST_EPOCHS))
         log.note(step_seconds=seconds, epoch_seconds=epoch, epochs=epochs)
         # Without rounds, the run pre-trains, keeps the agents for others, and ends.
         alone = _config(settings, epochs, {**_RUNS["local"], "rounds": 0})
@@ -109,23 +116,36 @@ def _pretrain(settings: Settings):
     return measure
 
 
-def _run(settings: Settings, name: str):
+def _run(settings: Settings, name: str, seconds: float):
     def measure(log: Log) -> None:
         if "epochs" not in log.figures["pretrain"]:
             raise LeftOut("pre-training did not get far enough")
         config = _config(settings, log.figures["pretrain"]["epochs"], _RUNS[name])
-        _rows_of(config, settings.work / "protocol" / name.replace(" ", "-"), log)
+        folder = settings.work / "protocol" / name.replace(" ", "-")
+        with contextlib.suppress(_OutOfTime):
+            _rows_of(config, folder, log, _ENDS * seconds)
 
     return measure
 
 
-def _rows_of(config: Config, folder: Path, log: Log) -> None:
-    """Runs a config, and notes the row of each evaluation as soon as it is there."""
+class _OutOfTime(Exception):
+    """Ends a run before its cell is over time."""
+
+
+def _rows_of(config: Config, folder: Path, log: Log, seconds: float = math.inf) -> None:
+    """Runs a config, and notes the row of each evaluation as soon as it is there.
+
+    Raises:
+        _OutOfTime: an evaluation ended after `seconds`.
+    """
+    started = time.perf_counter()
     shutil.rmtree(folder, ignore_errors=True)
 
     def note_rows(line: str) -> None:
         rows = [{k: row.get(k) for k in _KEPT} for row in read_rows(folder)]
         log.note(rows=rows)
+        if time.perf_counter() - started > seconds:
+            raise _OutOfTime
 
     dimat_jax.run(config, folder, note_rows)
     note_rows("")
