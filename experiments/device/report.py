@@ -142,10 +142,12 @@ def _layouts(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
     header += ("step / (agents x step alone)", "of it on the host, ms")
     header += ("first step, s", "memory, MiB")
     choices = [
-        f"{name}: {cell['figures']['chosen']} after "
+        f"For {cell['figures']['agents']} agents with {cell['figures']['model']} of "
+        f"width {cell['figures']['width']:g} a run chooses "
+        f"{cell['figures']['chosen']} after "
         f"{_words(cell['figures']['choice_seconds'])} s, since "
         f"{cell['figures']['reason']}."
-        for name, cell in cells.items()
+        for cell in cells.values()
         if "chosen" in cell["figures"]
     ]
     return [

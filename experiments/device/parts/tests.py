@@ -22,7 +22,10 @@ def cells(settings: Settings) -> list[Cell]:
 
     def measure(log: Log) -> None:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "-q"]
-        command += ["-p", "no:cacheprovider", "tests/device"]
+        # Warnings of other versions of other packages say nothing about the device.
+        # pytest-benchmark would warn that it does not go together with xdist.
+        command += ["-W", "default", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+        command += ["tests/device"]
         environment = dict(os.environ)
         if settings.tiny:
             # The tests then compare the CPU with itself.
