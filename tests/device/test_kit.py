@@ -1,8 +1,11 @@
 """The kit that measures the project on a GPU: packing, running parts, reporting."""
 
 import json
+import re
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from experiments.device import _cells, _images, measure, pack, report, unpack
 from experiments.device._cells import Cell
 from experiments.device.parts import PARTS, Settings, cells_of
 
+ROOT = Path(__file__).parents[2]
 # Natural images differ little from pixel to pixel.
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (600, 32, 32, 3), np.uint8) // 16 * 16
@@ -123,7 +127,7 @@ def test_a_hanging_cell_is_killed_and_the_others_run(tmp_path):
 def test_a_part_ends_at_its_limit_with_what_it_has(tmp_path):
     status, record = watch(
         tmp_path / "example.json",
-        8,
+        12,
         "Cell('quick', 9, quick)",
         "Cell('hang', 60, hang)",
     )
@@ -166,6 +170,34 @@ def test_every_part_has_cells_of_different_names(name, tiny, tmp_path):
     settings = Settings(tmp_path, tmp_path, None, 60, tiny)
     names = [cell.name for cell in cells_of(name, settings)]
     assert names and len(set(names)) == len(names)
+
+
+def measure_here(*arguments):
+    command = [sys.executable, "-m", "experiments.device.measure", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_part_is_measured_and_reported(tmp_path):
+    folders = [f"--out={tmp_path / 'out'}", f"--work={tmp_path / 'work'}"]
+    done = measure_here(*folders, "--tiny", "--parts=facts", "--minutes=2")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"facts +\d+ s  done: 5 done\n", done.stdout)
+    text = report.render(tmp_path / "out")
+    assert "This was a rehearsal" in text and "product bfloat16, 256 x 256" in text
+    assert "5 of 5 done" in text
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--parts=facts,speed", "--parts: ['speed'] are none of ['facts', "),
+        ("--minutes=0", "--minutes: expected more than 0, got 0.0"),
+    ],
+)
+def test_bad_arguments_are_refused(argument, message, tmp_path):
+    done = measure_here(f"--out={tmp_path}", argument)
+    assert done.returncode == 2 and message in done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_report_shows_figures_and_gaps(tmp_path):
