@@ -62,6 +62,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in _FIRST)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests that need an accelerator where there is none."""
+    anywhere = os.environ.get("DIMAT_TEST_ANY_DEVICE")
+    needs_one = item.get_closest_marker("gpu") is not None
+    if needs_one and not anywhere and jax.default_backend() == "cpu":
+        pytest.skip("JAX has no accelerator; DIMAT_TEST_ANY_DEVICE=1 runs it here")
+
+
 @pytest.fixture
 def without_type_checks() -> Iterator[None]:
     """For tests that pass a wrong type, to see the error that users get for it."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from dimat_jax.data._dataset import Dataset, Split, mean_std
+from dimat_jax.data._dataset import DataError, Dataset, Split, mean_std
 
-__all__ = ["Decoded", "cached", "user_cache"]
+__all__ = ["Decoded", "cached", "read_arrays", "user_cache", "write_arrays"]
 
 # The version of the cache. Change it whenever the stored arrays change.
 _FORMAT = "2"
@@ -64,13 +64,10 @@ def cached(
     home = Path(cache_dir).expanduser() if cache_dir else user_cache()
     folder = home / f"{name}-{digest.hexdigest()[:16]}"
 
-    arrays = _read(folder)
+    arrays = _read_or_discard(folder)
     if arrays is None:
         logging.info("Decoding %s, to be kept in %s", name, folder)
-        train, test, n_classes, names = decode()
-        mean, std = mean_std(train.images)
-        names = np.array(names or (), np.str_)
-        stored = [*train, *test, np.array(n_classes), mean, std, names]
+        stored = _arrays(decode())
         try:
             _write(folder, stored)
         except OSError as error:
@@ -78,22 +75,58 @@ def cached(
             arrays = stored
         else:
             # Mapped arrays need no memory of their own, and processes share them.
-            arrays = _read(folder) or stored
+            arrays = _read_or_discard(folder) or stored
+    return _dataset(name, arrays)
+
+
+def write_arrays(folder: Path, decoded: Decoded) -> None:
+    """Stores a data set as arrays, which `read_arrays` reads.
+
+    The arrays serve machines that have neither the data set's own files nor what is
+    needed to decode them. A folder that exists already is left as it is.
+    """
+    _write(folder, _arrays(decoded))
+
+
+def read_arrays(name: str, folder: Path) -> Dataset:
+    """Reads a data set that `write_arrays` has stored. The arrays are mapped.
+
+    Raises:
+        DataError: an array is missing or damaged.
+    """
+    try:
+        return _dataset(name, _read(folder))
+    except Exception as error:  # a damaged file can make NumPy raise any error
+        raise DataError(f"{name}: cannot read arrays in {folder}: {error}") from error
+
+
+def _arrays(decoded: Decoded) -> list[np.ndarray]:
+    """The arrays that are stored, in the order of `_FIELDS`."""
+    train, test, n_classes, class_names = decoded
+    mean, std = mean_std(train.images)
+    names = np.array(class_names or (), np.str_)
+    return [*train, *test, np.array(n_classes), mean, std, names]
+
+
+def _dataset(name: str, arrays: Sequence[np.ndarray]) -> Dataset:
+    """The data set of stored arrays."""
     *splits, n_classes, mean, std, names = arrays
     train, test = Split(*splits[:2]), Split(*splits[2:])
     class_names = tuple(names.tolist()) or None
     return Dataset(name, train, test, int(n_classes), mean, std, class_names)
 
 
-def _read(folder: Path) -> list[np.ndarray] | None:
-    """Maps the stored arrays read-only. Removes the folder if it cannot be read."""
+def _read(folder: Path) -> list[np.ndarray]:
+    """Maps the stored arrays read-only."""
+    return [
+        np.asarray(np.load(folder / f"{field}.npy", mmap_mode="r")) for field in _FIELDS
+    ]
+
+
+def _read_or_discard(folder: Path) -> list[np.ndarray] | None:
+    """Maps the stored arrays. Removes the folder if they cannot be read."""
     try:
-        if not folder.exists():
-            return None
-        return [
-            np.asarray(np.load(folder / f"{field}.npy", mmap_mode="r"))
-            for field in _FIELDS
-        ]
+        return _read(folder) if folder.exists() else None
     except Exception as error:  # a damaged file can make NumPy raise any error
         logging.warning("Discarding %s, which is unreadable: %s", folder, error)
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,8 @@
-"""Reads CIFAR-10 and CIFAR-100 as prepared by TensorFlow Datasets (array_record)."""
+"""Reads CIFAR-10 and CIFAR-100 as prepared by TensorFlow Datasets (array_record).
+
+A folder `arrays` in the place of tfds's versions holds the same images as arrays (see
+`_cache.write_arrays`). It is for machines without tfds.
+"""
 
 import os
 import re
@@ -7,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dimat_jax.data._cache import Decoded, cached
+from dimat_jax.data._cache import Decoded, cached, read_arrays
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
@@ -16,7 +20,10 @@ from dimat_jax.data._dataset import (
     make_split,
 )
 
-__all__ = ["read"]
+__all__ = ["ARRAYS", "read"]
+
+# The folder of a data set that is stored as arrays.
+ARRAYS = "arrays"
 
 
 def read(
@@ -36,6 +43,8 @@ def read(
     """
     data_dir = directory or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     root = Path(data_dir).expanduser() / name
+    if (root / ARRAYS).is_dir():
+        return read_arrays(name, root / ARRAYS)
     prepare = (
         "prepare it with `pip install 'dimat_jax[prepare]'` and "
         f"`tfds build {name} --file_format=array_record --data_dir={root.parent}`"

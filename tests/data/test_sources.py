@@ -255,6 +255,21 @@ def test_missing_cifar_says_where_and_how_to_prepare_it(tmp_path):
         load("cifar10", directory=str(tmp_path))
 
 
+def test_a_data_set_is_read_from_arrays_where_there_are_no_records(tmp_path):
+    write_tfds(tmp_path)
+    original = load("cifar10", directory=str(tmp_path), cache_dir=str(tmp_path / "c"))
+    arrays = tmp_path / "elsewhere/cifar10/arrays"
+    decoded = (original.train, original.test, 10, original.class_names)
+    _cache.write_arrays(arrays, decoded)
+    copy = load("cifar10", directory=str(tmp_path / "elsewhere"))
+    assert_well_formed(copy, channels=3)
+    assert_same(copy, original)
+
+    (arrays / "test_labels.npy").write_bytes(b"no array")
+    with pytest.raises(DataError, match=f"cifar10: cannot read arrays in {arrays}"):
+        load("cifar10", directory=str(tmp_path / "elsewhere"))
+
+
 def test_damaged_records_are_named(tmp_path):
     folder = write_tfds(tmp_path)
     (folder / "cifar10-test.array_record-00000-of-00001").write_bytes(b"no records")
