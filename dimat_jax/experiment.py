@@ -340,7 +340,9 @@ class Experiment:
             selection.BN_SAMPLES.path: self._fields[selection.BN_DATA.path],
         }
         for path, size in fields_read(self._fields).items():
-            if path in available and size > available[path] and own.get(path) != "own":
+            if path not in available or own.get(path) == "own":
+                continue
+            if isinstance(size, int) and size > available[path]:
                 raise ConfigError(
                     f"config.{path} is {size}, but there are only {available[path]} "
                     "images"

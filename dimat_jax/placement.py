@@ -79,6 +79,15 @@ class Placement:
         return -(-self.n_agents // self.mesh.size) * self.mesh.size
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether all agents share a device, on which they run one after the other.
+
+        A program of one agent, called for each agent, is then as fast as one program of
+        all agents. It compiles once, and large results need not be stacked.
+        """
+        return self.mesh.size == 1 and self.batching == "unroll"
+
+    @property
     def sharding(self) -> NamedSharding:
         """The sharding of all stacked arrays.
 

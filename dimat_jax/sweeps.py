@@ -36,7 +36,7 @@ def grid(
     for values in product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         for own_name, config in configs.items():
-            config = config.copy_and_resolve_references()
+            config = copy_of(config)
             config.update_from_flattened_dict(chosen)
             name = "-".join([*_values_read(config, choices), own_name])
             run = drop_unread(config)

@@ -24,7 +24,14 @@ from absl import flags
 from dimat_jax._metrics import write_json
 from dimat_jax._trainer import Trainer
 from dimat_jax.cli import _bundled, _program
-from dimat_jax.config import Config, drop_unread, fields_of, fields_read, record_of
+from dimat_jax.config import (
+    Config,
+    copy_of,
+    drop_unread,
+    fields_of,
+    fields_read,
+    record_of,
+)
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.experiment import Experiment
 from dimat_jax.models._settings import DTYPE
@@ -140,7 +147,7 @@ def _n_agents(config: Config) -> int:
 
 def _changed(config: Config, fields: Mapping[str, Any]) -> Config:
     """Returns a copy of a config with other values of those fields that it reads."""
-    changed = config.copy_and_resolve_references()
+    changed = copy_of(config)
     changed.update_from_flattened_dict(fields)
     return drop_unread(changed)
 

@@ -130,7 +130,7 @@ class Agents(NamedTuple):
 
     def match(self, adjacency, samples: Samples | None, **settings: Any) -> EdgePerms:
         stacked = self.placement.put(jax.tree.map(lambda *x: np.stack(x), *self.each))
-        found, similarity = match_edges(
+        found, similarity, _ = match_edges(
             self.matcher,
             stacked,
             edges_of(adjacency),
@@ -268,7 +268,7 @@ def test_edges_that_tell_each_other_are_matched_once():
     matched = []
 
     class Recording(ActivationMatcher):
-        def scorer(self, variables, edge_waves, data, stopwatch):
+        def scorers(self, variables, edge_waves, data, stopwatch):
             for references, permutees, real in edge_waves:
                 matched.extend(
                     zip(
@@ -277,7 +277,7 @@ def test_edges_that_tell_each_other_are_matched_once():
                         strict=True,
                     )
                 )
-            return super().scorer(variables, edge_waves, data, stopwatch)
+            return super().scorers(variables, edge_waves, data, stopwatch)
 
     subject = agents("mlp")
     matcher = Recording(subject.spec, subject.activations, subject.placement)

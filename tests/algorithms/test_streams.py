@@ -19,11 +19,11 @@ from dimat_jax.data.pipeline import Reader, Samples, place_pool
 from dimat_jax.data.sources import Split
 from dimat_jax.matching._activation import (
     ActivationScorer,
-    _ListedNetworks,
+    activation_scorers,
     match_activations,
-    stream_scores,
 )
 from dimat_jax.matching._descent import Pairs, every_pair_alone
+from dimat_jax.matching._observed import ListedNetworks, NetworkPrograms
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.placement import place
 from dimat_jax.tree import PyTree, stack
@@ -113,6 +113,16 @@ def samples(whose: str) -> Samples:
     return reader.own(SHARDS, BATCH)
 
 
+def scorers(examples: Samples, batching: str = "vmap") -> Iterator[ActivationScorer]:
+    placement = place(N, jax.devices()[:1], batching)
+    return ActivationMatcher(SPEC, activations, placement).scorers(
+        placement.put(stack(NETWORKS)),
+        in_waves(ENDS, N),
+        MergeData(examples),
+        Stopwatch(),
+    )
+
+
 SHARDS = [np.arange(0, 9), np.arange(9, 30), np.arange(5, 19), np.arange(20, 40)]
 
 
@@ -122,19 +132,16 @@ def test_networks_in_a_list_have_the_scores_of_all_samples(n_waves):
         Pairs(part[:, 0], part[:, 1], len(part))
         for part in np.array_split(ENDS, n_waves)
     ]
-    networks = _ListedNetworks(SPEC, activations, NETWORKS)
-    scorer = ActivationScorer(stream_scores(networks, batches(), waves), waves)
+    networks = ListedNetworks(NetworkPrograms(SPEC, activations), NETWORKS)
+    (scorer,) = activation_scorers(networks, batches(), waves)
     everything = inputs_of(np.arange(len(IMAGES)))
     assert_scores(scorer, ENDS, [everything] * len(ENDS))
 
 
+@pytest.mark.parametrize("batching", ["vmap", "unroll"])
 @pytest.mark.parametrize("whose", ["shared", "own"])
-def test_stacked_agents_have_the_scores_of_all_samples_that_they_look_at(whose):
-    matcher = ActivationMatcher(SPEC, activations, PLACEMENT)
-    waves = in_waves(ENDS, PLACEMENT.slots)
-    scorer = matcher.scorer(
-        PLACEMENT.put(stack(NETWORKS)), waves, MergeData(samples(whose)), Stopwatch()
-    )
+def test_agents_have_the_scores_of_all_samples_that_they_look_at(whose, batching):
+    (scorer,) = scorers(samples(whose), batching)
     everything = np.arange(len(IMAGES))
     inputs = [
         inputs_of(everything if whose == "shared" else SHARDS[receiver])
@@ -147,13 +154,7 @@ def test_both_kinds_of_networks_are_matched_alike():
     pairs = Pairs(ENDS[:, 0], ENDS[:, 1], len(ENDS))
     solver = every_pair_alone(len(ENDS))
     listed = match_activations(SPEC, activations, NETWORKS, pairs, solver, batches())
-    matcher = ActivationMatcher(SPEC, activations, PLACEMENT)
-    scorer = matcher.scorer(
-        PLACEMENT.put(stack(NETWORKS)),
-        in_waves(ENDS, PLACEMENT.slots),
-        MergeData(samples("shared")),
-        Stopwatch(),
-    )
+    (scorer,) = scorers(samples("shared"))
     for group, perms in listed.items():
         stacked = solver.solve(scorer.scores(group, {}), perms)
         np.testing.assert_array_equal(perms, stacked)
@@ -163,17 +164,12 @@ def test_both_kinds_of_networks_are_matched_alike():
 def test_without_a_batch_there_are_no_scores(kind):
     with pytest.raises(ValueError, match="at least one batch"):
         if kind == "listed":
-            networks = _ListedNetworks(SPEC, activations, NETWORKS)
-            stream_scores(networks, [], in_waves(ENDS, len(ENDS)))
+            networks = ListedNetworks(NetworkPrograms(SPEC, activations), NETWORKS)
+            next(activation_scorers(networks, [], in_waves(ENDS, len(ENDS))))
         else:
             nothing = samples("shared")
             nothing = Samples(nothing.load, *np.zeros((2, 0, BATCH), int), shared=True)
-            ActivationMatcher(SPEC, activations, PLACEMENT).scorer(
-                PLACEMENT.put(stack(NETWORKS)),
-                in_waves(ENDS, PLACEMENT.slots),
-                MergeData(nothing),
-                Stopwatch(),
-            )
+            next(scorers(nothing))
 
 
 def test_networks_in_a_list_may_differ_where_no_unit_is_permuted():
