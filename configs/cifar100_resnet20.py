@@ -15,6 +15,11 @@ of 50, a proxy of 1,000 images for matching and BatchNorm, 10 epochs alone, and 
 of one epoch. It takes about 13 minutes on 2 cores. An algorithm's name may follow, as
 in `cifar100_resnet20.py:small-wa`; options that this algorithm does not read keep their
 defaults.
+
+    --config=configs/cifar100_resnet20.py:bench
+
+is the small form with the paper's batches of 100 and with random images instead of
+files. `dimat bench` times it.
 """
 
 from dimat_jax.config import default_config, drop_unread
@@ -24,7 +29,7 @@ def get_config(argument: str = "paper"):
     """Makes the config.
 
     Args:
-        argument: "paper" or "small"; an algorithm may follow, as in "small-wa".
+        argument: "paper", "small" or "bench"; an algorithm may follow: "small-wa".
     """
     form, _, algorithm = argument.partition("-")
     config = default_config()
@@ -41,8 +46,14 @@ def get_config(argument: str = "paper"):
             pass
         case "small":
             _shrink(config)
+        case "bench":
+            _shrink(config)
+            config.data.name = "random"
+            config.batch_size = config.pretrain.batch_size = 100
         case _:
-            raise ValueError(f"the config's argument is paper or small, got {form!r}")
+            raise ValueError(
+                f"the config's argument is paper, small or bench, got {form!r}"
+            )
     return drop_unread(config)
 
 

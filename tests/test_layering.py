@@ -38,7 +38,7 @@ FLOORS = [
     ["_trainer", "workdir"],
     ["_pretrain"],
     ["train"],
-    ["reports", "_merge_models"],
+    ["reports", "_merge_models", "_bench"],
     ["cli"],
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

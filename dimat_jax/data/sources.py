@@ -79,7 +79,7 @@ def load(
         name: a key of `SOURCES`.
         directory: the folder of the data. For CIFAR it is tfds's data folder (None:
             tfds's own default); for Tiny ImageNet it is the authors' zip, the unpacked
-            folder, or a folder that holds either. The digits come with scikit-learn.
+            folder, or a folder that holds either. Other data sets need no folder.
         cache_dir: the folder where decoded arrays are kept; None means
             `$XDG_CACHE_HOME/dimat_jax` or `~/.cache/dimat_jax`.
         train_size: the number of training samples to keep, equally many of each class
@@ -141,6 +141,24 @@ def _digits(directory: str | None, cache_dir: str | None) -> Dataset:
     return Dataset("digits", train, test, 10, mean, std, tuple("0123456789"))
 
 
+def _random(directory: str | None, cache_dir: str | None) -> Dataset:
+    """Random pixels and labels: 12,000 images of 32x32 pixels in 100 classes.
+
+    There is nothing to learn, but the sizes are those of CIFAR-100's images and logits.
+    So programs that measure speed and memory need no files.
+    """
+    del directory, cache_dir
+    random = np.random.default_rng(0)
+    train, test = (
+        make_split(
+            random.integers(256, size=(size, 32, 32, 3), dtype=np.uint8),
+            random.permutation(size) % 100,
+        )
+        for size in (10_000, 2_000)
+    )
+    return Dataset("random", train, test, 100, *mean_std(train.images))
+
+
 _FILES = (DIRECTORY, CACHE_DIRECTORY)
 
 SOURCES: dict[str, Record[Dataset]] = registry(
@@ -158,6 +176,7 @@ SOURCES: dict[str, Record[Dataset]] = registry(
         summary="CIFAR-100, as tfds prepares it: 60,000 images of 32x32 pixels.",
     ),
     Record("tiny_imagenet", _tiny_imagenet.read, leads_to=_FILES),
+    Record("random", _random),
 )
 """`SOURCES[name](directory, cache_dir)` reads a data set; see `load`."""
 

@@ -1,0 +1,130 @@
+"""The process of one side of a benchmark: it makes a program and calls it on request.
+
+The parent process writes one line of JSON for each request, and this process answers
+each with one line: see `_timing`. It ends when its input ends.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from dimat_jax.config import Config, default_config, fields_of
+from dimat_jax.errors import UserError
+from dimat_jax.placement import request_cpu_devices
+
+__all__ = ["Program", "Unavailable", "config_from", "jax_program"]
+
+# What the messages contain by which libraries say that a device's memory is full.
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY")
+
+
+class Unavailable(Exception):
+    """A side cannot be measured on this machine. The message says what is missing."""
+
+
+class Program(NamedTuple):
+    """What a side times.
+
+    Attributes:
+        call: the function that is timed. It returns once all of its work is done. What
+            it returns, a dict that JSON can hold, is kept in `Timing.facts`.
+        device: the name of the device, with the version of the library.
+        device_peak_bytes: returns the peak of the memory in use on the accelerator, or
+            None on a CPU.
+    """
+
+    call: Callable[[], dict[str, Any]]
+    device: str
+    device_peak_bytes: Callable[[], int | None]
+
+
+def jax_program(call: Callable[[], dict[str, Any] | None]) -> Program:
+    """Makes a program that uses JAX's default devices.
+
+    Args:
+        call: the function that is timed, as for `Program`; None stands for no facts.
+    """
+    devices = jax.devices()
+
+    def peak() -> int | None:
+        if devices[0].platform == "cpu":
+            return None
+        return max(d.memory_stats()["peak_bytes_in_use"] for d in devices)
+
+    name = f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
+    return Program(lambda: call() or {}, name, peak)
+
+
+def config_from(fields: dict[str, Any]) -> Config:
+    """Rebuilds a config from `config.to_dict()`, and splits the CPU as it says.
+
+    It must be called before JAX computes anything.
+    """
+    config = default_config()
+    config.update_from_flattened_dict(fields_of(fields))
+    request_cpu_devices(config.placement.cpu_devices)
+    return config
+
+
+def main() -> None:
+    """Answers the requests of the parent process until it closes the pipe."""
+    # Libraries may print, but the pipe is for replies alone.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(content: dict[str, Any]) -> None:
+        replies.write(json.dumps(content) + "\n")
+        replies.flush()
+
+    try:
+        request = json.loads(sys.stdin.readline())
+        module, _, function = request["program"].partition(":")
+        make = getattr(importlib.import_module(module), function)
+        program = make(**request["arguments"])
+        answer({})
+        for _ in sys.stdin:
+            answer(_timed(program))
+    except KeyboardInterrupt:
+        pass  # The parent process was interrupted too, and says so.
+    except Unavailable as error:
+        answer({"unavailable": str(error)})
+    except UserError as error:
+        answer({"refused": str(error)})
+    except Exception as error:
+        if any(text in str(error) for text in _OUT_OF_MEMORY):
+            answer({"unavailable": f"out of memory: {str(error).splitlines()[0]}"})
+        else:
+            answer({"failed": traceback.format_exc()})
+
+
+def _timed(program: Program) -> dict[str, Any]:
+    start = time.perf_counter()
+    facts = program.call()
+    return {
+        "seconds": time.perf_counter() - start,
+        "facts": facts,
+        "device": program.device,
+        "host_peak_bytes": _host_peak_bytes(),
+        "device_peak_bytes": program.device_peak_bytes(),
+    }
+
+
+def _host_peak_bytes() -> int:
+    """Returns the peak of this process's resident memory."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # On Linux, getrusage would include the peak of the parent process.
+        lines = status.read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
