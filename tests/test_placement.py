@@ -370,6 +370,12 @@ def test_put_refuses_what_is_not_stacked_over_the_agents(placement, shape):
         placement.put({"ok": np.zeros(3), "wrong": np.zeros(shape)})
 
 
+def test_agents_run_one_by_one_where_they_share_a_device_and_are_not_batched():
+    (device,) = jax.devices()[:1]
+    assert place(3, [device], "unroll").one_by_one
+    assert not place(3, [device], "vmap").one_by_one
+
+
 def test_auto_unrolls_on_a_cpu_and_vmaps_elsewhere():
     on_cpu = jax.devices()[0].platform == "cpu"
     assert place(2).batching == ("unroll" if on_cpu else "vmap")

@@ -17,11 +17,13 @@ class Settings(NamedTuple):
         repeats: the number of timings of each side, after the first call.
         steps: the number of local steps in one timing.
         full: whether the benchmark also measures what takes more than 10 minutes.
+        agents: the path of trained agents; "" for untrained ones.
     """
 
     repeats: int = 3
     steps: int = 5
     full: bool = False
+    agents: str = ""
 
 
 class Bench(NamedTuple):

@@ -2,7 +2,10 @@
 
     dimat bench merge|train|scale --out=FILE.json [--config=NAME --config.FIELD=VALUE]
 
-merge: times a merge round by phase, and compares it with a local epoch.
+merge: times a merge round by phase, and compares it with the schedule of the published
+    code on the same images, with a merge on as few images as it takes, and with a local
+    epoch. --agents names trained agents (the workdir of a run, a folder of PyTorch
+    files, or an .npz file of stacked arrays), whose accuracy stands beside.
 train: times a step of all agents together, and compares it with as many steps of one
     agent alone, and with a step in bfloat16.
 scale: times a step of 1, 2, 5, ... agents, and compares the time for each agent with
@@ -41,6 +44,9 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "steps", settings.steps, "The number of local steps in one timing.", 1
     )
+    flags.DEFINE_string(
+        "agents", settings.agents, "The trained agents that merge merges."
+    )
     flags.DEFINE_bool(
         "full", settings.full, "Whether to measure also what takes over 10 minutes."
     )
@@ -56,7 +62,8 @@ def main(arguments: list[str]) -> None:
     check(config)
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    result = bench.run(config, Settings(given.repeats, given.steps, given.full))
+    settings = Settings(given.repeats, given.steps, given.full, given.agents)
+    result = bench.run(config, settings)
     write_json(out, {"bench": bench.name, **result, "config": config.to_dict()})
     print(bench.show(result))
     print(f"wrote {out}")

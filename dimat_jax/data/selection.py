@@ -83,7 +83,7 @@ MATCH_SAMPLES = Option(
     "merge.match_samples",
     1000,
     "The number of images on which units are matched. It counts each agent's own "
-    "images, or those of the sample that all agents share. \"enough\": as many as it "
+    'images, or those of the sample that all agents share. "enough": as many as it '
     "takes. Units are matched after 1, 2, 4, 8, ... batches, until twice as many "
     "images improve the mean correlation of matched units by .005 at most.",
     at_least=0,

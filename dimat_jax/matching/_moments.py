@@ -130,9 +130,9 @@ def _products(
     n_samples = len(reference)
     n_blocks = math.gcd(n_samples, BLOCKS) if n_samples >= BLOCKS * LEAST_BLOCK else 1
     blocks = [x.reshape(n_blocks, -1, x.shape[-1]) for x in (reference, permutee)]
-    return jnp.einsum(
-        "bsu,bsv->buv", *blocks, precision=jax.lax.Precision.HIGHEST
-    ).sum(axis=0)
+    return jnp.einsum("bsu,bsv->buv", *blocks, precision=jax.lax.Precision.HIGHEST).sum(
+        axis=0
+    )
 
 
 def correlation(moments: Moments) -> Float[Array, "units units"]:

@@ -5,6 +5,7 @@ are those of all samples at once.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 
 import jax
@@ -158,6 +159,37 @@ def test_both_kinds_of_networks_are_matched_alike():
     for group, perms in listed.items():
         stacked = solver.solve(scorer.scores(group, {}), perms)
         np.testing.assert_array_equal(perms, stacked)
+
+
+@pytest.mark.parametrize("batching", ["vmap", "unroll"])
+def test_scores_as_needed_rest_on_1_2_4_and_all_batches(batching):
+    examples = replace(samples("shared"), as_needed=True)
+    found = list(scorers(examples, batching))
+    assert [scorer.n_batches for scorer in found] == [1, 2, 4, 5]
+    for scorer in found:
+        seen = inputs_of(np.arange(BATCH * scorer.n_batches))
+        assert_scores(scorer, ENDS, [seen] * len(ENDS))
+    (whole,) = scorers(samples("shared"), batching)
+    assert whole.n_batches == 5
+    for group in TAPS:
+        np.testing.assert_array_equal(
+            found[-1].scores(group, {}), whole.scores(group, {})
+        )
+
+
+def test_only_as_many_batches_are_read_as_scorers_are_asked_for():
+    read = []
+
+    def watched() -> Iterator[np.ndarray]:
+        for batch in batches():
+            read.append(batch)
+            yield batch
+
+    networks = ListedNetworks(NetworkPrograms(SPEC, activations), NETWORKS)
+    waves = in_waves(ENDS, len(ENDS))
+    found = activation_scorers(networks, watched(), waves, as_needed=True)
+    for n_batches in (1, 2, 4):
+        assert next(found).n_batches == len(read) == n_batches
 
 
 @pytest.mark.parametrize("kind", ["listed", "stacked"])
