@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from dimat_jax.config import ROOT, Config, drop_unread, fields_of, resolved
+from dimat_jax.config import ROOT, Config, copy_of, drop_unread, fields_of, resolved
 from dimat_jax.errors import UserError
 from dimat_jax.options import read
 

@@ -168,13 +168,13 @@ class _Accuracy:
     def __init__(self, experiment: Experiment, agents: str):
         self._experiment, self._trained = experiment, bool(agents)
         self._measured: float | None = None
-        self.merged: Variables = None
+        self.merged: Variables | None = None
 
     def __call__(self) -> dict[str, Any]:
         if not self._trained:
             return {}
         # Every call merges the same agents, so one measurement is enough.
-        if self._measured is None:
+        if self._measured is None and self.merged is not None:
             found = self._experiment.evaluator(self.merged)
             self._measured = float(np.mean(found.accuracy))
         return {"accuracy": self._measured}

@@ -13,6 +13,7 @@ from dimat_jax.data.pipeline import (
     Pool,
     Reader,
     Sampler,
+    Samples,
     chunked,
     draw_own,
     load,

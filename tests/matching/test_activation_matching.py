@@ -260,7 +260,7 @@ def test_a_planted_permutation_is_found_on_fewer_samples_than_there_are(mlp):
 
 def scorer_of(swap_gain: float, n_batches: int) -> ActivationScorer:
     """One pair with two units, for which swapping them gains so much a unit."""
-    scores = np.float32([[[0.5, 0.5 + swap_gain], [0.5 + swap_gain, 0.5]]])
+    scores = jnp.array([[[0.5, 0.5 + swap_gain], [0.5 + swap_gain, 0.5]]], jnp.float32)
     return ActivationScorer([{"g": scores}], [two_networks()], n_batches=n_batches)
 
 
