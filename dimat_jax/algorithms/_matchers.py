@@ -89,6 +89,8 @@ class ActivationMatcher:
         """Makes the scorers; it measures "activations" and "correlations"."""
         if data.match is None:
             raise ValueError("matching needs examples to look at: MergeData.match")
+        if self._placement.one_by_one and not data.match.shared:
+            edge_waves = _single_edges(edge_waves)
         return activation_scorers(
             self._agents(variables, data.match.shared),
             data.match,
@@ -208,6 +210,19 @@ class _StackedAgents:
         slots = self._programs.placement.slots
         in_order = np.array_equal(wave.references, np.arange(slots))
         return None if in_order else wave.references
+
+
+def _single_edges(edge_waves: Sequence[Pairs]) -> list[Pairs]:
+    """Splits waves into waves of one edge each.
+
+    Then the activations of a received model are gone before those of the next one are
+    computed.
+    """
+    return [
+        Pairs(wave.references[k : k + 1], wave.permutees[k : k + 1], 1)
+        for wave in edge_waves
+        for k in range(wave.real)
+    ]
 
 
 # One agent of a stack. The index is traced, so all agents share one program.
