@@ -6,12 +6,13 @@ that read them; `ROOT` holds the options that every run reads, and leads to all 
 (see `dimat_jax.options`).
 """
 
+import copy
 import functools
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from dimat_jax import _checkpoint, algorithms, evaluate
 from dimat_jax._run_options import (
@@ -50,6 +51,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "check",
+    "copy_of",
     "default_config",
     "drop_unread",
     "fields_of",
@@ -126,8 +128,22 @@ def default_config() -> Config:
             if section not in place:
                 place[section] = ConfigDict()
             place = place[section]
-        place[name] = option.default
+        # A field has the type of its default, unless it says that it may have any type.
+        place[name] = (
+            FieldReference(option.default, field_type=object)
+            if option.words
+            else option.default
+        )
     return config.lock()
+
+
+def copy_of(config: Config) -> Config:
+    """Returns a copy of a config. A field may have values of the same types there.
+
+    (`ConfigDict.copy_and_resolve_references` would let a field that may be a number or
+    a word be of its present type alone.)
+    """
+    return copy.deepcopy(config)
 
 
 # Fields ===============================================================================

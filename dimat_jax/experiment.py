@@ -9,9 +9,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from dimat_jax import evaluate, models, permutation
+from dimat_jax import _randomness, evaluate, models, permutation
 from dimat_jax._chosen import build_chosen, check_network, number_of_agents
 from dimat_jax._conv_forms import has_convolution
+from dimat_jax._devices import devices_of_all_processes
 from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax._slots import put_each
 from dimat_jax.algorithms import Algorithm, MergeData, Task
@@ -103,15 +104,7 @@ class Experiment:
         pretrain_shards = self._partition(PRETRAIN_PARTITION, n_agents)
         self._check_sizes()
 
-        devices = jax.devices()
-        if devices[0].platform == "cpu":
-            n_devices = config.placement.cpu_devices
-            processes = range(jax.process_count())
-            devices = [
-                device
-                for process in processes
-                for device in jax.local_devices(process_index=process)[:n_devices]
-            ]
+        devices = devices_of_all_processes(config.placement.cpu_devices)
         self._build_task()
         self.layout = layout or choose(
             config, devices[0], -(-n_agents // len(devices)), lambda: self.convolves
@@ -369,13 +362,11 @@ class Experiment:
 
     def key(self, purpose: str) -> Key[Array, ""]:
         """Returns the key of all random numbers on the devices for a purpose."""
-        return jax.random.fold_in(
-            jax.random.key(self.config.seed), _PURPOSES.index(purpose)
-        )
+        return _randomness.key(self.config.seed, purpose)
 
     def seeds(self, purpose: str) -> Sequence[int]:
         """Returns seeds for `numpy.random.default_rng`, on the host, for a purpose."""
-        return [self.config.seed, _PURPOSES.index(purpose)]
+        return _randomness.seeds(self.config.seed, purpose)
 
     def _check_sizes(self) -> None:
         """Refuses samples that are larger than the data.
@@ -394,24 +385,10 @@ class Experiment:
             selection.BN_SAMPLES.path: self._fields[selection.BN_DATA.path],
         }
         for path, size in fields_read(self._fields).items():
-            if path in available and size > available[path] and own.get(path) != "own":
+            if path not in available or own.get(path) == "own":
+                continue
+            if isinstance(size, int) and size > available[path]:
                 raise ConfigError(
                     f"config.{path} is {size}, but there are only {available[path]} "
                     "images"
                 )
-
-
-# Each purpose has random numbers of its own. A new purpose is added at the end, because
-# another order would change the results of every run.
-_PURPOSES = (
-    "init",
-    "pretrain",
-    "rounds",
-    "communicate",
-    "verify",
-    "order",
-    "pretrain_order",
-    "proxy",
-    "own",
-    "eval",
-)

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from dimat_jax._fastest_mixing import MixingError, edge_weights
 from dimat_jax._passing import weighted_sums
 from dimat_jax._spectrum import second_modulus
-from dimat_jax.errors import UserError
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.placement import Placement
 from dimat_jax.topology import (
@@ -52,10 +52,6 @@ __all__ = [
 
 MixingMatrix = Float[np.ndarray, "*period agents agents"]
 Rule = Callable[[Adjacency], MixingMatrix]
-
-
-class MixingError(UserError):
-    """A rule does not fit a graph, or a matrix is no mixing matrix."""
 
 
 def _at_every_time(rule: Rule) -> Callable[[Adjacency | Schedule], MixingMatrix]:
@@ -163,43 +159,8 @@ def fastest(adjacency: Adjacency) -> MixingMatrix:
     weights = np.zeros(adjacency.shape)
     for component in components(adjacency):
         block = np.ix_(component, component)
-        weights[block] = _fastest_connected(adjacency[block])
+        weights[block] = edge_weights(adjacency[block])
     return _with_remainder_on_diagonal(weights)
-
-
-def _fastest_connected(adjacency: Adjacency) -> MixingMatrix:
-    """Finds the weights of a connected graph's edges; all other entries are 0."""
-    n_agents = len(adjacency)
-    if adjacency.sum() == n_agents * (n_agents - 1):
-        # All agents are connected, so equal weights reach consensus in one step.
-        return adjacency / n_agents
-    try:
-        import cvxpy  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MixingError(
-            "fastest weights need cvxpy: pip install 'dimat_jax[sdp]'"
-        ) from error
-    # W = I - sum_e w_e (e_i - e_j)(e_i - e_j)^T is symmetric, and its rows sum to 1.
-    ends = np.argwhere(np.triu(adjacency))
-    edges = np.arange(len(ends))
-    incidence = np.zeros((n_agents, len(ends)))
-    incidence[ends[:, 0], edges], incidence[ends[:, 1], edges] = 1, -1
-    weights, norm = cvxpy.Variable(len(ends)), cvxpy.Variable()
-    identity = np.eye(n_agents)
-    deviation = identity - incidence @ cvxpy.diag(weights) @ incidence.T - 1 / n_agents
-    problem = cvxpy.Problem(
-        cvxpy.Minimize(norm),
-        [deviation << norm * identity, deviation >> -norm * identity],
-    )
-    try:
-        problem.solve(solver=cvxpy.CLARABEL)
-    except cvxpy.SolverError as error:
-        raise MixingError(f"the fastest weights were not found: {error}") from error
-    if weights.value is None:
-        raise MixingError(f"the fastest weights were not found: {problem.status}")
-    matrix = np.zeros((n_agents, n_agents))
-    matrix[ends[:, 0], ends[:, 1]] = weights.value
-    return matrix + matrix.T
 
 
 def from_file(adjacency: Adjacency | Schedule, *, file: str) -> MixingMatrix:

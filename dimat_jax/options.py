@@ -63,6 +63,8 @@ class Option:
         at_most: the largest allowed number.
         below: a bound that the number must not reach.
         unit: the unit of a number, e.g. "epochs".
+        words: the texts that may stand in the place of a number. The number is then a
+            whole one.
         empty: a description of what the empty value means ("" for a text, 0 for a
             number). A text without this description must not be empty if it is read.
         opens: the options that are read only if this one is not empty.
@@ -80,6 +82,7 @@ class Option:
     at_most: float | None = None
     below: float | None = None
     unit: str = ""
+    words: tuple[str, ...] = ()
     empty: str = ""
     opens: tuple["Option", ...] = ()
     changes_results: bool = True
@@ -91,16 +94,20 @@ class Option:
 
     @property
     def bounds(self) -> str:
-        """The bounds in words, e.g. "at least 0 and below 1"; "" if there are none."""
+        """The bounds in words, e.g. "at least 0 and below 1"; "" if there are none.
+
+        The `words` follow, e.g. "at least 0 or 'enough'".
+        """
         limits = {
             "at least": self.at_least,
             "above": self.above,
             "at most": self.at_most,
             "below": self.below,
         }
-        return " and ".join(
+        found = " and ".join(
             f"{words} {limit:g}" for words, limit in limits.items() if limit is not None
         )
+        return " or ".join([found, *map(repr, self.words)])
 
     def check(self, value: Any, name: str | None = None) -> None:
         """Checks a value of this option.
@@ -113,6 +120,12 @@ class Option:
             OptionError: the value is not allowed; the message says what is allowed.
         """
         name = name or self.keyword
+        if isinstance(value, str) and value in self.words:
+            return
+        if self.words and isinstance(value, float):
+            raise OptionError(
+                f"{name} is {value}; it must be a whole number, {self.bounds}"
+            )
         if self.bounds and (isinstance(value, bool) or not isinstance(value, Number)):
             raise OptionError(
                 f"{name} is {value!r}; it must be a number, {self.bounds}"

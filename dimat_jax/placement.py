@@ -26,7 +26,7 @@ from jaxtyping import Array, Int, Key
 
 from dimat_jax import _passing
 from dimat_jax._chunks import Chunked
-from dimat_jax._cpu_devices import (
+from dimat_jax._devices import (
     CPU_DEVICES,
     check_threads,
     cores,
@@ -102,6 +102,18 @@ class Placement:
         """The length of stacked axes: `n_agents`, rounded up to fill the devices."""
         devices = self.mesh.shape["agents"]
         return -(-self.n_agents // devices) * devices
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether all agents share a device, on which they run one after the other.
+
+        A program of one agent, called for each agent, is then as fast as one program of
+        all agents. It compiles once, and large results need not be stacked.
+        """
+        in_turn = self.batching == "unroll" or (
+            self.batching == "chunks" and self.chunk == 1
+        )
+        return self.mesh.size == 1 and in_turn
 
     @property
     def sharding(self) -> NamedSharding:
@@ -326,7 +338,7 @@ def place(
     BATCHING.check(batching)
     CHUNK.check(chunk)
     devices = list(jax.devices() if devices is None else devices)
-    devices, n_parts = _shared_out(devices, n_agents, batch_size)
+    devices, n_parts = shared_out(devices, n_agents, batch_size)
     layout = automatic(devices[0].platform) if batching == "auto" else batching
     n_local = sum(device.process_index == jax.process_index() for device in devices)
     if devices[0].platform == "cpu":
@@ -361,34 +373,6 @@ def refusals_explained(placement: Placement) -> Iterator[None]:
             f"{BATCHING.path} can also be {others}; chunks of few agents need the "
             "least memory"
         ) from error
-
-
-def _shared_out(
-    devices: Sequence[Any], n_agents: int, batch_size: int
-) -> tuple[list[Any], int]:
-    """Chooses equally many devices of each process.
-
-    Returns:
-        the devices, process by process, and the number of devices for each agent. It is
-        1 if several agents share a device.
-    """
-    processes: dict[int, list[Any]] = {}
-    for device in devices:
-        processes.setdefault(device.process_index, []).append(device)
-    if n_agents < len(processes):
-        raise PlacementError(
-            f"{n_agents} agents are too few for {len(processes)} processes, each of "
-            "which holds at least one"
-        )
-    # All devices of an agent belong to one process.
-    of_each, left_over = divmod(n_agents, len(processes))
-    available = min(map(len, processes.values()))
-    most = 1 if left_over else max(available // of_each, 1)
-    n_parts = max(parts for parts in range(1, most + 1) if batch_size % parts == 0)
-    chosen = [
-        device for own in processes.values() for device in own[: of_each * n_parts]
-    ]
-    return chosen, n_parts
 
 
 def _check_in_axes(in_axes: Any) -> None:

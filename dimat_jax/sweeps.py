@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from dimat_jax.config import ROOT, Config, drop_unread, fields_of, resolved
+from dimat_jax.config import ROOT, Config, copy_of, drop_unread, fields_of, resolved
 from dimat_jax.errors import UserError
 from dimat_jax.options import read
 
@@ -36,7 +36,7 @@ def grid(
     for values in product(*choices.values()):
         chosen = dict(zip(choices, values, strict=True))
         for own_name, config in configs.items():
-            config = config.copy_and_resolve_references()
+            config = copy_of(config)
             config.update_from_flattened_dict(chosen)
             name = "-".join([*_values_read(config, choices), own_name])
             run = drop_unread(config)

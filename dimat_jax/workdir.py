@@ -14,10 +14,8 @@ process writes its part. All processes must see the folder.
 A folder with a config.json holds a run; one with a summary.json, a finished one.
 """
 
-import dataclasses
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._metrics import MetricsWriter, read_rows, write_json
 from dimat_jax._processes import from_main, is_main
+from dimat_jax._run_progress import Progress
 from dimat_jax._slots import refill, with_sharding
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State, Variables
@@ -54,48 +53,6 @@ __all__ = ["Progress", "Results", "Workdir", "load_agents"]
 
 _MOST_IN_ROWS = 64
 """Rows have the bytes of every link for at most this number of agents."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come. Everything else about it follows from its config.
-
-    Attributes:
-        ledger: What the agents have sent.
-        epoch: The number of pre-training epochs done.
-        round: The number of rounds done.
-        step: The number of local steps done, those of pre-training included.
-        rows: The number of rows in metrics.jsonl.
-        seconds: The wall time of the run before this process took it up.
-    """
-
-    ledger: Ledger
-    epoch: int = 0
-    round: int = 0
-    step: int = 0
-    rows: int = 0
-    seconds: float = 0.0
-
-    def __post_init__(self):
-        self._started = time.perf_counter()
-
-    @property
-    def total_seconds(self) -> float:
-        """The wall time of the run, over all processes that it took."""
-        return self.seconds + time.perf_counter() - self._started
-
-    def record(self) -> dict[str, Any]:
-        """The progress as JSON content."""
-        return {
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
-            "ledger": self.ledger.record(),
-            "seconds": self.total_seconds,
-        }
-
-    @staticmethod
-    def of(record: dict[str, Any]) -> "Progress":
-        """The progress that `record` was made from. Its clock runs on."""
-        return Progress(**{**record, "ledger": Ledger.of(record["ledger"])})
 
 
 class Workdir:

@@ -1,9 +1,12 @@
 """Every option is documented, checked, and refused where nothing reads it."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from dimat_jax import options
 from dimat_jax.algorithms import ALGORITHMS
@@ -11,6 +14,7 @@ from dimat_jax.config import (
     ROOT,
     ConfigError,
     check,
+    copy_of,
     default_config,
     drop_unread,
     fields_of,
@@ -234,3 +238,64 @@ def test_what_a_file_sets_without_reading_it_is_refused_after_overrides_too():
 def test_a_value_of_another_type_is_refused_like_any_other(value):
     with pytest.raises(options.OptionError, match="it must be a number, at least 1"):
         OPTIONS["agents"].check(value)
+
+
+# Numbers or words =====================================================================
+
+
+@pytest.mark.parametrize("value", ["enough", 0, 1, 10**6])
+def test_a_number_of_samples_may_be_a_word(value):
+    config = default_config()
+    config.merge.match_samples = value
+    check(config)
+    assert fields_read(fields_of(config))["merge.match_samples"] == value
+    again = default_config()
+    again.update(json.loads(json.dumps(config.to_dict())))
+    assert fields_of(again) == fields_of(config)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("some", "is 'some'; it must be a number, at least 0 or 'enough'"),
+        (-1, "is -1; it must be at least 0 or 'enough'"),
+        (1.5, "is 1.5; it must be a whole number, at least 0 or 'enough'"),
+        (True, "is True; it must be a number, at least 0 or 'enough'"),
+        (None, "is None; it must be a number, at least 0 or 'enough'"),
+        (["enough"], "it must be a number, at least 0 or 'enough'"),
+    ],
+)
+def test_other_words_and_numbers_of_samples_are_refused(value, message):
+    config = default_config()
+    config.merge.match_samples = value
+    with pytest.raises(ConfigError, match=f"config.merge.match_samples.*{message}"):
+        check(config)
+
+
+@pytest.mark.parametrize(("given", "value"), [("enough", "enough"), ("70", 70)])
+def test_a_number_or_a_word_is_given_on_the_command_line(given, value):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", default_config(), flag_values=values)
+    values(["program", f"--config.merge.match_samples={given}"])
+    config = values.config
+    assert config.merge.match_samples == value
+    check(config)
+
+
+def test_a_copy_of_a_config_takes_what_the_config_takes():
+    original = default_config()
+    copy = copy_of(original)
+    copy.merge.match_samples = "enough"
+    assert original.merge.match_samples == 1000 and copy.is_locked
+    check(copy)
+
+
+def test_only_matching_takes_a_word_for_the_number_of_samples():
+    config = default_config()
+    with pytest.raises(TypeError):
+        config.merge.bn_samples = "enough"
+    for algorithm in ("wm", "wa"):
+        config = default_config()
+        config.algorithm, config.merge.match_samples = algorithm, "enough"
+        with pytest.raises(ConfigError, match="match_samples is 'enough', but nothing"):
+            check(config)

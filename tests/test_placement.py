@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from dimat_jax import _cpu_devices
+from dimat_jax import _devices
 from dimat_jax._layouts import LAYOUTS
 from dimat_jax.algorithms.base import Task
 from dimat_jax.algorithms.local import local
@@ -371,6 +371,14 @@ def test_put_refuses_what_is_not_stacked_over_the_agents(placement, shape):
         placement.put({"ok": np.zeros(3), "wrong": np.zeros(shape)})
 
 
+def test_agents_run_one_by_one_where_they_share_a_device_and_are_not_batched():
+    (device,) = jax.devices()[:1]
+    assert place(3, [device], "unroll").one_by_one
+    assert place(3, [device], "chunks").one_by_one
+    assert not place(3, [device], "chunks", 2).one_by_one
+    assert not place(3, [device], "vmap").one_by_one
+
+
 def test_auto_is_chunks_on_a_cpu_and_vmap_elsewhere():
     on_cpu = jax.devices()[0].platform == "cpu"
     assert place(2).batching == ("chunks" if on_cpu else "vmap")
@@ -435,7 +443,7 @@ def requested(monkeypatch) -> list[tuple[str, Any]]:
     """Records the settings of `request_cpu_devices`, as if JAX had not started."""
     calls: list[tuple[str, Any]] = []
     config = SimpleNamespace(update=lambda *change: calls.append(change))
-    monkeypatch.setattr(_cpu_devices, "jax", SimpleNamespace(config=config))
+    monkeypatch.setattr(_devices, "jax", SimpleNamespace(config=config))
     return calls
 
 

@@ -63,3 +63,10 @@ def test_the_same_run_twice_is_one_run():
     choices = {"data.partition": ("iid",), "pretrain.partition": ("", "iid")}
     runs = grid(choices, {"l": config("local")})
     assert list(runs) == ["iid-iid-l"]
+
+
+def test_a_sweep_may_mix_numbers_and_words():
+    choices = {"merge.match_samples": (100, "enough")}
+    runs = grid(choices, {"d": config("dimat")})
+    found = {name: run.merge.match_samples for name, run in runs.items()}
+    assert found == {"100-d": 100, "enough-d": "enough"}

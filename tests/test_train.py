@@ -351,6 +351,46 @@ def test_matching_works_on_every_policy_of_data(tmp_path, policy):
     assert 0 < summary["last_merged"]["moved_units"] <= 1
 
 
+@pytest.mark.parametrize("policy", ["own", "proxy"])
+def test_a_run_matches_on_as_many_images_as_it_takes(tmp_path, policy):
+    changes = {
+        "merge__match_data": policy,
+        "merge__match_samples": "enough",
+        "merge__batch_size": 20,
+        "merge__frame": "own",
+    }
+    config = drop_unread(small(**changes))
+    train.run(config, tmp_path / "whole", quiet)
+    merged = [r for r in read_rows(tmp_path / "whole") if r["phase"] == "merged"]
+    available = 100 if policy == "own" else 300
+    for row in merged:
+        assert 20 < row["match_samples_used"] < available
+        assert row["match_samples_used"] % 20 == 0
+
+    # A run that is killed after the first merge comes to the same numbers.
+    lines = []
+
+    def die(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        train.run(config, tmp_path / "killed", die)
+    assert read_rows(tmp_path / "killed")[-1]["phase"] == "merged"
+    train.run(config, tmp_path / "killed", quiet)
+    ours, theirs = (read_rows(tmp_path / name) for name in ("killed", "whole"))
+    assert without_times(ours) == without_times(theirs)
+
+
+def test_the_number_of_images_to_match_on_is_reported(finished):
+    rows = read_rows(finished)
+    assert [row.get("match_samples_used") for row in rows] == [None, 300, None] + [
+        300,
+        None,
+    ]
+
+
 def test_matching_by_weights_reads_no_examples():
     experiment = Experiment(small("wm"))
     assert experiment.merge_data(1).match is None

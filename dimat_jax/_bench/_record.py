@@ -19,12 +19,14 @@ class Settings(NamedTuple):
         steps: the number of local steps in one timing.
         full: whether the benchmark also measures what takes more than 10 minutes.
         hardware: the machines for which `scale` predicts the speed.
+        agents: the path of trained agents; "" for untrained ones.
     """
 
     repeats: int = 3
     steps: int = 5
     full: bool = False
     hardware: Hardware = Hardware()
+    agents: str = ""
 
 
 class Bench(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dimat_jax._bench._worker import Program, config_from, jax_program
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import gradient, one_agent
-from dimat_jax.config import Config, drop_unread, fields_of, fields_read
+from dimat_jax.config import Config, copy_of, drop_unread, fields_of, fields_read
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import AGENTS
@@ -24,7 +24,7 @@ def number_of_agents(config: Config) -> int:
 
 def changed(config: Config, fields: dict[str, Any]) -> Config:
     """Returns a copy of a config with other values of those fields that it reads."""
-    copy = config.copy_and_resolve_references()
+    copy = copy_of(config)
     copy.update_from_flattened_dict(fields)
     return drop_unread(copy)
 

@@ -6,7 +6,7 @@ waves, a fully connected graph N - 1, a star two. If the inverse of the permutat
 j to i is the permutation from i to j, half of the edges are enough.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import minimum_spanning_tree
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms._local_pairs import search_local_pairs
 from dimat_jax.algorithms.base import MergeData
-from dimat_jax.matching._activation import ActivationScorer
+from dimat_jax.matching._activation import ActivationScorer, Found, settle
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._descent import (
     PairPerms,
@@ -163,14 +163,17 @@ class Matcher(Protocol):
         """Whether the inverse of the permutation from j to i aligns i with j."""
         ...
 
-    def scorer(
+    def scorers(
         self,
         variables: PyTree,
         edge_waves: Sequence[Pairs],
         data: MergeData,
         stopwatch: Stopwatch,
-    ) -> Scorer:
-        """Makes the scorer, which rates permutations along edges.
+    ) -> Iterable[Scorer]:
+        """Makes the scorers, which rate permutations along edges.
+
+        There are several if the examples are read as needed. Each rests on more of them
+        than the one before.
 
         Args:
             variables: the agents' variables, stacked.
@@ -184,7 +187,7 @@ class Matcher(Protocol):
         """Finds good permutations, in the order of the waves' edges.
 
         Args:
-            problem: a problem whose scorer is the one that `scorer` has returned.
+            problem: a problem whose scorer is one of those that `scorers` has made.
             key: the randomness of the search; the key is consumed.
         """
         ...
@@ -205,10 +208,13 @@ class MatchedEdges(NamedTuple):
         perms: the permutations of each edge, in the order of the edges.
         similarity: how well agents fit once they are aligned, within [-1, 1]: the mean
             over the pairs that were matched. None if there are no edges.
+        n_batches: the number of batches of examples on which units were compared; 0 if
+            no examples were needed.
     """
 
     perms: EdgePerms
     similarity: float | None
+    n_batches: int = 0
 
 
 def match_edges(
@@ -250,19 +256,22 @@ def match_edges(
     solver = (
         all_pairs_together(pairs, stay) if joint else every_pair_alone(len(pairs), stay)
     )
-    with stopwatch("assignment"):
-        scorer = matcher.scorer(variables, edge_waves, data, stopwatch)
+
+    def search(scorer: Scorer) -> Found:
         if (
-            jax.process_count() > 1
-            and isinstance(scorer, ActivationScorer)
+            isinstance(scorer, ActivationScorer)
             and not joint
+            and jax.process_count() > 1
         ):
-            perms, similarity = search_local_pairs(
+            return search_local_pairs(
                 matcher.search, scorer, edge_waves, placement, stay=stay, key=key
             )
-        else:
-            perms = matcher.search(Problem(scorer, solver), key)
-            similarity = scorer.similarity(perms)
+        perms = matcher.search(Problem(scorer, solver), key)
+        return Found(perms, scorer.similarity(perms))
+
+    with stopwatch("assignment"):
+        scorers = matcher.scorers(variables, edge_waves, data, stopwatch)
+        scorer, (perms, similarity) = settle(scorers, search)
     found = _by_edge(pairs, perms)
     if both_ways:
         inverted = {
@@ -271,7 +280,9 @@ def match_edges(
         }
         found |= _by_edge(pairs[:, ::-1], inverted)
     return MatchedEdges(
-        {(i, j): found[i, j] for i, j in edges.tolist()}, float(similarity.mean())
+        {(i, j): found[i, j] for i, j in edges.tolist()},
+        float(similarity.mean()),
+        scorer.n_batches,
     )
 
 

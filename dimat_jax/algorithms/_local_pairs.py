@@ -7,10 +7,10 @@ many neighbours as the others. Only the permutations travel between processes.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from dimat_jax._slots import fetch_local, local_slots, put_slots
-from dimat_jax.matching._activation import ActivationScorer
+from dimat_jax.matching._activation import ActivationScorer, Found
 from dimat_jax.matching._descent import (
     PairPerms,
     Pairs,
@@ -31,7 +31,7 @@ def search_local_pairs(
     *,
     stay: float,
     key: Key[Array, ""],
-) -> tuple[PairPerms, Float[np.ndarray, " pairs"]]:
+) -> Found:
     """Matches every pair alone, each on one process. All processes make the call.
 
     Args:
@@ -73,4 +73,4 @@ def search_local_pairs(
     ends = np.cumsum([perm.shape[1] for perm in perms.values()])
     *parts, similarity = np.split(whole, ends, axis=1)
     bits = np.ascontiguousarray(similarity)
-    return dict(zip(perms, parts, strict=True)), bits.view(np.float64)[:, 0]
+    return Found(dict(zip(perms, parts, strict=True)), bits.view(np.float64)[:, 0])

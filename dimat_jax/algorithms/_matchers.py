@@ -1,18 +1,17 @@
 """The two ways to match agents along edges: by their activations, by their weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms.base import MergeData, one_agent
 from dimat_jax.data.pipeline import Batch
-from dimat_jax.matching._activation import ActivationScorer, stream_scores
+from dimat_jax.matching._activation import ActivationScorer, activation_scorers
 from dimat_jax.matching._descent import (
     PairPerms,
     Pairs,
@@ -22,19 +21,24 @@ from dimat_jax.matching._descent import (
 )
 from dimat_jax.matching._moments import (
     TapMoments,
-    centre,
     group_scores,
     no_moments,
     update_taps,
 )
-from dimat_jax.matching._taps import Activations, check_taps, tap_units
+from dimat_jax.matching._observed import (
+    ListedNetworks,
+    NetworkPrograms,
+    ObservedNetworks,
+    observer,
+)
+from dimat_jax.matching._taps import Activations
 from dimat_jax.matching._weight import RESTARTS, match_by_weights
 from dimat_jax.matching._weight_scores import (
     WeightScorer,
     included,
     not_running_statistics,
 )
-from dimat_jax.permutation import PermutationSpec, PermutationSpecError, group_sizes
+from dimat_jax.permutation import PermutationSpec, group_sizes
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
 
@@ -49,7 +53,8 @@ class ActivationMatcher:
 
     If all agents look at the same examples, each agent computes its activations once
     for all its edges. If the examples are an agent's own, a receiver runs every model
-    that it has received on its own examples.
+    that it has received on its own examples. Agents that run one after the other on one
+    device are a list of networks. Others are stacked.
 
     Args:
         spec: the symmetry, with a tap for each group.
@@ -67,26 +72,41 @@ class ActivationMatcher:
         activations: Callable[[PyTree, Array], Activations],
         placement: Placement,
     ):
-        check_taps(spec)
-        self._programs = _Programs(spec, activations, placement)
+        self._stacked = _Programs(spec, activations, placement)
+        self._listed = NetworkPrograms(spec, activations)
         self._placement = placement
 
     def both_ways(self, data: MergeData) -> bool:
         return data.match is not None and data.match.shared
 
-    def scorer(
+    def scorers(
         self,
         variables: PyTree,
         edge_waves: Sequence[Pairs],
         data: MergeData,
         stopwatch: Stopwatch,
-    ) -> ActivationScorer:
-        """Makes the scorer; it measures "activations" and "correlations"."""
+    ) -> Iterator[ActivationScorer]:
+        """Makes the scorers; it measures "activations" and "correlations"."""
         if data.match is None:
             raise ValueError("matching needs examples to look at: MergeData.match")
-        agents = _StackedAgents(self._programs, variables, data.match.shared)
-        scores = stream_scores(agents, data.match, edge_waves, stopwatch)
-        return ActivationScorer(scores, edge_waves, fetch=self._placement.fetch)
+        if self._placement.one_by_one and not data.match.shared:
+            edge_waves = _single_edges(edge_waves)
+        return activation_scorers(
+            self._agents(variables, data.match.shared),
+            data.match,
+            edge_waves,
+            as_needed=data.match.as_needed,
+            stopwatch=stopwatch,
+            fetch=self._placement.fetch,
+        )
+
+    def _agents(self, variables: PyTree, shared: bool) -> ObservedNetworks:
+        """The agents in the form that suits the devices."""
+        if not self._placement.one_by_one:
+            return _StackedAgents(self._stacked, variables, shared)
+        models = [_agent(variables, i) for i in range(self._placement.n_agents)]
+        read = _read_shared if shared else _read_own
+        return ListedNetworks(self._listed, models, read, shared=shared)
 
     def search(self, problem: Problem, key: Key[Array, ""], /) -> PairPerms:
         del key
@@ -113,13 +133,7 @@ class _Programs:
         activations: Callable[[PyTree, Array], Activations],
         placement: Placement,
     ):
-        def observe(variables, inputs, mask):
-            shown = activations(variables, inputs)
-            units = tap_units(spec, group_sizes(spec, variables), shown)
-            return {
-                group: {tap: _centre_examples(tap, taps[tap], mask) for tap in taps}
-                for group, taps in units.items()
-            }
+        observe = observer(spec, activations)
 
         def pick(stacked, indices):
             # None stands for all entries in order.
@@ -202,15 +216,36 @@ class _StackedAgents:
         return None if in_order else wave.references
 
 
-def _centre_examples(tap: str, units: Array, mask: Array):
-    """Centres the activations of a tap over the examples that the mask selects."""
-    if len(units) % len(mask):
-        raise PermutationSpecError(
-            f"tap {tap!r} shows {len(units)} samples of {len(mask)} examples; "
-            "the first axis of its activations must be the examples"
-        )
-    # Every position of a feature map is a sample of its example.
-    return centre(units, jnp.repeat(mask, len(units) // len(mask)))
+def _single_edges(edge_waves: Sequence[Pairs]) -> list[Pairs]:
+    """Splits waves into waves of one edge each.
+
+    Then the activations of a received model are gone before those of the next one are
+    computed.
+    """
+    return [
+        Pairs(wave.references[k : k + 1], wave.permutees[k : k + 1], 1)
+        for wave in edge_waves
+        for k in range(wave.real)
+    ]
+
+
+# One agent of a stack. The index is traced, so all agents share one program.
+_agent = jax.jit(
+    lambda stacked, agent: jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, agent, keepdims=False), stacked
+    )
+)
+
+
+def _read_shared(batch: Batch, agent: int) -> tuple[Array, Array]:
+    """What an agent sees of a batch that all agents share."""
+    del agent
+    return batch.inputs, batch.mask
+
+
+def _read_own(batch: Batch, agent: int) -> tuple[Array, Array]:
+    """What an agent sees of a batch of each agent's own examples."""
+    return _agent((batch.inputs, batch.mask), agent)
 
 
 class WeightMatcher:
@@ -238,14 +273,14 @@ class WeightMatcher:
         del data
         return True
 
-    def scorer(
+    def scorers(
         self,
         variables: PyTree,
         edge_waves: Sequence[Pairs],
         data: MergeData,
         stopwatch: Stopwatch,
-    ) -> WeightScorer:
-        """Makes the scorer; it measures "scores"."""
+    ) -> Iterator[WeightScorer]:
+        """Makes the only scorer; it measures "scores"."""
         del data
         agents, slots = self._placement.n_agents, self._placement.slots
 
@@ -253,7 +288,7 @@ class WeightMatcher:
             with stopwatch("scores"):
                 return self._placement.fetch(scores)
 
-        return WeightScorer(
+        yield WeightScorer(
             self._spec,
             group_sizes(self._spec, one_agent(variables)),
             included(variables, not_running_statistics),

@@ -194,7 +194,8 @@ class _MergeRound:
 
         Returns:
             the new views, and host numbers: "moved_units", "match_similarity",
-            "matching_bytes" and "merge_seconds".
+            "matching_bytes" and "merge_seconds"; also "match_samples_used", if units
+            were compared on examples.
         """
         stopwatch = Stopwatch()
         key, match_key = jax.random.split(key)
@@ -234,7 +235,7 @@ class _MergeRound:
         data: MergeData,
     ) -> Metrics:
         """Returns the metrics of the matching, as host numbers."""
-        perms, similarity = matched
+        perms, similarity, n_batches = matched
         if self._matcher is None or not perms:
             return {"moved_units": 0.0}
         some = next(iter(perms.values()))
@@ -246,11 +247,14 @@ class _MergeRound:
         )
         if self._matcher.both_ways(data):
             edges = edges[edges[:, 0] < edges[:, 1]]
-        return {
+        report: Metrics = {
             "moved_units": _share_of_moved_units(perms),
             "match_similarity": similarity,
             "matching_bytes": self._frame.traffic(active_edges, edges, sizes),
         }
+        if data.match is not None and n_batches:
+            report["match_samples_used"] = data.match.n_examples(n_batches)
+        return report
 
     def _exchanged(self, state: State) -> LocalState:
         """Returns the part of a state that is sent, aligned and averaged."""

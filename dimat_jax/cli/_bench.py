@@ -2,7 +2,10 @@
 
     dimat bench merge|train|scale --out=FILE.json [--config=NAME --config.FIELD=VALUE]
 
-merge: times a merge round by phase, and compares it with a local epoch.
+merge: times a merge round by phase, and compares it with the schedule of the published
+    code on the same images, with a merge on as few images as it takes, and with a local
+    epoch. --agents names trained agents (the workdir of a run, a folder of PyTorch
+    files, or an .npz file of stacked arrays), whose accuracy stands beside.
 train: compares the images per second of all agents together, of one agent alone and of
     one model in a plain Flax loop and in a plain PyTorch loop, in float32 and bfloat16.
 scale: times steps and merges of 1, 2, 5, ... agents, up to the config's number, as far
@@ -43,6 +46,9 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer(
         "steps", settings.steps, "The number of local steps in one timing.", 1
+    )
+    flags.DEFINE_string(
+        "agents", settings.agents, "The trained agents that merge merges."
     )
     flags.DEFINE_bool(
         "full", settings.full, "Whether to measure also what takes over 10 minutes."
@@ -93,7 +99,13 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     bench, config = BENCHES[arguments[0]], _bundled.given_config()
     check(config)
-    settings = Settings(given.repeats, given.steps, given.full, _hardware(arguments[0]))
+    settings = Settings(
+        given.repeats,
+        given.steps,
+        given.full,
+        hardware=_hardware(arguments[0]),
+        agents=given.agents,
+    )
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = bench.run(config, settings)

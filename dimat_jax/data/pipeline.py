@@ -247,12 +247,19 @@ class Samples:
         indices: `[batches, batch]` if shared, else `[batches, agents, batch]`.
         mask: False for entries that only fill up a batch; of the shape of `indices`.
         shared: whether all agents use the same examples.
+        as_needed: whether to read only as many batches as it takes.
     """
 
     load: Callable[[np.ndarray, np.ndarray], Batch]
     indices: np.ndarray
     mask: np.ndarray
     shared: bool
+    as_needed: bool = False
+
+    def n_examples(self, n_batches: int) -> float:
+        """Counts the examples of the first batches; of own ones, the mean of agents."""
+        n_readers = 1 if self.shared else self.mask.shape[1]
+        return float(self.mask[:n_batches].sum() / n_readers)
 
     def __iter__(self) -> Iterator[Batch]:
         for indices, mask in zip(self.indices, self.mask, strict=True):

@@ -6,6 +6,7 @@ BatchNorm statistics are measured anew.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from dimat_jax.data._own import OwnReader
@@ -14,6 +15,9 @@ from dimat_jax.data.pipeline import Samples, draw_own
 from dimat_jax.options import Option, Record, registry
 
 __all__ = ["BN_DATA", "BN_SAMPLES", "MATCH_DATA", "MATCH_SAMPLES", "Available"]
+
+ENOUGH = "enough"
+"""The word for as many images as it takes."""
 
 
 class Available(NamedTuple):
@@ -35,24 +39,34 @@ class Available(NamedTuple):
     batch_size: int
 
 
-def own(available: Available, size: int) -> Samples:
+Size = int | str
+"""A number of images, at most; 0: all. `ENOUGH`: as many of all as it takes."""
+
+
+def own(available: Available, size: Size) -> Samples:
     """Every agent uses a random part of its own shard, drawn anew in every round."""
-    indices = draw_own(available.shards, size, available.seed)
-    return available.read_own(indices, available.batch_size)
+    indices = draw_own(available.shards, _at_most(size), available.seed)
+    samples = available.read_own(indices, available.batch_size)
+    return replace(samples, as_needed=size == ENOUGH)
 
 
-def proxy(available: Available, size: int) -> Samples:
+def proxy(available: Available, size: Size) -> Samples:
     """All agents use the same sample of the training images, in every round."""
-    return available.share(size)
+    samples = available.share(_at_most(size))
+    return replace(samples, as_needed=size == ENOUGH)
 
 
-def everything(available: Available, size: int) -> Samples:
+def _at_most(size: Size) -> int:
+    return size if isinstance(size, int) else 0
+
+
+def everything(available: Available, size: Size) -> Samples:
     """All agents use all training images, as the published code does."""
     del size
     return proxy(available, 0)
 
 
-def nothing(available: Available, size: int) -> None:
+def nothing(available: Available, size: Size) -> None:
     """No examples are used, and nothing is measured."""
     del available, size
 
@@ -68,8 +82,11 @@ MATCH_SAMPLES = Option(
     "merge.match_samples",
     1000,
     "The number of images on which units are matched. It counts each agent's own "
-    "images, or those of the sample that all agents share.",
+    'images, or those of the sample that all agents share. "enough": as many as it '
+    "takes. Units are matched after 1, 2, 4, 8, ... batches, until twice as many "
+    "images improve the mean correlation of matched units by .005 at most.",
     at_least=0,
+    words=(ENOUGH,),
     unit="images",
     empty="all of them",
 )

@@ -1,7 +1,14 @@
 """Matches units by the correlations of their activations."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +22,7 @@ from dimat_jax.matching._descent import (
     PairPerms,
     Pairs,
     Problem,
+    Scorer,
     Solver,
     coordinate_descent,
     every_pair_alone,
@@ -22,24 +30,36 @@ from dimat_jax.matching._descent import (
     total_score,
     two_networks,
 )
-from dimat_jax.matching._moments import (
-    TapMoments,
-    centre,
-    group_scores,
-    no_moments,
-    update_taps,
+from dimat_jax.matching._observed import (
+    ListedNetworks,
+    NetworkPrograms,
+    ObservedNetworks,
 )
-from dimat_jax.matching._taps import Activations, check_taps, tap_units
+from dimat_jax.matching._taps import Activations
 from dimat_jax.permutation import Perms, PermutationSpec, group_sizes, validate
-from dimat_jax.tree import PyTree, stack
+from dimat_jax.tree import PyTree
 
 __all__ = [
+    "ENOUGH",
     "ActivationScorer",
-    "ObservedNetworks",
+    "Found",
     "activation_matching",
+    "activation_scorers",
+    "descended",
     "match_activations",
-    "stream_scores",
+    "settle",
 ]
+
+ENOUGH = 0.005
+"""The gain of the mean correlation of matched units for which samples are not doubled.
+
+Measured on five ResNet-20s of width 1 (CIFAR-100, a ring): from 100 to 200 images the
+correlation by 6,400 images rises from .2939 to .2976, at 400 it is .2990, and the most
+that it can be is .2996. The assignments themselves never come to rest, because some
+units are alike: from 3,200 to 6,400 images 4 % of them change and gain nothing.
+"""
+
+S = TypeVar("S", bound=Scorer)
 
 
 def activation_matching(
@@ -50,6 +70,7 @@ def activation_matching(
     batches: Iterable[Any],
     *,
     stay: float = STAY.default,
+    as_needed: bool = False,
 ) -> Perms:
     """Finds the permutations of a network's units that best fit another's.
 
@@ -63,6 +84,9 @@ def activation_matching(
         permutee: the variables of the network to be permuted.
         batches: inputs, one batch at a time.
         stay: a unit moves only if its correlation gains more than this.
+        as_needed: whether to read only as many batches as it takes. Units are matched
+            after 1, 2, 4, 8, ... batches, until twice as many batches improve the mean
+            correlation of matched units by .005 at most.
 
     Returns:
         perms, such that `permutation.apply(spec, perms, permutee)` is aligned with
@@ -82,6 +106,7 @@ def activation_matching(
         two_networks(),
         every_pair_alone(1, stay),
         batches,
+        as_needed=as_needed,
     )
     return {group: jnp.asarray(perm[0]) for group, perm in perms.items()}
 
@@ -93,6 +118,8 @@ def match_activations(
     pairs: Pairs,
     solver: Solver,
     batches: Iterable[Any],
+    *,
+    as_needed: bool = False,
 ) -> PairPerms:
     """Matches pairs of some networks by their activations.
 
@@ -103,161 +130,145 @@ def match_activations(
         pairs: which networks to match with which.
         solver: which permutations are allowed and preferred.
         batches: inputs, one batch at a time; all networks look at the same.
+        as_needed: as of `activation_matching`.
 
     Raises:
         PermutationSpecError: as of `activation_matching`.
         ValueError: as of `activation_matching`.
     """
-    networks = _ListedNetworks(spec, activations, models)
-    scorer = ActivationScorer(stream_scores(networks, batches, [pairs]), [pairs])
-    return coordinate_descent(Problem(scorer, solver), identities(scorer))
+    programs = NetworkPrograms(spec, activations)
+    _check_models(spec, models)
+    networks = ListedNetworks(programs, models)
+    scorers = activation_scorers(networks, batches, [pairs], as_needed=as_needed)
+    _, found = settle(scorers, lambda scorer: descended(Problem(scorer, solver)))
+    return found.perms
+
+
+def _check_models(spec: PermutationSpec, models: Sequence[PyTree]) -> None:
+    """Checks that a spec fits the first network, and that groups have equal sizes."""
+    validate(spec, models[0])
+    sizes = group_sizes(spec, models[0])
+    for variables in models[1:]:
+        for group, size in group_sizes(spec, variables).items():
+            if size != sizes[group]:
+                raise ValueError(
+                    f"group {group!r} has {sizes[group]} units in one network, and "
+                    f"{size} in another"
+                )
 
 
 # From activations to scores ===========================================================
 
 
-@runtime_checkable
-class ObservedNetworks(Protocol):
-    """Some networks, and how to compute their activations and correlations.
-
-    Two kinds of networks implement it: networks in a list, and agents that are stacked
-    over devices. What the methods pass to each other has the form that suits the kind.
-    """
-
-    def no_moments(self, wave: Pairs) -> Any:
-        """The moments of a wave's pairs over no samples."""
-        ...
-
-    def observe(self, batch: Any) -> Any:
-        """Computes every network's activations at its taps on its own inputs."""
-        ...
-
-    def observe_permutees(self, batch: Any, wave: Pairs) -> Any:
-        """Computes the activations of a wave's permutees on their references' inputs.
-
-        None if all networks look at the same inputs: `observe` has computed it then.
-        """
-        ...
-
-    def add(self, moments: Any, observed: Any, permutees: Any, wave: Pairs) -> Any:
-        """Adds a batch to the moments of a wave's pairs.
-
-        Args:
-            moments: the moments so far; their buffers may be reused.
-            observed: what `observe` returned.
-            permutees: what `observe_permutees` returned.
-            wave: the pairs.
-        """
-        ...
-
-    def scores(self, moments: Any) -> dict[str, Float[Array, "length units units"]]:
-        """For each group the scores of a wave's pairs; see `group_scores`."""
-        ...
-
-
-def stream_scores(
+def activation_scorers(
     networks: ObservedNetworks,
     batches: Iterable[Any],
     waves: Sequence[Pairs],
+    *,
+    as_needed: bool = False,
     stopwatch: Stopwatch | None = None,
-) -> list[dict[str, Float[Array, "length units units"]]]:
-    """Scores of pairs of networks, streamed over batches.
+    fetch: Callable[[Array], np.ndarray] = jax.device_get,
+) -> Iterator["ActivationScorer"]:
+    """Yields scorers of pairs of networks, streamed over batches.
 
     Args:
         networks: the networks.
         batches: what the networks look at, one batch at a time.
         waves: the pairs. The pairs of one wave are computed together.
+        as_needed: whether there is a scorer after 1, 2, 4, 8, ... batches as well, and
+            not only after the last one. See `settle`.
         stopwatch: books the phases "activations" and "correlations".
-
-    Returns:
-        for each wave and group the scores of the wave's pairs.
+        fetch: brings arrays to the host.
 
     Raises:
         ValueError: there are no batches.
     """
     stopwatch = stopwatch or Stopwatch()
     moments = [networks.no_moments(wave) for wave in waves]
-    n_batches = 0
+    n_batches = n_scored = 0
+
+    def scorer() -> "ActivationScorer":
+        scores = [networks.scores(of_wave) for of_wave in moments]
+        return ActivationScorer(scores, waves, n_batches=n_batches, fetch=fetch)
+
     for batch in batches:
+        _add_batch(networks, batch, moments, waves, stopwatch)
         n_batches += 1
-        with stopwatch("activations") as block:
-            observed = block(networks.observe(batch))
-        for number, wave in enumerate(waves):
-            with stopwatch("activations") as block:
-                permutees = block(networks.observe_permutees(batch, wave))
-            with stopwatch("correlations") as block:
-                moments[number] = block(
-                    networks.add(moments[number], observed, permutees, wave)
-                )
+        if as_needed and n_batches & (n_batches - 1) == 0:
+            n_scored = n_batches
+            yield scorer()
     if not n_batches:
         raise ValueError("activation matching needs at least one batch of inputs")
-    return [networks.scores(of_wave) for of_wave in moments]
+    if n_scored < n_batches:
+        yield scorer()
 
 
-_update = jax.jit(update_taps)
-_scores = jax.jit(lambda of_pairs: stack([group_scores(pair) for pair in of_pairs]))
+def _add_batch(
+    networks: ObservedNetworks,
+    batch: Any,
+    moments: list[Any],
+    waves: Sequence[Pairs],
+    stopwatch: Stopwatch,
+) -> None:
+    """Adds a batch to the moments of each wave, in place.
+
+    The activations are local to this function, so that those of the last batch are gone
+    before those of the next one are computed.
+    """
+    with stopwatch("activations") as block:
+        observed = block(networks.observe(batch))
+    for number, wave in enumerate(waves):
+        with stopwatch("activations") as block:
+            permutees = block(networks.observe_permutees(batch, wave))
+        with stopwatch("correlations") as block:
+            moments[number] = block(
+                networks.add(moments[number], observed, permutees, wave)
+            )
+        del permutees
 
 
-class _ListedNetworks:
-    """Networks in a list, all of which look at the same inputs.
+def settle(scorers: Iterable[S], search: Callable[[S], "Found"]) -> tuple[S, "Found"]:
+    """Searches with one scorer after the other until more samples gain nothing.
 
-    They are computed one after the other, so their leaves may differ in shape wherever
-    no group is concerned, and nothing is copied to be stacked.
+    It ends where the permutations that the last but one scorer led to are as good, by
+    the last scorer, as the new ones: for no pair is the mean correlation of matched
+    units larger by more than `ENOUGH`.
 
     Args:
-        spec: the symmetry, with a tap for each group.
-        activations: `activations(variables, inputs) -> {tap: array}`.
-        models: the variables of each network.
+        scorers: scorers that rest on more and more samples, at least one. Only as many
+            are made as are needed.
+        search: finds permutations with a scorer.
 
-    Raises:
-        PermutationSpecError: a group has no tap, or the spec does not fit the first
-            network.
-        ValueError: a group's size differs between the networks.
+    Returns:
+        the last scorer, and what it led to.
+    """
+    scorer, found = None, None
+    for scorer in scorers:  # noqa: B007
+        before, found = found, search(scorer)
+        if before is not None:
+            gain = found.similarity - scorer.similarity(before.perms)
+            if gain.max() <= ENOUGH:
+                break
+    assert scorer is not None and found is not None
+    return scorer, found
+
+
+class Found(NamedTuple):
+    """The permutations that a search has found.
+
+    Attributes:
+        perms: the permutations of each pair.
+        similarity: how well each pair fits, as `Scorer.similarity` says.
     """
 
-    def __init__(
-        self,
-        spec: PermutationSpec,
-        activations: Callable[[PyTree, Any], Activations],
-        models: Sequence[PyTree],
-    ):
-        check_taps(spec)
-        validate(spec, models[0])
-        sizes = group_sizes(spec, models[0])
-        for variables in models[1:]:
-            for group, size in group_sizes(spec, variables).items():
-                if size != sizes[group]:
-                    raise ValueError(
-                        f"group {group!r} has {sizes[group]} units in one network, and "
-                        f"{size} in another"
-                    )
+    perms: PairPerms
+    similarity: Float[np.ndarray, " pairs"]
 
-        @jax.jit
-        def observe(variables, inputs):
-            units = tap_units(spec, sizes, activations(variables, inputs))
-            return jax.tree.map(centre, units)
 
-        self._spec, self._sizes, self._models = spec, sizes, models
-        self._observe = observe
-
-    def no_moments(self, wave: Pairs) -> list[TapMoments]:
-        return [no_moments(self._spec, self._sizes) for _ in range(wave.real)]
-
-    def observe(self, batch: Any) -> list[Any]:
-        return [self._observe(variables, batch) for variables in self._models]
-
-    def observe_permutees(self, batch: Any, wave: Pairs) -> None:
-        del batch, wave
-
-    def add(self, moments, observed, permutees, wave: Pairs) -> list[TapMoments]:
-        del permutees
-        return [
-            _update(of_pair, observed[reference], observed[permutee])
-            for of_pair, reference, permutee in zip(moments, *wave[:2], strict=True)
-        ]
-
-    def scores(self, moments: list[TapMoments]) -> dict[str, Array]:
-        return _scores(moments)
+def descended(problem: Problem) -> Found:
+    """Searches from identities by coordinate descent."""
+    perms = coordinate_descent(problem, identities(problem.scorer))
+    return Found(perms, problem.scorer.similarity(perms))
 
 
 class ActivationScorer:
@@ -268,6 +279,7 @@ class ActivationScorer:
     Args:
         scores: for each wave of pairs and each group `[length, units, units]`.
         waves: the pairs.
+        n_batches: the number of batches on which the scores rest.
         fetch: brings arrays to the host.
     """
 
@@ -276,8 +288,10 @@ class ActivationScorer:
         scores: Sequence[Mapping[str, Array]],
         waves: Sequence[Pairs],
         *,
+        n_batches: int = 1,
         fetch: Callable[[Array], np.ndarray] = jax.device_get,
     ):
+        self.n_batches = n_batches
         self.sizes = {group: score.shape[-1] for group, score in scores[0].items()}
         self.n_pairs = sum(wave.real for wave in waves)
         self._scores, self._waves, self._fetch = scores, waves, fetch

@@ -79,9 +79,12 @@ class Scorer(Protocol):
 
     Attributes:
         n_pairs: the number of pairs.
+        n_batches: the number of batches of examples on which the scores rest; 0 if they
+            rest on weights alone.
     """
 
     n_pairs: int
+    n_batches: int
 
     @property
     def sizes(self) -> Mapping[str, int]:

@@ -47,6 +47,7 @@ def joint_activation_matching(
     batches: Iterable[Any],
     *,
     stay: float = STAY.default,
+    as_needed: bool = False,
 ) -> list[Perms]:
     """Finds permutations that bring networks into the first one's frame, all at once.
 
@@ -59,6 +60,8 @@ def joint_activation_matching(
         models: the variables of each network.
         batches: inputs, one batch at a time.
         stay: a unit moves only if its correlation gains more than this.
+        as_needed: whether to read only as many batches as it takes, as for
+            `activation_matching`.
 
     Returns:
         perms for each network: the identity for the first, and such that
@@ -73,7 +76,7 @@ def joint_activation_matching(
         models,
         stay,
         lambda pairs, solver: match_activations(
-            spec, activations, models, pairs, solver, batches
+            spec, activations, models, pairs, solver, batches, as_needed=as_needed
         ),
     )
 

@@ -76,6 +76,7 @@ class WeightScorer:
     ):
         self.sizes = sizes
         self.n_pairs = sum(wave.real for wave in waves)
+        self.n_batches = 0
         self._leaves, self._waves = leaves, waves
         self._lift, self._pick, self._fetch = lift, pick, fetch
         self._terms = [

@@ -131,7 +131,7 @@ class Agents(NamedTuple):
 
     def match(self, adjacency, samples: Samples | None, **settings: Any) -> EdgePerms:
         stacked = self.placement.put(jax.tree.map(lambda *x: np.stack(x), *self.each))
-        found, similarity = match_edges(
+        found, similarity, _ = match_edges(
             self.matcher,
             stacked,
             edges_of(adjacency),
@@ -219,6 +219,39 @@ def test_a_large_stay_keeps_every_unit_of_every_agent(whose):
             np.testing.assert_array_equal(perm, np.arange(len(perm)))
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("whose", ["shared", "own"])
+def test_examples_are_read_as_needed_on_every_edge(whose, joint):
+    """Agents that are copies of one agent are matched alike by any two batches."""
+    subject = agents("mlp")
+    keys = jax.random.split(jax.random.key(3), N_AGENTS)
+    perms = [permutation.random(subject.spec, subject.each[0], key) for key in keys]
+    copies = [permutation.apply(subject.spec, perm, subject.each[0]) for perm in perms]
+    variables = subject.placement.put(jax.tree.map(lambda *x: np.stack(x), *copies))
+    data = dataclasses.replace(samples("mlp", whose), as_needed=True)
+
+    def match(examples: Samples):
+        return match_edges(
+            subject.matcher,
+            variables,
+            edges_of(GRAPHS["ring"]),
+            MergeData(match=examples),
+            placement=subject.placement,
+            joint=joint,
+            key=jax.random.key(0),
+            stopwatch=Stopwatch(),
+        )
+
+    few, whole = match(data), match(samples("mlp", whose))
+    assert few.n_batches == 2 < whole.n_batches == len(data.indices)
+    two = dataclasses.replace(data, indices=data.indices[:2], mask=data.mask[:2])
+    expected = match(dataclasses.replace(two, as_needed=False))
+    assert few.perms.keys() == whole.perms.keys() == expected.perms.keys()
+    for edge, found in few.perms.items():
+        for group, perm in found.items():
+            np.testing.assert_array_equal(perm, expected.perms[edge][group])
+
+
 def test_every_phase_is_timed():
     stopwatch = Stopwatch()
     agents("mlp").match(GRAPHS["ring"], samples("mlp", "own"), stopwatch=stopwatch)
@@ -269,7 +302,7 @@ def test_edges_that_tell_each_other_are_matched_once():
     matched = []
 
     class Recording(ActivationMatcher):
-        def scorer(self, variables, edge_waves, data, stopwatch):
+        def scorers(self, variables, edge_waves, data, stopwatch):
             for references, permutees, real in edge_waves:
                 matched.extend(
                     zip(
@@ -278,7 +311,7 @@ def test_edges_that_tell_each_other_are_matched_once():
                         strict=True,
                     )
                 )
-            return super().scorer(variables, edge_waves, data, stopwatch)
+            return super().scorers(variables, edge_waves, data, stopwatch)
 
     subject = agents("mlp")
     matcher = Recording(subject.spec, subject.activations, subject.placement)

@@ -5,6 +5,7 @@ are those of all samples at once.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations
 
 import jax
@@ -19,13 +20,13 @@ from dimat_jax.data.pipeline import Reader, Samples, place_pool
 from dimat_jax.data.sources import Split
 from dimat_jax.matching._activation import (
     ActivationScorer,
-    _ListedNetworks,
+    activation_scorers,
     match_activations,
-    stream_scores,
 )
 from dimat_jax.matching._descent import Pairs, every_pair_alone
+from dimat_jax.matching._observed import ListedNetworks, NetworkPrograms
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.placement import place
+from dimat_jax.placement import Batching, place
 from dimat_jax.tree import PyTree, stack
 
 N = 4
@@ -113,6 +114,18 @@ def samples(whose: str) -> Samples:
     return reader.own(SHARDS, BATCH)
 
 
+def scorers(
+    examples: Samples, batching: Batching = "vmap"
+) -> Iterator[ActivationScorer]:
+    placement = place(N, jax.devices()[:1], batching)
+    return ActivationMatcher(SPEC, activations, placement).scorers(
+        placement.put(stack(NETWORKS)),
+        in_waves(ENDS, N),
+        MergeData(examples),
+        Stopwatch(),
+    )
+
+
 SHARDS = [np.arange(0, 9), np.arange(9, 30), np.arange(5, 19), np.arange(20, 40)]
 
 
@@ -122,19 +135,16 @@ def test_networks_in_a_list_have_the_scores_of_all_samples(n_waves):
         Pairs(part[:, 0], part[:, 1], len(part))
         for part in np.array_split(ENDS, n_waves)
     ]
-    networks = _ListedNetworks(SPEC, activations, NETWORKS)
-    scorer = ActivationScorer(stream_scores(networks, batches(), waves), waves)
+    networks = ListedNetworks(NetworkPrograms(SPEC, activations), NETWORKS)
+    (scorer,) = activation_scorers(networks, batches(), waves)
     everything = inputs_of(np.arange(len(IMAGES)))
     assert_scores(scorer, ENDS, [everything] * len(ENDS))
 
 
+@pytest.mark.parametrize("batching", ["vmap", "unroll"])
 @pytest.mark.parametrize("whose", ["shared", "own"])
-def test_stacked_agents_have_the_scores_of_all_samples_that_they_look_at(whose):
-    matcher = ActivationMatcher(SPEC, activations, PLACEMENT)
-    waves = in_waves(ENDS, PLACEMENT.slots)
-    scorer = matcher.scorer(
-        PLACEMENT.put(stack(NETWORKS)), waves, MergeData(samples(whose)), Stopwatch()
-    )
+def test_agents_have_the_scores_of_all_samples_that_they_look_at(whose, batching):
+    (scorer,) = scorers(samples(whose), batching)
     everything = np.arange(len(IMAGES))
     inputs = [
         inputs_of(everything if whose == "shared" else SHARDS[receiver])
@@ -147,33 +157,53 @@ def test_both_kinds_of_networks_are_matched_alike():
     pairs = Pairs(ENDS[:, 0], ENDS[:, 1], len(ENDS))
     solver = every_pair_alone(len(ENDS))
     listed = match_activations(SPEC, activations, NETWORKS, pairs, solver, batches())
-    matcher = ActivationMatcher(SPEC, activations, PLACEMENT)
-    scorer = matcher.scorer(
-        PLACEMENT.put(stack(NETWORKS)),
-        in_waves(ENDS, PLACEMENT.slots),
-        MergeData(samples("shared")),
-        Stopwatch(),
-    )
+    (scorer,) = scorers(samples("shared"))
     for group, perms in listed.items():
         stacked = solver.solve(scorer.scores(group, {}), perms)
         np.testing.assert_array_equal(perms, stacked)
+
+
+@pytest.mark.parametrize("batching", ["vmap", "unroll"])
+def test_scores_as_needed_rest_on_1_2_4_and_all_batches(batching):
+    examples = replace(samples("shared"), as_needed=True)
+    found = list(scorers(examples, batching))
+    assert [scorer.n_batches for scorer in found] == [1, 2, 4, 5]
+    for scorer in found:
+        seen = inputs_of(np.arange(BATCH * scorer.n_batches))
+        assert_scores(scorer, ENDS, [seen] * len(ENDS))
+    (whole,) = scorers(samples("shared"), batching)
+    assert whole.n_batches == 5
+    for group in TAPS:
+        np.testing.assert_array_equal(
+            found[-1].scores(group, {}), whole.scores(group, {})
+        )
+
+
+def test_only_as_many_batches_are_read_as_scorers_are_asked_for():
+    read = []
+
+    def watched() -> Iterator[np.ndarray]:
+        for batch in batches():
+            read.append(batch)
+            yield batch
+
+    networks = ListedNetworks(NetworkPrograms(SPEC, activations), NETWORKS)
+    waves = in_waves(ENDS, len(ENDS))
+    found = activation_scorers(networks, watched(), waves, as_needed=True)
+    for n_batches in (1, 2, 4):
+        assert next(found).n_batches == len(read) == n_batches
 
 
 @pytest.mark.parametrize("kind", ["listed", "stacked"])
 def test_without_a_batch_there_are_no_scores(kind):
     with pytest.raises(ValueError, match="at least one batch"):
         if kind == "listed":
-            networks = _ListedNetworks(SPEC, activations, NETWORKS)
-            stream_scores(networks, [], in_waves(ENDS, len(ENDS)))
+            networks = ListedNetworks(NetworkPrograms(SPEC, activations), NETWORKS)
+            next(activation_scorers(networks, [], in_waves(ENDS, len(ENDS))))
         else:
             nothing = samples("shared")
             nothing = Samples(nothing.load, *np.zeros((2, 0, BATCH), int), shared=True)
-            ActivationMatcher(SPEC, activations, PLACEMENT).scorer(
-                PLACEMENT.put(stack(NETWORKS)),
-                in_waves(ENDS, PLACEMENT.slots),
-                MergeData(nothing),
-                Stopwatch(),
-            )
+            next(scorers(nothing))
 
 
 def test_networks_in_a_list_may_differ_where_no_unit_is_permuted():

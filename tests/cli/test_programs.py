@@ -216,6 +216,35 @@ def test_bench_writes_ratios(tmp_path, environment, name):
     assert content[ratio]
 
 
+def test_bench_merge_compares_ways_to_merge_trained_agents(
+    tmp_path, environment, finished
+):
+    out = tmp_path / "bench.json"
+    result = run(
+        environment,
+        "bench",
+        "merge",
+        *SMALL,
+        "--config.merge.frame=own",
+        f"--agents={finished[0]}",
+        f"--out={out}",
+        "--repeats=1",
+        "--steps=1",
+    )
+    assert result.returncode == 0, result.stderr
+    merges = json.loads(out.read_text())["merges"]
+    assert merges.keys() == {"published", "round", "few"}
+    for found in merges.values():
+        assert found["seconds"] > 0 and found["peak_bytes"] > 0
+        assert 0.1 < found["accuracy"] <= 1
+        assert found["published_per_this"] > 0
+    assert merges["published"]["images"] == merges["round"]["images"] == 300
+    assert merges["few"]["images"] < 300
+    assert merges["round"]["accuracy"] == merges["published"]["accuracy"]
+    assert merges["round"]["seconds_by_phase"].keys() >= {"activations", "assignment"}
+    assert "times as fast as published" in result.stdout
+
+
 def test_bench_scale_times_an_algorithm_with_a_single_agent(tmp_path, environment):
     out = tmp_path / "bench.json"
     config = "--config=quickstart:centralized"

@@ -13,6 +13,7 @@ from dimat_jax.data.pipeline import (
     Pool,
     Reader,
     Sampler,
+    Samples,
     chunked,
     draw_own,
     load,
@@ -441,3 +442,15 @@ def test_what_is_drawn_depends_on_seed_and_agent_alone():
     other = draw_own([shard], 20, [1])[0]
     drawn = [tuple(part) for part in (first, second, third, other)]
     assert len(set(drawn)) == 4
+
+
+def test_examples_of_the_first_batches_are_counted_without_what_fills_them_up():
+    def unread(indices, mask):
+        raise AssertionError("counting reads no batch")
+
+    shared = Samples(unread, *chunked(np.arange(7), 3), shared=True)
+    assert [shared.n_examples(n) for n in range(4)] == [0, 3, 6, 7]
+    chunks = [chunked(np.arange(n), 3, 2) for n in (6, 1)]
+    indices, mask = (np.stack(x, axis=1) for x in zip(*chunks, strict=True))
+    own = Samples(unread, indices, mask, shared=False)
+    assert [own.n_examples(n) for n in range(3)] == [0, 2, 3.5]

@@ -13,7 +13,18 @@ import pytest
 from dimat_jax import permutation
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.data.sources import load
-from dimat_jax.matching import activation_matching
+from dimat_jax.matching import activation_matching, joint_activation_matching
+from dimat_jax.matching._activation import (
+    ENOUGH,
+    ActivationScorer,
+    descended,
+    settle,
+)
+from dimat_jax.matching._descent import (
+    Problem,
+    every_pair_alone,
+    two_networks,
+)
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import activations, forward, init, loss
 from dimat_jax.permutation import Perms, PermutationSpec, PermutationSpecError
@@ -220,6 +231,86 @@ def test_a_network_of_dead_units_alone_is_matched_without_nan(mlp):
     for found in (mlp.match(zeros, mlp.variables), mlp.match(mlp.variables, zeros)):
         for perm in found.values():
             np.testing.assert_array_equal(np.sort(perm), np.arange(len(perm)))
+
+
+# As many samples as it takes ==========================================================
+
+
+def read_of(batches: list[np.ndarray], read: list[int]) -> Iterator[np.ndarray]:
+    for number, batch in enumerate(batches):
+        read.append(number)
+        yield batch
+
+
+def test_a_planted_permutation_is_found_on_fewer_samples_than_there_are(mlp):
+    planted, permutee = mlp.planted(0)
+    reads, found = [], []
+    for _ in range(2):
+        reads.append([])
+        batches = read_of(mlp.batches, reads[-1])
+        few = mlp._replace(batches=batches)
+        found.append(few.match(mlp.variables, permutee, as_needed=True))
+    assert reads == [[0, 1]] * 2 and len(mlp.batches) == 4
+    whole = mlp.match(mlp.variables, permutee)
+    for group, clear in unmistakable(mlp, mlp.variables).items():
+        perm = found[0][group]
+        np.testing.assert_array_equal(perm, found[1][group])
+        # Where the assignment is stable, it is the one that all samples lead to.
+        units = np.asarray(planted[group])[perm] == np.arange(len(perm))
+        assert units[clear].all()
+        np.testing.assert_array_equal(perm[clear], whole[group][clear])
+
+
+def scorer_of(swap_gain: float, n_batches: int) -> ActivationScorer:
+    """One pair with two units, for which swapping them gains so much a unit."""
+    scores = jnp.array([[[0.5, 0.5 + swap_gain], [0.5 + swap_gain, 0.5]]], jnp.float32)
+    return ActivationScorer([{"g": scores}], [two_networks()], n_batches=n_batches)
+
+
+@pytest.mark.parametrize(
+    ("gains", "n_made"),
+    [
+        # From the second scorer on the same permutation is the best one.
+        ([-0.1, 0.1, 0.1, -0.1], 3),
+        ([0.1, 0.1, -0.1], 2),
+        # The best permutation changes, but it gains less than what counts.
+        ([-0.1, ENOUGH / 2, 0.3], 2),
+        ([-0.1, ENOUGH * 2, 0.3], 3),
+        # All samples are read if every doubling gains something.
+        ([-0.1, 0.1, -0.1, 0.1], 4),
+        ([0.1], 1),
+    ],
+)
+def test_samples_are_doubled_until_that_gains_nothing(gains, n_made):
+    made = []
+
+    def scorers() -> Iterator[ActivationScorer]:
+        for number, gain in enumerate(gains):
+            made.append(gain)
+            yield scorer_of(gain, 2**number)
+
+    scorer, (perms, _) = settle(
+        scorers(), lambda scorer: descended(Problem(scorer, every_pair_alone(1)))
+    )
+    assert len(made) == n_made and scorer.n_batches == 2 ** (n_made - 1)
+    best = [1, 0] if gains[n_made - 1] > 0 else [0, 1]
+    np.testing.assert_array_equal(perms["g"], [best])
+
+
+def test_joint_matching_reads_as_few_samples(mlp):
+    _, permutee = mlp.planted(0)
+    read = []
+    found = joint_activation_matching(
+        mlp.spec,
+        mlp.activations,
+        [mlp.variables, permutee],
+        read_of(mlp.batches, read),
+        as_needed=True,
+    )
+    assert read == [0, 1]
+    alone = mlp._replace(batches=mlp.batches[:2]).match(mlp.variables, permutee)
+    for group, perm in alone.items():
+        np.testing.assert_array_equal(found[1][group], perm)
 
 
 # Staying put ==========================================================================

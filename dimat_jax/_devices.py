@@ -1,13 +1,22 @@
-"""Splits a CPU into several devices, with enough threads for all of them."""
+"""Chooses the devices of a run, and splits a CPU into several of them."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
 from dimat_jax._layouts import PlacementError
 from dimat_jax.options import Option
 
-__all__ = ["CPU_DEVICES", "check_threads", "cores", "request_cpu_devices"]
+__all__ = [
+    "CPU_DEVICES",
+    "check_threads",
+    "cores",
+    "devices_of_all_processes",
+    "request_cpu_devices",
+    "shared_out",
+]
 
 CPU_DEVICES = Option(
     "placement.cpu_devices",
@@ -76,3 +85,54 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def devices_of_all_processes(n_cpu_devices: int) -> list[Any]:
+    """Returns the devices that a run may use: all, or some host devices of each process.
+
+    Args:
+        n_cpu_devices: the number of devices of a process, if its devices are CPUs.
+    """
+    if jax.devices()[0].platform != "cpu":
+        return jax.devices()
+    return [
+        device
+        for process in range(jax.process_count())
+        for device in jax.local_devices(process_index=process)[:n_cpu_devices]
+    ]
+
+
+def shared_out(
+    devices: Sequence[Any], n_agents: int, batch_size: int
+) -> tuple[list[Any], int]:
+    """Chooses equally many devices of each process.
+
+    Args:
+        devices: the devices to choose from.
+        n_agents: the number of agents.
+        batch_size: the number of examples in a batch, as of `place`.
+
+    Returns:
+        the devices, process by process, and the number of devices for each agent. It is
+        1 if several agents share a device.
+
+    Raises:
+        PlacementError: there are fewer agents than processes.
+    """
+    processes: dict[int, list[Any]] = {}
+    for device in devices:
+        processes.setdefault(device.process_index, []).append(device)
+    if n_agents < len(processes):
+        raise PlacementError(
+            f"{n_agents} agents are too few for {len(processes)} processes, each of "
+            "which holds at least one"
+        )
+    # All devices of an agent belong to one process.
+    of_each, left_over = divmod(n_agents, len(processes))
+    available = min(map(len, processes.values()))
+    most = 1 if left_over else max(available // of_each, 1)
+    n_parts = max(parts for parts in range(1, most + 1) if batch_size % parts == 0)
+    chosen = [
+        device for own in processes.values() for device in own[: of_each * n_parts]
+    ]
+    return chosen, n_parts
