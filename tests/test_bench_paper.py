@@ -1,11 +1,15 @@
 """Tests the cost model of `dimat bench scale` on made-up times, and by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
-from dimat_jax._bench import _paper
+from configs import quickstart
+from dimat_jax._bench import _paper, scale
 from dimat_jax._bench._hardware import Hardware
 from dimat_jax._bench._paper import Fit, Merge, Model, Sizes
+from dimat_jax._bench._record import Settings
 from dimat_jax.algorithms._traffic import MatchingSizes
 from dimat_jax.topology import TOPOLOGIES
 
@@ -115,3 +119,33 @@ def test_permutations_that_agree_are_found_on_one_machine():
             model(merges=fits), HARDWARE, "fully_connected", 64, frame
         )
         assert found["compute_seconds"] == pytest.approx(seconds)
+
+
+def test_a_run_measures_fits_checks_and_predicts(monkeypatch):
+    monkeypatch.setattr(scale, "COUNTS", (1, 2, 3))
+    monkeypatch.setattr(scale, "FITTED_UP_TO", 2)
+    monkeypatch.setattr(scale, "MERGES", (("joint", "fully_connected"),))
+    monkeypatch.setattr(scale, "MANY", (64,))
+    monkeypatch.setattr(scale, "PREDICTED", {"ring": (None, "joint")})
+    config = quickstart.get_config()
+    config.data.train_size = 200
+    config.pretrain.epochs = 1
+    settings = Settings(repeats=1, steps=1, hardware=HARDWARE)
+    result = scale.BENCH.run(config, settings)
+    assert list(result["sides"]) == ["1", "2", "3"]
+    assert list(result["sides"]["3"]) == ["steps", "gossip", "joint, fully_connected"]
+    checked = [(row["agents"], row["side"]) for row in result["checks"]]
+    assert checked == [(3, "steps"), (3, "joint, fully_connected")]
+    gossip, merge = result["predictions"]
+    assert gossip["exchange"] == "gossip" and merge["exchange"] == "merge, joint frame"
+    # Gossip sends the params at every step, and a merge once and in addition the data
+    # of the matching.
+    steps = result["model"]["steps_per_round"]
+    assert steps > 1
+    params = gossip["bytes_per_round"] / (steps * 128)
+    assert merge["bytes_per_round"] > 128 * params
+    for row in result["predictions"]:
+        assert row["rounds_per_hour"] > 0
+    text = scale.BENCH.show(result)
+    assert "rounds an hour" in text and "predicted" in text
+    json.dumps(result)

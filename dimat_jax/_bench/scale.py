@@ -80,7 +80,8 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
         },
         "step_seconds": steps,
         "per_agent_relative_to_one": {n: s / n / steps[1] for n, s in steps.items()},
-        "exponents": _exponents(timings, settings.steps),
+        "exponents": _exponents(timings),
+        "hardware": settings.hardware._asdict(),
     }
     if _aligns(config) and len(timings) > 2:
         result |= _on_paper(config, settings, timings, steps)
@@ -128,7 +129,7 @@ def _column(
 
 
 def _exponents(
-    timings: Mapping[int, Mapping[str, Timing]], steps: int
+    timings: Mapping[int, Mapping[str, Timing]],
 ) -> list[dict[str, Any]]:
     """Fits how time and memory grow, for the sides with three numbers from 5 on."""
     found = []
@@ -193,7 +194,6 @@ def _on_paper(
         merge_sizes,
     )
     return {
-        "hardware": settings.hardware._asdict(),
         "model": {
             "step": model.step._asdict(),
             "gossip": model.gossip._asdict(),
