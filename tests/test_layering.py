@@ -118,8 +118,11 @@ def test_the_package_never_imports(foreign):
     assert not importers(foreign)
 
 
-def test_only_the_reader_of_pytorch_files_imports_pytorch():
-    assert importers("torch") == ["dimat_jax.models._state_dict"]
+def test_only_the_reader_of_pytorch_files_and_a_benchmark_import_pytorch():
+    assert sorted(importers("torch")) == [
+        "dimat_jax._bench._plain_torch",
+        "dimat_jax.models._state_dict",
+    ]
     assert importers("safetensors") == ["dimat_jax.models._state_dict"]
 
 

@@ -1,10 +1,16 @@
 """The program that takes a config's local steps, as the benchmarks time it."""
 
+from functools import partial
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from dimat_jax._bench._worker import Program, config_from, jax_program
 from dimat_jax._trainer import Trainer
+from dimat_jax.algorithms.base import gradient, one_agent
 from dimat_jax.config import Config, drop_unread, fields_of, fields_read
+from dimat_jax.data.pipeline import Batch
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import AGENTS
 
@@ -29,12 +35,17 @@ def local_steps(config: dict[str, Any], steps: int) -> Program:
     Args:
         config: the config as a dict; see `config_from`.
         steps: the number of steps in a call.
+
+    Returns:
+        the program. Its facts are the number of steps in an epoch, and the
+        floating-point operations by which one agent computes its gradient in a step.
     """
     experiment = Experiment(config_from(config))
     state = experiment.algorithm.init(experiment.initial_variables())
     trainer = Trainer(
         experiment, experiment.algorithm, experiment.sampler, experiment.key("rounds")
     )
+    epoch, flops = experiment.sampler.steps_per_epoch, _flops(experiment)
     done = 0
 
     def call() -> dict[str, Any]:
@@ -44,6 +55,25 @@ def local_steps(config: dict[str, Any], steps: int) -> Program:
         # `train` returns once the losses are on the host, so no work is left then.
         state, _ = trainer.train(state, done, networks)
         done += steps
-        return {"steps_per_epoch": experiment.sampler.steps_per_epoch}
+        return {"steps_per_epoch": epoch, "flops_per_step": flops}
 
     return jax_program(call)
+
+
+def _flops(experiment: Experiment) -> float:
+    """Returns the floating-point operations of one agent's gradient.
+
+    XLA counts them in the program before optimization, because it cannot look into the
+    library calls that optimization puts there.
+    """
+    shape = experiment.dataset.train.images.shape[1:]
+    size = experiment.config.batch_size
+    batch = Batch(
+        jnp.zeros((size, *shape)), jnp.zeros(size, jnp.int32), jnp.ones(size, bool)
+    )
+    variables = one_agent(experiment.abstract_variables())
+    lowered = jax.jit(partial(gradient, experiment.task)).lower(
+        variables, batch, jax.random.key(0)
+    )
+    analysis: Any = lowered.cost_analysis()
+    return float(analysis["flops"])

@@ -1,7 +1,8 @@
 """The process of one side of a benchmark: it makes a program and calls it on request.
 
 The parent process writes one line of JSON for each request, and this process answers
-each with one line: see `_timing`. It ends when its input ends.
+each with one line: see `_timing`. It ends when its input ends. Nothing here imports
+JAX before a program asks for it, because its memory would count for other libraries.
 """
 
 import importlib
@@ -15,11 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
-from dimat_jax.config import Config, default_config, fields_of
 from dimat_jax.errors import UserError
-from dimat_jax.placement import request_cpu_devices
 
 __all__ = ["Program", "Unavailable", "config_from", "jax_program"]
 
@@ -53,6 +50,8 @@ def jax_program(call: Callable[[], dict[str, Any] | None]) -> Program:
     Args:
         call: the function that is timed, as for `Program`; None stands for no facts.
     """
+    import jax
+
     devices = jax.devices()
 
     def peak() -> int | None:
@@ -64,11 +63,14 @@ def jax_program(call: Callable[[], dict[str, Any] | None]) -> Program:
     return Program(lambda: call() or {}, name, peak)
 
 
-def config_from(fields: dict[str, Any]) -> Config:
+def config_from(fields: dict[str, Any]) -> Any:
     """Rebuilds a config from `config.to_dict()`, and splits the CPU as it says.
 
     It must be called before JAX computes anything.
     """
+    from dimat_jax.config import default_config, fields_of
+    from dimat_jax.placement import request_cpu_devices
+
     config = default_config()
     config.update_from_flattened_dict(fields_of(fields))
     request_cpu_devices(config.placement.cpu_devices)

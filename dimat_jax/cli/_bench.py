@@ -3,21 +3,21 @@
     dimat bench merge|train|scale --out=FILE.json [--config=NAME --config.FIELD=VALUE]
 
 merge: times a merge round by phase, and compares it with a local epoch.
-train: times a step of all agents together, and compares it with as many steps of one
-    agent alone, and with a step in bfloat16.
+train: compares the images per second of all agents together, of one agent alone and of
+    one model in a plain Flax loop and in a plain PyTorch loop, in float32 and bfloat16.
 scale: times a step of 1, 2, 5, ... agents, and compares the time for each agent with
     that of a single agent.
 
 Each program that is compared runs in a process of its own, and the programs take turns.
-Times are medians over --repeats, after a first call that compiles. Compare only times
-within one file.
+Times are medians over --repeats, after a first call that compiles. A ratio is the
+median of the ratios within one turn. Compare only times within one file.
 """
 
 from pathlib import Path
 
 from absl import flags
 
-from dimat_jax._bench import BENCHES
+from dimat_jax._bench._benches import BENCHES
 from dimat_jax._bench._record import Settings
 from dimat_jax._metrics import write_json
 from dimat_jax.cli import _bundled, _program

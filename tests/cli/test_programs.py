@@ -203,7 +203,7 @@ def test_a_sweep_that_does_not_exist_is_refused(tmp_path, environment):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", ["merge", "train", "scale"])
+@pytest.mark.parametrize("name", ["merge", "scale"])
 def test_bench_writes_ratios(tmp_path, environment, name):
     out = tmp_path / "bench.json"
     result = run(environment, "bench", name, *SMALL[:2], f"--out={out}", "--repeats=1")
@@ -211,23 +211,17 @@ def test_bench_writes_ratios(tmp_path, environment, name):
     content = json.loads(out.read_text())
     ratio = {
         "merge": "merge_per_local_epoch",
-        "train": "stacked_per_agents_alone",
         "scale": "per_agent_relative_to_one",
     }[name]
     assert content[ratio]
 
 
-@pytest.mark.parametrize("name", ["train", "scale"])
-def test_bench_times_an_algorithm_with_a_single_agent(tmp_path, environment, name):
+def test_bench_scale_times_an_algorithm_with_a_single_agent(tmp_path, environment):
     out = tmp_path / "bench.json"
     config = "--config=quickstart:centralized"
-    result = run(environment, "bench", name, config, f"--out={out}", "--repeats=1")
+    result = run(environment, "bench", "scale", config, f"--out={out}", "--repeats=1")
     assert result.returncode == 0, result.stderr
-    content = json.loads(out.read_text())
-    if name == "train":
-        assert content["agents"] == 1 and content["stacked_per_agents_alone"] > 0
-    else:
-        assert content["per_agent_relative_to_one"] == {"1": 1}
+    assert json.loads(out.read_text())["per_agent_relative_to_one"] == {"1": 1}
 
 
 def test_bench_refuses_to_time_the_merge_of_an_algorithm_without_one(
