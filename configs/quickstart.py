@@ -29,7 +29,4 @@ def get_config(algorithm: str = "dimat"):
     config.merge.match_samples = 0
     config.merge.bn_data = "none"
     config.merge.batch_size = 500
-    # Dense layers are fast under vmap, and one program for all agents compiles faster
-    # than five copies of it.
-    config.placement.batching = "vmap"
     return drop_unread(config)

@@ -6,18 +6,19 @@ The function is traced once. Its equations are cut into parts that take turns:
     what agents do alone: one program for a chunk of agents, called once for each chunk
 
 So what agents do alone is compiled once for any number of agents. A chunk reads its
-rows of the stacked arrays and writes its rows of the results. It writes in place: into
-arrays that nothing else needs any more, or into fresh ones.
+rows of the stacked arrays and writes its rows of the results.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array
 
 from dimat_jax._jaxprs import (
     Atom,
@@ -133,7 +134,7 @@ class _Programs:
         self._steps = [
             (
                 part,
-                _chunk_program(part, owned, where, compiler_options)
+                _ChunkProgram(part, owned, where, compiler_options)
                 if part.alone
                 else _stacked_program(part, owned, shardings, compiler_options),
             )
@@ -151,7 +152,8 @@ class _Programs:
             values |= program(values)
             for var in part.last_reads:
                 array = values.pop(var)
-                if var in self._donated and isinstance(array, jax.Array):
+                donated = var in self._donated and isinstance(array, jax.Array)
+                if donated and not array.is_deleted():
                     array.delete()
         return [
             values[var] if isinstance(var, Var) else jnp.asarray(var.val)
@@ -223,66 +225,146 @@ def _stacked_program(
     return run_part
 
 
-def _chunk_program(
-    part: Part,
-    owned: set[Var],
-    where: _Where,
-    compiler_options: dict[str, Any] | None,
-) -> Program:
-    """Makes the program of a part that agents do alone, and calls it for each chunk."""
-    shards = where.shards
-    rows, shared = _operands(part)
-    one = _of_one_agent(part, rows, shared)
-    old = _overwritten(part, owned, [var for var in rows if var not in shared])
-    kept = [var for var in rows if var not in set(old.values())]
-    axes = (0,) * len(rows) + (None,) * len(shared)
+class _ChunkProgram:
+    """The program of a part that agents do alone, which is called for each chunk.
 
-    def run(size, start, buffers, kept_arrays, shared_arrays):
-        pairs = zip(part.writes, buffers, strict=True)
-        arrays = {old[var]: buffer for var, buffer in pairs if var in old}
-        arrays |= dict(zip(kept, kept_arrays, strict=True))
-        own = [jax.lax.dynamic_slice_in_dim(arrays[var], start, size) for var in rows]
+    Chunks run in lanes. A lane's chunks write their results into the same arrays, so
+    they run one after the other; lanes need nothing of each other, so XLA:CPU runs them
+    at once. In the end the lanes' rows are put together.
+
+    Args:
+        part: the part.
+        owned: the variables whose arrays may be overwritten.
+        where: the shardings.
+        compiler_options: options for XLA.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        owned: set[Var],
+        where: _Where,
+        compiler_options: dict[str, Any] | None,
+    ):
+        self._writes, self._shards = part.writes, where.shards
+        self._rows, self._shared = _operands(part)
+        self._one = _of_one_agent(part, self._rows, self._shared)
+        self._lanes = _lanes(where)
+        n_rows = sum(self._lanes[0].sizes)
+        slots = n_rows * (where.shards.slots // where.shards.n_local)
+        avals = [(slots, *var.aval.shape[1:]) for var in part.writes]
+        dtypes = [var.aval.dtype for var in part.writes]
+        in_agents = {"out_shardings": where.agents}
+        self._make_lane = jax.jit(
+            lambda: [_empty(*aval) for aval in zip(avals, dtypes, strict=True)],
+            **in_agents,
+        )
+        self._program = jax.jit(
+            self._on_all_devices,
+            static_argnums=0,
+            donate_argnums=3,
+            compiler_options=compiler_options,
+            **in_agents,
+        )
+        # The joined rows overwrite arrays that are not read any more.
+        self._old = list(_overwritten(part, owned, part.reads).values())
+        self._join = jax.jit(
+            self._joined, donate_argnums=0, keep_unused=True, **in_agents
+        )
+
+    def __call__(self, values: dict[Var, Any]) -> dict[Var, Any]:
+        rows = [values[var] for var in self._rows]
+        shared = [values[var] for var in self._shared]
+        results = [self._make_lane() for _ in self._lanes]
+        for turn in zip_longest(*(zip(*lane, strict=True) for lane in self._lanes)):
+            for number, chunk in enumerate(turn):
+                if chunk is not None:
+                    results[number] = self._program(
+                        *chunk, results[number], rows, shared
+                    )
+        (joined, *others) = results
+        if others:
+            joined = self._join([values[var] for var in self._old], results)
+        return dict(zip(self._writes, joined, strict=True))
+
+    def _on_all_devices(self, size: int, *args: Any) -> Any:
+        def on_one_device(*local):
+            return self._run_chunk(size, *local)
+
+        return self._shards.map(on_one_device, (None, None, 0, 0, None), *args)
+
+    def _run_chunk(
+        self, size: int, first: Any, place: Any, results: Any, rows: Any, shared: Any
+    ) -> list[Any]:
+        """Runs the agents of a chunk, and writes their results into those of a lane.
+
+        Args:
+            size: the number of agents.
+            first: the first agent's row in stacked arrays.
+            place: the first agent's row in the lane's results.
+            results: the lane's results so far.
+            rows: the stacked arrays of which agents read their own rows.
+            shared: the arrays that agents share.
+        """
+        own = [jax.lax.dynamic_slice_in_dim(x, first, size) for x in rows]
+        axes = (0,) * len(rows) + (None,) * len(shared)
         build = LAYOUTS["vmap"].build
-        results = over_rows(build, one, axes, [*own, *shared_arrays], size)
+        new = over_rows(build, self._one, axes, [*own, *shared], size)
         return [
-            jax.lax.dynamic_update_slice_in_dim(buffer, result, start, axis=0)
-            for buffer, result in zip(buffers, results, strict=True)
+            jax.lax.dynamic_update_slice_in_dim(result, x, place, axis=0)
+            for result, x in zip(results, new, strict=True)
         ]
 
-    def on_each_device(size, *args):
-        in_axes = (None, 0, 0, None)
-        return shards.map(lambda *local: run(size, *local), in_axes, *args)
+    def _joined(self, old: Any, lanes: list[Any]) -> list[Any]:
+        del old
+        n_local = self._shards.n_local
 
-    program = jax.jit(
-        on_each_device,
-        static_argnums=0,
-        donate_argnums=2,
-        compiler_options=compiler_options,
-    )
-    fresh = [var.aval for var in part.writes if var not in old]
-    make_fresh = jax.jit(
-        lambda: [_empty(aval) for aval in fresh], out_shardings=where.agents
-    )
-    starts = range(0, shards.n_local, shards.chunk)
-    sizes = [min(shards.chunk, shards.n_local - start) for start in starts]
-    placed = [jax.device_put(np.int32(start), where.shared) for start in starts]
+        def join(*local):
+            return [
+                jnp.concatenate(pieces)[:n_local] for pieces in zip(*local, strict=True)
+            ]
 
-    def run_part(values):
-        new = iter(make_fresh() if fresh else ())
-        buffers = [values[old[v]] if v in old else next(new) for v in part.writes]
-        kept_arrays = [values[v] for v in kept]
-        shared_arrays = [values[v] for v in shared]
-        for size, start in zip(sizes, placed, strict=True):
-            buffers = program(size, start, buffers, kept_arrays, shared_arrays)
-        return dict(zip(part.writes, buffers, strict=True))
-
-    return run_part
+        return self._shards.map(join, (0,) * len(lanes), *lanes)
 
 
-def _empty(aval: Any) -> Any:
-    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        return jax.vmap(jax.random.key)(jnp.zeros(aval.shape, jnp.uint32))
-    return jnp.zeros(aval.shape, aval.dtype)
+class _Lane(NamedTuple):
+    """The chunks of a lane.
+
+    Attributes:
+        sizes: the number of agents of each chunk.
+        firsts: the first row of each chunk in stacked arrays, on the devices.
+        places: the first row of each chunk in the lane's results, on the devices.
+    """
+
+    sizes: list[int]
+    firsts: list[Array]
+    places: list[Array]
+
+
+def _lanes(where: _Where) -> list[_Lane]:
+    """Shares out the chunks over lanes. The first lane has the most rows."""
+    size, n_local = where.shards.chunk, where.shards.n_local
+    firsts = range(0, n_local, size)
+    n_chunks = -(-len(firsts) // min(where.shards.lanes, len(firsts)))
+
+    def placed(row: int) -> Array:
+        return jax.device_put(np.int32(row), where.shared)
+
+    lanes = [firsts[i : i + n_chunks] for i in range(0, len(firsts), n_chunks)]
+    return [
+        _Lane(
+            [min(size, n_local - first) for first in lane],
+            [placed(first) for first in lane],
+            [placed(first - lane[0]) for first in lane],
+        )
+        for lane in lanes
+    ]
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.vmap(jax.random.key)(jnp.zeros(shape, jnp.uint32))
+    return jnp.zeros(shape, dtype)
 
 
 def _operands(part: Part) -> tuple[list[Var], list[Var]]:

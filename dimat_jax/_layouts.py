@@ -59,12 +59,14 @@ class Shards:
         n_local: the number of slots on each device of that axis.
         layout: the name of the layout, one of `LAYOUTS`.
         chunk: the number of agents in a chunk, for the layout "chunks".
+        lanes: the number of chunks that run at once on a device, for the same layout.
     """
 
     mesh: Mesh
     n_local: int
     layout: str
     chunk: int
+    lanes: int
 
     @property
     def slots(self) -> int:

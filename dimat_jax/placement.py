@@ -177,8 +177,13 @@ class Placement:
 
     @property
     def _shards(self) -> Shards:
-        n_local = self.slots // self.mesh.size
-        return Shards(self.mesh, n_local, self.batching, self.chunk)
+        n_devices = self.mesh.size
+        # A small convolution uses one core of a CPU, so a chunk runs on each core.
+        # XLA runs the programs of other devices one after the other.
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        lanes = max(1, _cores() // n_devices) if on_cpu else 1
+        n_local = self.slots // n_devices
+        return Shards(self.mesh, n_local, self.batching, self.chunk, lanes)
 
     def put(self, stacked: PyTree) -> PyTree:
         """Places host arrays `[n_agents, ...]` on the devices as `[slots, ...]`."""
@@ -342,7 +347,12 @@ def _thread_pool_size() -> int:
     """The number of threads that XLA:CPU has, or will have, for all devices."""
     if requested := os.environ.get("PJRT_NPROC"):
         return int(requested)
-    # XLA counts the cores that the process may use, if the system can tell them.
+    return _cores()
+
+
+def _cores() -> int:
+    """The number of cores that XLA counts: those that the process may use."""
+    # Not every system can tell them.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
