@@ -88,7 +88,7 @@ def cores() -> int:
 
 
 def devices_of_all_processes(n_cpu_devices: int) -> list[Any]:
-    """Returns the devices that a run may use: all, or some host devices of each process.
+    """Returns the devices of a run: all, or some host devices of each process.
 
     Args:
         n_cpu_devices: the number of devices of a process, if its devices are CPUs.

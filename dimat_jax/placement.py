@@ -31,6 +31,7 @@ from dimat_jax._devices import (
     check_threads,
     cores,
     request_cpu_devices,
+    shared_out,
 )
 from dimat_jax._layouts import CHUNK, LAYOUTS, PlacementError, Shards, lift
 from dimat_jax.options import Option, Record, registry

@@ -14,7 +14,7 @@ from dimat_jax.data.pipeline import Batch
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import AGENTS
 
-__all__ = ["changed", "local_steps", "number_of_agents"]
+__all__ = ["changed", "gradient_flops", "local_steps", "number_of_agents"]
 
 
 def number_of_agents(config: Config) -> int:
@@ -45,7 +45,7 @@ def local_steps(config: dict[str, Any], steps: int) -> Program:
     trainer = Trainer(
         experiment, experiment.algorithm, experiment.sampler, experiment.key("rounds")
     )
-    epoch, flops = experiment.sampler.steps_per_epoch, _flops(experiment)
+    epoch, flops = experiment.sampler.steps_per_epoch, gradient_flops(experiment)
     done = 0
 
     def call() -> dict[str, Any]:
@@ -60,7 +60,7 @@ def local_steps(config: dict[str, Any], steps: int) -> Program:
     return jax_program(call)
 
 
-def _flops(experiment: Experiment) -> float:
+def gradient_flops(experiment: Experiment) -> float:
     """Returns the floating-point operations of one agent's gradient.
 
     XLA counts them in the program before optimization, because it cannot look into the

@@ -332,7 +332,12 @@ class ActivationScorer:
         return np.sum(totals, axis=0)
 
     def similarity(self, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
-        """The correlation of matched units: the mean over units, then over groups."""
+        """The correlation of matched units: the mean over units, then over groups.
+
+        It is 0 if there are no groups.
+        """
+        if not perms:
+            return np.zeros(self.n_pairs)
         means = [
             total_score(self.scores(group, perms), perm) / self.sizes[group]
             for group, perm in perms.items()

@@ -140,9 +140,9 @@ def watch(
     """
     started = time.time()
     log = path.with_suffix(".log")
-    status = ""
+    status, record = "", read_record(path)
     while not status:
-        before = len(read_record(path)["cells"])
+        before = len(record["cells"])
         with log.open("ab") as output:
             ended = _watch_one(command, path, started + seconds, environment, output)
         record = read_record(path)

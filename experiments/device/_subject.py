@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,15 +16,12 @@ import numpy as np
 
 from dimat_jax._layouts import LAYOUTS as LAYOUT_RECORDS
 from dimat_jax._trainer import Trainer
-from dimat_jax.algorithms.base import gradient, one_agent
 from dimat_jax.config import Config, default_config, drop_unread
-from dimat_jax.data.pipeline import Batch
 from dimat_jax.experiment import Experiment
 
 __all__ = [
     "LAYOUTS",
     "Steps",
-    "alone_flops",
     "layout_fields",
     "step_config",
 ]
@@ -78,6 +74,7 @@ def step_config(
         "augmentation.pad": 4,
         "model.name": model,
         "model.width": width,
+        "optimizer.name": "sgd",
         "pretrain.epochs": 0,
         **layout_fields(layout),
     }
@@ -152,24 +149,6 @@ class Steps:
         with _peak_memory() as peak:
             self.take(3)
         return max(peak) - self._left_bytes if peak else None
-
-
-def alone_flops(experiment: Experiment, batch: int = BATCH) -> float:
-    """The floating-point operations of one agent's loss and gradient.
-
-    XLA counts them in the program before it is compiled, so the count is the same for
-    every layout and device.
-    """
-    shape = experiment.dataset.train.images.shape[1:]
-    examples = Batch(
-        jax.ShapeDtypeStruct((batch, *shape), np.float32),
-        jax.ShapeDtypeStruct((batch,), np.int32),
-        jax.ShapeDtypeStruct((batch,), np.bool_),
-    )
-    one = one_agent(experiment.abstract_variables())
-    step = jax.jit(partial(gradient, experiment.task))
-    analysis: Any = step.lower(one, examples, jax.random.key(0)).cost_analysis()
-    return float(analysis["flops"])
 
 
 @contextmanager

@@ -5,8 +5,9 @@ over the time of a step, over the rate of a large matrix product in the same for
 float32: in TF32, which is what JAX uses on GPUs unless it is told otherwise).
 """
 
+from dimat_jax._bench._steps import gradient_flops
 from experiments.device._cells import Cell, Log, read_record
-from experiments.device._subject import BATCH, Steps, alone_flops, step_config
+from experiments.device._subject import BATCH, Steps, step_config
 from experiments.device.parts import Settings
 from experiments.device.parts.layouts import Subject, best_layout
 
@@ -49,7 +50,7 @@ def _measure(settings: Settings, subject: Subject, dtype: str):
         log.note(first_seconds=steps.first_seconds)
         seconds, spread = steps.seconds()
         log.note(step_seconds=seconds, spread=spread)
-        flops = subject.agents * alone_flops(steps.experiment, batch)
+        flops = subject.agents * gradient_flops(steps.experiment)
         log.note(step_flops=flops, flops_per_second=flops / seconds)
         products = read_record(settings.out / "facts.json")["cells"]
         peak = products.get(_PEAKS[dtype], {}).get("figures", {})

@@ -9,6 +9,8 @@ import time
 
 import numpy as np
 
+from dimat_jax._bench._plain import Plain
+from dimat_jax._bench._plain_torch import build
 from experiments.device._cells import Cell, LeftOut, Log
 from experiments.device.parts import Settings
 
@@ -43,8 +45,6 @@ def _measure(settings: Settings, width: float, way: str):
     def measure(log: Log) -> None:
         import torch
 
-        from tests.reference.torch_models import ResNet
-
         if mode and not torch.cuda.is_available():
             raise LeftOut("PyTorch compiles for GPUs here, and there is none")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +52,8 @@ def _measure(settings: Settings, width: float, way: str):
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
         log.note(width=width, dtype=dtype, mode=mode, torch=torch.__version__)
-        model = ResNet([3, 3, 3], width=round(16 * width), n_classes=100)
+        units = tuple(round(channels * width) for channels in (16, 32, 64))
+        model = build(Plain(3, units, 100, (32, 32, 3), batch))
         model = model.to(device).to(memory_format=torch.channels_last)
         run = torch.compile(model, mode=mode) if mode else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
