@@ -6,8 +6,10 @@ With a single process, every function here returns at once.
 """
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -44,6 +46,10 @@ _GRACE_SECONDS = 3.0
 # because JAX aborts a process whose service goes away while it is arriving.
 _LONGER_SECONDS = 3.0
 
+_NOT_MET = (
+    "the processes could not meet; each needs an id of its own, from 0 to "
+    "n_processes - 1, and the same coordinator"
+)
 _LOST = (
     "another process of the run has ended; the same command on every process goes on "
     "from the last checkpoint"
@@ -190,6 +196,7 @@ def joined(
     )
     missing.daemon = True
     missing.start()
+    _on_abort(2, _NOT_MET)
     try:
         jax.distributed.initialize(
             coordinator,
@@ -207,6 +214,7 @@ def joined(
         raise ProcessError(_first_line(error) + _DETECTION) from error
     finally:
         missing.cancel()
+    _on_abort(1, _LOST)
     watch = _Watch(heartbeat_timeout, coordinator)
     try:
         yield
@@ -360,9 +368,31 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+_ending = threading.Lock()
+
+
 def _end(code: int, message: str) -> NoReturn:
-    """Ends this process from any thread."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Ends this process from any thread, with the first message that any thread has."""
+    if not _ending.acquire(blocking=False):
+        time.sleep(_GRACE_SECONDS)  # The other thread ends the process meanwhile.
+    else:
+        print(f"error: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
+
+
+_abort_handlers: list[Any] = []
+
+
+def _on_abort(code: int, message: str) -> None:
+    """Ends this process with a message where JAX's runtime would abort it.
+
+    The runtime aborts a process as soon as process 0 is gone, and has no callback that
+    works: jax 0.10.2 raises std::bad_cast when it calls a `missed_heartbeat_callback`.
+    It aborts from a thread of its own while Python goes on, so that a handler may run
+    Python. Handlers of the module `signal` would wait for the main thread.
+    """
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: _end(code, message))
+    _abort_handlers.append(handler)  # C holds no reference.
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)

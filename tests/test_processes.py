@@ -101,7 +101,7 @@ def ended(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, st
 
 def assert_one_message(err: str, *parts: str) -> None:
     """Asserts that stderr has one line of ours, with these parts, and no traceback."""
-    assert "Traceback" not in err and "stack trace" not in err, err
+    assert "Traceback" not in err and "Fatal Python error" not in err, err
     (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
     for part in parts:
         assert part in message, message
