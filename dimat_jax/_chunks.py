@@ -17,6 +17,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
@@ -60,7 +61,7 @@ class Chunked:
 
     def __call__(self, *args: Any) -> Any:
         leaves = jax.tree.leaves(args)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._whole(*args)
         # JAX keeps traces: arguments of the same shapes and dtypes give the same jaxpr.
         traced = self._whole.trace(*args)
@@ -184,10 +185,10 @@ def _overwritten(part: Part, owned: set[Var], reads: Iterable[Var]) -> dict[Var,
     waiting: dict[Any, list[Var]] = {}
     for var in reads:
         if var in part.last_reads and var in owned:
-            waiting.setdefault((var.aval.shape, var.aval.dtype), []).append(var)
+            waiting.setdefault(_shape_and_dtype(var), []).append(var)
     found = {}
     for var in part.writes:
-        if candidates := waiting.get((var.aval.shape, var.aval.dtype)):
+        if candidates := waiting.get(_shape_and_dtype(var)):
             found[var] = candidates.pop(0)
     return found
 
@@ -252,24 +253,23 @@ class _ChunkProgram:
         self._lanes = _lanes(where)
         n_rows = sum(self._lanes[0].sizes)
         slots = n_rows * (where.shards.slots // where.shards.n_local)
-        avals = [(slots, *var.aval.shape[1:]) for var in part.writes]
-        dtypes = [var.aval.dtype for var in part.writes]
-        in_agents = {"out_shardings": where.agents}
+        avals = [_shape_and_dtype(var) for var in part.writes]
+        of_lane = [((slots, *shape[1:]), dtype) for shape, dtype in avals]
         self._make_lane = jax.jit(
-            lambda: [_empty(*aval) for aval in zip(avals, dtypes, strict=True)],
-            **in_agents,
+            lambda: [_empty(*aval) for aval in of_lane],
+            out_shardings=where.agents,
         )
         self._program = jax.jit(
             self._on_all_devices,
             static_argnums=0,
             donate_argnums=3,
             compiler_options=compiler_options,
-            **in_agents,
+            out_shardings=where.agents,
         )
         # The joined rows overwrite arrays that are not read any more.
         self._old = list(_overwritten(part, owned, part.reads).values())
         self._join = jax.jit(
-            self._joined, donate_argnums=0, keep_unused=True, **in_agents
+            self._joined, donate_argnums=0, keep_unused=True, out_shardings=where.agents
         )
 
     def __call__(self, values: dict[Var, Any]) -> dict[Var, Any]:
@@ -394,9 +394,15 @@ def _of_one_agent(
             own |= dict(zip(eqn.outvars, results, strict=True))
         return [own[var] for var in part.writes]
 
-    of_rows = [jax.ShapeDtypeStruct(v.aval.shape[1:], v.aval.dtype) for v in rows]
+    whole = map(_shape_and_dtype, rows)
+    of_rows = [jax.ShapeDtypeStruct(shape[1:], dtype) for shape, dtype in whole]
     return jax.make_jaxpr(run)(*of_rows, *[abstract(v.aval) for v in shared])
 
 
 def _value(atom: Atom, values: dict[Var, Any]) -> Any:
     return values[atom] if isinstance(atom, Var) else atom.val
+
+
+def _shape_and_dtype(var: Var) -> tuple[tuple[int, ...], Any]:
+    aval: Any = var.aval
+    return aval.shape, aval.dtype

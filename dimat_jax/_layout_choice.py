@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from dimat_jax._layouts import CHUNK
 from dimat_jax.config import Config
-from dimat_jax.placement import AUTO, BATCHING, automatic
+from dimat_jax.placement import AUTO, BATCHING, Batching, automatic
 
 __all__ = ["LayoutChoice", "choose"]
 
@@ -19,7 +19,7 @@ class LayoutChoice(NamedTuple):
         reason: why the layout was chosen: a clause in words.
     """
 
-    batching: str
+    batching: Batching
     chunk: int
     reason: str
 

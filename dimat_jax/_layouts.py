@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.extend as jex
+from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import Mesh, PartitionSpec
 
@@ -188,7 +189,7 @@ def over_rows(
 def _abstract(*avals, jaxpr, in_axes, shards):
     del avals, in_axes
     return [
-        jax.core.ShapedArray((shards.slots, *x.shape), x.dtype) for x in jaxpr.out_avals
+        ShapedArray((shards.slots, *x.shape), x.dtype) for x in jaxpr.out_avals
     ], jaxpr.effects
 
 
