@@ -224,7 +224,7 @@ def show(result: dict[str, Any]) -> str:
     ]
     notes.append(
         f"Utilisation: of the speed of a large matrix product, {', '.join(peaks)}; the "
-        f"model takes {result['flops_per_image'] / 1e6:,.0f} MFLOP for an image."
+        f"model takes {result['flops_per_image'] / 1e6:,.3g} MFLOP for an image."
     )
     return "\n\n".join([speeds, ratios, "\n".join(notes)])
 
