@@ -57,10 +57,11 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
         raise UserError(f"config.algorithm is {config.algorithm!r}; it does not merge")
     sides = [_side("round", "merge_rounds", config, settings)]
     if record.matches_activations:
-        n_images = _n_images(config, settings.full)
-        batch_size = fields_of(config)[BATCH_SIZE.path]
-        equal = _on_images(config, n_images, n_images)
-        few = _on_images(config, ENOUGH, min(2 * batch_size, n_images))
+        experiment = Experiment(config)
+        n_images = _n_images(experiment, settings.full)
+        n_few = min(2 * fields_of(config)[BATCH_SIZE.path], n_images)
+        equal = _on_images(experiment, n_images, n_images)
+        few = _on_images(experiment, ENOUGH, n_few)
         sides = [
             _side("published", "published_merges", equal, settings),
             _side("round", "merge_rounds", equal, settings),
@@ -82,21 +83,20 @@ def _side(name: str, program: str, config: Config, settings: Settings) -> Side:
     return Side(name, f"{_HERE}:{program}", arguments)
 
 
-def _n_images(config: Config, full: bool) -> int:
+def _n_images(experiment: Experiment, full: bool) -> int:
     """Returns the number of images of a merge, at most as many as there are."""
-    fields = fields_of(config)
-    available = len(Experiment(config).dataset.train.labels)
-    chosen = fields[MATCH_SAMPLES.path]
+    available = len(experiment.dataset.train.labels)
+    chosen = fields_of(experiment.config)[MATCH_SAMPLES.path]
     wanted = FULL_IMAGES if full else chosen if isinstance(chosen, int) else 0
     return min(wanted or available, available)
 
 
-def _on_images(config: Config, match: int | str, recalibrate: int) -> Config:
+def _on_images(experiment: Experiment, match: int | str, recalibrate: int) -> Config:
     """Returns the config with shared images: for matching, and for BatchNorm."""
     fields = {MATCH_DATA.path: "proxy", MATCH_SAMPLES.path: match}
-    if Experiment(config).task.batch_statistics is not None:
+    if experiment.task.batch_statistics is not None:
         fields |= {BN_DATA.path: "proxy", BN_SAMPLES.path: recalibrate}
-    return changed(config, fields)
+    return changed(experiment.config, fields)
 
 
 # The programs =========================================================================
