@@ -121,6 +121,7 @@ def test_permutations_that_agree_are_found_on_one_machine():
         assert found["compute_seconds"] == pytest.approx(seconds)
 
 
+@pytest.mark.slow
 def test_a_run_measures_fits_checks_and_predicts(monkeypatch):
     monkeypatch.setattr(scale, "COUNTS", (1, 2, 3))
     monkeypatch.setattr(scale, "FITTED_UP_TO", 2)

@@ -27,8 +27,8 @@ def test_many_agents_have_the_gap_that_all_eigenvalues_give(
     exact = second_modulus(given)
     monkeypatch.setattr(_spectrum, "_MOST_AT_ONCE", 8)
     assert second_modulus(given) == pytest.approx(exact, abs=1e-9)
-    # The same digits come out every time.
-    assert second_modulus(given) == second_modulus(given)
+    # The gap, 1 - |lambda_2|, has the same digits every time.
+    assert 1 - second_modulus(given) == 1 - second_modulus(given)
 
 
 @pytest.mark.parametrize(
