@@ -10,6 +10,8 @@ import optax
 import pytest
 
 from dimat_jax._checkpoint import CheckpointError, Checkpoints
+from dimat_jax._slots import refill, with_sharding
+from dimat_jax.placement import place
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,3 +214,59 @@ def test_a_leftover_of_another_crash_is_no_checkpoint(opened, tmp_path):
     leftover = tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp-1700000000"
     (leftover / "tree").mkdir(parents=True)
     assert opened().restore(shapes_of({"w": np.zeros(3)}))[1] == {"number": 1}
+
+
+SAVED = {
+    "w": np.arange(15, dtype=np.float32).reshape(5, 3),
+    "count": np.arange(5, dtype=np.int32),
+}
+
+
+@pytest.mark.parametrize("from_devices", [0, 1, 2, 5])
+@pytest.mark.parametrize("to_devices", [1, 3, 4])
+def test_agents_move_between_numbers_of_devices(opened, from_devices, to_devices):
+    """0 devices: the arrays of the agents alone, as older versions saved them."""
+    saved: Any = SAVED
+    if from_devices:
+        saved = place(5, jax.devices()[:from_devices]).put(SAVED)
+    checkpoints = opened()
+    checkpoints.save(1, saved, {})
+    checkpoints.wait()
+
+    placement = place(5, jax.devices()[:to_devices])
+    stacked = jax.eval_shape(lambda: placement.put(SAVED))
+    like = with_sharding(placement, stacked)
+    restored = checkpoints.restore(lambda record: like, rows=5)
+    assert restored is not None
+    tree = refill(placement, restored[0])
+    expected = placement.put(SAVED)
+    for leaf, other in zip(*map(jax.tree.leaves, (tree, expected)), strict=True):
+        assert leaf.sharding.is_equivalent_to(placement.sharding, leaf.ndim)
+        assert leaf.dtype == other.dtype
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_a_checkpoint_of_fewer_agents_is_an_error(opened):
+    checkpoints = opened()
+    checkpoints.save(1, SAVED, {})
+    checkpoints.wait()
+    placement = place(6, jax.devices()[:1])
+    six = {"w": np.zeros((6, 3), np.float32), "count": np.zeros(6, np.int32)}
+    like = with_sharding(placement, jax.eval_shape(lambda: placement.put(six)))
+    with pytest.raises(CheckpointError, match=r"of shape \(5,\), expected \(6,\)"):
+        checkpoints.restore(lambda record: like, rows=6)
+
+
+def test_saved_arrays_may_be_donated_at_once(opened):
+    checkpoints, placement = opened(), place(2, jax.devices()[:2])
+    like = {"w": np.ones((2, 1_000_000), np.float32)}
+    tree = placement.put(like)
+    overwrite = jax.jit(lambda tree: {"w": tree["w"] + 1}, donate_argnums=0)
+    checkpoints.save(1, tree, {})
+    for _ in range(5):
+        tree = overwrite(tree)
+    checkpoints.wait()
+    abstract = with_sharding(placement, jax.eval_shape(lambda: placement.put(like)))
+    restored = checkpoints.restore(lambda record: abstract, rows=2)
+    assert restored is not None
+    assert (np.asarray(restored[0]["w"]) == 1).all()

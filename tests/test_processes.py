@@ -4,14 +4,17 @@ Processes take seconds to start and to compile. So one pair runs all small exper
 another one is killed and resumes, and the wrong commands run side by side.
 """
 
+import contextlib
+import functools
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -48,9 +51,26 @@ LONG = (
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A free port below those that the system gives to outgoing connections."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """Ends the processes that a test has started and, since it failed, left."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 def start(command: Sequence[str]) -> subprocess.Popen:
@@ -62,7 +82,7 @@ def start(command: Sequence[str]) -> subprocess.Popen:
     }
     # The number of threads that this process has asked for is not the program's own.
     environment.pop("PJRT_NPROC", None)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", *command],
         cwd=ROOT,
         env=environment,
@@ -70,6 +90,8 @@ def start(command: Sequence[str]) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def start_training(
@@ -132,11 +154,30 @@ def pair(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cpu_devices", [4, 1])
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_find_what_one_process_finds(pair, tmp_path, name, cpu_devices):
-    train.run(config_of(name, cpu_devices), tmp_path, lambda line: None)
-    ours, theirs = read_rows(pair / name), read_rows(tmp_path)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Callable[[str, int], Path]:
+    """Does a run in this process, once for each number of devices."""
+
+    @functools.cache
+    def run(name: str, cpu_devices: int) -> Path:
+        workdir = tmp_path_factory.mktemp("alone")
+        train.run(config_of(name, cpu_devices), workdir, lambda line: None)
+        return workdir
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "cpu_devices"),
+    [
+        *((name, 4) for name in RUNS),
+        ("reference frame, five agents", 1),
+        ("gossip", 1),
+        ("push-sum", 1),
+    ],
+)
+def test_two_processes_find_what_one_process_finds(pair, alone, name, cpu_devices):
+    ours, theirs = read_rows(pair / name), read_rows(alone(name, cpu_devices))
     assert [list(row) for row in ours] == [list(row) for row in theirs]
     for row, expected in zip(without_times(ours), without_times(theirs), strict=True):
         for field, value in row.items():
@@ -148,10 +189,9 @@ def test_two_processes_find_what_one_process_finds(pair, tmp_path, name, cpu_dev
 
 
 @pytest.mark.parametrize("name", ["own frames, own data, BatchNorm", "push-sum"])
-def test_the_agents_of_two_processes_are_loaded_in_one(pair, tmp_path, name):
-    train.run(config_of(name, 4), tmp_path, lambda line: None)
+def test_the_agents_of_two_processes_are_loaded_in_one(pair, alone, name):
     _, agents = train.load_agents(pair / name)
-    _, expected = train.load_agents(tmp_path)
+    _, expected = train.load_agents(alone(name, 4))
     assert jax.tree.structure(agents) == jax.tree.structure(expected)
     for leaf, other in zip(*map(jax.tree.leaves, (agents, expected)), strict=True):
         assert isinstance(leaf, np.ndarray) and len(leaf) == 4

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
 from dimat_jax._slots import per_device, slots_of_devices
-from dimat_jax.data.partition import Shard
 from dimat_jax.data.pipeline import (
     NO_AUGMENTATION,
     Augmentation,
@@ -41,7 +40,7 @@ class Holdings:
         most: the number of images on the device that holds the most of them.
     """
 
-    def __init__(self, *shards: Sequence[Shard], placement: Placement):
+    def __init__(self, *shards: Sequence[np.ndarray], placement: Placement):
         self.placement = placement
         self.of_device = [
             _union([phase[agent] for phase in shards for agent in agents])
@@ -49,7 +48,7 @@ class Holdings:
         ]
         self.most = max(map(len, self.of_device))
 
-    def rows(self, shards: Sequence[Shard]) -> list[np.ndarray]:
+    def rows(self, shards: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns where the devices hold the images of each agent's shard.
 
         Args:
@@ -73,7 +72,7 @@ class Holdings:
         return [[int(slot) for slot in row if slot < n_agents] for row in slots]
 
 
-def _union(shards: Sequence[Shard]) -> np.ndarray:
+def _union(shards: Sequence[np.ndarray]) -> np.ndarray:
     if not shards:
         return np.zeros(0, np.int64)
     return np.unique(np.concatenate(shards))
