@@ -150,7 +150,6 @@ def _child(job: Job, jax_options: Mapping[str, Any], answer: Connection) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
     answer.send(run_job(job, jax_options))
 
 
@@ -169,7 +168,7 @@ def _reason(run: _Running) -> str | None:
     run.process.join()
     try:
         return run.answer.recv()
-    except EOFError:
+    except (EOFError, OSError):
         pass  # the process could not send anything
     finally:
         run.answer.close()

@@ -87,7 +87,7 @@ class View:
     """
 
     def __init__(self, jobs: Sequence[Job], console: Console | None = None):
-        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._console = console or Console()
         self._runs = {job.name: _Watched(job) for job in jobs}
         self._live = Live(
             console=self._console, auto_refresh=False, get_renderable=self._table
@@ -139,7 +139,7 @@ class View:
 
     def _announce(self, line: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(line, markup=False)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         """A row for each run that is running, and the counts of the others."""

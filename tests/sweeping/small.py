@@ -8,6 +8,9 @@ from dimat_jax._metrics import read_rows
 from dimat_jax._sweeping import Job, prepare
 from dimat_jax.config import drop_unread
 
+# The rounds of a run that is still going on when a test interrupts it.
+MANY_ROUNDS = 120
+
 
 def small(algorithm: str = "wa", **changes: Any):
     """Makes a small config. In the names of changes, double underscores are dots."""
@@ -27,7 +30,7 @@ def small(algorithm: str = "wa", **changes: Any):
 
 def long(**changes: Any):
     """A run that is still going on when a test interrupts it."""
-    return small("wa", **{"rounds": 300, "checkpoint__every": 5, **changes})
+    return small("wa", **{"rounds": MANY_ROUNDS, "checkpoint__every": 5, **changes})
 
 
 def jobs(workdir: Path, **configs: Any) -> list[Job]:

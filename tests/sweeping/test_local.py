@@ -16,7 +16,7 @@ from dimat_jax._sweeping import _local, run_here, run_side_by_side
 from dimat_jax._sweeping._job import failure_reason
 from dimat_jax._sweeping._shares import Share
 from dimat_jax.errors import NonFiniteError, UserError
-from tests.sweeping.small import jobs, long, rows, small
+from tests.sweeping.small import MANY_ROUNDS, jobs, long, rows, small
 
 TWO = [Share(None, {}, {})] * 2
 
@@ -100,7 +100,7 @@ def test_a_killed_run_is_told_and_goes_on_later_while_the_others_finish(tmp_path
 
     assert run_side_by_side(made, TWO) == {}
     assert "going on after local step" in log_of(victim)
-    assert len(read_rows(victim)) == 1 + 2 * 300
+    assert len(read_rows(victim)) == 1 + 2 * MANY_ROUNDS
 
 
 def test_a_terminated_sweep_ends_its_runs_and_they_go_on_later(tmp_path):

@@ -17,7 +17,7 @@ from dimat_jax._sweeping import make_executor, parse_options, run_on_slurm
 from dimat_jax._sweeping._job import inherited_jax_options
 from dimat_jax._sweeping._slurm import _Run
 from dimat_jax.errors import UserError
-from tests.sweeping.small import jobs, long, rows, small
+from tests.sweeping.small import MANY_ROUNDS, jobs, long, rows, small
 
 
 def quiet(line: str) -> None:
@@ -142,7 +142,7 @@ def test_a_job_that_is_preempted_goes_on_from_its_checkpoint(tmp_path):
     assert run.is_finished
     log = (run.workdir / "run.log").read_text()
     assert log.count("going on after local step") == 1
-    assert len(read_rows(run.workdir)) == 1 + 2 * 300
+    assert len(read_rows(run.workdir)) == 1 + 2 * MANY_ROUNDS
 
 
 def preempt(job: submitit.Job) -> None:
