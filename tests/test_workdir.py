@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dimat_jax import workdir
+from dimat_jax import _run_progress
 from dimat_jax._metrics import read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax.config import ConfigError
@@ -160,7 +160,7 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path, content, message):
 
 def test_progress_survives_json_and_its_clock_runs_on(monkeypatch):
     now = 100.0
-    monkeypatch.setattr(workdir.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(_run_progress.time, "perf_counter", lambda: now)
     ledger = Ledger(2, exchanges=3, by_kind={"params": 2**70})
     progress = Progress(ledger, epoch=1, round=2, step=3, rows=4, seconds=5.0)
     now += 10
