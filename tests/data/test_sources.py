@@ -61,6 +61,17 @@ def test_digits_are_split_evenly_in_every_class():
     assert len(np.unique(both, axis=0)) == 1797  # no sample is in both splits
 
 
+def test_random_images_have_the_sizes_of_cifar_and_are_always_the_same():
+    data = load("random")
+    assert_well_formed(data, channels=3)
+    assert data.n_classes == 100 and data.train.images.shape[1:] == (32, 32, 3)
+    assert len(data.train.labels) == 10_000 and len(data.test.labels) == 2_000
+    assert set(np.bincount(data.train.labels)) == {100}
+    assert_same(data, load("random"))
+    with pytest.raises(DataError, match="random comes without files"):
+        load("random", directory="somewhere")
+
+
 def test_statistics_are_those_of_the_full_training_split():
     full = load("digits")
     pixels = full.train.images.astype(np.float64)
