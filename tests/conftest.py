@@ -46,6 +46,7 @@ promotion.allow_in_flax_and_optax()
 
 # The files that take longest.
 _FIRST = (
+    "test_processes.py",
     "test_examples.py",
     "test_train.py",
     "test_every_model.py",
