@@ -205,13 +205,13 @@ def test_the_report_shows_figures_and_gaps(tmp_path):
     alone = {**subject, "agents": 1, "layout": "unroll", "step_seconds": 0.002}
     five = {**subject, "agents": 5, "layout": "vmap", "step_seconds": 0.005}
     cells = {
-        "one": {"status": "done", "figures": {**alone, "images_per_second": 50_000}},
-        "five": {"status": "done", "figures": {**five, "images_per_second": 100_000}},
+        "one": {"status": "done", "figures": {**alone, "images_per_second": 5e4}},
+        "five": {"status": "done", "figures": {**five, "images_per_second": 1e5}},
         "many": {"status": "failed", "error": "x\nOutOfMemory: 3 GiB", "figures": {}},
     }
     record = {"planned": [*cells, "never"], "cells": cells, "seconds": 12.0}
     (tmp_path / "layouts.json").write_text(json.dumps(record))
-    torch = {"width": 1, "step_seconds": 0.001, "images_per_second": 100_000}
+    torch = {"width": 1, "step_seconds": 0.001, "images_per_second": 1e5}
     cells = {"float32": {"status": "done", "figures": torch}}
     record = {"planned": [*cells], "cells": cells}
     (tmp_path / "pytorch.json").write_text(json.dumps(record))
