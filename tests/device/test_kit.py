@@ -1,6 +1,7 @@
 """The kit that measures the project on a GPU: packing, running parts, reporting."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -185,6 +186,21 @@ def test_a_part_is_measured_and_reported(tmp_path):
     text = report.render(tmp_path / "out")
     assert "This was a rehearsal" in text and "product bfloat16, 256 x 256" in text
     assert "5 of 5 done" in text
+
+
+def test_workers_end_with_the_program(tmp_path):
+    command = [sys.executable, "-m", "experiments.device.measure", "--tiny"]
+    command += ["--parts=tests", f"--out={tmp_path}", f"--work={tmp_path / 'work'}"]
+    program = subprocess.Popen(command, cwd=ROOT)
+    path = tmp_path / "tests.json"
+    while not path.exists() and program.poll() is None:
+        time.sleep(0.1)
+    worker = json.loads(path.read_text())["process"]
+    os.kill(worker, 0)  # It is running.
+    program.terminate()
+    assert program.wait(20) == 128 + 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
 
 
 @pytest.mark.parametrize(

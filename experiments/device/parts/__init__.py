@@ -71,6 +71,6 @@ def cells_of(name: str, settings: Settings) -> Sequence[Cell]:
     # A part is imported by its own worker alone: importing JAX starts the device.
     cells = importlib.import_module(f"{__name__}.{name}").cells(settings)
     if settings.tiny:
-        # The limits suit machines with a GPU. In a rehearsal that of the part is enough.
+        # The limits suit a GPU. In a rehearsal the limit of the part is enough.
         return [cell._replace(seconds=settings.seconds) for cell in cells]
     return cells
