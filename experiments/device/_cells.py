@@ -9,6 +9,7 @@ killed stops a compilation or a device that hangs, and it loses nothing but that
 The JSON file has these fields:
 
     part      the name of the part
+    process   the number of the last worker's process
     planned   the names of all cells, in the order in which they run
     cells     by name: "status", "seconds" and "figures" of each cell that was started
     status    "done", or why cells are missing
@@ -32,7 +33,7 @@ from typing import IO, Any, NamedTuple
 
 from dimat_jax._metrics import write_json
 
-__all__ = ["Cell", "LeftOut", "Log", "read_record", "watch", "work"]
+__all__ = ["Cell", "LeftOut", "Log", "kill_workers", "read_record", "watch", "work"]
 
 # How often the watcher looks at the worker, in seconds.
 _PERIOD = 0.2
@@ -82,7 +83,8 @@ def read_record(path: Path) -> dict[str, Any]:
 def work(path: Path, part: str, cells: Sequence[Cell]) -> None:
     """Runs those cells of a part that its file does not hold yet."""
     record = read_record(path)
-    record |= {"part": part, "planned": [cell.name for cell in cells]}
+    planned = [cell.name for cell in cells]
+    record |= {"part": part, "planned": planned, "process": os.getpid()}
     for cell in cells:
         if cell.name not in record["cells"]:
             _run(cell, path, record)
@@ -118,6 +120,9 @@ def _run(cell: Cell, path: Path, record: dict[str, Any]) -> None:
 
 
 # The watcher ==========================================================================
+
+# The workers that run now.
+_alive: list[subprocess.Popen[bytes]] = []
 
 
 def watch(
@@ -180,6 +185,7 @@ def _watch_one(
         env=environment,
         process_group=0,
     )
+    _alive.append(worker)
     why: str | None = None
     try:
         while worker.poll() is None and why is None:
@@ -190,9 +196,8 @@ def _watch_one(
             elif name and now > read_record(path)["cells"][name]["until"]:
                 why = "over time"
     finally:
-        if worker.poll() is None:
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.wait()
+        _kill(worker)
+        _alive.remove(worker)
     code = worker.returncode
     if (name := _running(path)) is not None:
         record = read_record(path)
@@ -203,6 +208,19 @@ def _watch_one(
             entry["error"] = f"the process ended with {code}"
         write_json(path, record)
     return why or code
+
+
+def kill_workers() -> None:
+    """Kills all workers of this process, which would go on without their watchers."""
+    for worker in list(_alive):
+        _kill(worker)
+
+
+def _kill(worker: subprocess.Popen[bytes]) -> None:
+    """Kills a worker, if it runs, with the processes that it has started."""
+    if worker.poll() is None:
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
 
 
 def _running(path: Path) -> str | None:

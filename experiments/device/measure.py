@@ -48,8 +48,6 @@ def groups(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 def main() -> None:
     """Runs the parts, or one part's worker."""
-    # What a kill leaves behind would go on to use the device.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     options = _parse()
     if options.worker:
         work = Settings(
@@ -58,9 +56,17 @@ def main() -> None:
         path = options.out / f"{options.worker}.json"
         _cells.work(path, options.worker, cells_of(options.worker, work))
         return
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     _measure(options)
+
+
+def _end(number: int, frame: object) -> None:
+    """Ends at once. Workers that were left behind would go on to use the device."""
+    _cells.kill_workers()
+    os._exit(128 + number)
 
 
 def _measure(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The kit that measures the project on a GPU: packing, running parts, reporting."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -187,6 +188,21 @@ def test_a_part_is_measured_and_reported(tmp_path):
     assert "5 of 5 done" in text
 
 
+def test_workers_end_with_the_program(tmp_path):
+    command = [sys.executable, "-m", "experiments.device.measure", "--tiny"]
+    command += ["--parts=tests", f"--out={tmp_path}", f"--work={tmp_path / 'work'}"]
+    program = subprocess.Popen(command, cwd=ROOT)
+    path = tmp_path / "tests.json"
+    while not path.exists() and program.poll() is None:
+        time.sleep(0.1)
+    worker = json.loads(path.read_text())["process"]
+    os.kill(worker, 0)  # It is running.
+    program.terminate()
+    assert program.wait(20) == 128 + 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [
@@ -205,13 +221,13 @@ def test_the_report_shows_figures_and_gaps(tmp_path):
     alone = {**subject, "agents": 1, "layout": "unroll", "step_seconds": 0.002}
     five = {**subject, "agents": 5, "layout": "vmap", "step_seconds": 0.005}
     cells = {
-        "one": {"status": "done", "figures": {**alone, "images_per_second": 50_000}},
-        "five": {"status": "done", "figures": {**five, "images_per_second": 100_000}},
+        "one": {"status": "done", "figures": {**alone, "images_per_second": 5e4}},
+        "five": {"status": "done", "figures": {**five, "images_per_second": 1e5}},
         "many": {"status": "failed", "error": "x\nOutOfMemory: 3 GiB", "figures": {}},
     }
     record = {"planned": [*cells, "never"], "cells": cells, "seconds": 12.0}
     (tmp_path / "layouts.json").write_text(json.dumps(record))
-    torch = {"width": 1, "step_seconds": 0.001, "images_per_second": 100_000}
+    torch = {"width": 1, "step_seconds": 0.001, "images_per_second": 1e5}
     cells = {"float32": {"status": "done", "figures": torch}}
     record = {"planned": [*cells], "cells": cells}
     (tmp_path / "pytorch.json").write_text(json.dumps(record))

@@ -69,4 +69,8 @@ PARTS: tuple[Part, ...] = (
 def cells_of(name: str, settings: Settings) -> Sequence[Cell]:
     """The cells of a part."""
     # A part is imported by its own worker alone: importing JAX starts the device.
-    return importlib.import_module(f"{__name__}.{name}").cells(settings)
+    cells = importlib.import_module(f"{__name__}.{name}").cells(settings)
+    if settings.tiny:
+        # The limits suit a GPU. In a rehearsal the limit of the part is enough.
+        return [cell._replace(seconds=settings.seconds) for cell in cells]
+    return cells

@@ -86,7 +86,6 @@ def cells(settings: Settings) -> list[Cell]:
     for subject in _TINY if settings.tiny else _SUBJECTS:
         for layout in _layouts(subject):
             limit = _LIMIT if subject.agents <= 5 else _LIMIT_OF_MANY
-            limit = 100 if settings.tiny else limit
             measure = _measure(settings, subject, layout, limit)
             found.append(Cell(f"{subject}, {layout}", limit, measure))
         if subject == _CHOICE_AFTER or settings.tiny and subject == _TINY[-1]:

@@ -17,17 +17,18 @@ _AGENTS = 5
 _REPEATS = 2
 # The width of the ResNet-20, and the number of images that merging looks at.
 _SIZES = ((1, 1000), (8, 1000), (1, 5000), (8, 5000))
+# The limit of a cell in seconds.
+_LIMIT = 40
 _TINY = ((0.25, 100), (0.25, 200))
 
 
 def cells(settings: Settings) -> list[Cell]:
     """The cells of this part."""
     sizes = _TINY if settings.tiny else _SIZES
-    limit = 200 if settings.tiny else 40
     return [
         Cell(
             f"resnet20 width {width:g}, {_AGENTS} agents on a ring, {images} images",
-            limit,
+            _LIMIT,
             _measure(settings, width, images),
         )
         for width, images in sizes

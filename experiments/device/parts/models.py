@@ -33,12 +33,10 @@ def cells(settings: Settings) -> list[Cell]:
                 rounds=1,
                 local_epochs=0,
                 local_steps=2,
-                data__train_size=200,
+                data__train_size=1000,
                 data__test_size=100,
                 eval__batch_size=50,
-                merge__batch_size=50,
                 merge__match_samples=100,
-                merge__bn_samples=100,
             )
             folder = settings.work / "models" / name
             shutil.rmtree(folder, ignore_errors=True)
@@ -49,4 +47,4 @@ def cells(settings: Settings) -> list[Cell]:
 
         return measure
 
-    return [Cell(name, 120 if settings.tiny else 60, run(name)) for name in names]
+    return [Cell(name, 60, run(name)) for name in names]

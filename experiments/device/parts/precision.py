@@ -30,7 +30,7 @@ def cells(settings: Settings) -> list[Cell]:
     return [
         Cell(
             f"{subject}, {dtype}",
-            100 if settings.tiny else 25,
+            25,
             _measure(settings, subject, dtype),
         )
         for subject in (_TINY if settings.tiny else _SUBJECTS)
