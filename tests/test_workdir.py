@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dimat_jax import _run_progress
+from dimat_jax import _run_progress, workdir
 from dimat_jax._metrics import read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax.config import ConfigError
