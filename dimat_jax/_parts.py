@@ -23,7 +23,6 @@ from dimat_jax._layouts import Shards, is_per_agent
 
 __all__ = [
     "Part",
-    "abstract",
     "inlined",
     "of_one_agent",
     "operands",
@@ -137,7 +136,7 @@ def abstract(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def operands(part: Part) -> tuple[list[Var], list[Var]]:
-    """Returns the variables of which agents read their own rows, and those that they share."""
+    """Returns the variables of which agents read their own rows, and the shared ones."""
     made = {var for eqn in part.eqns for var in eqn.outvars}
     rows, shared = {}, {}
     for eqn in part.eqns:
