@@ -14,7 +14,6 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -22,13 +21,19 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from dimat_jax._jaxprs import (
-    Atom,
     ClosedJaxpr,
     Var,
     run_equations,
 )
 from dimat_jax._layouts import LAYOUTS, Shards, over_rows
-from dimat_jax._parts import Part, abstract, inlined, parts_of
+from dimat_jax._parts import (
+    Part,
+    inlined,
+    of_one_agent,
+    operands,
+    parts_of,
+    shape_and_dtype,
+)
 
 __all__ = ["Chunked"]
 
@@ -185,10 +190,10 @@ def _overwritten(part: Part, owned: set[Var], reads: Iterable[Var]) -> dict[Var,
     waiting: dict[Any, list[Var]] = {}
     for var in reads:
         if var in part.last_reads and var in owned:
-            waiting.setdefault(_shape_and_dtype(var), []).append(var)
+            waiting.setdefault(shape_and_dtype(var), []).append(var)
     found = {}
     for var in part.writes:
-        if candidates := waiting.get(_shape_and_dtype(var)):
+        if candidates := waiting.get(shape_and_dtype(var)):
             found[var] = candidates.pop(0)
     return found
 
@@ -248,12 +253,12 @@ class _ChunkProgram:
         compiler_options: dict[str, Any] | None,
     ):
         self._writes, self._shards = part.writes, where.shards
-        self._rows, self._shared = _operands(part)
-        self._one = _of_one_agent(part, self._rows, self._shared)
+        self._rows, self._shared = operands(part)
+        self._one = of_one_agent(part, self._rows, self._shared)
         self._lanes = _lanes(where)
         n_rows = sum(self._lanes[0].sizes)
         slots = n_rows * (where.shards.slots // where.shards.n_local)
-        avals = [_shape_and_dtype(var) for var in part.writes]
+        avals = [shape_and_dtype(var) for var in part.writes]
         of_lane = [((slots, *shape[1:]), dtype) for shape, dtype in avals]
         self._make_lane = jax.jit(
             lambda: [_empty(*aval) for aval in of_lane],
@@ -365,44 +370,3 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> Array:
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.vmap(jax.random.key)(jnp.zeros(shape, jnp.uint32))
     return jnp.zeros(shape, dtype)
-
-
-def _operands(part: Part) -> tuple[list[Var], list[Var]]:
-    """The variables of which agents read their own rows, and those that they share."""
-    made = {var for eqn in part.eqns for var in eqn.outvars}
-    rows, shared = {}, {}
-    for eqn in part.eqns:
-        for atom, axis in zip(eqn.invars, eqn.params["in_axes"], strict=True):
-            if isinstance(atom, Var) and atom not in made:
-                (rows if axis == 0 else shared)[atom] = None
-    return list(rows), list(shared)
-
-
-def _of_one_agent(
-    part: Part, rows: Sequence[Var], shared: Sequence[Var]
-) -> ClosedJaxpr:
-    """Makes one jaxpr of all that an agent does alone in a part."""
-
-    def run(*args: Any) -> list[Any]:
-        own = dict(zip(rows, args[: len(rows)], strict=True))
-        common = dict(zip(shared, args[len(rows) :], strict=True))
-        for eqn in part.eqns:
-            operands: list[Any] = []
-            for atom, axis in zip(eqn.invars, eqn.params["in_axes"], strict=True):
-                operands.append(_value(atom, own if axis == 0 else common))
-            results = jex.core.jaxpr_as_fun(eqn.params["jaxpr"])(*operands)
-            own |= dict(zip(eqn.outvars, results, strict=True))
-        return [own[var] for var in part.writes]
-
-    whole = map(_shape_and_dtype, rows)
-    of_rows = [jax.ShapeDtypeStruct(shape[1:], dtype) for shape, dtype in whole]
-    return jax.make_jaxpr(run)(*of_rows, *[abstract(v.aval) for v in shared])
-
-
-def _value(atom: Atom, values: dict[Var, Any]) -> Any:
-    return values[atom] if isinstance(atom, Var) else atom.val
-
-
-def _shape_and_dtype(var: Var) -> tuple[tuple[int, ...], Any]:
-    aval: Any = var.aval
-    return aval.shape, aval.dtype
