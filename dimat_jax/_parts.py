@@ -127,10 +127,50 @@ def inlined(closed: ClosedJaxpr, copies_all: bool) -> ClosedJaxpr:
             return run_jaxpr(eqn.params["jaxpr"], inputs)
         return run_equation(eqn, inputs)
 
-    return jax.make_jaxpr(run)(*map(abstract, closed.in_avals))
+    return jax.make_jaxpr(run)(*map(_abstract, closed.in_avals))
 
 
-def abstract(aval: Any) -> jax.ShapeDtypeStruct:
+def operands(part: Part) -> tuple[list[Var], list[Var]]:
+    """The variables of which agents read their own rows, and those that they share."""
+    made = {var for eqn in part.eqns for var in eqn.outvars}
+    rows, shared = {}, {}
+    for eqn in part.eqns:
+        for atom, axis in zip(eqn.invars, eqn.params["in_axes"], strict=True):
+            if isinstance(atom, Var) and atom not in made:
+                (rows if axis == 0 else shared)[atom] = None
+    return list(rows), list(shared)
+
+
+def of_one_agent(part: Part, rows: Sequence[Var], shared: Sequence[Var]) -> ClosedJaxpr:
+    """Makes one jaxpr of all that an agent does alone in a part."""
+
+    def run(*args: Any) -> list[Any]:
+        own = dict(zip(rows, args[: len(rows)], strict=True))
+        common = dict(zip(shared, args[len(rows) :], strict=True))
+        for eqn in part.eqns:
+            operands: list[Any] = []
+            for atom, axis in zip(eqn.invars, eqn.params["in_axes"], strict=True):
+                operands.append(_value(atom, own if axis == 0 else common))
+            results = jex.core.jaxpr_as_fun(eqn.params["jaxpr"])(*operands)
+            own |= dict(zip(eqn.outvars, results, strict=True))
+        return [own[var] for var in part.writes]
+
+    whole = map(shape_and_dtype, rows)
+    of_rows = [jax.ShapeDtypeStruct(shape[1:], dtype) for shape, dtype in whole]
+    return jax.make_jaxpr(run)(*of_rows, *[_abstract(v.aval) for v in shared])
+
+
+def _value(atom: Atom, values: dict[Var, Any]) -> Any:
+    return values[atom] if isinstance(atom, Var) else atom.val
+
+
+def shape_and_dtype(var: Var) -> tuple[tuple[int, ...], Any]:
+    """The shape and the dtype of a variable's array."""
+    aval: Any = var.aval
+    return aval.shape, aval.dtype
+
+
+def _abstract(aval: Any) -> jax.ShapeDtypeStruct:
     """Returns an abstract value as the argument of a function that is traced."""
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
