@@ -17,7 +17,8 @@ from dimat_jax import models
 from dimat_jax.algorithms import Task
 from dimat_jax.data.pipeline import Batch, Samples
 from dimat_jax.models import classifier
-from dimat_jax.models.vgg import VGG
+from dimat_jax.models._norm import norm_axes, normalise
+from dimat_jax.models.classifier import tap
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
@@ -142,14 +143,58 @@ class Problem(NamedTuple):
 
 def mlp(*hidden: int) -> Problem:
     """Makes the problem of the MLP, whose agents start from different weights."""
-    return classify(models.MODELS["mlp"](n_classes=3, hidden=hidden), (2, 2, 1))
+    model = models.MODELS["mlp"](n_classes=3, hidden=hidden)
+    return classify(model, models.permutation_spec(model), (2, 2, 1))
 
 
-def classify(model: nn.Module, image: tuple[int, ...]) -> Problem:
+class CNN(nn.Module):
+    """Two convolutions with BatchNorm. They have no biases, which would be redundant.
+
+    The gradient of a redundant weight is nothing but rounding, and Adam would turn it
+    into steps of full length.
+    """
+
+    norm: str = "batch"
+    bn_momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x, *, train: bool, mask=None):
+        for i in range(2):
+            x = nn.Conv(4, (3, 3), strides=1 + i, use_bias=False, name=f"conv{i}")(x)
+            x = normalise(
+                self.norm,
+                x,
+                train=train,
+                mask=mask,
+                momentum=self.bn_momentum,
+                dtype=jnp.float32,
+                name=f"norm{i}",
+            )
+            x = nn.relu(x)
+            tap(self, f"relu{i}", x)
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+CNN_SPEC = PermutationSpec(
+    {
+        "params/conv0/kernel": (None, None, None, "conv0"),
+        **norm_axes("batch", "norm0", "conv0"),
+        "params/conv1/kernel": (None, None, "conv0", "conv1"),
+        **norm_axes("batch", "norm1", "conv1"),
+        "params/head/kernel": ("conv1", None),
+        "params/head/bias": (None,),
+    },
+    taps={f"relu{i}": f"conv{i}" for i in range(2)},
+)
+
+
+def classify(
+    model: nn.Module, spec: PermutationSpec, image: tuple[int, ...]
+) -> Problem:
     """Makes the problem of a model that classifies images into three classes."""
     task = Task(
         loss=classifier.loss(model),
-        spec=models.permutation_spec(model),
+        spec=spec,
         activations=classifier.activations(model),
         batch_statistics=classifier.batch_statistics(model),
     )
@@ -174,8 +219,7 @@ PROBLEMS = {
     ),
     "mlp": mlp(6),
     "deep mlp": mlp(6, 5),
-    # Convolutions, one of them with BatchNorm before a pool.
-    "cnn": classify(VGG(stages=((4,), (4,)), n_classes=3), (4, 4, 1)),
+    "cnn": classify(CNN(), CNN_SPEC, (4, 4, 1)),
 }
 
 

@@ -159,7 +159,7 @@ def test_a_killed_run_resumes_with_the_same_results(run, tmp_path, algorithm, ch
     finished = run(algorithm, **changes)
     config = faulty(algorithm, finished.parent / "agents", **changes)
     lines = resumed(config, tmp_path)
-    assert "going on after local step" in lines[1]  # after the line about the layout
+    assert "going on after local step" in lines[1]
     assert without_times(read_rows(tmp_path)) == without_times(read_rows(finished))
 
 

@@ -37,8 +37,21 @@ def trained(name: str, batching: str):
     return placement.gather(algorithm.variables(state))
 
 
-@pytest.mark.parametrize("batching", sorted(LAYOUTS.keys() - {"unroll"}))
-@pytest.mark.parametrize("name", [n for n, a in ALGORITHMS.items() if not a.single])
+def cases():
+    """Yields every algorithm with every layout.
+
+    Algorithms differ in the programs that chunks cut into parts. The other layouts see
+    one agent's function at a time, so most of them are left to the slow tests.
+    """
+    for name, algorithm in ALGORITHMS.items():
+        for batching in LAYOUTS.keys() - {"unroll"}:
+            quick = batching == "chunks" or name in ("cdsgd", "wm")
+            marks = () if quick else pytest.mark.slow
+            if not algorithm.single:
+                yield pytest.param(name, batching, marks=marks, id=f"{name}-{batching}")
+
+
+@pytest.mark.parametrize(("name", "batching"), sorted(cases(), key=lambda c: str(c.id)))
 def test_every_algorithm_computes_the_same_in_every_layout(name, batching):
     expected = trained(name, "unroll")
     jax.tree.map(
