@@ -16,6 +16,7 @@ from dimat_jax.data._dataset import Dataset, make_split, mean_std
 from experiments.device import _cells, _images, measure, pack, report, unpack
 from experiments.device._cells import Cell
 from experiments.device.parts import PARTS, Settings, cells_of
+from experiments.device.parts.tests import read_outcome
 
 ROOT = Path(__file__).parents[2]
 # Natural images differ little from pixel to pixel.
@@ -171,6 +172,18 @@ def test_every_part_has_cells_of_different_names(name, tiny, tmp_path):
     settings = Settings(tmp_path, tmp_path, None, 60, tiny)
     names = [cell.name for cell in cells_of(name, settings)]
     assert names and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "line, outcome",
+    [
+        ("tests/device/test_a.py::test_b[mlp-vmap] PASSED   [ 7%]", "passed"),
+        ("[gw1] [ 14%] FAILED tests/device/test_a.py::test_b[mlp-vmap] ", "failed"),
+    ],
+)
+def test_outcomes_are_read_from_the_lines_of_pytest(line, outcome):
+    assert read_outcome(line) == ("test_b[mlp-vmap]", outcome)
+    assert read_outcome("tests/device/test_a.py::test_b[mlp-vmap] ") is None
 
 
 def measure_here(*arguments):
