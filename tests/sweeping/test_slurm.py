@@ -97,8 +97,10 @@ def test_a_sweep_is_submitted_as_an_array_with_its_options(tmp_path, fake_slurm)
     made = jobs(workdir, a=small(), b=small(seed=1), c=small(seed=2))
     submitted = executor.map_array(_Run({}), made)
     assert [job.job_id for job in submitted] == ["12_0", "12_1", "12_2"]
-    (script,) = workdir.glob("submitit/**/*submission*.sh")
-    lines = set(script.read_text().split("\n"))
+    # submitit keeps a copy for each of the jobs.
+    scripts = workdir.glob("submitit/**/*submission*.sh")
+    (script,) = {path.read_text() for path in scripts}
+    lines = set(script.split("\n"))
     assert {
         "#SBATCH --array=0-2%2",
         "#SBATCH --time=60",
