@@ -128,11 +128,9 @@ def shared_out(
             "which holds at least one"
         )
     # All devices of an agent belong to one process.
-    of_each, left_over = divmod(n_agents, len(processes))
+    of_each = -(-n_agents // len(processes))
     available = min(map(len, processes.values()))
-    most = 1 if left_over else max(available // of_each, 1)
+    most = 1 if n_agents % len(processes) else max(available // of_each, 1)
     n_parts = max(parts for parts in range(1, most + 1) if batch_size % parts == 0)
-    chosen = [
-        device for own in processes.values() for device in own[: of_each * n_parts]
-    ]
-    return chosen, n_parts
+    wanted = min(of_each * n_parts, available)
+    return [device for own in processes.values() for device in own[:wanted]], n_parts

@@ -1,11 +1,13 @@
 """Chooses how the agents of a run share a device."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dimat_jax._layouts import CHUNK
 from dimat_jax.config import Config
-from dimat_jax.placement import AUTO, BATCHING, Batching, automatic
+from dimat_jax.placement import AUTO, BATCHING, automatic
 
 __all__ = ["LayoutChoice", "choose"]
 
@@ -17,11 +19,24 @@ class LayoutChoice(NamedTuple):
         batching: the name of the layout.
         chunk: the number of agents in a chunk, for the layout "chunks".
         reason: why the layout was chosen: a clause in words.
+        device: the kind of the devices for which it was chosen.
     """
 
-    batching: Batching
+    batching: str
     chunk: int
     reason: str
+    device: str = ""
+
+    @staticmethod
+    def read(path: Path) -> "LayoutChoice":
+        """Reads what `_asdict` has written as JSON.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: the file holds no JSON.
+            TypeError: the JSON has other fields.
+        """
+        return LayoutChoice(**json.loads(path.read_text()))
 
     @property
     def name(self) -> str:
@@ -30,9 +45,7 @@ class LayoutChoice(NamedTuple):
         return f"{self.batching}{of_size}"
 
 
-def choose(
-    config: Config, device: Any, n_local: int, convolves: Callable[[], bool]
-) -> LayoutChoice:
+def choose(config: Config, device: Any, convolves: Callable[[], bool]) -> LayoutChoice:
     """Returns the layout that a config names, or the one that suits model and device.
 
     Nothing is timed here.
@@ -40,15 +53,13 @@ def choose(
     Args:
         config: the run's config.
         device: one of the devices.
-        n_local: the number of agents on a device.
         convolves: finds out whether the model has convolutions.
     """
+    kind = device.device_kind
     named, chunk = config.placement.batching, config.placement.chunk
     if named != AUTO.name:
-        return LayoutChoice(named, chunk, f"{BATCHING.path} says so")
-    if n_local == 1:
-        return LayoutChoice("vmap", chunk, "every agent has a device of its own")
+        return LayoutChoice(named, chunk, f"{BATCHING.path} says so", kind)
     batching = automatic(device.platform, convolves())
     having = "with" if convolves() else "without"
-    reason = f"it suits models {having} convolutions on {device.device_kind}"
-    return LayoutChoice(batching, CHUNK.default, reason)
+    reason = f"it suits models {having} convolutions on {kind}"
+    return LayoutChoice(batching, CHUNK.default, reason, kind)

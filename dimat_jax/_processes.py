@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
@@ -22,13 +23,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dimat_jax.errors import UserError
+from dimat_jax.errors import NonFiniteError, UserError, first_line
 
 __all__ = [
     "ProcessError",
     "check_equal",
     "everywhere",
     "from_main",
+    "is_lost",
     "is_main",
     "joined",
     "leave",
@@ -58,6 +60,19 @@ _LOST = (
 
 class ProcessError(UserError):
     """The processes of a run disagree, or one of them is missing."""
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether an error may come from another process of the run that has ended.
+
+    JAX raises JaxRuntimeError for computations, and ValueError for some that it runs at
+    once.
+    """
+    if jax.process_count() == 1 or isinstance(error, UserError):
+        return False
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)
+    return isinstance(error, ValueError) and "Gloo" in str(error)
 
 
 def is_main() -> bool:
@@ -175,7 +190,6 @@ def joined(
         ProcessError: The arguments cannot be used, nothing can be detected, or the
             processes have unequal numbers of devices.
     """
-    _check_arguments(coordinator, n_processes, process_id)
     # An error of another process is then raised as an exception, and does not abort
     # this process.
     jax.config.update("jax_enable_recoverability", True)
@@ -211,7 +225,7 @@ def joined(
     except (ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        raise ProcessError(_first_line(error) + _DETECTION) from error
+        raise ProcessError(first_line(error) + _DETECTION) from error
     finally:
         missing.cancel()
     _on_abort(1, _LOST)
@@ -219,8 +233,14 @@ def joined(
     try:
         yield
         watch.finish()
-    except jax.errors.JaxRuntimeError as error:
-        watch.explain(error)
+    except Exception as error:
+        if is_lost(error):
+            watch.explain(error)
+        if not isinstance(error, UserError | NonFiniteError):
+            # What JAX does at the end of a program would wait for the other processes.
+            watch.over = True
+            traceback.print_exc()
+            leave(1)
         raise
     finally:
         watch.over = True
@@ -232,44 +252,6 @@ _DETECTION = (
 )
 
 
-def _check_arguments(
-    coordinator: str | None, n_processes: int | None, process_id: int | None
-) -> None:
-    given = [coordinator is not None, n_processes is not None, process_id is not None]
-    if any(given) and not all(given):
-        raise ProcessError(
-            "--coordinator, --n_processes and --process_id are given together, or not "
-            "at all where JAX can detect them"
-        )
-    if coordinator is None or n_processes is None or process_id is None:
-        return
-    if not 0 <= process_id < n_processes:
-        raise ProcessError(
-            f"--process_id must be from 0 to {n_processes - 1} with "
-            f"--n_processes={n_processes}, got {process_id}"
-        )
-    host, colon, port = coordinator.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ProcessError(
-            f"--coordinator must be the HOST:PORT of process 0, got {coordinator!r}"
-        )
-    if process_id == 0 and _is_taken(int(port)):
-        raise ProcessError(
-            f"port {port} of this machine is taken; choose another one, and start a "
-            "single process with --process_id=0"
-        )
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False
-
-
 def _check_devices() -> None:
     counts = Counter(device.process_index for device in jax.devices())
     if len(counts) != jax.process_count() or len(set(counts.values())) != 1:
@@ -277,10 +259,6 @@ def _check_devices() -> None:
         raise ProcessError(
             f"every process must have the same number of devices; there are {shown}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 
 class _Watch:
@@ -345,7 +323,7 @@ class _Watch:
         everywhere(None)
         self.over = True
         # No process leaves before every process has stopped to watch.
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
+        with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):
             everywhere(None)
 
     def explain(self, error: Exception) -> None:

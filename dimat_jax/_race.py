@@ -25,6 +25,7 @@ from dimat_jax._metrics import write_json
 from dimat_jax._trainer import Trainer
 from dimat_jax.config import Config, fields_of, fields_read
 from dimat_jax.data._cache import user_cache
+from dimat_jax.errors import first_line
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import AUTO, PlacementError
 from dimat_jax.workdir import Workdir
@@ -57,6 +58,10 @@ def settled(config: Config, folder: Workdir, log: Callable[[str], None]) -> Expe
     """
     automatic = config.placement.batching == AUTO.name
     begun = folder.read_layout() if automatic else None
+    device = jax.devices()[0].device_kind
+    if begun is not None and begun.device != device:
+        log(f"the run began on {begun.device}, and goes on in a layout for {device}")
+        begun = None
     experiment = Experiment(config, begun)
     if automatic and begun is None and len(candidates(experiment)) > 1:
         choice = _chosen(experiment, log)
@@ -123,14 +128,14 @@ def race(
         try:
             times[choice] = seconds(choice)
         except (PlacementError, jax.errors.JaxRuntimeError) as error:
-            failures[choice] = str(error).strip().splitlines()[0]
+            failures[choice] = first_line(error)
     notes = [f"{choice.name} fails ({error})" for choice, error in failures.items()]
     if not times:
         raise PlacementError(f"no layout runs on {device}: {'; '.join(notes)}")
     ranking = sorted(times, key=lambda choice: times[choice])
     shown = [f"{choice.name} {1e3 * times[choice]:.4g} ms" for choice in ranking]
     reason = f"a training step takes {', '.join([*shown, *notes])}"
-    return ranking[0]._replace(reason=reason)
+    return ranking[0]._replace(reason=reason, device=device)
 
 
 def _step_seconds(experiment: Experiment) -> float:
@@ -176,7 +181,7 @@ def _fingerprint(experiment: Experiment) -> str:
 def _read(path: Path) -> LayoutChoice | None:
     """Reads a stored layout; None if there is none that can be read."""
     try:
-        return LayoutChoice(**json.loads(path.read_text()))
+        return LayoutChoice.read(path)
     except (OSError, ValueError, TypeError):
         return None
 

@@ -15,7 +15,6 @@ from dimat_jax.data.pipeline import Augmentation, Sampler
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.network import Network
-from dimat_jax.placement import refusals_explained
 
 __all__ = ["Trainer"]
 
@@ -79,29 +78,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: An agent's loss was NaN or infinite.
-            PlacementError: The devices refuse the layout, or have too little memory.
         """
-        with refusals_explained(self._experiment.placement):
-            state, seen = self._take_steps(state, first_step, networks, tick)
-        loss, accuracy, n = seen.T.astype(np.float64)
-        if not np.isfinite(loss).all():
-            agents = np.flatnonzero(~np.isfinite(loss)).tolist()
-            raise NonFiniteError(
-                f"the training loss of agent(s) {agents} is not finite within local "
-                f"steps {first_step} to {first_step + len(networks) - 1}; a lower "
-                "learning rate may help"
-            )
-        with np.errstate(invalid="ignore"):
-            return state, {"train_loss": loss / n, "train_accuracy": accuracy / n}
-
-    def _take_steps(
-        self,
-        state: State,
-        first_step: int,
-        networks: Sequence[Network],
-        tick: Callable[[int], Any],
-    ) -> tuple[State, np.ndarray]:
-        """Takes the steps. Returns the state, and sums `[agents, 3]` for the means."""
         experiment = self._experiment
         totals = experiment.placement.zeros(3)
         for number, network in enumerate(networks, first_step):
@@ -116,4 +93,13 @@ class Trainer:
                 np.uint32(number),
             )
             tick(1)
-        return state, experiment.placement.gather(totals)
+        loss, accuracy, n = experiment.placement.gather(totals).T.astype(np.float64)
+        if not np.isfinite(loss).all():
+            agents = np.flatnonzero(~np.isfinite(loss)).tolist()
+            raise NonFiniteError(
+                f"the training loss of agent(s) {agents} is not finite within local "
+                f"steps {first_step} to {first_step + len(networks) - 1}; a lower "
+                "learning rate may help"
+            )
+        with np.errstate(invalid="ignore"):
+            return state, {"train_loss": loss / n, "train_accuracy": accuracy / n}

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["NonFiniteError", "SweepError", "UserError", "nearest"]
+__all__ = ["NonFiniteError", "SweepError", "UserError", "first_line", "nearest"]
 
 
 class UserError(ValueError):
@@ -16,6 +16,12 @@ class NonFiniteError(ArithmeticError):
 
 class SweepError(RuntimeError):
     """Some runs of a sweep have failed. The message names them and the reasons."""
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or the error's type if it is empty."""
+    message = str(error).strip()
+    return message.splitlines()[0] if message else type(error).__name__
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -106,9 +106,7 @@ class Experiment:
 
         devices = devices_of_all_processes(config.placement.cpu_devices)
         self._build_task()
-        self.layout = layout or choose(
-            config, devices[0], -(-n_agents // len(devices)), lambda: self.convolves
-        )
+        self.layout = layout or choose(config, devices[0], lambda: self.convolves)
         self.placement = place(
             n_agents,
             devices,

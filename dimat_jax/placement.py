@@ -34,6 +34,8 @@ from dimat_jax._devices import (
     shared_out,
 )
 from dimat_jax._layouts import CHUNK, LAYOUTS, PlacementError, Shards, lift
+from dimat_jax._processes import is_lost
+from dimat_jax.errors import first_line
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.tree import PyTree, take
 
@@ -195,9 +197,11 @@ class Placement:
     def _shards(self) -> Shards:
         n_devices = self.mesh.shape["agents"]
         # A small convolution uses one core of a CPU, so a chunk runs on each core.
-        # XLA runs the programs of other devices one after the other.
+        # XLA runs the programs of other devices one after the other. Several processes
+        # must have equal programs, and their machines may have other numbers of cores.
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        lanes = max(1, cores() // n_devices) if on_cpu else 1
+        several = on_cpu and jax.process_count() == 1
+        lanes = max(1, cores() // n_devices) if several else 1
         n_local = self.slots // n_devices
         return Shards(self.mesh, n_local, self.batching, self.chunk, lanes)
 
@@ -347,11 +351,11 @@ def place(
     axes = {"agents": len(devices)}
     if n_parts > 1:
         axes = {"agents": n_agents, "batch": n_parts}
-    mesh = jax.make_mesh(
-        tuple(axes.values()),
+    # The order of the devices stays: all devices of an agent belong to one process.
+    mesh = Mesh(
+        np.array(devices).reshape(tuple(axes.values())),
         tuple(axes),
         axis_types=(AxisType.Auto,) * len(axes),
-        devices=devices,
     )
     return Placement(n_agents, mesh, layout, chunk)
 
@@ -366,11 +370,13 @@ def refusals_explained(placement: Placement) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        if is_lost(error):
+            raise
         device = placement.mesh.devices.flat[0].device_kind
         others = ", ".join(name for name in LAYOUTS if name != placement.batching)
         raise PlacementError(
-            f"the layout {placement.batching} does not run on {device}: {reason}. "
+            f"the layout {placement.batching} does not run on {device}: "
+            f"{first_line(error)}. "
             f"{BATCHING.path} can also be {others}; chunks of few agents need the "
             "least memory"
         ) from error

@@ -29,6 +29,7 @@ from dimat_jax.data.partition import table
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
+from dimat_jax.placement import refusals_explained
 from dimat_jax.workdir import Results, Workdir, load_agents
 
 __all__ = ["load_agents", "run"]
@@ -58,6 +59,7 @@ def run(
     Raises:
         UserError: The config cannot be run, or the folder holds another run.
         NonFiniteError: A loss is not finite.
+        PlacementError: The devices refuse the layout, or have too little memory.
     """
     folder, log = Workdir(workdir), log if is_main() else _silent
     _check(config, folder)
@@ -67,6 +69,7 @@ def run(
     experiment = _prepare(config, folder, log)
     algorithm = experiment.algorithm
     with (
+        refusals_explained(experiment.placement),
         Results(folder, experiment) as results,
         _bar(experiment, results, make_bar) as bar,
     ):

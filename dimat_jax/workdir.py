@@ -27,7 +27,7 @@ import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._metrics import MetricsWriter, read_rows, write_json
-from dimat_jax._processes import from_main, is_main
+from dimat_jax._processes import from_main, is_lost, is_main
 from dimat_jax._run_progress import Progress
 from dimat_jax._slots import refill, with_sharding
 from dimat_jax.algorithms import Algorithm
@@ -147,10 +147,17 @@ class Workdir:
         return drop_unread(config)
 
     def read_layout(self) -> LayoutChoice | None:
-        """Reads how the agents of the run share a device; None if the run is new."""
+        """Reads how the agents of the run share a device; None if the run is new.
+
+        Raises:
+            ConfigError: layout.json cannot be used.
+        """
         if not (self.is_started and self._layout.exists()):
             return None
-        return LayoutChoice(**json.loads(self._layout.read_text()))
+        try:
+            return LayoutChoice.read(self._layout)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{self._layout} cannot be used: {error}") from error
 
     def read_summary(self) -> dict[str, Any] | None:
         """Reads summary.json; None for a run that has not finished."""
@@ -199,13 +206,14 @@ class Results:
     def __enter__(self) -> "Results":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> None:
         if self._rows is not None:
             self._rows.close()
-        is_lost = isinstance(exception[1], jax.errors.JaxRuntimeError)
         # Several processes finish a checkpoint together. If one of them has died, the
         # others would wait for it.
-        if jax.process_count() == 1 or not is_lost:
+        if not is_lost(error):
             self._checkpoints.close()
 
     def restore(self) -> State | None:

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[1]
 # within a package there is no order, but neither is there a cycle.
 FLOORS = [
     ["_lazy", "tree", "errors", "_stopwatch", "_jaxprs", "_randomness"],
-    ["options", "_conv_forms"],
+    ["options", "_conv_forms", "_processes"],
     ["_layouts"],
     ["_parts"],
     ["_chunks"],
     ["_option_facts", "_passing", "_devices"],
-    ["placement", "_processes"],
+    ["placement"],
     ["_slots"],
     ["topology"],
     ["_spectrum", "_fastest_mixing"],

@@ -1,6 +1,7 @@
 """The flags by which a command runs in several processes."""
 
 import contextlib
+import socket
 
 from absl import flags
 
@@ -14,6 +15,14 @@ _ARRIVAL_SECONDS = 300
 # A process on a machine that is lost falls silent. One that is killed is noticed at
 # once on CPUs.
 _HEARTBEAT_SECONDS = 60
+# The flags that mean nothing without --multihost.
+_FLAGS = (
+    "coordinator",
+    "n_processes",
+    "process_id",
+    "arrival_timeout",
+    "heartbeat_timeout",
+)
 
 
 def define_flags() -> None:
@@ -50,14 +59,16 @@ def joined() -> contextlib.AbstractContextManager[None]:
     """Joins the other processes for the time of a block, if there are any.
 
     Raises:
-        UserError: flags of several processes are given without --multihost.
+        UserError: flags of several processes are given without --multihost, or they
+            contradict each other.
     """
     values = flags.FLAGS
     if not values.multihost:
-        for name in ("coordinator", "n_processes", "process_id"):
+        for name in _FLAGS:
             if values[name].present:
                 raise UserError(f"--{name} needs --multihost")
         return contextlib.nullcontext()
+    _check_arguments(values.coordinator, values.n_processes, values.process_id)
     return _processes.joined(
         values.coordinator,
         values.n_processes,
@@ -65,3 +76,41 @@ def joined() -> contextlib.AbstractContextManager[None]:
         arrival_timeout=values.arrival_timeout,
         heartbeat_timeout=values.heartbeat_timeout,
     )
+
+
+def _check_arguments(
+    coordinator: str | None, n_processes: int | None, process_id: int | None
+) -> None:
+    given = [coordinator is not None, n_processes is not None, process_id is not None]
+    if any(given) and not all(given):
+        raise UserError(
+            "--coordinator, --n_processes and --process_id are given together, or not "
+            "at all where JAX can detect them"
+        )
+    if coordinator is None or n_processes is None or process_id is None:
+        return
+    if not 0 <= process_id < n_processes:
+        raise UserError(
+            f"--process_id must be from 0 to {n_processes - 1} with "
+            f"--n_processes={n_processes}, got {process_id}"
+        )
+    host, colon, port = coordinator.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(
+            f"--coordinator must be the HOST:PORT of process 0, got {coordinator!r}"
+        )
+    if process_id == 0 and _is_taken(int(port)):
+        raise UserError(
+            f"port {port} of this machine is taken; choose another one, and start a "
+            "single process with --process_id=0"
+        )
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False

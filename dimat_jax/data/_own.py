@@ -1,7 +1,6 @@
 """Images that a device holds for the agents that live there, and for no others."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -168,7 +167,7 @@ class OwnReader:
     """
 
     def __init__(self, pool: OwnPool, placement: Placement):
-        load = jax.jit(partial(load_own, placement))
+        load = jax.jit(lambda *i: placement.split_batch(load_own(placement, *i)))
         self._load = lambda *i: load(pool, *placement.put(i))
 
     def __call__(self, indices: Sequence[np.ndarray], batch_size: int) -> Samples:
