@@ -74,23 +74,23 @@ class Shards:
         """The length of stacked axes."""
         return self.n_local * self.mesh.shape["agents"]
 
-    def map(
-        self, fn: Callable[..., Any], in_axes: Any, *args: Any, out_axes: Any = 0
-    ) -> Any:
+    def map(self, fn: Callable[..., Any], in_axes: Any, *args: Any) -> Any:
         """Calls `fn` on each device with its own rows of the stacked arguments.
 
         Args:
             fn: a function of the rows `[n_local, ...]` that one device holds.
             in_axes: for each argument 0 if it is stacked, and None if it is shared.
             args: the arguments, which are pytrees.
-            out_axes: 0 if all results are stacked.
+
+        Returns:
+            the results, which are all stacked.
         """
         specs = {0: PartitionSpec("agents"), None: PartitionSpec()}
         return jax.shard_map(
             fn,
             mesh=self.mesh,
             in_specs=tuple(specs[axis] for axis in in_axes),
-            out_specs=specs[out_axes],
+            out_specs=specs[0],
             axis_names={"agents"},
             check_vma=False,
         )(*args)

@@ -41,7 +41,6 @@ from dimat_jax.tree import PyTree, take
 
 __all__ = [
     "CPU_DEVICES",
-    "Batching",
     "Placement",
     "PlacementError",
     "place",
@@ -49,7 +48,8 @@ __all__ = [
     "request_cpu_devices",
 ]
 
-Batching = Literal["auto", "vmap", "unroll", "chunks", "im2col", "grouped"]
+Batching = str
+"""The name of a layout: one of `LAYOUTS`, or "auto"."""
 
 AGENTS = Option(
     "agents", 5, "The number of agents in the network.", at_least=1, unit="agents"
@@ -70,8 +70,9 @@ def automatic(platform: str, convolves: bool = True) -> Literal["vmap", "chunks"
 AUTO = Record(
     "auto",
     automatic,
-    summary="The program chooses. On a CPU, models without convolutions run as vmap, "
-    "and others as chunks. Elsewhere a run times a few training steps of each layout.",
+    summary="The program chooses. Several agents that share a device and have "
+    "convolutions run as chunks on a CPU; on other devices a run of one process times "
+    "a few training steps of each layout. All other agents run as vmap.",
 )
 BATCHING = Option(
     "placement.batching",
@@ -89,10 +90,10 @@ class Placement:
     Attributes:
         n_agents: the number of agents.
         mesh: a mesh with the axis "agents", and perhaps with the axis "batch".
-        batching: how agents that share a device run. "vmap" runs them as one batched
-            program, "unroll" one after the other in one program. A batched convolution
-            becomes a grouped one, which XLA:CPU runs about six times slower than the
-            same convolutions unrolled. Unrolling costs compile time for each agent.
+        batching: how agents that share a device run: the name of one of `LAYOUTS`,
+            where each has a summary.
+        chunk: the number of agents in a chunk, at least 1. Only the layout "chunks"
+            uses it.
     """
 
     n_agents: int
@@ -175,8 +176,13 @@ class Placement:
 
         It is `jax.jit`, except for the layout "chunks": there each function that
         `per_agent` lifts is a program of its own, which runs for one chunk of agents
-        after the other. Use it for all functions that call what `per_agent` returns.
-        Within other functions that are traced, such a function is a part of them.
+        after the other. Within other functions that are traced, such a function is a
+        part of them.
+
+        Use it for all functions in which agents compute convolutions. For others
+        `jax.jit` is as good: there agents of the layout "chunks" are one batched
+        program if they have no convolutions. If they have some, they are unrolled, and
+        each agent adds to the time that compilation takes.
 
         Args:
             fn: a pure function of pytrees of arrays.

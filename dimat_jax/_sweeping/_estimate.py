@@ -56,7 +56,9 @@ def describe(jobs: Sequence[Job], share: Share, n_jobs: int) -> str:
     """Lists the runs and what each would do, and estimates the hours.
 
     Nothing is written into the sweep's folder. Experiments are built in this process,
-    so JAX should be bound to the CPU.
+    so JAX should be bound to the CPU. Where no run has been timed, a few local steps are
+    timed with the layout that is chosen without a race. On GPUs and TPUs a run may be
+    faster, because it takes the layout that is the fastest there (`_race.settled`).
 
     Args:
         jobs: The runs.
@@ -85,6 +87,8 @@ def describe(jobs: Sequence[Job], share: Share, n_jobs: int) -> str:
         lines.append(
             "Runs of this kind have not been timed in this folder, so "
             f"{_CALIBRATION_STEPS} local steps were timed: {', '.join(calibrated)}. "
+            "They ran with the layout that is chosen without a race; on GPUs and TPUs "
+            "a run may choose a faster one. "
             "Compiling, merging and evaluating come on top."
         )
     lines.append(
@@ -251,7 +255,10 @@ def _time_apart(config: Config, share: Share) -> float:
 
 
 def _time_steps(config: Config, jax_options: Mapping[str, Any]) -> float:
-    """The seconds of a local step of all agents, once it has been compiled."""
+    """The seconds of a local step of all agents, once it has been compiled.
+
+    The agents have the layout that is chosen without a race.
+    """
     for name, value in jax_options.items():
         jax.config.update(name, value)
     request_cpu_devices(config.placement.cpu_devices)

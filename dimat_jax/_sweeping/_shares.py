@@ -53,8 +53,16 @@ def share_out(n_jobs: int, jobs_per_device: int = 1) -> list[Share]:
     """Finds what each of the jobs that run at a time gets of this machine.
 
     See `make_shares`. A single job gets all of the machine.
+
+    Raises:
+        UserError: As of `make_shares`, or a single job would share a device.
     """
     if n_jobs == 1:
+        if jobs_per_device > 1:
+            raise UserError(
+                f"--jobs_per_device={jobs_per_device} has no effect with one job at a "
+                "time; set --jobs to the number of jobs that go on at a time"
+            )
         return [Share(None, {}, {})]
     return make_shares(n_jobs, _available_devices(), jobs_per_device)
 
@@ -96,8 +104,9 @@ def make_shares(n_jobs: int, devices: Devices, jobs_per_device: int = 1) -> list
         job too, unless there are more jobs than GPUs.
 
     Raises:
-        UserError: There are more jobs than cores, or than devices can take, or
-            processes cannot share devices of this kind.
+        UserError: There are more jobs than cores, or than devices can take,
+            processes cannot share devices of this kind, or jobs would share GPUs and
+            there are none.
     """
     cores = _cores()
     n_cores = len(cores) if cores is not None else os.cpu_count() or 1
@@ -143,6 +152,11 @@ def _device_parts(
 ) -> list[list[int]]:
     """The numbers of each job's GPUs. On a CPU the lists are empty."""
     if devices.platform == "cpu":
+        if jobs_per_device > 1:
+            raise UserError(
+                f"--jobs_per_device={jobs_per_device} has no effect here: JAX sees no "
+                "GPU, and the jobs share out the CPU cores"
+            )
         return [[]] * n_jobs
     if devices.platform != "gpu":
         raise UserError(

@@ -14,7 +14,8 @@ code is then 1.
 With --jobs=K, K runs go on at a time. Each has a process of its own, its part of the
 CPU cores and of the GPUs, and a log, DIR/name/run.log. With --launcher=slurm every run
 is a job of a Slurm array, and K jobs go on at a time; --slurm passes options to
-submitit. A job that is pre-empted goes on from its last checkpoint.
+submitit. A job that is pre-empted goes on from its last checkpoint. With
+--jobs_per_device=N at most N jobs share a GPU of this machine, and its memory.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,10 @@ def define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_integer(
-        "jobs_per_device", 1, "How many jobs may share a GPU and its memory.", 1
+        "jobs_per_device",
+        1,
+        "How many jobs of this machine may share a GPU and its memory.",
+        lower_bound=1,
     )
     flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where the runs go on.")
     flags.DEFINE_multi_string(
@@ -62,6 +66,11 @@ def main(arguments: list[str]) -> None:
     options = _sweeping.parse_options(given.slurm)
     if options and not on_slurm:
         raise UserError("--slurm has no effect without --launcher=slurm")
+    if on_slurm and given.jobs_per_device > 1:
+        raise UserError(
+            f"--jobs_per_device={given.jobs_per_device} has no effect with "
+            "--launcher=slurm: Slurm gives every job devices of its own"
+        )
     shares = _sweeping.share_out(1 if on_slurm else n_jobs, given.jobs_per_device)
     if on_slurm or given.dry_run or n_jobs > 1:
         # The runs get the accelerators. This process would take their memory.

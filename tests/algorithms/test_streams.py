@@ -26,7 +26,7 @@ from dimat_jax.matching._activation import (
 from dimat_jax.matching._descent import Pairs, every_pair_alone
 from dimat_jax.matching._observed import ListedNetworks, NetworkPrograms
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.placement import Batching, place
+from dimat_jax.placement import place
 from dimat_jax.tree import PyTree, stack
 
 N = 4
@@ -114,9 +114,7 @@ def samples(whose: str) -> Samples:
     return reader.own(SHARDS, BATCH)
 
 
-def scorers(
-    examples: Samples, batching: Batching = "vmap"
-) -> Iterator[ActivationScorer]:
+def scorers(examples: Samples, batching: str = "vmap") -> Iterator[ActivationScorer]:
     placement = place(N, jax.devices()[:1], batching)
     return ActivationMatcher(SPEC, activations, placement).scorers(
         placement.put(stack(NETWORKS)),

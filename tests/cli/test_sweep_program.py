@@ -82,6 +82,11 @@ def test_two_jobs_write_the_same_rows_as_one_and_both_tell_what_failed(tmp_path)
         (["--jobs=9999"], "--jobs=9999 needs as many CPU cores"),
         (["--launcher=pbs"], "local, slurm"),
         (["--slurm=time=60"], "--slurm has no effect without --launcher=slurm"),
+        (["--jobs_per_device=2"], "has no effect with one job at a time"),
+        (
+            ["--launcher=slurm", "--slurm=time=60", "--jobs_per_device=2"],
+            "--jobs_per_device=2 has no effect with --launcher=slurm",
+        ),
     ],
 )
 def test_bad_flags_end_with_one_message_before_anything_is_written(

@@ -46,6 +46,7 @@ def test_a_dry_run_times_a_few_steps_and_writes_nothing(tmp_path):
     assert rows["wide"][:4] == ["new", "4", "6 steps", "2 x 3"]
     # Runs of one size are timed once.
     assert "5 local steps were timed: dimat, wide." in text
+    assert "with the layout that is chosen without a race" in text
     together, side_by_side = hours_in(text)
     assert 0 < side_by_side <= together
 

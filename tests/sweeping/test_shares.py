@@ -83,6 +83,13 @@ def test_more_jobs_than_the_machine_holds_are_refused(
         make_shares(n_jobs, devices)
 
 
+def test_a_number_of_jobs_per_device_is_refused_where_it_has_no_effect(eight_cores):
+    with pytest.raises(UserError, match="per_device=2 has no effect with one job"):
+        share_out(1, 2)
+    with pytest.raises(UserError, match="per_device=2 has no effect here: .* no GPU"):
+        make_shares(2, CPU, 2)
+
+
 def has_share() -> tuple[frozenset[int], str | None]:
     return frozenset(os.sched_getaffinity(0)), os.environ.get("PJRT_NPROC")
 
