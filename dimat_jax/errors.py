@@ -19,7 +19,7 @@ class SweepError(RuntimeError):
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, or the error's type if it is empty."""
+    """Returns the first line of an error's message, or its type if there is none."""
     message = str(error).strip()
     return message.splitlines()[0] if message else type(error).__name__
 
