@@ -44,7 +44,7 @@ def cases():
     one agent's function at a time, so most of them are left to the slow tests.
     """
     for name, algorithm in ALGORITHMS.items():
-        for batching in LAYOUTS.keys() - {"unroll"}:
+        for batching in [layout for layout in LAYOUTS if layout != "unroll"]:
             quick = batching == "chunks" or name in ("cdsgd", "wm")
             marks = () if quick else pytest.mark.slow
             if not algorithm.single:
