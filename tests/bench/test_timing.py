@@ -60,8 +60,7 @@ def test_sides_take_turns_and_are_measured_apart():
         assert [facts["call"] for facts in timing.facts] == [2, 3]
         assert timing.device == "a bed" and not timing.unavailable
     assert timings["long"].median >= 0.1
-    above = ratio(timings["long"], timings["short"])
-    assert above is not None and above > 1
+    assert ratio_range(timings["long"], timings["short"])[0] > 1
     more = timings["long"].peak_bytes - timings["short"].peak_bytes
     assert 150 * 2**20 < more < 250 * 2**20
 
