@@ -274,9 +274,11 @@ def test_other_words_and_numbers_of_samples_are_refused(value, message):
 
 @pytest.mark.parametrize(("given", "value"), [("enough", "enough"), ("70", 70)])
 def test_a_number_or_a_word_is_given_on_the_command_line(given, value):
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", default_config(), flag_values=values)
-    values(["program", f"--config.merge.match_samples={given}"])
+    values, command = flags.FlagValues(), f"--config.merge.match_samples={given}"
+    config_flags.DEFINE_config_dict(
+        "config", default_config(), flag_values=values, sys_argv=[command]
+    )
+    values(["program", command])
     config = values.config
     assert config.merge.match_samples == value
     check(config)
