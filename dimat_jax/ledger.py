@@ -171,9 +171,8 @@ class Ledger:
     def of(record: dict[str, Any]) -> "Ledger":
         """The ledger that `record` was made from, or that an older version made."""
         n_agents, missed = record["n_agents"], record["missed"]
-        if isinstance(
-            missed, list
-        ):  # Older versions had None before the first message.
+        # Older versions wrote a list of rows, with None before the first message.
+        if isinstance(missed, list):
             missed = [[_NEVER if n is None else n for n in row] for row in missed]
         return Ledger(
             **{
