@@ -50,7 +50,10 @@ class Part(NamedTuple):
 
 
 def parts_of(closed: ClosedJaxpr, shards: Shards) -> list[Part]:
-    """Cuts a jaxpr into parts. An equation is in the first part that can have it."""
+    """Cuts a jaxpr into parts that run in this order.
+
+    Each equation is in the first part that comes after all its operands; see `_turns`.
+    """
     parts: list[Part] = []
     needed = {var for var in closed.jaxpr.outvars if isinstance(var, Var)}
     for eqns, alone in reversed(_turns(closed.jaxpr.eqns, shards)):
