@@ -224,7 +224,12 @@ class Ledger:
             self._add(matching, matching != 0)
 
     def _add(self, sizes: int | np.ndarray, links: _Links) -> None:
-        """Adds bytes, the same for all links or those of each, to some links."""
+        """Adds bytes to the links that a mask selects.
+
+        Args:
+            sizes: the bytes of each link `[receiver, sender]`, or one number for all.
+            links: the mask.
+        """
         self._most += int(np.max(sizes))
         if self._most >= 2**63 and self.by_link.dtype != object:
             self.by_link = self.by_link.astype(object)

@@ -230,9 +230,9 @@ def _add_batch(
 def settle(scorers: Iterable[S], search: Callable[[S], "Found"]) -> tuple[S, "Found"]:
     """Searches with one scorer after the other until more samples gain nothing.
 
-    It ends where the permutations that the last but one scorer led to are as good, by
-    the last scorer, as the new ones: for no pair is the mean correlation of matched
-    units larger by more than `LEAST_GAIN`.
+    The last scorer rates the permutations that it leads to, and those to which the
+    scorer before it led. The search ends if no pair has gained more than `LEAST_GAIN`:
+    the gain is that of the mean correlation of matched units.
 
     Args:
         scorers: scorers that rest on more and more samples, at least one. Only as many
