@@ -47,7 +47,8 @@ class Chunked:
     Args:
         fn: the function. Its arguments and results are pytrees of arrays.
         shards: the layout of the agents.
-        out_shardings: the sharding of all results; None: each as it comes.
+        out_shardings: the sharding of all results. None: each result keeps the sharding
+            with which it was computed.
         options: further options of `jax.jit`.
     """
 
@@ -85,11 +86,12 @@ class Chunked:
 
 
 class _Where:
-    """Where arrays are: the shardings of variables.
+    """The shardings of the arrays that variables stand for.
 
     Attributes:
         shards: the layout of the agents.
-        results: the sharding of all results; None: each as it comes.
+        results: the sharding of all results. None: each result keeps the sharding with
+            which it was computed.
         agents: the sharding of stacked arrays.
         shared: the sharding of arrays that all agents share.
     """
@@ -135,7 +137,7 @@ class _Programs:
         shardings = {v: self._wanted.get(v) for part in parts for v in part.writes}
         if where.results is not None:
             shardings |= dict.fromkeys(results, where.results)
-        # What may be overwritten once it is not needed any more.
+        # The arrays of these variables may be overwritten after their last use.
         owned = self._donated.union(*(part.writes for part in parts))
         self._steps = [
             (
@@ -234,9 +236,10 @@ def _stacked_program(
 class _ChunkProgram:
     """The program of a part that agents do alone, which is called for each chunk.
 
-    Chunks run in lanes. A lane's chunks write their results into the same arrays, so
-    they run one after the other; lanes need nothing of each other, so XLA:CPU runs them
-    at once. In the end the lanes' rows are put together.
+    Chunks are shared out over lanes. The chunks of one lane write their results into
+    the same arrays, so they run one after the other. No lane reads the arrays of
+    another one, so XLA:CPU runs the lanes at once. In the end the rows of all lanes are
+    concatenated.
 
     Args:
         part: the part.

@@ -36,7 +36,8 @@ class Part(NamedTuple):
 
     Attributes:
         eqns: the equations.
-        alone: whether they are what agents do alone.
+        alone: whether these equations are what each agent does alone. Otherwise they
+            are arithmetic on stacked arrays.
         reads: the variables that the equations read and do not make.
         writes: the variables that the equations make and that are needed afterwards.
         last_reads: those of `reads` that are not needed afterwards.
@@ -50,7 +51,10 @@ class Part(NamedTuple):
 
 
 def parts_of(closed: ClosedJaxpr, shards: Shards) -> list[Part]:
-    """Cuts a jaxpr into parts. An equation is in the first part that can have it."""
+    """Cuts a jaxpr into parts that run in this order.
+
+    Each equation is in the first part that comes after all its operands; see `_turns`.
+    """
     parts: list[Part] = []
     needed = {var for var in closed.jaxpr.outvars if isinstance(var, Var)}
     for eqns, alone in reversed(_turns(closed.jaxpr.eqns, shards)):
@@ -103,8 +107,8 @@ def inlined(closed: ClosedJaxpr, copies_all: bool) -> ClosedJaxpr:
 
     Args:
         closed: a traced function.
-        copies_all: whether each result is a copy. Otherwise these alone are copies:
-            arguments that the function returns, and what it returns a second time.
+        copies_all: whether every result is copied. Otherwise a result is copied only if
+            it is an argument or a constant of the function, or an earlier result too.
     """
 
     def run(*args: Any) -> list[Any]:
@@ -131,7 +135,12 @@ def inlined(closed: ClosedJaxpr, copies_all: bool) -> ClosedJaxpr:
 
 
 def operands(part: Part) -> tuple[list[Var], list[Var]]:
-    """The variables of which agents read their own rows, and those that they share."""
+    """Returns what the agents of a part read.
+
+    Returns:
+        the variables of which each agent reads its own row, and the variables that all
+        agents share.
+    """
     made = {var for eqn in part.eqns for var in eqn.outvars}
     rows, shared = {}, {}
     for eqn in part.eqns:

@@ -146,7 +146,8 @@ class SharedAgents:
             The agents' variables on the devices, the metrics of the last epoch, and
             the seconds that the training took. None if there are no such agents yet.
         """
-        # Another run may write them at this very moment, so one process looks for all.
+        # Another run may be writing these agents now. If every process looked for the
+        # folder, their answers could differ.
         if self.path is None or not from_main(self.path.exists()):
             return None
         placement = self._experiment.placement
@@ -202,7 +203,10 @@ def pretraining_fields(config: Config) -> dict[str, Any]:
 
 
 def _fingerprint(experiment: Experiment) -> str:
-    """A name for the agents that a run pre-trains. Only equal agents share a name."""
+    """Returns a name for the agents that a run pre-trains.
+
+    Runs have the same name only if they pre-train the same agents.
+    """
     dataset = experiment.dataset
     fields = pretraining_fields(experiment.config) | {
         "examples": len(dataset.train.labels),

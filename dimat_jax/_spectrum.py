@@ -30,8 +30,9 @@ def second_modulus(matrices: Float[np.ndarray, "period agents agents"]) -> float
     if n_agents > _MOST_AT_ONCE:
         if len(components(matrices != 0)) > 1:
             return 1.0
-        # Iterations find an eigenvalue once, even if it is a double one. Then the
-        # largest one is simple.
+        # The iterations return a multiple eigenvalue only once. So they may be used
+        # only if the eigenvalue 1 is simple. It is simple if the graph is connected and
+        # every agent gives itself some weight.
         simple = is_connected(matrices != 0) and (_diagonals(matrices) > 0).all()
         if simple and (found := _by_iterations(matrices, symmetric)) is not None:
             return found

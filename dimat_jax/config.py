@@ -138,10 +138,10 @@ def default_config() -> Config:
 
 
 def copy_of(config: Config) -> Config:
-    """Returns a copy of a config. A field may have values of the same types there.
+    """Returns a copy of a config, whose fields take values of the same types.
 
-    (`ConfigDict.copy_and_resolve_references` would let a field that may be a number or
-    a word be of its present type alone.)
+    `ConfigDict.copy_and_resolve_references` does not do this: in its copy, a field that
+    may be a number or a word takes only values of the type that it has at the time.
     """
     return copy.deepcopy(config)
 

@@ -171,9 +171,8 @@ class Ledger:
     def of(record: dict[str, Any]) -> "Ledger":
         """The ledger that `record` was made from, or that an older version made."""
         n_agents, missed = record["n_agents"], record["missed"]
-        if isinstance(
-            missed, list
-        ):  # Older versions had None before the first message.
+        # Older versions wrote a list of rows, with None before the first message.
+        if isinstance(missed, list):
             missed = [[_NEVER if n is None else n for n in row] for row in missed]
         return Ledger(
             **{
@@ -225,7 +224,12 @@ class Ledger:
             self._add(matching, matching != 0)
 
     def _add(self, sizes: int | np.ndarray, links: _Links) -> None:
-        """Adds bytes, the same for all links or those of each, to some links."""
+        """Adds bytes to the links that a mask selects.
+
+        Args:
+            sizes: the bytes of each link `[receiver, sender]`, or one number for all.
+            links: the mask.
+        """
         self._most += int(np.max(sizes))
         if self._most >= 2**63 and self.by_link.dtype != object:
             self.by_link = self.by_link.astype(object)

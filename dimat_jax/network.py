@@ -284,7 +284,7 @@ class Links:
         return np.stack(matrices) if len(matrices) > 1 else matrices[0][None]
 
     def _all_times(self) -> Iterator[MixingMatrix]:
-        """W at every time, one after the other: a stack may take gigabytes."""
+        """Yields W for one time after the other, since a stack may take gigabytes."""
         return map(self._matrix, range(len(self.adjacency)))
 
     @property

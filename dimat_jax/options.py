@@ -63,8 +63,8 @@ class Option:
         at_most: the largest allowed number.
         below: a bound that the number must not reach.
         unit: the unit of a number, e.g. "epochs".
-        words: the texts that may stand in the place of a number. The number is then a
-            whole one.
+        words: the texts that the value may be instead of a number. The numbers of an
+            option with such texts are whole numbers.
         empty: a description of what the empty value means ("" for a text, 0 for a
             number). A text without this description must not be empty if it is read.
         opens: the options that are read only if this one is not empty.
@@ -98,16 +98,25 @@ class Option:
 
         The `words` follow, e.g. "at least 0 or 'enough'".
         """
+        return " or ".join(filter(None, [self._limits, *map(repr, self.words)]))
+
+    @property
+    def _limits(self) -> str:
+        """The bounds in words, without the texts that are allowed too."""
         limits = {
             "at least": self.at_least,
             "above": self.above,
             "at most": self.at_most,
             "below": self.below,
         }
-        found = " and ".join(
+        return " and ".join(
             f"{words} {limit:g}" for words, limit in limits.items() if limit is not None
         )
-        return " or ".join([found, *map(repr, self.words)])
+
+    def _allowed(self, kind: str) -> str:
+        """What is allowed, e.g. "a number, at least 0 or 'enough'"."""
+        numbers = ", ".join(filter(None, [kind, self._limits]))
+        return " or ".join([numbers, *map(repr, self.words)])
 
     def check(self, value: Any, name: str | None = None) -> None:
         """Checks a value of this option.
@@ -123,13 +132,11 @@ class Option:
         if isinstance(value, str) and value in self.words:
             return
         if self.words and isinstance(value, float):
-            raise OptionError(
-                f"{name} is {value}; it must be a whole number, {self.bounds}"
-            )
+            allowed = self._allowed("a whole number")
+            raise OptionError(f"{name} is {value}; it must be {allowed}")
         if self.bounds and (isinstance(value, bool) or not isinstance(value, Number)):
-            raise OptionError(
-                f"{name} is {value!r}; it must be a number, {self.bounds}"
-            )
+            allowed = self._allowed("a number")
+            raise OptionError(f"{name} is {value!r}; it must be {allowed}")
         if self.empty and not value and isinstance(value, (str, int, float)):
             return
         if self.choices is not None and value not in self.choices:

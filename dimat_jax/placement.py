@@ -187,7 +187,8 @@ class Placement:
         Args:
             fn: a pure function of pytrees of arrays.
             donate_argnums: the arguments whose memory may be reused.
-            out_shardings: the sharding of all results; None: each as it comes.
+            out_shardings: the sharding of all results. None: each result keeps the
+                sharding with which it was computed.
             compiler_options: options for XLA.
         """
         options = {

@@ -23,7 +23,7 @@ from dimat_jax.config import (
     set_if_read,
     settle_overrides,
 )
-from dimat_jax.options import Option, Record
+from dimat_jax.options import Option, OptionError, Record
 
 OPTIONS = {option.path: option for option in options.every(ROOT)}
 READERS = options.readers(ROOT)
@@ -270,6 +270,19 @@ def test_other_words_and_numbers_of_samples_are_refused(value, message):
     config.merge.match_samples = value
     with pytest.raises(ConfigError, match=f"config.merge.match_samples.*{message}"):
         check(config)
+
+
+def test_a_number_without_limits_may_be_a_word_too():
+    option = Option("steps", 5, "A number or a word.", words=("enough", "all"))
+    assert option.bounds == "'enough' or 'all'"
+    for value in ("all", 3, -3):
+        option.check(value)
+    for value, message in {
+        1.5: "steps is 1.5; it must be a whole number or 'enough' or 'all'",
+        "some": "steps is 'some'; it must be a number or 'enough' or 'all'",
+    }.items():
+        with pytest.raises(OptionError, match=f"^{message}$"):
+            option.check(value)
 
 
 @pytest.mark.parametrize(("given", "value"), [("enough", "enough"), ("70", 70)])

@@ -56,9 +56,9 @@ def describe(jobs: Sequence[Job], share: Share, n_jobs: int) -> str:
     """Lists the runs and what each would do, and estimates the hours.
 
     Nothing is written into the sweep's folder. Experiments are built in this process,
-    so JAX should be bound to the CPU. Where no run has been timed, a few local steps are
-    timed with the layout that is chosen without a race. On GPUs and TPUs a run may be
-    faster, because it takes the layout that is the fastest there (`_race.settled`).
+    so JAX should be bound to the CPU. Where no run has been timed, a few local steps
+    are timed with the layout that is chosen without a race. On GPUs and TPUs a run may
+    be faster, because it takes the layout that is the fastest there (`_race.settled`).
 
     Args:
         jobs: The runs.

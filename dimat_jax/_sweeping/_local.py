@@ -84,7 +84,8 @@ def run_side_by_side(
     """Runs as many runs at a time as there are shares, each in its own process.
 
     A run that fails, or whose process is killed, stops no other run. If this process is
-    interrupted or terminated, it ends the others first. If it is killed, they notice.
+    interrupted or terminated, it ends the others first. If it is killed, the others
+    notice it and end.
 
     Args:
         jobs: The runs. Those that have finished are left alone.

@@ -80,11 +80,12 @@ def spanning_forest(active_edges: Adjacency) -> Edges:
 
 
 def sparse_edges(active_edges: Adjacency) -> Edges:
-    """Returns edges that connect what a graph connects, about as many as agents.
+    """Returns a few edges of a graph that still connect all agents that it connects.
 
-    An agent keeps at most `MOST_NEIGHBOURS` neighbours, and all of them if no agent has
-    more. A few further edges are kept if the graph falls apart without them: a hub
-    keeps all neighbours that have no other. Opposite edges are kept together.
+    The number of edges grows linearly with the number of agents. An agent keeps at most
+    `MOST_NEIGHBOURS` neighbours, and all of them if no agent has more. A few further
+    edges are kept if the graph falls apart without them: a hub keeps all neighbours
+    that have no other. Opposite edges are kept together.
     """
     linked = active_edges | active_edges.T
     kept = _few_neighbours(linked)

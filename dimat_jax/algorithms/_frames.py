@@ -63,8 +63,8 @@ class Exchanged(NamedTuple):
     """The part of a state that agents send, align and average.
 
     Attributes:
-        part: `part(state)` returns it.
-        with_part: `with_part(state, part)` returns a state that has another such part.
+        part: `part(state)` returns this part of a state.
+        with_part: `with_part(state, part)` returns the state with another such part.
     """
 
     part: Callable[[State], PyTree]

@@ -5,7 +5,7 @@
 merge: times a merge round by phase, and compares it with the schedule of the published
     code on the same images, with a merge on as few images as it takes, and with a local
     epoch. --agents names trained agents (the workdir of a run, a folder of PyTorch
-    files, or an .npz file of stacked arrays), whose accuracy stands beside.
+    files, or an .npz file of stacked arrays), whose accuracy is reported too.
 train: compares the images per second of all agents together, of one agent alone and of
     one model in a plain Flax loop and in a plain PyTorch loop, in float32 and bfloat16.
 scale: times steps and merges of 1, 2, 5, ... agents, up to the config's number, as far

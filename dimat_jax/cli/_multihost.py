@@ -10,10 +10,11 @@ from dimat_jax.errors import UserError
 
 __all__ = ["define_flags", "joined"]
 
-# A missing process is most often one that waits in a queue.
+# How long processes wait for each other. A process that is missing usually still waits
+# in the queue of the cluster.
 _ARRIVAL_SECONDS = 300
-# A process on a machine that is lost falls silent. One that is killed is noticed at
-# once on CPUs.
+# After how long without a sign of life a process counts as dead. This finds machines
+# that have failed. On CPUs a process that is killed is noticed at once.
 _HEARTBEAT_SECONDS = 60
 # The flags that mean nothing without --multihost.
 _FLAGS = (

@@ -17,7 +17,8 @@ from dimat_jax.options import Option, Record, registry
 __all__ = ["BN_DATA", "BN_SAMPLES", "MATCH_DATA", "MATCH_SAMPLES", "Available"]
 
 ENOUGH = "enough"
-"""The word for as many images as it takes."""
+"""The value of `MATCH_SAMPLES` with which matching looks at as many images as it takes.
+"""
 
 
 class Available(NamedTuple):
@@ -40,7 +41,10 @@ class Available(NamedTuple):
 
 
 Size = int | str
-"""A number of images, at most; 0: all. `ENOUGH`: as many of all as it takes."""
+"""How many images are used: at most this number, or all images if it is 0.
+
+The word `ENOUGH` stands for as many images as it takes; all images are available then.
+"""
 
 
 def own(available: Available, size: Size) -> Samples:
@@ -84,7 +88,7 @@ MATCH_SAMPLES = Option(
     "The number of images on which units are matched. It counts each agent's own "
     'images, or those of the sample that all agents share. "enough": as many as it '
     "takes. Units are matched after 1, 2, 4, 8, ... batches, until twice as many "
-    "images improve the mean correlation of matched units by .005 at most.",
+    "images hardly improve the mean correlation of matched units.",
     at_least=0,
     words=(ENOUGH,),
     unit="images",

@@ -40,7 +40,7 @@ from dimat_jax.permutation import Perms, PermutationSpec, group_sizes, validate
 from dimat_jax.tree import PyTree
 
 __all__ = [
-    "ENOUGH",
+    "LEAST_GAIN",
     "ActivationScorer",
     "Found",
     "activation_matching",
@@ -50,8 +50,8 @@ __all__ = [
     "settle",
 ]
 
-ENOUGH = 0.005
-"""The gain of the mean correlation of matched units for which samples are not doubled.
+LEAST_GAIN = 0.005
+"""Samples are doubled while the mean correlation of matched units gains more than this.
 
 Measured on five ResNet-20s of width 1 (CIFAR-100, a ring): from 100 to 200 images the
 correlation by 6,400 images rises from .2939 to .2976, at 400 it is .2990, and the most
@@ -85,8 +85,8 @@ def activation_matching(
         batches: inputs, one batch at a time.
         stay: a unit moves only if its correlation gains more than this.
         as_needed: whether to read only as many batches as it takes. Units are matched
-            after 1, 2, 4, 8, ... batches, until twice as many batches improve the mean
-            correlation of matched units by .005 at most.
+            after 1, 2, 4, 8, ... batches, until twice as many batches hardly improve
+            the mean correlation of matched units (`LEAST_GAIN`).
 
     Returns:
         perms, such that `permutation.apply(spec, perms, permutee)` is aligned with
@@ -230,9 +230,9 @@ def _add_batch(
 def settle(scorers: Iterable[S], search: Callable[[S], "Found"]) -> tuple[S, "Found"]:
     """Searches with one scorer after the other until more samples gain nothing.
 
-    It ends where the permutations that the last but one scorer led to are as good, by
-    the last scorer, as the new ones: for no pair is the mean correlation of matched
-    units larger by more than `ENOUGH`.
+    The last scorer rates the permutations that it leads to, and those to which the
+    scorer before it led. The search ends if no pair has gained more than `LEAST_GAIN`:
+    the gain is that of the mean correlation of matched units.
 
     Args:
         scorers: scorers that rest on more and more samples, at least one. Only as many
@@ -247,7 +247,7 @@ def settle(scorers: Iterable[S], search: Callable[[S], "Found"]) -> tuple[S, "Fo
         before, found = found, search(scorer)
         if before is not None:
             gain = found.similarity - scorer.similarity(before.perms)
-            if gain.max() <= ENOUGH:
+            if gain.max() <= LEAST_GAIN:
                 break
     assert scorer is not None and found is not None
     return scorer, found
@@ -274,7 +274,8 @@ def descended(problem: Problem) -> Found:
 class ActivationScorer:
     """Scores permutations by correlations of activations; a `Scorer`.
 
-    The scores of one group do not depend on another group's permutation.
+    The scores of one group do not depend on another group's permutation. They are
+    brought to the host when they are first needed, and kept as long as the scorer.
 
     Args:
         scores: for each wave of pairs and each group `[length, units, units]`.
@@ -295,6 +296,7 @@ class ActivationScorer:
         self.sizes = {group: score.shape[-1] for group, score in scores[0].items()}
         self.n_pairs = sum(wave.real for wave in waves)
         self._scores, self._waves, self._fetch = scores, waves, fetch
+        self._fetched: dict[str, np.ndarray] = {}
 
     def restricted(
         self, waves: Sequence[Pairs], fetch: Callable[[Array], np.ndarray]
@@ -306,12 +308,17 @@ class ActivationScorer:
         self, group: str, perms: PairPerms, matched: MatchedGroups | None = None
     ) -> Float[np.ndarray, "pairs units units"]:
         del perms, matched
-        return np.concatenate(
-            [
-                self._fetch(scores[group])[: wave.real]
-                for scores, wave in zip(self._scores, self._waves, strict=True)
-            ]
-        )
+        if group not in self._fetched:
+            fetched = np.concatenate(
+                [
+                    self._fetch(scores[group])[: wave.real]
+                    for scores, wave in zip(self._scores, self._waves, strict=True)
+                ]
+            )
+            # Every caller gets this array, so none may change it.
+            fetched.flags.writeable = False
+            self._fetched[group] = fetched
+        return self._fetched[group]
 
     def scale(
         self, group: str, matched: MatchedGroups | None = None

@@ -149,7 +149,7 @@ class ListedNetworks:
         programs: the compiled programs.
         models: the variables of each network.
         read: what a network sees of a batch.
-        shared: whether all networks see the same.
+        shared: whether all networks see the same inputs.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class ListedNetworks:
         return self._programs.scores(moments)
 
     def _observe(self, network: int, batch: Any, reader: int) -> Observed:
-        """Observes a network on what another one, or itself, sees of a batch."""
+        """Observes a network on the inputs that `reader`, also a network, sees."""
         inputs, mask = self._read(batch, reader)
         return self._programs.observe(self._models[network], inputs, mask)
 

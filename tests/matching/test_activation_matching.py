@@ -15,7 +15,7 @@ from dimat_jax.data.pipeline import Batch
 from dimat_jax.data.sources import load
 from dimat_jax.matching import activation_matching, joint_activation_matching
 from dimat_jax.matching._activation import (
-    ENOUGH,
+    LEAST_GAIN,
     ActivationScorer,
     descended,
     settle,
@@ -274,8 +274,8 @@ def scorer_of(swap_gain: float, n_batches: int) -> ActivationScorer:
         ([-0.1, 0.1, 0.1, -0.1], 3),
         ([0.1, 0.1, -0.1], 2),
         # The best permutation changes, but it gains less than what counts.
-        ([-0.1, ENOUGH / 2, 0.3], 2),
-        ([-0.1, ENOUGH * 2, 0.3], 3),
+        ([-0.1, LEAST_GAIN / 2, 0.3], 2),
+        ([-0.1, LEAST_GAIN * 2, 0.3], 3),
         # All samples are read if every doubling gains something.
         ([-0.1, 0.1, -0.1, 0.1], 4),
         ([0.1], 1),
@@ -295,6 +295,24 @@ def test_samples_are_doubled_until_that_gains_nothing(gains, n_made):
     assert len(made) == n_made and scorer.n_batches == 2 ** (n_made - 1)
     best = [1, 0] if gains[n_made - 1] > 0 else [0, 1]
     np.testing.assert_array_equal(perms["g"], [best])
+
+
+def test_scores_are_brought_to_the_host_once():
+    fetched = []
+
+    def fetch(array):
+        fetched.append(array.shape)
+        return jax.device_get(array)
+
+    scores = {"g": jnp.eye(2)[None], "h": jnp.eye(3)[None]}
+    scorer = ActivationScorer([scores], [two_networks()], fetch=fetch)
+    perms, similarity = descended(Problem(scorer, every_pair_alone(1)))
+    assert sorted(fetched) == [(1, 2, 2), (1, 3, 3)]
+    np.testing.assert_array_equal(scorer.total(perms), [5])
+    np.testing.assert_array_equal(similarity, [1])
+    assert len(fetched) == 2
+    with pytest.raises(ValueError, match="read-only"):
+        scorer.scores("g", perms)[0, 0, 0] = 2
 
 
 def test_joint_matching_reads_as_few_samples(mlp):
