@@ -219,30 +219,37 @@ def test_a_large_stay_keeps_every_unit_of_every_agent(whose):
             np.testing.assert_array_equal(perm, np.arange(len(perm)))
 
 
+@pytest.mark.parametrize("batching", ["vmap", "unroll"])
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("whose", ["shared", "own"])
-def test_examples_are_read_as_needed_on_every_edge(whose, joint):
-    """Agents that are copies of one agent are matched alike by any two batches."""
-    subject = agents("mlp")
+def test_examples_are_read_as_needed_on_every_edge(whose, joint, batching):
+    """Agents that are copies of one agent are matched alike by any two batches.
+
+    The units of these maps vary on every batch. A unit that is dead on the first batch
+    alone would be matched at random, and a second batch would gain something.
+    """
+    spec, observe, (agent, *_), *_ = agents("maps")
+    placement = place(N_AGENTS, jax.devices()[:1], batching)
+    matcher = ActivationMatcher(spec, observe, placement)
     keys = jax.random.split(jax.random.key(3), N_AGENTS)
-    perms = [permutation.random(subject.spec, subject.each[0], key) for key in keys]
-    copies = [permutation.apply(subject.spec, perm, subject.each[0]) for perm in perms]
-    variables = subject.placement.put(jax.tree.map(lambda *x: np.stack(x), *copies))
-    data = dataclasses.replace(samples("mlp", whose), as_needed=True)
+    perms = [permutation.random(spec, agent, key) for key in keys]
+    copies = [permutation.apply(spec, perm, agent) for perm in perms]
+    variables = placement.put(jax.tree.map(lambda *x: np.stack(x), *copies))
+    data = dataclasses.replace(samples("maps", whose), as_needed=True)
 
     def match(examples: Samples):
         return match_edges(
-            subject.matcher,
+            matcher,
             variables,
             edges_of(GRAPHS["ring"]),
             MergeData(match=examples),
-            placement=subject.placement,
+            placement=placement,
             joint=joint,
             key=jax.random.key(0),
             stopwatch=Stopwatch(),
         )
 
-    few, whole = match(data), match(samples("mlp", whose))
+    few, whole = match(data), match(samples("maps", whose))
     assert few.n_batches == 2 < whole.n_batches == len(data.indices)
     two = dataclasses.replace(data, indices=data.indices[:2], mask=data.mask[:2])
     expected = match(dataclasses.replace(two, as_needed=False))
