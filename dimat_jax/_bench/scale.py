@@ -17,6 +17,7 @@ from dimat_jax._bench._paper import Merge, Model, Sizes
 from dimat_jax._bench._record import Bench, Settings, table
 from dimat_jax._bench._steps import changed, number_of_agents
 from dimat_jax._bench._timing import Side, Timing, race
+from dimat_jax._bench.merge import merge_side, phase_seconds
 from dimat_jax.algorithms._traffic import MatchingSizes
 from dimat_jax.config import Config, fields_of, record_of
 from dimat_jax.errors import UserError
@@ -90,8 +91,7 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
 
 def _sides(config: Config, n_agents: int, settings: Settings) -> list[Side]:
     """Returns the programs that are timed for a number of agents."""
-    merge, steps = "dimat_jax._bench.merge:merge_rounds", settings.steps
-    local_steps = "dimat_jax._bench._steps:local_steps"
+    local_steps, steps = "dimat_jax._bench._steps:local_steps", settings.steps
     config = changed(config, {AGENTS.path: n_agents})
     sides = [Side("steps", local_steps, {"config": config.to_dict(), "steps": steps})]
     if n_agents > 1 and _aligns(config):
@@ -99,8 +99,8 @@ def _sides(config: Config, n_agents: int, settings: Settings) -> list[Side]:
         sides.append(Side("gossip", local_steps, arguments))
         for frame, topology in MERGES:
             fields = {"merge.frame": frame, TOPOLOGY.path: topology}
-            arguments = {"config": changed(config, fields).to_dict()}
-            sides.append(Side(f"{frame}, {topology}", merge, arguments))
+            merging = changed(config, fields)
+            sides.append(merge_side(f"{frame}, {topology}", merging, agents=""))
     return sides
 
 
@@ -176,7 +176,7 @@ def _on_paper(
     gossip = _column(timings, "gossip", settings.steps)
     further = {n: max(gossip[n] - steps[n], 1e-9) for n in gossip}
     merges = [
-        Merge(frame, topology, n, _phases(sides[f"{frame}, {topology}"]))
+        Merge(frame, topology, n, phase_seconds(sides[f"{frame}, {topology}"]))
         for n, sides in timings.items()
         for frame, topology in MERGES
         if n > 1 and not sides[f"{frame}, {topology}"].unavailable
@@ -210,14 +210,6 @@ def _on_paper(
             for topology, frames in PREDICTED.items()
             for frame in frames
         ],
-    }
-
-
-def _phases(timing: Timing) -> dict[str, float]:
-    """Returns the median seconds of each phase of a merge."""
-    return {
-        phase: float(np.median([facts[phase] for facts in timing.facts]))
-        for phase in timing.facts[0]
     }
 
 
