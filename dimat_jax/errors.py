@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["NonFiniteError", "SweepError", "UserError", "nearest"]
+__all__ = ["NonFiniteError", "SweepError", "UserError", "nearest", "out_of_memory"]
 
 
 class UserError(ValueError):
@@ -16,6 +16,30 @@ class NonFiniteError(ArithmeticError):
 
 class SweepError(RuntimeError):
     """Some runs of a sweep have failed. The message names them and the reasons."""
+
+
+# What the messages contain by which libraries say that a device's memory is full.
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Says in one line that memory ran out.
+
+    A UserError that explains the error of a device, as `PlacementError` does, counts as
+    well. So ask this before you ask for the class of an error.
+
+    Args:
+        error: any error.
+
+    Returns:
+        the line; None for an error that has another reason.
+    """
+    text = str(error).strip()
+    if not isinstance(error, MemoryError) and not any(
+        part in text for part in _OUT_OF_MEMORY
+    ):
+        return None
+    return f"out of memory: {text.partition(chr(10))[0] or type(error).__name__}"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

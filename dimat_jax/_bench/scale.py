@@ -59,7 +59,8 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
     minutes. An algorithm that does not align agents has its steps timed alone.
 
     Raises:
-        UserError: not even the steps of one agent can be timed.
+        UserError: not even the steps of one agent can be timed, or the bytes that
+            agents send cannot be counted.
     """
     started, spent = time.perf_counter(), 0.0
     timings: dict[int, dict[str, Timing]] = {}
@@ -84,9 +85,19 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
         "exponents": _exponents(timings),
         "hardware": settings.hardware._asdict(),
     }
-    if _aligns(config) and len(timings) > 2:
+    if _aligns(config) and _suffice(timings):
         result |= _on_paper(config, settings, timings, steps)
     return result
+
+
+def _suffice(timings: Mapping[int, Mapping[str, Timing]]) -> bool:
+    """Whether a cost model can be fitted: every side is measured for some number."""
+    complete = any(
+        not any(timing.unavailable for timing in sides.values())
+        for n_agents, sides in timings.items()
+        if 1 < n_agents <= FITTED_UP_TO
+    )
+    return complete and len(timings) > 2
 
 
 def _sides(config: Config, n_agents: int, settings: Settings) -> list[Side]:
@@ -174,7 +185,7 @@ def _on_paper(
 ) -> dict[str, Any]:
     """Fits the cost model, checks it, and predicts many agents."""
     gossip = _column(timings, "gossip", settings.steps)
-    further = {n: max(gossip[n] - steps[n], 1e-9) for n in gossip}
+    further = {n: max(gossip[n] - steps[n], 1e-9) for n in gossip if n in steps}
     merges = [
         Merge(frame, topology, n, phase_seconds(sides[f"{frame}, {topology}"]))
         for n, sides in timings.items()
@@ -218,7 +229,7 @@ def _sizes(config: Config) -> tuple[Sizes, int]:
     side = Side(
         "sizes", "dimat_jax._bench._paper:message_sizes", {"config": config.to_dict()}
     )
-    facts = race([side], 1)["sizes"].facts[0]
+    facts = race([side], 1)["sizes"].required().facts[0]
     matching = MatchingSizes(**facts["matching"])
     return Sizes(facts["step"], facts["round"], matching), facts["steps_per_round"]
 
