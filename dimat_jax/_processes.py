@@ -23,7 +23,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dimat_jax.errors import NonFiniteError, UserError, first_line
+from dimat_jax.errors import (
+    NonFiniteError,
+    UserError,
+    first_line,
+    out_of_memory,
+)
 
 __all__ = [
     "ProcessError",
@@ -71,7 +76,7 @@ def is_lost(error: BaseException | None) -> bool:
     if jax.process_count() == 1 or isinstance(error, UserError):
         return False
     if isinstance(error, jax.errors.JaxRuntimeError):
-        return "RESOURCE_EXHAUSTED" not in str(error)
+        return out_of_memory(error) is None
     return isinstance(error, ValueError) and "Gloo" in str(error)
 
 

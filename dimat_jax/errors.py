@@ -3,7 +3,14 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["NonFiniteError", "SweepError", "UserError", "first_line", "nearest"]
+__all__ = [
+    "NonFiniteError",
+    "SweepError",
+    "UserError",
+    "first_line",
+    "nearest",
+    "out_of_memory",
+]
 
 
 class UserError(ValueError):
@@ -22,6 +29,30 @@ def first_line(error: Exception) -> str:
     """Returns the first line of an error's message, or its type if there is none."""
     message = str(error).strip()
     return message.splitlines()[0] if message else type(error).__name__
+
+
+# What the messages contain by which libraries say that a device's memory is full.
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "out of memory")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Says in one line that memory ran out.
+
+    A UserError that explains the error of a device, as `PlacementError` does, counts as
+    well. So ask this before you ask for the class of an error.
+
+    Args:
+        error: any error.
+
+    Returns:
+        the line; None for an error that has another reason.
+    """
+    text = str(error).strip()
+    if not isinstance(error, MemoryError) and not any(
+        part in text for part in _OUT_OF_MEMORY
+    ):
+        return None
+    return f"out of memory: {text.partition(chr(10))[0] or type(error).__name__}"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

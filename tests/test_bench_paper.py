@@ -121,7 +121,6 @@ def test_permutations_that_agree_are_found_on_one_machine():
         assert found["compute_seconds"] == pytest.approx(seconds)
 
 
-@pytest.mark.slow
 def test_a_run_measures_fits_checks_and_predicts(monkeypatch):
     monkeypatch.setattr(scale, "COUNTS", (1, 2, 3))
     monkeypatch.setattr(scale, "FITTED_UP_TO", 2)
@@ -129,12 +128,17 @@ def test_a_run_measures_fits_checks_and_predicts(monkeypatch):
     monkeypatch.setattr(scale, "MANY", (64,))
     monkeypatch.setattr(scale, "PREDICTED", {"ring": (None, "joint")})
     config = quickstart.get_config()
-    config.data.train_size = 200
-    config.pretrain.epochs = 1
+    config.data.train_size = 100
+    config.model.hidden = (8,)
     settings = Settings(repeats=1, steps=1, hardware=HARDWARE)
     result = scale.BENCH.run(config, settings)
     assert list(result["sides"]) == ["1", "2", "3"]
     assert list(result["sides"]["3"]) == ["steps", "gossip", "joint, fully_connected"]
+    for sides in result["sides"].values():
+        for timing in sides.values():
+            assert timing["first_call_seconds"] > 0 and timing["host_peak_bytes"] > 0
+    phases = result["model"]["merges"]["joint"].keys()
+    assert phases >= {"activations", "assignment", "mix"}
     checked = [(row["agents"], row["side"]) for row in result["checks"]]
     assert checked == [(3, "steps"), (3, "joint, fully_connected")]
     gossip, merge = result["predictions"]

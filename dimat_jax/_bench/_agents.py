@@ -33,15 +33,20 @@ def agents_of(experiment: Experiment, path: str) -> Variables:
     if not path:
         return experiment.initial_variables()
     found = flatten(_read(Path(path), experiment.config.model.name))
-    expected = flatten(experiment.abstract_variables())
+    # Abstract variables have a row for each slot, and files have one for each agent.
+    n_agents = experiment.placement.n_agents
+    expected = {
+        leaf: (n_agents, *x.shape[1:])
+        for leaf, x in flatten(experiment.abstract_variables()).items()
+    }
     for leaf in sorted(expected.keys() | found.keys()):
         if leaf not in found or leaf not in expected:
             lacking = "the agents lack" if leaf in expected else "the model lacks"
             raise UserError(f"--agents={path}: {lacking} {leaf}")
-        if found[leaf].shape != expected[leaf].shape:
+        if found[leaf].shape != expected[leaf]:
             raise UserError(
                 f"--agents={path}: {leaf} is of shape {found[leaf].shape}; the "
-                f"config's agents need {expected[leaf].shape}"
+                f"config's agents need {expected[leaf]}"
             )
     return experiment.placement.put(unflatten_dict(found, sep="/"))
 

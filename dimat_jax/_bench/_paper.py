@@ -21,14 +21,12 @@ from scipy.optimize import nnls
 from dimat_jax._bench._hardware import Hardware
 from dimat_jax._bench._worker import Program, config_from, jax_program
 from dimat_jax.algorithms._frames import FRAMES
-from dimat_jax.algorithms._traffic import MatchingSizes
+from dimat_jax.algorithms._traffic import MatchingSizes, matching_sizes
 from dimat_jax.algorithms.base import one_agent
-from dimat_jax.data.selection import MATCH_DATA
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger, Message, Messages
 from dimat_jax.mixing import uniform
 from dimat_jax.network import Links, Network
-from dimat_jax.permutation import group_sizes
 from dimat_jax.topology import TOPOLOGIES, Adjacency
 from dimat_jax.tree import nbytes
 
@@ -60,7 +58,11 @@ class Fit(NamedTuple):
 
 
 def fit(units: Sequence[float], seconds: Sequence[float]) -> Fit:
-    """Fits the seconds of a program; the relative errors are what is small."""
+    """Fits the seconds of a program.
+
+    It minimises the sum of the squares of the relative errors, because short times
+    count as much as long ones.
+    """
     wanted = np.maximum(np.asarray(seconds, float), 1e-9)
     rows = np.stack([np.ones(len(wanted)), np.asarray(units, float)], axis=1)
     (base, per_unit), _ = nnls(rows / wanted[:, None], np.ones(len(wanted)))
@@ -181,17 +183,15 @@ def message_sizes(config: dict[str, Any]) -> Program:
         algorithm, spec = experiment.algorithm, experiment.task.spec
         variables = experiment.abstract_variables()
         messages = algorithm.messages(jax.eval_shape(algorithm.init, variables))
-        one = one_agent(variables)
-        units = group_sizes(spec, one).values() if spec.groups else []
-        by_data = MATCH_DATA in experiment.record.reads
+        matching = matching_sizes(
+            spec,
+            one_agent(variables),
+            by_activations=experiment.record.matches_activations,
+        )
         return {
             "step": {kind: nbytes(tree) for kind, tree in messages.step.items()},
             "round": {kind: nbytes(tree) for kind, tree in messages.round.items()},
-            "matching": MatchingSizes(
-                perms=4 * sum(units),
-                scores=4 * sum(n**2 for n in units) if by_data else 0,
-                weights=nbytes(one["params"]),
-            )._asdict(),
+            "matching": matching._asdict(),
             "steps_per_round": experiment.local_steps,
         }
 

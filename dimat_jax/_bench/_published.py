@@ -67,7 +67,7 @@ class PublishedSchedule:
         return [
             self._merged(
                 [models[receiver], *(models[sender] for sender in senders)],
-                [W[receiver, receiver], *W[receiver, senders]],
+                W[receiver, [receiver, *senders]].tolist(),
                 samples,
             )
             for receiver, edges in enumerate(np.asarray(network.active_edges))
@@ -85,7 +85,7 @@ class PublishedSchedule:
             )
             for k, model in enumerate(models[1:])
         ]
-        merged = merge.average([models[0], *aligned], [float(w) for w in weights])
+        merged = merge.average([models[0], *aligned], weights)
         statistics = self._task.batch_statistics
         if statistics is None:
             return merged

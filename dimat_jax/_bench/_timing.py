@@ -82,6 +82,16 @@ class Timing(NamedTuple):
         peak = self.device_peak_bytes
         return self.host_peak_bytes if peak is None else peak
 
+    def required(self) -> "Timing":
+        """Returns this timing, if it was measured.
+
+        Raises:
+            UserError: the side was not measured. The message says why.
+        """
+        if self.unavailable:
+            raise UserError(f"{self.name}: {self.unavailable}")
+        return self
+
     def record(self) -> dict[str, Any]:
         """Returns the measurements for a JSON file."""
         if self.unavailable:

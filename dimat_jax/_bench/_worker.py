@@ -16,12 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, out_of_memory
 
 __all__ = ["Program", "Unavailable", "config_from", "jax_program"]
-
-# What the messages contain by which libraries say that a device's memory is full.
-_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "OUT_OF_MEMORY")
 
 
 class Unavailable(Exception):
@@ -104,15 +101,20 @@ def main() -> None:
             answer(_timed(program))
     except KeyboardInterrupt:
         pass  # The parent process was interrupted too, and says so.
-    except Unavailable as error:
-        answer({"unavailable": str(error)})
-    except UserError as error:
-        answer({"refused": str(error)})
     except Exception as error:
-        if any(text in str(error) for text in _OUT_OF_MEMORY):
-            answer({"unavailable": f"out of memory: {str(error).splitlines()[0]}"})
-        else:
-            answer({"failed": traceback.format_exc()})
+        answer(_reason(error))
+
+
+def _reason(error: Exception) -> dict[str, Any]:
+    """Returns the reply for a program that has failed."""
+    full = out_of_memory(error)
+    if full is not None:
+        return {"unavailable": full}
+    if isinstance(error, Unavailable):
+        return {"unavailable": str(error)}
+    if isinstance(error, UserError):
+        return {"refused": str(error)}
+    return {"failed": "".join(traceback.format_exception(error))}
 
 
 def _timed(program: Program) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.tree import stack
 
-__all__ = ["BENCH"]
+__all__ = ["BENCH", "merge_side", "phase_seconds"]
 
 FULL_IMAGES = 5000
 """The number of images of a merge with --full, if there are as many."""
@@ -55,7 +55,7 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
     record = record_of(fields_of(config))
     if not record.merges:
         raise UserError(f"config.algorithm is {config.algorithm!r}; it does not merge")
-    sides = [_side("round", "merge_rounds", config, settings)]
+    sides = [merge_side("round", config, settings.agents)]
     if record.matches_activations:
         experiment = Experiment(config)
         n_images = _n_images(experiment, settings.full)
@@ -63,9 +63,9 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
         equal = _on_images(experiment, n_images, n_images)
         few = _on_images(experiment, ENOUGH, n_few)
         sides = [
-            _side("published", "published_merges", equal, settings),
-            _side("round", "merge_rounds", equal, settings),
-            _side("few", "merge_rounds", few, settings),
+            _side("published", "published_merges", equal, settings.agents),
+            merge_side("round", equal, settings.agents),
+            merge_side("few", few, settings.agents),
         ]
     steps = {"config": config.to_dict(), "steps": settings.steps}
     sides.append(Side("steps", "dimat_jax._bench._steps:local_steps", steps))
@@ -78,8 +78,13 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _side(name: str, program: str, config: Config, settings: Settings) -> Side:
-    arguments = {"config": config.to_dict(), "agents": settings.agents}
+def merge_side(name: str, config: Config, agents: str) -> Side:
+    """Returns the side that times a config's merge round; see `merge_rounds`."""
+    return _side(name, "merge_rounds", config, agents)
+
+
+def _side(name: str, program: str, config: Config, agents: str) -> Side:
+    arguments = {"config": config.to_dict(), "agents": agents}
     return Side(name, f"{_HERE}:{program}", arguments)
 
 
@@ -194,15 +199,18 @@ def _merge_record(timing: Timing, merges: dict[str, Timing]) -> dict[str, Any]:
         "peak_bytes": timing.peak_bytes,
         "images": facts.get("images"),
         "accuracy": facts.get("accuracy"),
-        "seconds_by_phase": _by_phase(timing),
+        "seconds_by_phase": phase_seconds(timing),
     }
     if "published" in merges:
         found["published_per_this"] = ratio(merges["published"], timing)
     return found
 
 
-def _by_phase(timing: Timing) -> dict[str, float]:
-    """Returns the median seconds of each phase of a merge."""
+def phase_seconds(timing: Timing) -> dict[str, float]:
+    """Returns the median seconds of each phase of a merge.
+
+    It is empty for a program that does not time its phases.
+    """
     phases = [facts.get("seconds_by_phase", {}) for facts in timing.facts]
     return {
         phase: statistics.median(seconds[phase] for seconds in phases)

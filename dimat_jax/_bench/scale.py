@@ -17,6 +17,7 @@ from dimat_jax._bench._paper import Merge, Model, Sizes
 from dimat_jax._bench._record import Bench, Settings, table
 from dimat_jax._bench._steps import changed, number_of_agents
 from dimat_jax._bench._timing import Side, Timing, race
+from dimat_jax._bench.merge import merge_side, phase_seconds
 from dimat_jax.algorithms._traffic import MatchingSizes
 from dimat_jax.config import Config, fields_of, record_of
 from dimat_jax.errors import UserError
@@ -58,7 +59,8 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
     minutes. An algorithm that does not align agents has its steps timed alone.
 
     Raises:
-        UserError: not even the steps of one agent can be timed.
+        UserError: not even the steps of one agent can be timed, or the bytes that
+            agents send cannot be counted.
     """
     started, spent = time.perf_counter(), 0.0
     timings: dict[int, dict[str, Timing]] = {}
@@ -83,15 +85,24 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
         "exponents": _exponents(timings),
         "hardware": settings.hardware._asdict(),
     }
-    if _aligns(config) and len(timings) > 2:
+    if _aligns(config) and _suffice(timings):
         result |= _on_paper(config, settings, timings, steps)
     return result
 
 
+def _suffice(timings: Mapping[int, Mapping[str, Timing]]) -> bool:
+    """Whether a cost model can be fitted: every side is measured for some number."""
+    complete = any(
+        not any(timing.unavailable for timing in sides.values())
+        for n_agents, sides in timings.items()
+        if 1 < n_agents <= FITTED_UP_TO
+    )
+    return complete and len(timings) > 2
+
+
 def _sides(config: Config, n_agents: int, settings: Settings) -> list[Side]:
     """Returns the programs that are timed for a number of agents."""
-    merge, steps = "dimat_jax._bench.merge:merge_rounds", settings.steps
-    local_steps = "dimat_jax._bench._steps:local_steps"
+    local_steps, steps = "dimat_jax._bench._steps:local_steps", settings.steps
     config = changed(config, {AGENTS.path: n_agents})
     sides = [Side("steps", local_steps, {"config": config.to_dict(), "steps": steps})]
     if n_agents > 1 and _aligns(config):
@@ -99,8 +110,8 @@ def _sides(config: Config, n_agents: int, settings: Settings) -> list[Side]:
         sides.append(Side("gossip", local_steps, arguments))
         for frame, topology in MERGES:
             fields = {"merge.frame": frame, TOPOLOGY.path: topology}
-            arguments = {"config": changed(config, fields).to_dict()}
-            sides.append(Side(f"{frame}, {topology}", merge, arguments))
+            merging = changed(config, fields)
+            sides.append(merge_side(f"{frame}, {topology}", merging, agents=""))
     return sides
 
 
@@ -174,9 +185,9 @@ def _on_paper(
 ) -> dict[str, Any]:
     """Fits the cost model, checks it, and predicts many agents."""
     gossip = _column(timings, "gossip", settings.steps)
-    further = {n: max(gossip[n] - steps[n], 1e-9) for n in gossip}
+    further = {n: max(gossip[n] - steps[n], 1e-9) for n in gossip if n in steps}
     merges = [
-        Merge(frame, topology, n, _phases(sides[f"{frame}, {topology}"]))
+        Merge(frame, topology, n, phase_seconds(sides[f"{frame}, {topology}"]))
         for n, sides in timings.items()
         for frame, topology in MERGES
         if n > 1 and not sides[f"{frame}, {topology}"].unavailable
@@ -213,20 +224,12 @@ def _on_paper(
     }
 
 
-def _phases(timing: Timing) -> dict[str, float]:
-    """Returns the median seconds of each phase of a merge."""
-    return {
-        phase: float(np.median([facts[phase] for facts in timing.facts]))
-        for phase in timing.facts[0]
-    }
-
-
 def _sizes(config: Config) -> tuple[Sizes, int]:
     """Returns the bytes that a config's agents send, and the steps of a round."""
     side = Side(
         "sizes", "dimat_jax._bench._paper:message_sizes", {"config": config.to_dict()}
     )
-    facts = race([side], 1)["sizes"].facts[0]
+    facts = race([side], 1)["sizes"].required().facts[0]
     matching = MatchingSizes(**facts["matching"])
     return Sizes(facts["step"], facts["round"], matching), facts["steps_per_round"]
 

@@ -47,6 +47,9 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
     """Measures images per second, FLOPs, compile time and memory of every side.
 
     With `settings.full` the agents together and the plain loops run in bfloat16 too.
+
+    Raises:
+        UserError: one agent's steps cannot be timed.
     """
     n_agents, plain = number_of_agents(config), _plain(config)
     sides = _agents(config, settings)
@@ -60,7 +63,8 @@ def run(config: Config, settings: Settings) -> dict[str, Any]:
         name: config.batch_size * (n_agents if name.startswith(AGENTS_TOGETHER) else 1)
         for name in timings
     }
-    flops = timings[ONE_AGENT].facts[0]["flops_per_step"] / config.batch_size
+    one_agent = timings[ONE_AGENT].required()
+    flops = one_agent.facts[0]["flops_per_step"] / config.batch_size
     return {
         "agents": n_agents,
         "flops_per_image": flops,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dimat_jax import train
 from dimat_jax._metrics import write_json
 from dimat_jax._sweeping._plan import Job
-from dimat_jax.errors import NonFiniteError, UserError
+from dimat_jax.errors import NonFiniteError, UserError, out_of_memory
 from dimat_jax.placement import request_cpu_devices
 
 __all__ = ["LOG", "PROGRESS", "failure_reason", "inherited_jax_options", "run_job"]
@@ -75,13 +75,14 @@ def run_job(job: Job, jax_options: Mapping[str, Any]) -> str | None:
 
 def failure_reason(error: Exception) -> str:
     """Says in one line why a run has failed."""
+    full = out_of_memory(error)
+    if full is not None:
+        return full
     first_line = str(error).strip().partition("\n")[0]
     if isinstance(error, NonFiniteError):
         return f"diverged: {first_line}"
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first_line:
-        return f"out of memory: {first_line or type(error).__name__}"
     return f"{type(error).__name__}: {first_line}"
 
 

@@ -158,7 +158,13 @@ def stack_wave(perms: EdgePerms, wave: Pairs) -> PairPerms:
 
 @runtime_checkable
 class Matcher(Protocol):
-    """Matches stacked agents along edges."""
+    """Matches stacked agents along edges.
+
+    Attributes:
+        by_activations: whether units are matched by their activations on examples.
+    """
+
+    by_activations: bool
 
     def both_ways(self, data: MergeData) -> bool:
         """Whether the inverse of the permutation from j to i aligns i with j."""
@@ -190,14 +196,6 @@ class Matcher(Protocol):
         Args:
             problem: a problem whose scorer is one of those that `scorers` has made.
             key: the randomness of the search; the key is consumed.
-        """
-        ...
-
-    def score_bytes(self, sizes: Sequence[int]) -> int:
-        """Returns the bytes of one pair's scores; 0 if the weights determine them.
-
-        Args:
-            sizes: the number of units of each group.
         """
         ...
 

@@ -44,9 +44,6 @@ from dimat_jax.tree import PyTree
 
 __all__ = ["ActivationMatcher", "WeightMatcher"]
 
-SCORE_BYTES = 4
-"""The bytes of one score, a float32."""
-
 
 class ActivationMatcher:
     """Matches units that are active alike.
@@ -65,6 +62,8 @@ class ActivationMatcher:
     Raises:
         PermutationSpecError: a group has no tap.
     """
+
+    by_activations = True
 
     def __init__(
         self,
@@ -111,9 +110,6 @@ class ActivationMatcher:
     def search(self, problem: Problem, key: Key[Array, ""], /) -> PairPerms:
         del key
         return coordinate_descent(problem, identities(problem.scorer))
-
-    def score_bytes(self, sizes: Sequence[int]) -> int:
-        return SCORE_BYTES * sum(size**2 for size in sizes)
 
 
 class _Programs:
@@ -257,6 +253,8 @@ class WeightMatcher:
         restarts: the number of starts, as for `matching.weight_matching`.
     """
 
+    by_activations = False
+
     def __init__(
         self,
         spec: PermutationSpec,
@@ -298,7 +296,3 @@ class WeightMatcher:
             fetch=fetch,
             names=[f"agent {slot % agents}" for slot in range(slots)],
         )
-
-    def score_bytes(self, sizes: Sequence[int]) -> int:
-        del sizes
-        return 0

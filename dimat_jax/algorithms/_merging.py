@@ -35,7 +35,7 @@ from dimat_jax.algorithms._frames import (
 )
 from dimat_jax.algorithms._matchers import ActivationMatcher, WeightMatcher
 from dimat_jax.algorithms._recalibration import Recalibrator
-from dimat_jax.algorithms._traffic import MatchingSizes
+from dimat_jax.algorithms._traffic import matching_sizes
 from dimat_jax.algorithms.base import (
     Algorithm,
     MergeData,
@@ -54,7 +54,7 @@ from dimat_jax.network import Network
 from dimat_jax.optimizers import with_clocks_of
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
-from dimat_jax.tree import nbytes, take
+from dimat_jax.tree import take
 
 __all__ = ["FRAME", "OPT_STATE", "check_moments", "merging"]
 
@@ -170,7 +170,7 @@ class _MergeRound:
         stay: float,
         opt_state: str,
     ):
-        self._inner, self._placement = inner, placement
+        self._inner, self._task, self._placement = inner, task, placement
         self._frame, self._matcher, self._stay = frame, matcher, stay
         self._opt_state = opt_state
         self._merge = frame.build(
@@ -238,12 +238,10 @@ class _MergeRound:
         perms, similarity, n_batches = matched
         if self._matcher is None or not perms:
             return {"moved_units": 0.0}
-        some = next(iter(perms.values()))
-        group_sizes = [len(perm) for perm in some.values()]
-        sizes = MatchingSizes(
-            perms=nbytes(some),
-            scores=self._matcher.score_bytes(group_sizes),
-            weights=nbytes(one_agent(self._inner.variables(state)["params"])),
+        sizes = matching_sizes(
+            self._task.spec,
+            one_agent(self._inner.variables(state)),
+            by_activations=self._matcher.by_activations,
         )
         if self._matcher.both_ways(data):
             edges = edges[edges[:, 0] < edges[:, 1]]

@@ -13,12 +13,15 @@ import numpy as np
 from jaxtyping import Int
 
 from dimat_jax.algorithms._edges import Edges, spanning_forest
+from dimat_jax.permutation import PermutationSpec, group_sizes
 from dimat_jax.topology import Adjacency
+from dimat_jax.tree import PyTree, nbytes
 
 __all__ = [
     "MatchingSizes",
     "Traffic",
     "joint_traffic",
+    "matching_sizes",
     "no_traffic",
     "reference_traffic",
 ]
@@ -37,6 +40,30 @@ class MatchingSizes(NamedTuple):
     perms: int
     scores: int
     weights: int
+
+
+_INDEX_BYTES = np.dtype(np.int32).itemsize
+_SCORE_BYTES = np.dtype(np.float32).itemsize
+
+
+def matching_sizes(
+    spec: PermutationSpec, variables: PyTree, *, by_activations: bool
+) -> MatchingSizes:
+    """Computes the sizes of what matching can send.
+
+    Args:
+        spec: the symmetry.
+        variables: one agent's variables, as arrays or as shapes and dtypes.
+        by_activations: whether units are matched by their activations. Otherwise they
+            are matched by their weights, and scores are not sent.
+    """
+    units = list(group_sizes(spec, variables).values()) if spec.groups else []
+    scores = sum(n**2 for n in units) if by_activations else 0
+    return MatchingSizes(
+        perms=_INDEX_BYTES * sum(units),
+        scores=_SCORE_BYTES * scores,
+        weights=nbytes(variables["params"]),
+    )
 
 
 Bytes = Int[np.ndarray, "agents agents"]

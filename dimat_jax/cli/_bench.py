@@ -32,6 +32,9 @@ from dimat_jax.errors import UserError, nearest
 
 __all__ = ["COMMAND"]
 
+# The only benchmark that reads a flag, for flags that not all benchmarks read.
+_ONLY_FOR = {"agents": "merge", **dict.fromkeys(Hardware._fields, "scale")}
+
 
 def define_flags() -> None:
     """Defines the flags of the command."""
@@ -76,18 +79,21 @@ def define_flags() -> None:
     )
 
 
-def _hardware(bench: str) -> Hardware:
-    """Returns the machines that the flags describe.
+def _settings(bench: str) -> Settings:
+    """Returns the settings that the flags describe.
 
     Raises:
-        UserError: the benchmark predicts nothing.
+        UserError: the benchmark does not read one of the flags that are given.
     """
     given = flags.FLAGS
-    for name in Hardware._fields:
-        if bench != "scale" and given[name].present:
-            raise UserError(f"--{name} is for scale; {bench} does not read it")
-    return Hardware(
+    for name, reader in _ONLY_FOR.items():
+        if bench != reader and given[name].present:
+            raise UserError(f"--{name} is for {reader}; {bench} does not read it")
+    hardware = Hardware(
         given.bandwidth, given.latency, given.agents_per_device, given.speed
+    )
+    return Settings(
+        given.repeats, given.steps, given.full, hardware=hardware, agents=given.agents
     )
 
 
@@ -99,13 +105,7 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     bench, config = BENCHES[arguments[0]], _bundled.given_config()
     check(config)
-    settings = Settings(
-        given.repeats,
-        given.steps,
-        given.full,
-        hardware=_hardware(arguments[0]),
-        agents=given.agents,
-    )
+    settings = _settings(bench.name)
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = bench.run(config, settings)

@@ -58,8 +58,10 @@ def test_the_published_schedule_merges_to_the_same(norm, topology):
         )
 
 
-def test_agents_are_read_from_stacked_arrays(tmp_path):
-    experiment = experiment_of()
+# Two devices have four slots for the three agents.
+@pytest.mark.parametrize("devices", [1, 2])
+def test_agents_are_read_from_stacked_arrays(tmp_path, devices):
+    experiment = experiment_of(placement__cpu_devices=devices)
     expected = flatten(experiment.placement.gather(agents_of(experiment, "")))
     np.savez(tmp_path / "agents.npz", **expected)
     found = flatten(agents_of(experiment, str(tmp_path / "agents.npz")))

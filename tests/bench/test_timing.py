@@ -9,6 +9,7 @@ from dimat_jax._bench._record import table
 from dimat_jax._bench._timing import Side, Timing, race, ratio, ratio_range
 from dimat_jax._bench._worker import Program, Unavailable
 from dimat_jax.errors import UserError
+from dimat_jax.placement import PlacementError
 
 HERE = "tests.bench.test_timing"
 
@@ -32,6 +33,10 @@ def missing() -> Program:
 
 def full() -> Program:
     raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating a bed")
+
+
+def full_of_agents() -> Program:
+    raise PlacementError("the layout vmap does not run on a bed: RESOURCE_EXHAUSTED: 9")
 
 
 def refusing() -> Program:
@@ -70,6 +75,7 @@ def test_sides_take_turns_and_are_measured_apart():
     [
         ("missing", "there is no bed"),
         ("full", "out of memory"),
+        ("full_of_agents", "out of memory: the layout vmap"),
         ("ending", "exit code 9"),
     ],
 )

@@ -245,22 +245,32 @@ def test_bench_merge_compares_ways_to_merge_trained_agents(
     assert "times as fast as published" in result.stdout
 
 
-def test_bench_scale_times_an_algorithm_with_a_single_agent(tmp_path, environment):
+@pytest.mark.parametrize(
+    ("bench", "flag", "message"),
+    [
+        ("scale", "--agents=runs/digits", "--agents is for merge; scale does not"),
+        ("train", "--speed=2", "--speed is for scale; train does not"),
+    ],
+)
+def test_a_benchmark_refuses_the_flags_of_others(
+    tmp_path, environment, bench, flag, message
+):
     out = tmp_path / "bench.json"
-    config = "--config=quickstart:centralized"
-    result = run(environment, "bench", "scale", config, f"--out={out}", "--repeats=1")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(out.read_text())["per_agent_relative_to_one"] == {"1": 1}
+    result = run(environment, "bench", bench, SMALL[0], flag, f"--out={out}")
+    assert result.returncode == 2 and message in result.stderr
+    assert not out.exists()
 
 
-def test_bench_scale_reads_the_hardware_to_predict(tmp_path, environment):
+def test_bench_scale_times_a_single_agent_and_reads_the_hardware(tmp_path, environment):
     out = tmp_path / "bench.json"
     hardware = {"bandwidth": 1.0, "latency": 2.0, "agents_per_device": 4, "speed": 3.0}
     given = [f"--{name}={value}" for name, value in hardware.items()]
     arguments = ("--config=quickstart:centralized", f"--out={out}", "--repeats=1")
     result = run(environment, "bench", "scale", *arguments, *given)
     assert result.returncode == 0, result.stderr
-    assert json.loads(out.read_text())["hardware"] == hardware
+    found = json.loads(out.read_text())
+    assert found["per_agent_relative_to_one"] == {"1": 1}
+    assert found["hardware"] == hardware
 
 
 def test_bench_refuses_hardware_for_a_benchmark_that_predicts_nothing(

@@ -154,6 +154,10 @@ def test_runs_in_this_process_fail_alone_too(tmp_path, capsys, monkeypatch):
             RuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nat"),
             "out of memory: RESOURCE_EXHAUSTED: 9 GiB",
         ),
+        (
+            UserError("vmap does not run: RESOURCE_EXHAUSTED: 9 GiB"),
+            "out of memory: vmap does not run: RESOURCE_EXHAUSTED: 9 GiB",
+        ),
         (KeyError("a"), "KeyError: 'a'"),
     ],
 )
