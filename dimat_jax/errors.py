@@ -25,7 +25,7 @@ class SweepError(RuntimeError):
     """Some runs of a sweep have failed. The message names them and the reasons."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its type if there is none."""
     message = str(error).strip()
     return message.splitlines()[0] if message else type(error).__name__
@@ -52,7 +52,7 @@ def out_of_memory(error: BaseException) -> str | None:
         part in text for part in _OUT_OF_MEMORY
     ):
         return None
-    return f"out of memory: {text.partition(chr(10))[0] or type(error).__name__}"
+    return f"out of memory: {first_line(error)}"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
