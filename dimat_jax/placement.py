@@ -48,7 +48,6 @@ __all__ = [
     "request_cpu_devices",
 ]
 
-Batching = str
 """The name of a layout: one of `LAYOUTS`, or "auto"."""
 
 AGENTS = Option(
@@ -322,7 +321,7 @@ class Placement:
 def place(
     n_agents: int,
     devices: Sequence[Any] | None = None,
-    batching: Batching = BATCHING.default,
+    batching: str = BATCHING.default,
     chunk: int = CHUNK.default,
     *,
     batch_size: int = 1,
