@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from dimat_jax.errors import UserError, out_of_memory
 
-__all__ = ["Program", "Unavailable", "config_from", "jax_program"]
+__all__ = ["Program", "Unavailable", "config_from", "jax_program", "made", "timed"]
 
 
 class Unavailable(Exception):
@@ -93,12 +93,10 @@ def main() -> None:
 
     try:
         request = json.loads(sys.stdin.readline())
-        module, _, function = request["program"].partition(":")
-        make = getattr(importlib.import_module(module), function)
-        program = make(**request["arguments"])
+        program = made(request["program"], request["arguments"])
         answer({})
         for _ in sys.stdin:
-            answer(_timed(program))
+            answer(timed(program))
     except KeyboardInterrupt:
         pass  # The parent process was interrupted too, and says so.
     except Exception as error:
@@ -117,7 +115,14 @@ def _reason(error: Exception) -> dict[str, Any]:
     return {"failed": "".join(traceback.format_exception(error))}
 
 
-def _timed(program: Program) -> dict[str, Any]:
+def made(program: str, arguments: dict[str, Any]) -> Program:
+    """Makes a side's program; the arguments are as for `Side`."""
+    module, _, function = program.partition(":")
+    return getattr(importlib.import_module(module), function)(**arguments)
+
+
+def timed(program: Program) -> dict[str, Any]:
+    """Calls a program, and returns the reply for the parent process."""
     start = time.perf_counter()
     facts = program.call()
     reply = {
