@@ -2,7 +2,8 @@
 
 The parent process writes one line of JSON for each request, and this process answers
 each with one line: see `_timing`. It ends when its input ends. Nothing here imports
-JAX before a program asks for it, because its memory would count for other libraries.
+JAX before a program asks for it, because the memory of JAX would count as memory of a
+program that uses another library.
 """
 
 import importlib
