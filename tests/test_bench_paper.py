@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dimat_jax._bench import _paper, scale
+from dimat_jax._bench import _paper, _timing, scale
 from dimat_jax._bench._hardware import Hardware
 from dimat_jax._bench._paper import Fit, Merge, Model, Sizes
 from dimat_jax._bench._record import Settings
+from dimat_jax._bench._worker import made, timed
 from dimat_jax.algorithms._traffic import MatchingSizes
 from dimat_jax.topology import TOPOLOGIES
 
@@ -121,7 +122,31 @@ def test_permutations_that_agree_are_found_on_one_machine():
         assert found["compute_seconds"] == pytest.approx(seconds)
 
 
-def test_a_run_measures_fits_checks_and_predicts(monkeypatch):
+class WorkerHere(_timing._Worker):
+    """A side that runs in this process, because a process takes seconds to start."""
+
+    def __enter__(self) -> "WorkerHere":
+        self._program = made(self.side.program, as_json(self.side.arguments))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+    def call(self) -> None:
+        self._replies.append(as_json(timed(self._program)))
+
+
+def as_json(content):
+    return json.loads(json.dumps(content))
+
+
+@pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_run_measures_fits_checks_and_predicts(monkeypatch, here):
+    if here:
+        monkeypatch.setattr(_timing, "_Worker", WorkerHere)
     monkeypatch.setattr(scale, "COUNTS", (1, 2, 3))
     monkeypatch.setattr(scale, "FITTED_UP_TO", 2)
     monkeypatch.setattr(scale, "MERGES", (("joint", "fully_connected"),))
@@ -129,7 +154,7 @@ def test_a_run_measures_fits_checks_and_predicts(monkeypatch):
     monkeypatch.setattr(scale, "PREDICTED", {"ring": (None, "joint")})
     config = quickstart.get_config()
     config.data.train_size = 100
-    config.model.hidden = (8,)
+    config.model.width = 0.25
     settings = Settings(repeats=1, steps=1, hardware=HARDWARE)
     result = scale.BENCH.run(config, settings)
     assert list(result["sides"]) == ["1", "2", "3"]

@@ -11,7 +11,8 @@ __all__ = ["matmul"]
 
 # The number of rows and columns of the matrices, by whether the device is a CPU.
 _SIZES = {True: 2048, False: 8192}
-# The number of products in a call on an accelerator, which takes a millisecond for one.
+# The number of products in a call, by whether the device is a CPU. An accelerator takes
+# about a millisecond for a product, which is too short a time to measure.
 _PRODUCTS = {True: 1, False: 20}
 
 

@@ -30,7 +30,7 @@ class Plain(NamedTuple):
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Plain":
-        """Makes the sizes from `_asdict()`, of whose tuples JSON has made lists."""
+        """Makes the sizes from `_asdict()`, whose tuples JSON has turned into lists."""
         tuples = {name: tuple(fields[name]) for name in ("units", "image")}
         return cls(**{**fields, **tuples})
 

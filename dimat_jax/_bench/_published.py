@@ -3,12 +3,12 @@
 The published code (DIMAT, CVPR 2024) merges one receiver after the other, and shares
 nothing between receivers. For each receiver, the receiver itself and every neighbour
 run on all images, the activations of every pair are correlated, and BatchNorm
-statistics are measured anew: those of the merged model, and on the way those of the
-models that it is merged from. A profile of that code shows about two such resets for
+statistics are measured anew. The code does this for the merged model, and also for the
+models from which it is merged. A profile of that code shows about two such resets for
 each forward pass.
 
 Here the forward passes, the correlations, the assignments and the resets are those that
-this library uses itself. So a comparison with them is one of schedules alone.
+this library uses itself. So the two programs differ in their schedules alone.
 """
 
 from collections.abc import Callable, Iterator

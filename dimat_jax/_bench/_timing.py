@@ -73,7 +73,7 @@ class Timing(NamedTuple):
 
     @property
     def compile_seconds(self) -> float:
-        """What the first call took longer than a later one."""
+        """The seconds by which the first call took longer than the later ones."""
         return self.first_call_seconds - self.median
 
     @property

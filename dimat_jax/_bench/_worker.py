@@ -2,7 +2,8 @@
 
 The parent process writes one line of JSON for each request, and this process answers
 each with one line: see `_timing`. It ends when its input ends. Nothing here imports
-JAX before a program asks for it, because its memory would count for other libraries.
+JAX before a program asks for it, because the memory of JAX would count as memory of a
+program that uses another library.
 """
 
 import importlib
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 from dimat_jax.errors import UserError, out_of_memory
 
-__all__ = ["Program", "Unavailable", "config_from", "jax_program"]
+__all__ = ["Program", "Unavailable", "config_from", "jax_program", "made", "timed"]
 
 
 class Unavailable(Exception):
@@ -93,12 +94,10 @@ def main() -> None:
 
     try:
         request = json.loads(sys.stdin.readline())
-        module, _, function = request["program"].partition(":")
-        make = getattr(importlib.import_module(module), function)
-        program = make(**request["arguments"])
+        program = made(request["program"], request["arguments"])
         answer({})
         for _ in sys.stdin:
-            answer(_timed(program))
+            answer(timed(program))
     except KeyboardInterrupt:
         pass  # The parent process was interrupted too, and says so.
     except Exception as error:
@@ -117,7 +116,14 @@ def _reason(error: Exception) -> dict[str, Any]:
     return {"failed": "".join(traceback.format_exception(error))}
 
 
-def _timed(program: Program) -> dict[str, Any]:
+def made(program: str, arguments: dict[str, Any]) -> Program:
+    """Makes a side's program; the arguments are as for `Side`."""
+    module, _, function = program.partition(":")
+    return getattr(importlib.import_module(module), function)(**arguments)
+
+
+def timed(program: Program) -> dict[str, Any]:
+    """Calls a program, and returns the reply for the parent process."""
     start = time.perf_counter()
     facts = program.call()
     reply = {

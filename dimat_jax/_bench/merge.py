@@ -8,8 +8,7 @@ The sides start from the same agents in every call:
   batches of images for BatchNorm;
 - steps: local steps, so that a merge can be counted in local epochs.
 
-How well agents classify right after the merge stands beside the times, if the agents
-are trained ones.
+If the agents are trained ones, their accuracy right after the merge is measured too.
 """
 
 import statistics

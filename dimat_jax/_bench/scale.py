@@ -150,7 +150,7 @@ def _exponents(
         seconds = {n: s for n, s in _column(timings, name).items() if n >= 5}
         if len(seconds) < 3:
             continue
-        # Each agent has its own frame: then the work is in the edges.
+        # If every agent has its own frame, the work grows with the number of edges.
         units = [
             int(TOPOLOGIES[topology](n).sum()) if frame == "own" else n for n in seconds
         ]
@@ -170,7 +170,7 @@ def _exponents(
 
 
 def _slope(units: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent p of values that grow like units^p."""
+    """Returns the exponent p of values that grow like units^p."""
     return float(np.polyfit(np.log(units), np.log(values), 1)[0])
 
 

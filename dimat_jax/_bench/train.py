@@ -164,7 +164,15 @@ def _plain(config: Config) -> Plain | str:
 def _speed(
     timing: Timing, images: int, flops: float, timings: dict[str, Timing], steps: int
 ) -> dict[str, Any]:
-    """Returns a side's measurements; FLOPs are those of the model for an image."""
+    """Returns a side's measurements.
+
+    Args:
+        timing: the timing of the side.
+        images: the number of images in a step.
+        flops: the floating-point operations by which a model learns from an image.
+        timings: the timings of all sides, with the matrix products.
+        steps: the number of steps in a call.
+    """
     per_second = images * steps / timing.median
     suffix = HALF if timing.name.endswith(HALF) else ""
     peak = _matmul_speed(timings[MATMUL + suffix])
@@ -227,8 +235,9 @@ def show(result: dict[str, Any]) -> str:
         if speed
     ]
     notes.append(
-        f"Utilisation: of the speed of a large matrix product, {', '.join(peaks)}; the "
-        f"model takes {result['flops_per_image'] / 1e6:,.3g} MFLOP for an image."
+        "Utilisation is the share of the speed of a large matrix product "
+        f"({', '.join(peaks)}). "
+        f"The model takes {result['flops_per_image'] / 1e6:,.3g} MFLOP for an image."
     )
     return "\n\n".join([speeds, ratios, "\n".join(notes)])
 

@@ -5,11 +5,11 @@
 merge: times a merge round by phase, and compares it with the schedule of the published
     code on the same images, with a merge on as few images as it takes, and with a local
     epoch. --agents names trained agents (the workdir of a run, a folder of PyTorch
-    files, or an .npz file of stacked arrays), whose accuracy is reported too.
+    files, or an .npz file of stacked arrays); their accuracy is then measured too.
 train: compares the images per second of all agents together, of one agent alone and of
     one model in a plain Flax loop and in a plain PyTorch loop, in float32 and bfloat16.
-scale: times steps and merges of 1, 2, 5, ... agents, up to the config's number, as far
-    as ten minutes reach, and fits how time and memory grow. A cost model predicts 64 to
+scale: times steps and merges of 1, 2, 5, ... agents, up to the config's number or until
+    ten minutes are over, and fits how time and memory grow. A cost model predicts 64 to
     4096 agents on the hardware that --bandwidth, --latency, --agents_per_device and
     --speed describe.
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat_jax.algorithms._frames import FRAMES
-from dimat_jax.algorithms._traffic import MatchingSizes
+from dimat_jax.algorithms._traffic import MatchingSizes, matching_sizes
+from dimat_jax.permutation import PermutationSpec
 from dimat_jax.topology import TOPOLOGIES
 
 PERMS, SCORES, WEIGHTS = 10, 1000, 100_000
@@ -19,6 +20,21 @@ ONE_WAY = BOTH[BOTH[:, 0] < BOTH[:, 1]]
 def traffic(frame: str, pairs=ONE_WAY, scores: int = SCORES, edges=PATH) -> np.ndarray:
     sizes = MatchingSizes(PERMS, scores, WEIGHTS)
     return FRAMES[frame].traffic(edges, pairs, sizes)
+
+
+def test_sizes_of_what_matching_sends():
+    spec = PermutationSpec({"params/w": (None, "a"), "params/v": ("a", "b")})
+    params = {"w": np.zeros((7, 3), np.float32), "v": np.zeros((3, 2), np.float32)}
+    # Indices and scores take four bytes each. The groups have 3 and 2 units.
+    weights = 4 * (7 * 3 + 3 * 2)
+    found = matching_sizes(spec, {"params": params}, by_activations=True)
+    assert found == MatchingSizes(4 * (3 + 2), 4 * (3**2 + 2**2), weights)
+    found = matching_sizes(spec, {"params": params}, by_activations=False)
+    assert found == MatchingSizes(4 * (3 + 2), 0, weights)
+    nothing = matching_sizes(
+        PermutationSpec({}), {"params": params}, by_activations=True
+    )
+    assert nothing == MatchingSizes(0, 0, weights)
 
 
 def test_agents_that_stay_in_their_own_frames_send_nothing():

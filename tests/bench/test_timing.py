@@ -88,6 +88,13 @@ def test_a_side_that_cannot_be_measured_stops_no_other(function, reason):
     assert ratio(timings[function], timings["nap"]) is None
 
 
+def test_a_side_that_is_required_says_why_it_was_not_measured():
+    with pytest.raises(UserError, match="^one agent: out of memory$"):
+        Timing("one agent", unavailable="out of memory").required()
+    timing = Timing("one agent", seconds=(1.0,))
+    assert timing.required() is timing
+
+
 def test_bad_input_ends_a_race_with_its_message():
     with pytest.raises(UserError, match="^a bed is no table$"):
         race([side("refusing"), side("nap", seconds=0)], repeats=1)

@@ -203,6 +203,7 @@ def test_a_sweep_that_does_not_exist_is_refused(tmp_path, environment):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["merge", "scale"])
 def test_bench_writes_ratios(tmp_path, environment, name):
     out = tmp_path / "bench.json"
@@ -216,6 +217,7 @@ def test_bench_writes_ratios(tmp_path, environment, name):
     assert content[ratio]
 
 
+@pytest.mark.slow
 def test_bench_merge_compares_ways_to_merge_trained_agents(
     tmp_path, environment, finished
 ):
@@ -261,6 +263,7 @@ def test_a_benchmark_refuses_the_flags_of_others(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_bench_scale_times_a_single_agent_and_reads_the_hardware(tmp_path, environment):
     out = tmp_path / "bench.json"
     hardware = {"bandwidth": 1.0, "latency": 2.0, "agents_per_device": 4, "speed": 3.0}
