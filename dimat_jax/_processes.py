@@ -73,7 +73,7 @@ def is_lost(error: BaseException | None) -> bool:
     JAX raises JaxRuntimeError for computations, and ValueError for some that it runs at
     once.
     """
-    if jax.process_count() == 1 or isinstance(error, UserError):
+    if error is None or jax.process_count() == 1 or isinstance(error, UserError):
         return False
     if isinstance(error, jax.errors.JaxRuntimeError):
         return out_of_memory(error) is None
