@@ -24,13 +24,12 @@ import pytest
 from dimat_jax import train
 from dimat_jax._metrics import read_rows
 from dimat_jax._processes import (
-    ProcessError,
     check_equal,
     everywhere,
     from_main,
-    joined,
     together,
 )
+from dimat_jax.cli._multihost import check_arguments
 from dimat_jax.errors import UserError
 from tests.processes import RUNS, config_of
 
@@ -282,9 +281,8 @@ def test_processes_that_disagree_or_are_missing_end_with_one_message(tmp_path):
     ],
 )
 def test_arguments_that_name_no_process_are_refused(arguments, message):
-    block = joined(*arguments, arrival_timeout=1, heartbeat_timeout=10)
-    with pytest.raises(ProcessError, match=message), block:
-        pass
+    with pytest.raises(UserError, match=message):
+        check_arguments(*arguments)
 
 
 def test_a_port_that_is_taken_is_refused():
@@ -292,11 +290,8 @@ def test_a_port_that_is_taken_is_refused():
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        block = joined(
-            f"localhost:{port}", 2, 0, arrival_timeout=1, heartbeat_timeout=10
-        )
-        with pytest.raises(ProcessError, match=f"port {port} .* is taken"), block:
-            pass
+        with pytest.raises(UserError, match=f"port {port} .* is taken"):
+            check_arguments(f"localhost:{port}", 2, 0)
 
 
 def test_flags_of_a_process_need_the_flag_multihost(tmp_path):

@@ -8,7 +8,7 @@ from absl import flags
 from dimat_jax import _processes
 from dimat_jax.errors import UserError
 
-__all__ = ["define_flags", "joined"]
+__all__ = ["check_arguments", "define_flags", "joined"]
 
 # How long processes wait for each other. A process that is missing usually still waits
 # in the queue of the cluster.
@@ -69,7 +69,7 @@ def joined() -> contextlib.AbstractContextManager[None]:
             if values[name].present:
                 raise UserError(f"--{name} needs --multihost")
         return contextlib.nullcontext()
-    _check_arguments(values.coordinator, values.n_processes, values.process_id)
+    check_arguments(values.coordinator, values.n_processes, values.process_id)
     return _processes.joined(
         values.coordinator,
         values.n_processes,
@@ -79,9 +79,15 @@ def joined() -> contextlib.AbstractContextManager[None]:
     )
 
 
-def _check_arguments(
+def check_arguments(
     coordinator: str | None, n_processes: int | None, process_id: int | None
 ) -> None:
+    """Refuses what no process can be started with.
+
+    Raises:
+        UserError: some values are missing, the address or the number of the process is
+            out of range, or the port is taken.
+    """
     given = [coordinator is not None, n_processes is not None, process_id is not None]
     if any(given) and not all(given):
         raise UserError(
