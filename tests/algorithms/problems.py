@@ -229,7 +229,8 @@ def shared_images(n: int = 40, problem: str = "mlp") -> Samples:
     inputs = jnp.asarray(rng.standard_normal((n, *PROBLEMS[problem].example)))
 
     def load(indices, mask):
-        return Batch(inputs[indices], jnp.zeros(len(indices), jnp.int32), mask)
+        labels = jnp.zeros(len(indices), jnp.int32)
+        return Batch(inputs[indices], labels, jnp.asarray(mask))
 
     indices = np.arange(n).reshape(2, -1)
     return Samples(load, indices, np.ones_like(indices, bool), shared=True)
