@@ -115,7 +115,7 @@ def test_a_size_out_of_range_is_refused(sizes, message):
 
 def test_an_unknown_name_gets_the_nearest_and_all():
     message = (
-        r"'cifar-100'; allowed: cifar10, cifar100, digits, tiny_imagenet; "
+        r"'cifar-100'; allowed: cifar10, cifar100, digits, random, tiny_imagenet; "
         r"did you mean 'cifar100'"
     )
     with pytest.raises(DataError, match=message):
