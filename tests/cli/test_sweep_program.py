@@ -26,7 +26,7 @@ LONG = """
 from tests.sweeping.small import long
 
 def get_runs():
-    return {"a": long(), "b": long(seed=1)}
+    return {"a": long(rounds=20_000), "b": long(rounds=20_000, seed=1)}
 """
 
 
