@@ -57,7 +57,7 @@ def run_equation(eqn: Equation, inputs: Sequence[Any]) -> list[Any]:
     # Some versions of JAX return the functions to be called apart from the params.
     functions, params = params if isinstance(params, tuple) else ((), params)
     outputs = eqn.primitive.bind(*functions, *inputs, **params)
-    return outputs if eqn.primitive.multiple_results else [outputs]
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
 
 
 def run_equations(
