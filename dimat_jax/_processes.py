@@ -201,17 +201,10 @@ def joined(
     # The service would catch SIGTERM, and the process would not end.
     jax.config.update("jax_enable_preemption_service", False)
     expected = f"the {n_processes}" if n_processes else "all"
-    patience = arrival_timeout + (0 if process_id else _LONGER_SECONDS)
     missing = threading.Timer(
-        patience,
+        arrival_timeout + (0 if process_id else _LONGER_SECONDS),
         _end,
-        (
-            2,
-            f"{expected} processes did not arrive at {coordinator or 'process 0'} "
-            f"within {arrival_timeout} seconds; start every process with the same "
-            "number of processes and the same coordinator, and with an id of its own, "
-            "and see whether one of them has ended with an error",
-        ),
+        (2, _MISSING.format(expected, coordinator or "process 0", arrival_timeout)),
     )
     missing.daemon = True
     missing.start()
@@ -251,6 +244,11 @@ def joined(
         watch.over = True
 
 
+_MISSING = (
+    "{} processes did not arrive at {} within {} seconds; start every process with the "
+    "same number of processes and the same coordinator, and with an id of its own, and "
+    "see whether one of them has ended with an error"
+)
 _DETECTION = (
     "; JAX detects the processes under Slurm, under Open MPI and on TPU pods; it needs "
     "--coordinator=HOST:PORT --n_processes=N --process_id=I elsewhere"

@@ -147,6 +147,8 @@ def as_json(content):
 def test_a_run_measures_fits_checks_and_predicts(monkeypatch, here):
     if here:
         monkeypatch.setattr(_timing, "_Worker", WorkerHere)
+        # JAX has started in this process.
+        monkeypatch.setattr("dimat_jax.placement.request_cpu_devices", lambda n: None)
     monkeypatch.setattr(scale, "COUNTS", (1, 2, 3))
     monkeypatch.setattr(scale, "FITTED_UP_TO", 2)
     monkeypatch.setattr(scale, "MERGES", (("joint", "fully_connected"),))

@@ -20,6 +20,7 @@ import optax
 import pytest
 
 from dimat_jax import _devices
+from dimat_jax import placement as placement_module
 from dimat_jax.algorithms.base import Task
 from dimat_jax.algorithms.local import local
 from dimat_jax.data.pipeline import Batch, Reader, place_pool
@@ -495,15 +496,15 @@ def test_host_devices_that_would_deadlock_are_refused(monkeypatch, cores, nproc)
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_host_devices_with_threads_enough_are_accepted(monkeypatch):
-    monkeypatch.setattr(jax, "make_mesh", lambda shape, *_, **__: shape)
+    monkeypatch.setattr(placement_module, "Mesh", lambda devices, *_, **__: devices)
     monkeypatch.setenv("PJRT_NPROC", "10")
-    assert place(5, host_devices(5)).mesh == (5,)
+    assert place(5, host_devices(5)).mesh.shape == (5,)
     # Every process has its own pool of threads.
     devices = host_devices(5) + host_devices(5, process=1)
-    assert place(10, devices).mesh == (10,)
+    assert place(10, devices).mesh.shape == (10,)
     # A single device takes part in no collective.
     monkeypatch.setenv("PJRT_NPROC", "1")
-    assert place(5, host_devices(1)).mesh == (1,)
+    assert place(5, host_devices(1)).mesh.shape == (1,)
 
 
 def test_devices_that_nobody_made_threads_for_are_refused_in_earnest():

@@ -145,7 +145,7 @@ def test_a_run_says_what_it_has_chosen_and_another_one_needs_no_race(racing, tmp
         "kernel)"
     )
     assert f"agents on a device run as im2col: {reason}" in lines
-    chosen = {"batching": "im2col", "chunk": 1, "reason": reason}
+    chosen = {"batching": "im2col", "chunk": 1, "reason": reason, "device": "cpu"}
     assert summary["layout"] == chosen
     assert json.loads((tmp_path / "one" / "layout.json").read_text()) == chosen
 
@@ -208,7 +208,7 @@ def test_a_run_whose_layout_is_refused_ends_with_one_message(monkeypatch, tmp_pa
     def refuse(*args):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: no such kernel")
 
-    monkeypatch.setattr("dimat_jax._trainer.Trainer._take_steps", refuse)
+    monkeypatch.setattr("dimat_jax._trainer.Trainer.train", refuse)
     config = tiny(placement__batching="grouped")
     with pytest.raises(
         UserError, match="the layout grouped does not run on cpu: UNIMP"

@@ -71,6 +71,7 @@ def test_a_new_run_has_a_config_and_a_partition_and_no_summary(tmp_path, experim
     assert folder.is_started and folder.read_summary() is None
     assert {path.name for path in folder.path.iterdir()} == {
         "config.json",
+        "layout.json",
         "partition.json",
     }
     assert folder.read_config().to_json() == experiment.config.to_json()
@@ -84,7 +85,7 @@ def test_a_new_run_has_a_config_and_a_partition_and_no_summary(tmp_path, experim
 
 
 def test_the_config_is_written_last(tmp_path, experiment, monkeypatch):
-    """A folder with config.json counts as a run's, so it has the other file by then."""
+    """A folder with config.json counts as a run's, so it has the other files by then."""
     written = []
     write = workdir.write_json
 
@@ -94,7 +95,7 @@ def test_the_config_is_written_last(tmp_path, experiment, monkeypatch):
 
     monkeypatch.setattr(workdir, "write_json", spy)
     Workdir(tmp_path / "run").create(experiment)
-    assert written == ["partition.json", "config.json"]
+    assert written == ["partition.json", "layout.json", "config.json"]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def bench(tmp_path: Path, *arguments: str) -> tuple[dict, str]:
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_every_side_is_measured_and_every_pair_compared(tmp_path):
     config = "--config=configs/quickstart.py"
     result, text = bench(tmp_path, config, "--repeats=2", "--steps=2", "--full")
@@ -67,6 +68,7 @@ def test_every_side_is_measured_and_every_pair_compared(tmp_path):
     assert result["flops_per_image"] == pytest.approx(2 * products, rel=0.1)
 
 
+@pytest.mark.slow
 def test_an_algorithm_with_a_single_agent_is_measured(tmp_path):
     config = "--config=quickstart:centralized"
     result, _ = bench(tmp_path, config, "--repeats=1", "--steps=1")

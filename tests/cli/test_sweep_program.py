@@ -58,6 +58,7 @@ def wait_for(path: Path, n_rows: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_jobs_write_the_same_rows_as_one_and_both_tell_what_failed(tmp_path):
     ended = [
         run(tmp_path, SWEEP, f"--workdir={tmp_path / jobs}", f"--jobs={jobs}")
@@ -118,6 +119,7 @@ def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tmp_path):
         FileLock(workdir / name / ".running").acquire(timeout=0)
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_sweep_that_is_killed_end_by_themselves(tmp_path):
     workdir = tmp_path / "out"
     process = start(tmp_path, LONG, f"--workdir={workdir}", "--jobs=2")

@@ -103,6 +103,7 @@ def test_a_killed_run_is_told_and_goes_on_later_while_the_others_finish(tmp_path
     assert len(read_rows(victim)) == 1 + 2 * MANY_ROUNDS
 
 
+@pytest.mark.slow
 def test_a_terminated_sweep_ends_its_runs_and_they_go_on_later(tmp_path):
     made = jobs(tmp_path, a=long(), b=long(seed=1))
     both_run = lambda: all(len(read_rows(job.workdir)) > 11 for job in made)  # noqa: E731

@@ -130,6 +130,7 @@ def test_the_runs_go_on_as_jobs_and_failures_stop_nobody(tmp_path, capsys):
     assert "holds this run, finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_job_that_is_preempted_goes_on_from_its_checkpoint(tmp_path):
     executor = make_executor(tmp_path, None, {"timeout_min": 10}, "local")
     (run,) = jobs(tmp_path, long=long())
