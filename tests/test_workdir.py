@@ -85,7 +85,7 @@ def test_a_new_run_has_a_config_and_a_partition_and_no_summary(tmp_path, experim
 
 
 def test_the_config_is_written_last(tmp_path, experiment, monkeypatch):
-    """A folder with config.json counts as a run's, so it has the other files by then."""
+    """A folder with config.json counts as a run's, so all other files are there."""
     written = []
     write = workdir.write_json
 
