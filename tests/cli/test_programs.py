@@ -228,6 +228,7 @@ def test_bench_merge_compares_ways_to_merge_trained_agents(
         "merge",
         *SMALL,
         "--config.merge.frame=own",
+        "--config.merge.batch_size=20",
         f"--agents={finished[0]}",
         f"--out={out}",
         "--repeats=1",
