@@ -14,8 +14,8 @@ from dimat_jax.data.pipeline import (
     Augmentation,
     Batch,
     Samples,
-    chunked,
     normalised,
+    own_samples,
 )
 from dimat_jax.data.sources import Split
 from dimat_jax.placement import Placement
@@ -172,11 +172,4 @@ class OwnReader:
 
     def __call__(self, indices: Sequence[np.ndarray], batch_size: int) -> Samples:
         """Makes samples. `indices[agent]` are positions on the agent's device."""
-        n_batches = max(-(-len(own) // batch_size) for own in indices)
-        chunks = [chunked(own, batch_size, n_batches) for own in indices]
-        return Samples(
-            self._load,
-            np.stack([i for i, _ in chunks], axis=1),
-            np.stack([m for _, m in chunks], axis=1),
-            shared=False,
-        )
+        return own_samples(self._load, indices, batch_size)

@@ -31,6 +31,7 @@ __all__ = [
     "chunked",
     "draw_own",
     "load",
+    "own_samples",
     "normalised",
     "place_pool",
     "share",
@@ -266,6 +267,28 @@ class Samples:
             yield self.load(indices, mask)
 
 
+def own_samples(
+    load: Callable[[np.ndarray, np.ndarray], Batch],
+    indices: Sequence[np.ndarray],
+    batch_size: int,
+) -> Samples:
+    """Makes samples of each agent's own.
+
+    Args:
+        load: makes a batch from indices and a mask, both `[agents, batch]`.
+        indices: `indices[agent]` are int[samples].
+        batch_size: the number of examples in a batch.
+    """
+    n_batches = max(-(-len(own) // batch_size) for own in indices)
+    chunks = [chunked(own, batch_size, n_batches) for own in indices]
+    return Samples(
+        load,
+        np.stack([i for i, _ in chunks], axis=1),
+        np.stack([m for _, m in chunks], axis=1),
+        shared=False,
+    )
+
+
 class Reader:
     """Makes `Samples` from one pool. All of them share compiled programs."""
 
@@ -282,14 +305,7 @@ class Reader:
 
     def own(self, indices: Sequence[np.ndarray], batch_size: int) -> Samples:
         """Makes samples of each agent's own. `indices[agent]` are int[samples]."""
-        n_batches = max(-(-len(own) // batch_size) for own in indices)
-        chunks = [chunked(own, batch_size, n_batches) for own in indices]
-        return Samples(
-            self._load_own,
-            np.stack([i for i, _ in chunks], axis=1),
-            np.stack([m for _, m in chunks], axis=1),
-            shared=False,
-        )
+        return own_samples(self._load_own, indices, batch_size)
 
 
 def share(
