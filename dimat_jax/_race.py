@@ -1,9 +1,10 @@
 """Chooses the layout of a run's agents by a short timing, where that is worth it.
 
 On a CPU a rule is enough (see `_layout_choice`). On accelerators no rule holds for all
-models and devices: gradients of grouped convolutions, for example, are fast on some of
-them alone. There a run takes a few real training steps in every layout, on its own
-model and data. The fastest one is kept on disk for further runs of the same kind.
+models and devices: the layout that is fastest for a narrow ResNet is not the fastest
+for a wide one. There a long run takes a few real training steps in several layouts, on
+its own model and data. The fastest one is kept on disk for further runs of the same
+kind. A short run follows the rule, because a race takes longer than it could save.
 
 A run that resumes has the layout with which it began, because layouts differ by
 rounding.
@@ -30,7 +31,7 @@ from dimat_jax.experiment import Experiment
 from dimat_jax.placement import AUTO, PlacementError
 from dimat_jax.workdir import Workdir
 
-__all__ = ["race", "settled"]
+__all__ = ["candidates", "race", "racers", "settled"]
 
 Seconds = Callable[[LayoutChoice], float]
 """Measures the seconds of a training step in a layout."""
@@ -42,6 +43,10 @@ _CAP = 20.0
 # The number of agents on a device up to which unrolling them is tried. Each agent adds
 # to the time that compilation takes.
 _FEW = 8
+# The number of training steps from which on a run may race. On an H200 the race of five
+# ResNet-20s took about 35 s, most of it compilation, and the layout of the rule was at
+# most a sixth slower than the fastest one, which was 8 ms a step.
+_LONG = 5000
 
 
 def settled(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
@@ -64,8 +69,7 @@ def settled(config: Config, folder: Workdir, log: Callable[[str], None]) -> Expe
         begun = None
     experiment = Experiment(config, begun)
     if automatic and begun is None and len(candidates(experiment)) > 1:
-        choice = _chosen(experiment, log)
-        experiment = Experiment(config, choice)
+        experiment = Experiment(config, _chosen(experiment, log))
     name, reason = experiment.layout.name, experiment.layout.reason
     log(f"agents on a device run as {name}: {reason}")
     return experiment
@@ -75,23 +79,38 @@ def candidates(experiment: Experiment) -> list[LayoutChoice]:
     """The layouts that are worth a timing. A single one needs none."""
     placement, preferred = experiment.placement, experiment.layout
     n_local = placement.slots // placement.mesh.shape["agents"]
-    on_cpu = placement.mesh.devices.flat[0].platform == "cpu"
+    platform = placement.mesh.devices.flat[0].platform
     # Several processes would have to agree on the result, and on which layouts fail.
     several = jax.process_count() > 1
-    if on_cpu or several or n_local == 1 or not experiment.convolves:
+    if platform == "cpu" or several or n_local == 1 or not experiment.convolves:
         return [preferred]
-    chunks = {1, min(4, n_local)}
-    return [
-        *(LayoutChoice(name, 1, "") for name in ("vmap", "grouped", "im2col")),
-        *(LayoutChoice("unroll", 1, "") for _ in range(n_local <= _FEW)),
-        *(LayoutChoice("chunks", size, "") for size in sorted(chunks)),
-    ]
+    return racers(platform, n_local)
+
+
+def racers(platform: str, n_local: int) -> list[LayoutChoice]:
+    """The layouts that are timed, for some agents that share a device.
+
+    On a GPU these are two, because the others were never the fastest there: see
+    experiments/RESULTS.md.
+    """
+    batched = ("grouped",) if platform == "gpu" else ("vmap", "grouped", "im2col")
+    if n_local <= _FEW:
+        apart = LayoutChoice("unroll", 1, "")
+    else:
+        apart = LayoutChoice("chunks", 4, "")
+    return [*(LayoutChoice(name, 1, "") for name in batched), apart]
 
 
 def _chosen(experiment: Experiment, log: Callable[[str], None]) -> LayoutChoice:
-    """Reads the fastest layout from the cache, or finds it and stores it there."""
+    """Reads the fastest layout from the cache, or finds it and stores it there.
+
+    A short run for which the cache has none keeps the layout that it has.
+    """
     path = user_cache() / "layouts" / f"{_fingerprint(experiment)}.json"
     stored = _read(path)
+    rounds = experiment.config.rounds * experiment.local_steps
+    if stored is None and experiment.pretrain_steps + rounds < _LONG:
+        return experiment.layout
     if stored is None:
         log("timing the layouts of agents, once for this model and device")
 

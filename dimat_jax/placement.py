@@ -48,30 +48,36 @@ __all__ = [
     "request_cpu_devices",
 ]
 
-"""The name of a layout: one of `LAYOUTS`, or "auto"."""
-
 AGENTS = Option(
     "agents", 5, "The number of agents in the network.", at_least=1, unit="agents"
 )
 
 
-def automatic(platform: str, convolves: bool = True) -> Literal["vmap", "chunks"]:
+def automatic(
+    platform: str, convolves: bool = True
+) -> Literal["vmap", "chunks", "grouped"]:
     """Returns the layout that suits a platform and a model, without any timing.
+
+    The choices follow measurements, see experiments/RESULTS.md. JAX turns the
+    convolutions of several agents in one batched program into grouped convolutions.
+    XLA:CPU runs these about six times slower than those of one agent after the other.
+    cuDNN is slow at their gradients, for which "grouped" has another form.
 
     Args:
         platform: the platform of the devices, e.g. "cpu".
-        convolves: whether the model has convolutions. XLA:CPU runs the convolutions of
-            several agents in one batched program about six times slower.
+        convolves: whether the model has convolutions.
     """
-    return "chunks" if platform == "cpu" and convolves else "vmap"
+    if not convolves:
+        return "vmap"
+    return "chunks" if platform == "cpu" else "grouped" if platform == "gpu" else "vmap"
 
 
 AUTO = Record(
     "auto",
     automatic,
-    summary="The program chooses. Several agents that share a device and have "
-    "convolutions run as chunks on a CPU; on other devices a run of one process times "
-    "a few training steps of each layout. All other agents run as vmap.",
+    summary="The program chooses. Agents with convolutions run as chunks on a CPU and "
+    "as grouped on a GPU, where a long run of one process first times a few training "
+    "steps of several layouts. All other agents run as vmap.",
 )
 BATCHING = Option(
     "placement.batching",
@@ -332,8 +338,8 @@ def place(
         n_agents: the number of agents.
         devices: the devices to use, of which equally many of each process are chosen.
             None: all devices.
-        batching: the layout (see `Placement`). "auto" is "chunks" on CPUs and "vmap"
-            elsewhere.
+        batching: the layout (see `Placement`). "auto" is "chunks" on CPUs, "grouped" on
+            GPUs, and "vmap" elsewhere.
         chunk: the number of agents in a chunk, for the layout "chunks".
         batch_size: the number of examples in a batch. If there are several devices for
             each agent, the batch is split over as many of them as divide this number.

@@ -9,10 +9,10 @@ import pytest
 
 from dimat_jax import _race, train
 from dimat_jax._layout_choice import LayoutChoice
-from dimat_jax._race import candidates, race
+from dimat_jax._race import candidates, race, racers
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
-from dimat_jax.placement import PlacementError
+from dimat_jax.placement import PlacementError, automatic
 from tests.test_train import quiet, small, without_times
 
 VMAP, CHUNKS, IM2COL = (
@@ -96,6 +96,30 @@ def test_on_a_cpu_convolutions_run_in_chunks_and_other_models_batched():
         assert candidates(experiment) == [experiment.layout]
 
 
+@pytest.mark.parametrize(
+    ("platform", "convolves", "layout"),
+    [
+        ("gpu", True, "grouped"),
+        ("gpu", False, "vmap"),
+        ("tpu", True, "vmap"),
+        ("cpu", True, "chunks"),
+        ("cpu", False, "vmap"),
+    ],
+)
+def test_the_rule_names_a_layout_for_each_platform(platform, convolves, layout):
+    assert automatic(platform, convolves) == layout
+
+
+@pytest.mark.parametrize(("agents", "apart"), [(2, "unroll"), (9, "chunks of 4")])
+def test_the_layouts_that_race_include_the_rule_and_compile_in_bounded_time(
+    agents, apart
+):
+    on_gpu = [choice.name for choice in racers("gpu", agents)]
+    assert on_gpu == [automatic("gpu"), apart]
+    on_tpu = [choice.name for choice in racers("tpu", agents)]
+    assert automatic("tpu") in on_tpu and apart in on_tpu
+
+
 def test_the_config_overrides_the_choice():
     config = convolutional(placement__batching="chunks", placement__chunk=2)
     experiment = Experiment(config)
@@ -121,6 +145,7 @@ def racing(monkeypatch, tmp_path) -> list[str]:
     timed = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(_race, "candidates", lambda experiment: [VMAP, CHUNKS, IM2COL])
+    monkeypatch.setattr(_race, "_LONG", 1)
 
     def seconds(experiment: Experiment) -> float:
         timed.append(experiment.layout.batching)
@@ -157,6 +182,22 @@ def test_a_run_says_what_it_has_chosen_and_another_one_needs_no_race(racing, tmp
     assert len(racing) == 6
 
 
+def test_a_short_run_follows_the_rule_unless_a_long_one_has_raced(
+    racing, monkeypatch, tmp_path
+):
+    steps = Experiment(tiny()).pretrain_steps + Experiment(tiny()).local_steps
+    monkeypatch.setattr(_race, "_LONG", steps + 1)
+    summary, _ = logged(tiny(), tmp_path / "short")
+    assert racing == [] and summary["layout"]["batching"] == "vmap"
+
+    monkeypatch.setattr(_race, "_LONG", steps)
+    logged(tiny(), tmp_path / "long")
+    assert racing == ["vmap", "chunks", "im2col"]
+    monkeypatch.setattr(_race, "_LONG", steps + 1)
+    summary, _ = logged(tiny(seed=1), tmp_path / "again")
+    assert len(racing) == 3 and summary["layout"]["batching"] == "im2col"
+
+
 def test_a_cache_that_cannot_be_read_is_measured_again(racing, tmp_path):
     logged(tiny(), tmp_path / "one")
     (stored,) = (tmp_path / "cache" / "dimat_jax" / "layouts").iterdir()
@@ -184,6 +225,7 @@ def killed_after(n_lines: int) -> Callable[[str], None]:
 def test_a_run_that_resumes_keeps_its_layout_and_its_results(monkeypatch, tmp_path):
     config = tiny(rounds=2)
     monkeypatch.setattr(_race, "candidates", lambda experiment: [VMAP, IM2COL])
+    monkeypatch.setattr(_race, "_LONG", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     seconds = {"vmap": 0.2, "im2col": 0.1}
     monkeypatch.setattr(_race, "_step_seconds", lambda e: seconds[e.layout.batching])

@@ -64,16 +64,25 @@ def gradient_flops(experiment: Experiment) -> float:
     """Returns the floating-point operations of one agent's gradient.
 
     XLA counts them in the program before optimization, because it cannot look into the
-    library calls that optimization puts there.
+    library calls that optimization puts there. It does so for CPUs alone, where the
+    program is the same.
     """
+    struct, size = jax.ShapeDtypeStruct, experiment.config.batch_size
     shape = experiment.dataset.train.images.shape[1:]
-    size = experiment.config.batch_size
     batch = Batch(
-        jnp.zeros((size, *shape)), jnp.zeros(size, jnp.int32), jnp.ones(size, bool)
+        struct((size, *shape), jnp.float32),
+        struct((size,), jnp.int32),
+        struct((size,), jnp.bool_),
     )
-    variables = one_agent(experiment.abstract_variables())
-    lowered = jax.jit(partial(gradient, experiment.task)).lower(
-        variables, batch, jax.random.key(0)
+    # Without a sharding, nothing binds the program to the run's own devices.
+    variables = jax.tree.map(
+        lambda leaf: struct(leaf.shape, leaf.dtype),
+        one_agent(experiment.abstract_variables()),
     )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        lowered = jax.jit(partial(gradient, experiment.task)).lower(
+            variables, batch, key
+        )
     analysis: Any = lowered.cost_analysis()
     return float(analysis["flops"])

@@ -17,6 +17,8 @@ from experiments.device.parts import PARTS
 __all__ = ["render"]
 
 Figures = dict[str, Any]
+# The number of cells that were not reached and are named.
+_SHOWN = 10
 
 
 def render(out: Path) -> str:
@@ -52,7 +54,9 @@ def _gaps(record: dict[str, Any]) -> list[str]:
     told = [f"{len(by_status.pop('done', []))} of {len(planned)} done"]
     told += [f"{status}: {'; '.join(names)}" for status, names in by_status.items()]
     missing = [name for name in planned if name not in cells]
-    told += [f"not reached: {'; '.join(missing)}"] if missing else []
+    if missing:
+        shown = "; ".join(missing[:_SHOWN]) + ("; ..." if missing[_SHOWN:] else "")
+        told.append(f"{len(missing)} not reached: {shown}")
     if not cells:
         told.append(record["status"].strip().splitlines()[-1])
     seconds = record.get("seconds")

@@ -15,6 +15,7 @@ import pytest
 import dimat_jax
 from configs import quickstart
 from dimat_jax import matching, models, permutation
+from dimat_jax._bench._steps import gradient_flops
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms import Task
 from dimat_jax.algorithms.local import local
@@ -167,3 +168,14 @@ def test_a_run_that_was_killed_goes_on_to_the_same_result(tmp_path):
     resumed = dimat_jax.run(config, tmp_path / "killed", lambda line: None)
     for name in ("test_accuracy_mean", "test_loss_mean"):
         np.testing.assert_allclose(resumed[name], whole[name], rtol=1e-5)
+
+
+def test_the_operations_of_a_step_are_counted_wherever_it_runs():
+    config = quickstart.get_config()
+    config.data.train_size = 320
+    experiment = Experiment(drop_unread(config))
+    images, units = config.batch_size, experiment.abstract_variables()["params"]
+    products = sum(leaf.size for leaf in jax.tree.leaves(units) if leaf.ndim == 3)
+    weights = products / experiment.placement.slots
+    # A product forward, and two backward, of which the first layer needs one alone.
+    assert 4 * images * weights < gradient_flops(experiment) < 8 * images * weights

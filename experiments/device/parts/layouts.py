@@ -1,8 +1,9 @@
 """Races the layouts of agents that share a device.
 
-For every model, width and number of agents, each layout trains the same agents. A cell
-measures the time of the first step, which compiles, the time of a later step, and the
-memory in use. The cells that decide most come first, since time may run out.
+For one model, width and number of agents, each layout trains the same agents; for the
+others, those layouts do that have been the fastest so far. A cell measures the time of
+the first step, which compiles, the time of a later step, and the memory in use. The
+cells that decide most come first, since time may run out.
 """
 
 import os
@@ -73,6 +74,8 @@ _TINY = (
 )
 # Layouts that differ from "vmap" in their convolutions alone.
 _OF_CONVOLUTIONS = ("im2col", "grouped")
+# The number of agents up to which unrolling them is measured: it compiles each anew.
+_FEW = 5
 # The limit of a cell in seconds, and of one with more than 5 agents.
 _LIMIT, _LIMIT_OF_MANY = 45, 60
 # The subject for which a run's own choice of a layout is measured, and the subject
@@ -84,7 +87,8 @@ def cells(settings: Settings) -> list[Cell]:
     """The cells of this part."""
     found = []
     for subject in _TINY if settings.tiny else _SUBJECTS:
-        for layout in _layouts(subject):
+        every = settings.tiny or subject == _CHOICE
+        for layout in _layouts(subject, every):
             limit = _LIMIT if subject.agents <= 5 else _LIMIT_OF_MANY
             measure = _measure(settings, subject, layout, limit)
             found.append(Cell(f"{subject}, {layout}", limit, measure))
@@ -94,16 +98,20 @@ def cells(settings: Settings) -> list[Cell]:
     return found
 
 
-def _layouts(subject: Subject) -> Iterator[str]:
+def _layouts(subject: Subject, every: bool) -> Iterator[str]:
+    """The layouts that are measured: every one, or those that a run chooses from."""
+    convolves, few = subject.model != "mlp", subject.agents <= _FEW
     if subject.agents == 1:
         yield _ALONE
-    else:
+    elif every:
         for layout in LAYOUTS:
-            if layout in _OF_CONVOLUTIONS and subject.model == "mlp":
-                continue
             # Few agents are hardly more than one chunk.
-            if " of " not in layout or subject.agents > 5:
-                yield layout
+            if " of " not in layout or not few:
+                if convolves or layout not in _OF_CONVOLUTIONS:
+                    yield layout
+    else:
+        yield "grouped" if convolves else "vmap"
+        yield "unroll" if few else "chunks of 4"
 
 
 def _measure(settings: Settings, subject: Subject, layout: str, limit: float):
@@ -136,7 +144,8 @@ def _measure_choice(settings: Settings, subject: Subject):
         os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(dir=settings.work)
         started = time.perf_counter()
         folder = Workdir(settings.work / "no-such-run")
-        config = step_config(*subject, batch=batch)
+        # Only a long run times the layouts.
+        config = step_config(*subject, batch=batch, rounds=100_000)
         experiment = settled(config, folder, lambda line: None)
         log.note(choice_seconds=time.perf_counter() - started)
         log.note(chosen=experiment.layout.name, reason=experiment.layout.reason)
