@@ -166,7 +166,7 @@ def _merges(cells: dict[str, Any], records: dict[str, Any]) -> list[str]:
         figures = cell["figures"]
         for which in ("first", "later"):
             if f"{which}_seconds" in figures:
-                phases = figures[f"{which}_phases"].items()
+                phases = figures.get(f"{which}_phases", {}).items()
                 told = ", ".join(f"{phase} {_words(s)}" for phase, s in phases)
                 total = figures[f"{which}_seconds"]
                 rows.append((name, which, total, told))

@@ -1,10 +1,14 @@
-"""A merge by phase: the first call, which compiles, and later calls."""
+"""A merge by phase, and by the schedule of the published code.
+
+The first call, which compiles, and later calls are measured.
+"""
 
 import time
 
 import jax
 import numpy as np
 
+from dimat_jax._bench._published import PublishedSchedule
 from dimat_jax.experiment import Experiment
 from experiments.device._cells import Cell, Log, read_record
 from experiments.device._subject import step_config
@@ -24,22 +28,21 @@ _TINY = ((0.25, 100), (0.25, 200))
 
 def cells(settings: Settings) -> list[Cell]:
     """The cells of this part."""
-    sizes = _TINY if settings.tiny else _SIZES
-    return [
-        Cell(
-            f"resnet20 width {width:g}, {_AGENTS} agents on a ring, {images} images",
-            _LIMIT,
-            _measure(settings, width, images),
-        )
-        for width, images in sizes
-    ]
+    found = []
+    for width, images in _TINY if settings.tiny else _SIZES:
+        name = f"resnet20 width {width:g}, {_AGENTS} agents on a ring, {images} images"
+        found.append(Cell(name, _LIMIT, _measure(settings, width, images)))
+        published = _measure_published(settings, width, images)
+        found.append(Cell(f"{name}, published schedule", _LIMIT, published))
+    return found
 
 
-def _measure(settings: Settings, width: float, images: int):
-    def measure(log: Log) -> None:
-        layouts = read_record(settings.out / "layouts.json")
-        layout = best_layout(layouts, "resnet20", width, _AGENTS)
-        config = step_config(
+def _experiment(settings: Settings, width: float, images: int, log: Log) -> Experiment:
+    layouts = read_record(settings.out / "layouts.json")
+    layout = best_layout(layouts, "resnet20", width, _AGENTS)
+    log.note(width=width, agents=_AGENTS, images=images, layout=layout)
+    return Experiment(
+        step_config(
             "resnet20",
             width,
             _AGENTS,
@@ -52,8 +55,14 @@ def _measure(settings: Settings, width: float, images: int):
             merge__bn_data="proxy",
             merge__bn_samples=images,
         )
-        experiment = Experiment(config)
-        log.note(width=width, agents=_AGENTS, images=images, layout=layout)
+    )
+
+
+def _measure(settings: Settings, width: float, images: int):
+    """Measures the library's merge, and its phases."""
+
+    def measure(log: Log) -> None:
+        experiment = _experiment(settings, width, images, log)
         state = experiment.algorithm.init(experiment.initial_variables())
         later, phases = [], []
         for number in range(1, 2 + _REPEATS):
@@ -76,5 +85,26 @@ def _measure(settings: Settings, width: float, images: int):
                     for name in phases[0]
                 },
             )
+
+    return measure
+
+
+def _measure_published(settings: Settings, width: float, images: int):
+    """Measures the same merge by the schedule of the published code."""
+
+    def measure(log: Log) -> None:
+        experiment = _experiment(settings, width, images, log)
+        merge = PublishedSchedule(experiment.task)
+        agents = experiment.initial_variables()
+        network = experiment.network_at_round(1)
+        samples = experiment.merge_data(1).match
+        assert samples is not None
+        times = []
+        for _ in range(1 + _REPEATS):
+            started = time.perf_counter()
+            jax.block_until_ready(merge(agents, samples, network))
+            times.append(time.perf_counter() - started)
+            log.note(first_seconds=times[0])
+        log.note(later_seconds=float(np.median(times[1:])))
 
     return measure
