@@ -45,7 +45,8 @@ _CAP = 20.0
 _FEW = 8
 # The number of training steps from which on a run may race. On an H200 the first steps
 # of five ResNet-20s in both layouts took 31 to 41 s together, most of it compilation,
-# and the layout of the rule was at most a sixth slower than the fastest one, 8 ms a step.
+# and the layout of the rule was at most a sixth slower than the fastest one: 8 ms a
+# step.
 _LONG = 5000
 
 
