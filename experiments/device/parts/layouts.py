@@ -104,11 +104,9 @@ def _layouts(subject: Subject, every: bool) -> Iterator[str]:
     if subject.agents == 1:
         yield _ALONE
     elif every:
-        for layout in LAYOUTS:
-            # Few agents are hardly more than one chunk.
-            if " of " not in layout or not few:
-                if convolves or layout not in _OF_CONVOLUTIONS:
-                    yield layout
+        # Few agents are hardly more than one chunk.
+        layouts = [name for name in LAYOUTS if not few or " of " not in name]
+        yield from (n for n in layouts if convolves or n not in _OF_CONVOLUTIONS)
     else:
         yield "grouped" if convolves else "vmap"
         yield "unroll" if few else "chunks of 4"
