@@ -543,6 +543,7 @@ def test_agents_with_small_shards_follow_the_schedule_of_all(tmp_path):
             "local",
             agents=4,
             data__partition="by_class",
+            data__small_shards="idle",
             optimizer__schedule="exponential",
         )
     )
