@@ -32,7 +32,7 @@ from dimat_jax.config import (
 )
 from dimat_jax.data import selection, sources
 from dimat_jax.data._own import Holdings, OwnPool, OwnReader, place_own_pool
-from dimat_jax.data._small_shards import SMALL_SHARDS
+from dimat_jax.data._small_shards import WAYS
 from dimat_jax.data.partition import (
     PARTITION,
     PRETRAIN_PARTITION,
@@ -89,7 +89,7 @@ class Experiment:
         self.config = config
         self._fields = resolved(fields_of(config))
         self.record = record_of(self._fields)
-        self._small_shards = SMALL_SHARDS.entry(config.data.small_shards)
+        self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
         self._shared: dict[int, Samples] = {}
         self.links = check_network(config)

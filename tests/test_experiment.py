@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -214,9 +215,10 @@ def test_agents_may_count_by_their_images():
     np.testing.assert_allclose(busy * 32 * idle.local_steps, idle._facts()["examples"])
 
     variables = idle._init(jax.random.key(0))
-    images, labels = idle._example_inputs(4), idle.dataset.train.labels[:4]
-    half = Batch(images, labels, np.arange(4) < 2)
-    whole = Batch(images[:2], labels[:2], np.ones(2, bool))
+    images = jnp.asarray(idle._example_inputs(4))
+    labels = jnp.asarray(idle.dataset.train.labels[:4])
+    half = Batch(images, labels, jnp.arange(4) < 2)
+    whole = Batch(images[:2], labels[:2], jnp.ones(2, bool))
     for experiment, share in ((idle, 0.5), (repeat, 1)):
         loss, (_, metrics) = experiment.task.loss(variables, half, jax.random.key(1))
         mean, _ = experiment.task.loss(variables, whole, jax.random.key(1))

@@ -51,7 +51,7 @@ from dimat_jax.errors import UserError
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._weight import RESTARTS
 from dimat_jax.network import Network
-from dimat_jax.optimizers import with_clocks_of
+from dimat_jax.optimizers import with_bias, with_clocks_of, without_bias
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.tree import take
@@ -70,7 +70,8 @@ OPT_STATE = Option(
     "reset",
     'What happens to the optimizer state at a merge. "reset": it starts anew, while '
     'learning-rate schedules go on. "keep": it does not change. "merge": it is '
-    "permuted and averaged like the weights.",
+    "permuted and averaged like the weights. Moments are averaged without their bias, "
+    "so that agents may have taken different numbers of steps.",
     choices=("reset", "keep", "merge"),
 )
 
@@ -257,7 +258,7 @@ class _MergeRound:
     def _exchanged(self, state: State) -> LocalState:
         """Returns the part of a state that is sent, aligned and averaged."""
         merged = self._opt_state == "merge"
-        optimizer = local_part(state).opt_state if merged else ()
+        optimizer = without_bias(local_part(state).opt_state) if merged else ()
         return LocalState(self._inner.variables(state), optimizer)
 
     def _absorbed(self, state: State, merged: LocalState) -> State:
@@ -269,7 +270,7 @@ class _MergeRound:
     def _with_part(self, state: State, part: LocalState) -> State:
         """Returns the state with another part that is sent, aligned and averaged."""
         if self._opt_state == "merge":
-            state = with_opt_state(state, part.opt_state)
+            state = with_opt_state(state, with_bias(part.opt_state))
         return self._inner.with_variables(state, part.variables)
 
     def _recalibrate(
@@ -291,9 +292,14 @@ class _MergeRound:
 
     def messages(self, state: State) -> Any:
         """Returns the inner algorithm's messages, and the one of the merge."""
-        variables, optimizer = jax.eval_shape(
-            lambda s: take(self._exchanged(s), 0), state
-        )
+
+        def sent(state):
+            # The bias of moments follows from the count of steps, which is sent too.
+            merged = self._opt_state == "merge"
+            optimizer = local_part(state).opt_state if merged else ()
+            return take((self._inner.variables(state), optimizer), 0)
+
+        variables, optimizer = jax.eval_shape(sent, state)
         whole = {**variables, "optimizer": optimizer}
         return self._inner.messages(state)._replace(round=whole)
 

@@ -8,10 +8,10 @@ exchanges messages with the server. An agent that has been absent gets the avera
 enters the next average after it has trained from this one.
 
 In the paper n_k is the number of agent k's examples, and agents take steps in the same
-proportion; `data.small_shards=idle` gives that. An agent then counts about n_k^2 in what
-the average minimises (Wang et al. 2020, arXiv 2007.07481, section 3). If small shards
-are repeated, all agents take equally many steps and all n_k are equal: every agent
-counts 1/N, as for all other algorithms.
+proportion; `data.small_shards=idle` gives that. Then an agent counts about n_k^2 in the
+objective (Wang et al. 2020, arXiv 2007.07481, section 3). If small shards are repeated,
+all agents take equally many steps and all n_k are equal: every agent counts 1/N, as for
+all other algorithms.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ import numpy as np
 
 from dimat_jax.options import Option, Record, registry
 
-__all__ = ["SMALL_SHARDS", "SmallShards"]
+__all__ = ["SMALL_SHARDS", "WAYS", "SmallShards"]
 
 Loss = Callable[..., tuple[Any, Any]]
 """The mean loss of a batch's examples, and other results, as `Task.loss`."""
@@ -73,28 +73,30 @@ def idle(shard: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(shard)
 
 
+WAYS: dict[str, SmallShards] = registry(
+    SmallShards(
+        "repeat",
+        repeat,
+        summary="They go round their shards again, each time in a new order; every "
+        "agent counts 1/N in the objective (DIMAT, equation 2), whatever the batch "
+        "size.",
+        examples_count=False,
+    ),
+    SmallShards(
+        "idle",
+        idle,
+        summary="They do nothing, and a batch that is not full counts with its share "
+        "of a full one; every image counts the same in the objective, whatever the "
+        "batch size, if steps are proportional to the gradient (Adam's are not).",
+        examples_count=True,
+    ),
+)
+"""The ways to spend an epoch, by name."""
+
 SMALL_SHARDS = Option(
     "data.small_shards",
     "repeat",
     "What agents with small shards do until the agent with the largest shard has seen "
     "all of its images, which is the end of an epoch. It holds for pre-training too.",
-    choices=registry(
-        SmallShards(
-            "repeat",
-            repeat,
-            summary="They go round their shards again, each time in a new order; every "
-            "agent counts 1/N in the objective (DIMAT, equation 2), whatever the batch "
-            "size.",
-            examples_count=False,
-        ),
-        SmallShards(
-            "idle",
-            idle,
-            summary="They do nothing, and a batch that is not full counts with its "
-            "share of a full one; every image counts the same in the objective, "
-            "whatever the batch size, if steps are proportional to the gradient "
-            "(Adam's are not).",
-            examples_count=True,
-        ),
-    ),
+    choices=WAYS,
 )

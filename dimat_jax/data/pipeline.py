@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
-from dimat_jax.data._small_shards import SMALL_SHARDS
+from dimat_jax.data._small_shards import SMALL_SHARDS, WAYS
 from dimat_jax.data.sources import Split
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
@@ -211,7 +211,7 @@ class Sampler:
         SMALL_SHARDS.check(small_shards)
         self._shards = list(shards)
         self._seed = seed
-        self._spend = SMALL_SHARDS.entry(small_shards)
+        self._spend = WAYS[small_shards]
         self.batch_size = batch_size
         self.steps_per_epoch = max(-(-len(shard) // batch_size) for shard in shards)
         self._epoch = lru_cache(maxsize=1)(self._draw_epoch)
