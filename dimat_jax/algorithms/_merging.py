@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from dimat_jax._stopwatch import Stopwatch
+from dimat_jax.algorithms._ahead import GRADIENT, looking_ahead, stepped
 from dimat_jax.algorithms._announcing import announcing
 from dimat_jax.algorithms._edges import (
     EdgePerms,
@@ -49,6 +50,7 @@ from dimat_jax.compression import Compressor, none
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.errors import UserError
 from dimat_jax.matching._assignment import STAY
+from dimat_jax.matching._taps import with_last_taps
 from dimat_jax.matching._weight import RESTARTS
 from dimat_jax.network import Network
 from dimat_jax.optimizers import with_bias, with_clocks_of, without_bias
@@ -56,7 +58,7 @@ from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.tree import take
 
-__all__ = ["FRAME", "OPT_STATE", "check_moments", "merging"]
+__all__ = ["FRAME", "OPT_STATE", "TAPS", "check_moments", "merging"]
 
 FRAME = Option(
     "merge.frame",
@@ -74,6 +76,14 @@ OPT_STATE = Option(
     "so that agents may have taken different numbers of steps.",
     choices=("reset", "keep", "merge"),
 )
+TAPS = Option(
+    "merge.taps",
+    "all",
+    "The taps at which units are matched, if the same units show at several ones, as "
+    "those of a residual stream do: their mean correlation over all taps counts, or "
+    "the one at the last tap, which the published code uses.",
+    choices=("all", "last"),
+)
 
 
 def merging(
@@ -85,6 +95,8 @@ def merging(
     frame: str = FRAME.default,
     stay: float = STAY.default,
     opt_state: str = OPT_STATE.default,
+    gradient: str = GRADIENT.default,
+    taps: str = TAPS.default,
     restarts: int = RESTARTS.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
@@ -101,27 +113,35 @@ def merging(
         frame: the frame in which agents merge: one of `FRAMES`.
         stay: the score that a unit must gain to move; see `STAY`.
         opt_state: the policy for the optimizer state at a merge; see `OPT_STATE`.
+        gradient: where the gradient of the step after a merge is computed; see
+            `GRADIENT`. For "before_merge", `inner` must be `local`.
+        taps: the taps at which units are matched by their activations; see `TAPS`.
         restarts: the number of times that weights are matched; see `RESTARTS`.
         compressor: the compressor of the messages; see `announcing`.
 
     Raises:
-        OptionError: the frame or the policy is unknown, `stay` < 0, or `restarts` < 1.
+        OptionError: a name is unknown, `stay` < 0, or `restarts` < 1.
         UserError: optimizer states are merged although messages are compressed.
     """
     FRAME.check(frame)
     STAY.check(stay)
     OPT_STATE.check(opt_state)
+    GRADIENT.check(gradient)
+    TAPS.check(taps)
     RESTARTS.check(restarts)
     check_moments(opt_state, compressor)
     chosen, matcher = AS_THEY_ARE, None
     # A model without hidden units (a linear one, a convex problem) needs no alignment.
     if match is not None and task.spec.groups:
         chosen = FRAMES[frame]
+        spec = with_last_taps(task.spec) if taps == "last" else task.spec
         matcher = (
-            ActivationMatcher(task.spec, task.activations, placement)
+            ActivationMatcher(spec, task.activations, placement)
             if match == "activations"
             else WeightMatcher(task.spec, placement, restarts)
         )
+    if gradient == "before_merge":
+        inner = looking_ahead(inner, task, placement)
     merge_round = _MergeRound(
         inner, task, placement, chosen, matcher, stay=stay, opt_state=opt_state
     )
@@ -264,8 +284,11 @@ class _MergeRound:
     def _absorbed(self, state: State, merged: LocalState) -> State:
         """Returns the state with which training goes on after the merge."""
         if self._opt_state == "reset":
-            return with_clocks_of(self._inner.init(merged.variables), state)
-        return self._with_part(state, merged)
+            new = with_clocks_of(self._inner.init(merged.variables), state)
+        else:
+            new = self._with_part(state, merged)
+        # A step that waits is in the frame of `state`, as the merged weights are.
+        return stepped(self._inner, new, state) if self._inner.ahead else new
 
     def _with_part(self, state: State, part: LocalState) -> State:
         """Returns the state with another part that is sent, aligned and averaged."""
@@ -284,9 +307,15 @@ class _MergeRound:
             return block(self._inner.with_variables(state, variables))
 
     def communicate(
-        self, state: State, data: MergeData, network: Network, key: Key[Array, ""]
+        self,
+        state: State,
+        data: MergeData | None,
+        network: Network,
+        key: Key[Array, ""],
     ) -> tuple[State, Metrics]:
         """Runs the round of an algorithm whose messages are not compressed."""
+        if data is None:  # no merge is due
+            return self._inner.communicate(state, data, network, key)
         views, metrics = self(Views(state, None), data, network, key)
         return views.own, metrics
 
