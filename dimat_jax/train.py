@@ -207,6 +207,6 @@ class _Evaluations:
         self._results.write(phase, number, evaluation, metrics)
         self._log(
             f"round {number:3d} {phase:>10}: test accuracy {accuracy.mean():.4f} "
-            f"± {accuracy.std():.4f}, loss {loss.mean():.4f}, consensus distance "
-            f"{distance:.3g}"
+            f"± {evaluation.accuracy_deviation:.4f} over agents, loss "
+            f"{loss.mean():.4f}, consensus distance {distance:.3g}"
         )
