@@ -6,7 +6,9 @@
 P_ij permutes agent j's hidden units onto agent i's. For every layer it maximises the
 sum of the correlations of matched units' activations on the same inputs, which is a
 linear assignment problem (DIMAT: Decentralized Iterative Merging-And-Training, CVPR
-2024, arXiv 2404.08079, equation 4 and Algorithms 1 to 3). W is the mixing matrix.
+2024, arXiv 2404.08079, equation 4 and Algorithms 1 to 3). W is the mixing matrix. The
+order of merge and gradient is that of the published runs; `merge.gradient=before_merge`
+is that of Algorithm 1 as printed.
 """
 
 from dimat_jax.algorithms._ahead import GRADIENT
