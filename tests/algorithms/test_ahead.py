@@ -94,7 +94,7 @@ def test_where_nothing_permutes_algorithm_1_is_cdsgd(name, opt_state, graph):
     np.testing.assert_allclose(path, np.stack(expected), rtol=0, atol=1e-5)
     # With the gradient of after the merge, the very first step differs already.
     after = reference.weight_averaging(gradient, W, START, ALPHA, 1)
-    assert np.abs(expected[1] - after[1]).max() > 0.1
+    assert np.abs(expected[1] - after[1]).max() > 0.05
 
 
 def test_with_momentum_algorithm_1_is_cdmsgd():
@@ -195,7 +195,8 @@ def test_an_absent_agent_keeps_its_whole_state():
     state = merge_and_step(subject, before, whole_batch(PLACEMENT), now)
     kept = with_clocks_of(take(state, 2), take(before, 2))
     jax.tree.map(np.testing.assert_array_equal, kept, take(before, 2))
-    moved = np.asarray(state.local.variables["params"]["x"]) != START
+    old, new = (s.local.variables["params"]["x"] for s in (before, state))
+    moved = np.asarray(old != new)
     assert moved.all(axis=1).tolist() == [True, True, False, True, True]
 
 

@@ -171,7 +171,8 @@ def test_unbiased_moments_are_averaged_over_those_who_have_some(counts, rows, se
 def test_with_equal_counts_every_state_is_a_plain_average(name, count, rows, seed):
     found, W = subject(name), stochastic(rows)
     gradients = np.random.default_rng(seed).standard_normal((N_AGENTS, DIM))
-    opt_state = found.stepped({"x": jnp.asarray(gradients, jnp.float32)}, [count] * 5)
+    stacked = {"x": jnp.asarray(gradients, jnp.float32)}
+    opt_state = found.stepped(stacked, jnp.full(N_AGENTS, count))
     state = merged(found, opt_state, W)
     for new, old in zip(
         jax.tree.leaves(state), jax.tree.leaves(opt_state), strict=True

