@@ -23,9 +23,11 @@ from dimat_jax._run_options import (
     ROUNDS,
 )
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
+from dimat_jax.algorithms._ahead import GRADIENT, check_gradient
 from dimat_jax.algorithms._merging import OPT_STATE, check_moments
 from dimat_jax.algorithms.record import INIT
 from dimat_jax.compression import COMPRESSOR
+from dimat_jax.data._small_shards import SMALL_SHARDS
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
 from dimat_jax.data.pipeline import FLIP, PAD
 from dimat_jax.data.selection import BN_DATA, BN_SAMPLES
@@ -94,6 +96,7 @@ ROOT = (
     TRAIN_SIZE,
     TEST_SIZE,
     PARTITION,
+    SMALL_SHARDS,
     FLIP,
     PAD,
     MODEL,
@@ -347,6 +350,7 @@ def _check_together(fields: Fields) -> None:
         compressor = entry(**arguments(entry, fields))
         try:
             check_moments(fields[OPT_STATE.path], compressor)
+            check_gradient(fields[GRADIENT.path], fields[INNER.path])
         except UserError as error:
             raise ConfigError(f"config.merge: {error}") from None
     try:

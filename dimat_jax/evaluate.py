@@ -14,7 +14,7 @@ from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree, exact_dtype
 
-__all__ = ["Evaluation", "Evaluator"]
+__all__ = ["Evaluation", "Evaluator", "deviation"]
 
 
 EVERY = Option(
@@ -54,6 +54,20 @@ class Evaluation(NamedTuple):
     accuracy: Float[np.ndarray, " agents"]
     loss: Float[np.ndarray, " agents"]
     consensus_distance: float
+
+    @property
+    def accuracy_deviation(self) -> float:
+        """The deviation of the accuracies over agents; see `deviation`."""
+        return deviation(self.accuracy)
+
+
+def deviation(values: Float[np.ndarray, " values"]) -> float:
+    """Computes the sample standard deviation, with n - 1 in its divisor.
+
+    All reported deviations are of this kind, over the agents of a run as well as over
+    the runs of several seeds. It is 0 for a single value.
+    """
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 class Evaluator:

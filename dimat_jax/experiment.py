@@ -32,6 +32,7 @@ from dimat_jax.config import (
 )
 from dimat_jax.data import selection, sources
 from dimat_jax.data._own import Holdings, OwnPool, OwnReader, place_own_pool
+from dimat_jax.data._small_shards import WAYS
 from dimat_jax.data.partition import (
     PARTITION,
     PRETRAIN_PARTITION,
@@ -88,6 +89,7 @@ class Experiment:
         self.config = config
         self._fields = resolved(fields_of(config))
         self.record = record_of(self._fields)
+        self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
         self._shared: dict[int, Samples] = {}
         self.links = check_network(config)
@@ -123,7 +125,7 @@ class Experiment:
             n_classes=self.dataset.n_classes, **model_arguments(self._fields)
         )
         self.task = Task(
-            loss=classifier.loss(self.model),
+            loss=self._small_shards.weighed(classifier.loss(self.model)),
             spec=models.permutation_spec(self.model),
             activations=classifier.activations(self.model),
             batch_statistics=classifier.batch_statistics(self.model),
@@ -138,11 +140,15 @@ class Experiment:
             self.shards, pretrain_shards, placement=self.placement
         )
         self._rows = self._holdings.rows(self.shards)
-        self.sampler = Sampler(self._rows, config.batch_size, self.seeds("order"))
+        small = self._small_shards.name
+        self.sampler = Sampler(
+            self._rows, config.batch_size, self.seeds("order"), small
+        )
         self.pretrain_sampler = Sampler(
             self._holdings.rows(pretrain_shards),
             config.pretrain.batch_size,
             self.seeds("pretrain_order"),
+            small,
         )
         self.pretrain_steps = (
             config.pretrain.epochs * self.pretrain_sampler.steps_per_epoch
@@ -175,12 +181,12 @@ class Experiment:
 
         See `AlgorithmRecord.facts`.
         """
-        edges = self.links.edges
+        edges, sizes = self.links.edges, [len(shard) for shard in self.shards]
         facts = {
             "adjacency": edges,
             "lossy_edges": edges if self.links.changes else None,
             "compressor": build_chosen(COMPRESSOR, self._fields),
-            "examples": [len(shard) for shard in self.shards],
+            "examples": sizes if self._small_shards.examples_count else None,
         }
         return {name: facts[name] for name in self.record.facts}
 

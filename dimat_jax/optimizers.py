@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.tree import PyTree
@@ -23,10 +25,15 @@ __all__ = [
     "SCHEDULE",
     "SCHEDULES",
     "scale_by_dadam",
+    "with_bias",
     "with_clocks_of",
+    "without_bias",
 ]
 
 Schedule = Callable[[Any], Any] | float
+
+# The decay rates of the first and of the second moment of adam and adamw.
+B1, B2 = 0.9, 0.999
 
 LEARNING_RATE = Option(
     "optimizer.learning_rate",
@@ -153,7 +160,7 @@ def adam(
     schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
 ) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015)."""
-    return _decayed(optax.adam(schedule), weight_decay)
+    return _decayed(optax.adam(schedule, b1=B1, b2=B2), weight_decay)
 
 
 def dadam(
@@ -168,7 +175,7 @@ def adamw(
     schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
-    return optax.adamw(schedule, weight_decay=weight_decay)
+    return optax.adamw(schedule, b1=B1, b2=B2, weight_decay=weight_decay)
 
 
 def _decayed(
@@ -221,6 +228,94 @@ def with_clocks_of(state: PyTree, other: PyTree) -> PyTree:
         other,
         is_leaf=is_clock,
     )
+
+
+class UnbiasedMoments(NamedTuple):
+    """Adam's state without the bias that its moments have after few steps.
+
+    The moments start at 0. After t steps along a constant gradient g they are
+    (1 - b1^t) g and (1 - b2^t) g^2, so Adam divides them by these factors. Agents may
+    have taken different numbers of steps. The average of their moments then fits no
+    number of steps; the average of their unbiased moments fits every one.
+
+    Attributes:
+        adam: the state. Its moments are divided by their factors; they are 0 if no step
+            has been taken.
+        known: `[agents]` 1 if the agent has moments, and 0 if it has taken no step.
+    """
+
+    adam: optax.ScaleByAdamState
+    known: Float[Array, " agents"]
+
+
+def without_bias(state: PyTree) -> PyTree:
+    """Returns stacked optimizer states in the form in which they can be averaged.
+
+    Every `ScaleByAdamState` becomes `UnbiasedMoments`. The decay rates must be those of
+    this module's optimizers. Other states have no counts on which their meaning depends
+    and stay as they are.
+
+    Args:
+        state: the optimizer states of several agents, stacked.
+    """
+
+    def remove(node):
+        if not _is_adam(node):
+            return node
+        known = node.count > 0
+        return UnbiasedMoments(
+            _times(node, *(jnp.where(known, 1 / f, 0) for f in _factors(node.count))),
+            known.astype(jnp.float32),
+        )
+
+    return jax.tree.map(remove, state, is_leaf=_is_adam)
+
+
+def with_bias(state: PyTree) -> PyTree:
+    """Undoes `without_bias`, after averaging too.
+
+    Every agent keeps its own number of steps. An average counts only agents that have
+    taken a step: it is divided by the average of `known`.
+    """
+
+    def is_unbiased(node) -> bool:
+        return isinstance(node, UnbiasedMoments)
+
+    def add(node):
+        if not is_unbiased(node):
+            return node
+        share = jnp.where(node.known > 0, node.known, 1)
+        factors = _factors(node.adam.count)
+        return _times(node.adam, *(factor / share for factor in factors))
+
+    return jax.tree.map(add, state, is_leaf=is_unbiased)
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def _factors(count: Array) -> tuple[Array, Array]:
+    """Returns 1 - b1^t and 1 - b2^t; both are 0 if no step has been taken."""
+    steps = count.astype(jnp.float32)
+    # The power b^t is close to 1 after few steps, and 1 - b^t would lose digits.
+    first, second = (-jnp.expm1(steps * np.log(b).astype(np.float32)) for b in (B1, B2))
+    return first, second
+
+
+def _times(
+    state: optax.ScaleByAdamState, first: Array, second: Array
+) -> optax.ScaleByAdamState:
+    """Multiplies each agent's moments by the agent's factors."""
+
+    def multiply(factor, moments):
+        def one(leaf):
+            by_agent = factor.reshape(-1, *[1] * (leaf.ndim - 1))
+            return (by_agent * leaf).astype(leaf.dtype)
+
+        return jax.tree.map(one, moments)
+
+    return state._replace(mu=multiply(first, state.mu), nu=multiply(second, state.nu))
 
 
 OPTIMIZERS: dict[str, Record[optax.GradientTransformation]] = registry(

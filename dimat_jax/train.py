@@ -3,7 +3,7 @@
     pre-train every agent alone
     every round:
         communicate (merge with the neighbours), evaluate
-        train locally, evaluate
+        train locally (and merge in between, if the config says so), evaluate
         checkpoint
 
 A run that was killed goes on from its last checkpoint when it is started again, with
@@ -22,7 +22,7 @@ import dimat_jax
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
-from dimat_jax._trainer import Trainer
+from dimat_jax._rounds import Rounds
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
@@ -82,28 +82,20 @@ def run(
             state, metrics = pretrain(experiment, results, state, log, bar.update)
             evaluate("pretrained", 0, state, metrics)
             results.save(state)
-        messages, trainer = algorithm.messages(state), _trainer(experiment)
+        messages = algorithm.messages(state)
+        rounds = Rounds(experiment, progress, messages, bar.update)
 
         for number in range(progress.round + 1, config.rounds + 1):
             is_last = number == config.rounds
             evaluates = is_last or number % config.eval.every == 0
 
-            network, data = experiment.network_at_round(number), experiment.merge_data
-            state, metrics = algorithm.communicate(
-                state, data(number), network, experiment.communication_key(number)
-            )
-            matching = metrics.pop("matching_bytes", None)
-            edges = experiment.links.edges
-            progress.ledger.record_round(messages, network, edges, matching)
-            if evaluates:
-                changed = bool(messages.round or messages.server)
-                evaluate("merged", number, state, metrics, changed)
-
-            steps = experiment.steps_of_round(number)
-            networks = [experiment.network_at_step(step, number) for step in steps]
-            state, metrics = trainer.train(state, steps.start, networks, bar.update)
-            progress.ledger.record_steps(messages, networks)
-            progress.step, progress.round = progress.step + len(steps), number
+            for part in rounds.parts(number):
+                state, metrics = rounds.communicate(state, part)
+                if evaluates and part.begins_round and part.merge is not None:
+                    changed = bool(messages.round or messages.server)
+                    evaluate("merged", number, state, metrics, changed)
+                state = rounds.train(state, part)
+            progress.round, metrics = number, rounds.metrics()
             if evaluates:
                 evaluate("trained", number, state, metrics)
             if is_last or number % config.checkpoint.every == 0:
@@ -146,12 +138,6 @@ def _check(config: Config, folder: Workdir) -> None:
 def _silent(line: str) -> None:
     """Logs nothing, in processes that do not print."""
     del line
-
-
-def _trainer(experiment: Experiment) -> Trainer:
-    """What trains the agents in the rounds."""
-    key = experiment.key("rounds")
-    return Trainer(experiment, experiment.algorithm, experiment.sampler, key)
 
 
 def _bar(
@@ -221,6 +207,6 @@ class _Evaluations:
         self._results.write(phase, number, evaluation, metrics)
         self._log(
             f"round {number:3d} {phase:>10}: test accuracy {accuracy.mean():.4f} "
-            f"± {accuracy.std():.4f}, loss {loss.mean():.4f}, consensus distance "
-            f"{distance:.3g}"
+            f"± {evaluation.accuracy_deviation:.4f} over agents, loss "
+            f"{loss.mean():.4f}, consensus distance {distance:.3g}"
         )

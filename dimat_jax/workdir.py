@@ -252,7 +252,7 @@ class Results:
                 "phase": phase,
                 "test_accuracy": accuracy,
                 "test_accuracy_mean": accuracy.mean(),
-                "test_accuracy_std": accuracy.std(),
+                "test_accuracy_std": evaluation.accuracy_deviation,
                 "test_loss": loss,
                 "test_loss_mean": loss.mean(),
                 "consensus_distance": distance,
@@ -296,13 +296,17 @@ class Results:
 
     def _summary(self) -> dict[str, Any]:
         rows = read_rows(self._workdir.path)
+        W = self._experiment.links.mixing_matrix
         return {
             **rows[-1],
             # The last row of each phase. It also shows the agents right after the last
             # merge, before they trained on.
             **{f"last_{row['phase']}": row for row in rows},
-            # This is the gap without faults, over one period of the topology.
-            "spectral_gap": spectral_gap(self._experiment.links.mixing_matrix),
+            # These are the gaps without faults: over one period of the topology, and
+            # for a single one of its steps.
+            "spectral_gap": spectral_gap(W),
+            "spectral_gap_per_step": spectral_gap(W, per_step=True),
+            "period": len(W),
             "seconds_total": self.progress.total_seconds,
             "layout": self._experiment.layout._asdict(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -7,7 +7,7 @@ import pytest
 
 from dimat_jax.data.pipeline import Reader, place_pool
 from dimat_jax.data.sources import Split
-from dimat_jax.evaluate import Evaluation, Evaluator
+from dimat_jax.evaluate import Evaluation, Evaluator, deviation
 from dimat_jax.placement import Placement, place
 
 N_AGENTS, N_SAMPLES, N_CLASSES = 3, 11, 4
@@ -190,3 +190,11 @@ def test_the_distance_of_complex_params_counts_both_their_parts(placement):
         for variables in (whole, parts)
     )
     assert distance == pytest.approx(expected, rel=1e-6)
+
+
+def test_deviations_are_those_of_samples_and_0_for_a_single_agent():
+    accuracy = np.array([0.1, 0.4, 0.7])
+    assert deviation(accuracy) == pytest.approx(0.3)
+    evaluation = Evaluation(accuracy, accuracy, 0.0)
+    assert evaluation.accuracy_deviation == deviation(accuracy)
+    assert deviation(np.array([0.4])) == 0.0

@@ -42,7 +42,7 @@ FLOORS = [
     ["_chosen", "_layout_choice"],
     ["experiment"],
     ["_trainer", "workdir"],
-    ["_pretrain", "_race"],
+    ["_pretrain", "_race", "_rounds"],
     ["train"],
     ["reports", "_merge_models", "_bench", "_sweeping"],
     ["cli"],

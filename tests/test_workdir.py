@@ -262,6 +262,7 @@ def test_a_row_holds_the_evaluation_and_what_was_sent(folder, experiment):
     assert (row["round"], row["step"], row["phase"]) == (1, 7, "merged")
     assert row["test_accuracy"] == [0.25, 0.5, 0.75]
     assert row["test_accuracy_mean"] == 0.5 and row["test_loss_mean"] == 2.0
+    assert row["test_accuracy_std"] == pytest.approx(0.25)  # over agents, by n - 1
     assert row["bytes_sent_by_link"] == [[0] * 3] * 3
     assert row["bytes_sent_total"] == row["bytes_sent_by_kind"]["params"] == 2**60
 
@@ -288,6 +289,8 @@ def test_the_summary_is_the_last_row_of_all_and_of_each_phase(folder, experiment
     )
     assert summary["last_pretrained"] == rows[0] and summary["last_merged"] == rows[2]
     assert summary["spectral_gap"] == pytest.approx(1)
+    assert summary["spectral_gap_per_step"] == pytest.approx(1)
+    assert summary["period"] == 1
     assert summary["versions"]["jax"] == jax.__version__
 
 

@@ -78,6 +78,9 @@ def announcing(
         return as_known(AnnouncingState(state.exact, known))
 
     def communicate(state, data, network, key):
+        if data is None:
+            new, metrics = exact.communicate(state.exact, data, network, key)
+            return state._replace(exact=new), metrics
         key, compression_key = jax.random.split(key)
         views = Views(state.exact, announced_state(state, compression_key))
         views, metrics = merge_round(views, data, network, key)
@@ -88,9 +91,12 @@ def announcing(
         # The estimate is a copy, because a step may reuse the buffers of the params.
         return AnnouncingState(state, jax.tree.map(jnp.copy, params(state)))
 
-    def step(state, batch, network, key):
-        new, metrics = exact.step(state.exact, batch, network, key)
-        return AnnouncingState(new, state.known), metrics
+    def of_exact(step):
+        def step_of_exact(state, batch, network, key):
+            new, metrics = step(state.exact, batch, network, key)
+            return AnnouncingState(new, state.known), metrics
+
+        return step_of_exact
 
     def aligned(state, perms):
         known = exact.aligned(as_known(state), perms)
@@ -103,7 +109,8 @@ def announcing(
 
     return Algorithm(
         init=init,
-        step=step,
+        step=of_exact(exact.step),
+        ahead=exact.ahead and of_exact(exact.ahead),
         communicate=communicate,
         variables=lambda state: exact.variables(state.exact),
         with_variables=lambda state, variables: state._replace(

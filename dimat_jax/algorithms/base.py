@@ -87,8 +87,9 @@ class Algorithm(NamedTuple):
             with gossip if the algorithm gossips with every step. It is pure and may be
             jitted. Its metrics are stacked.
         communicate: `communicate(state, data, network, key) -> (state, metrics)` is
-            called once a round. It runs on the host and jits its parts. Its metrics are
-            host numbers.
+            called at least once a round. It runs on the host and jits its parts. Its
+            metrics are host numbers. `data` is None if agents that merge are not to
+            merge this time.
         variables: `variables(state)` returns the variables that are evaluated, matched
             and merged.
         with_variables: `with_variables(state, variables) -> state` is called after a
@@ -98,17 +99,23 @@ class Algorithm(NamedTuple):
         messages: `messages(state) -> Messages` returns what one agent sends to one
             neighbour. Only shapes and dtypes matter, so `state` may consist of
             `jax.ShapeDtypeStruct`s.
+        ahead: `ahead(state, batch, network, key) -> (state, metrics)` computes a local
+            step that the next `communicate` takes, as `step` does otherwise. None if an
+            algorithm takes no step there.
     """
 
     init: Callable[[Variables], State]
     step: Callable[[State, Batch, Network, Key[Array, ""]], tuple[State, Metrics]]
     communicate: Callable[
-        [State, MergeData, Network, Key[Array, ""]], tuple[State, Metrics]
+        [State, MergeData | None, Network, Key[Array, ""]], tuple[State, Metrics]
     ]
     variables: Callable[[State], Variables]
     with_variables: Callable[[State, Variables], State]
     aligned: Callable[[State, Perms], State]
     messages: Callable[[State], Messages]
+    ahead: (
+        Callable[[State, Batch, Network, Key[Array, ""]], tuple[State, Metrics]] | None
+    ) = None
 
 
 class Gradient(NamedTuple):

@@ -14,6 +14,7 @@ from dimat_jax.algorithms._presence import with_absences
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.conditions import Condition, anything
 from dimat_jax.compression import COMPRESSORS
+from dimat_jax.data._small_shards import SMALL_SHARDS
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
 from dimat_jax.mixing import MIXING
 from dimat_jax.network import ABSENCES, DROPOUT, EDGE_LOSS, Links
@@ -41,6 +42,7 @@ SEVERAL_AGENTS = (
     ABSENCES,
     PARTITION,
     PRETRAIN_PARTITION,
+    SMALL_SHARDS,
 )
 """The options that mean nothing if there is only one agent."""
 
@@ -62,7 +64,8 @@ class AlgorithmRecord(Record[Algorithm]):
         facts: the names of further arguments of `build`, which a run finds out by
             itself: "adjacency" (all edges that ever exist), "lossy_edges" (the same
             edges, or None if the network never changes and every message arrives),
-            "compressor", and "examples" (the number of each agent's examples).
+            "compressor", and "examples" (the number of each agent's examples, or None
+            if every agent counts the same; see `data.small_shards`).
     """
 
     network: Condition = anything

@@ -16,6 +16,7 @@ from dimat_jax.algorithms import (
     Algorithm,
     AlgorithmRecord,
     MergeData,
+    Task,
     algorithm_record,
 )
 from dimat_jax.algorithms.base import State
@@ -193,8 +194,12 @@ def make(
     placement: Placement,
     schedule: Any,
     topology: str = "fully_connected",
+    task: Task | None = None,
 ) -> Algorithm:
-    """Builds a case on a problem, for graphs that are parts of a topology."""
+    """Builds a case on a problem, for graphs that are parts of a topology.
+
+    A task replaces the problem's own.
+    """
     tx = OPTIMIZERS[optimizer_name(case)](schedule)
     edges = TOPOLOGIES[topology](placement.n_agents)
     facts = {
@@ -204,7 +209,7 @@ def make(
         "examples": case.examples or None,
     }
     return case.record(
-        PROBLEMS[problem].task,
+        task or PROBLEMS[problem].task,
         tx,
         placement,
         **case.arguments,

@@ -467,6 +467,8 @@ def test_messages_are_what_is_sent_measured_by_shapes_alone(name):
     if case.per_step in COMPRESSED_KIND:
         steps[COMPRESSED_KIND[case.per_step]] = COMPRESSED[compressor]
     assert sizes(messages.step) == steps
+    # Only a gradient answers another message.
+    assert messages.turns == (2 if "gradients" in steps else 1)
     rounds = dict(VARIABLES_SENT) if case.merging else {}
     if case.merging and compressor != "none":
         rounds["params"] = COMPRESSED[compressor]
