@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
+from dimat_jax._measuring import Measuring
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
@@ -97,6 +98,7 @@ def run(
             progress.ledger.record_round(messages, network, edges, matching)
             if evaluates:
                 changed = bool(messages.round or messages.server)
+                changed |= experiment.recalibrates == "communication"
                 evaluate("merged", number, state, metrics, changed)
 
             steps = experiment.steps_of_round(number)
@@ -179,7 +181,7 @@ class _Evaluations:
     def __init__(
         self, experiment: Experiment, results: Results, log: Callable[[str], None]
     ):
-        self._experiment = experiment
+        self._measure = Measuring(experiment)
         self._results = results
         self._log = log
         # The last evaluation, and the number of local steps done before it.
@@ -208,8 +210,7 @@ class _Evaluations:
         """
         step = self._results.progress.step
         if changed or self._last is None or self._last[0] != step:
-            variables = self._experiment.algorithm.variables(state)
-            self._last = step, self._experiment.evaluator(variables)
+            self._last = step, self._measure(state, step)
         _, evaluation = self._last
         accuracy, loss, distance = evaluation
         if not np.isfinite(loss).all():

@@ -33,6 +33,7 @@ from dimat_jax._slots import refill, with_sharding
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import (
+    RENAMED,
     Config,
     ConfigError,
     check,
@@ -140,7 +141,11 @@ class Workdir:
             fields = json.loads(self._config.read_text())
             unknown = fields_of(fields).keys() - fields_of(config).keys()
             if unknown:
-                raise ValueError(f"there are no fields {', '.join(sorted(unknown))}")
+                names = [
+                    f"{name} (it is {RENAMED[name]} now)" if name in RENAMED else name
+                    for name in sorted(unknown)
+                ]
+                raise ValueError(f"there are no fields {', '.join(names)}")
             config.update(fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{self._config} cannot be used: {error}") from error

@@ -146,6 +146,10 @@ def test_fields_that_an_older_config_lacks_have_their_defaults(folder):
         ("{", "config.json cannot be used: Expecting"),
         ("[]", "cannot be used"),
         ('{"roundz": 3}', "there are no fields roundz"),
+        (
+            '{"merge": {"bn_data": "own"}}',
+            r"no fields merge.bn_data \(it is batch_norm.data now\)",
+        ),
         ('{"rounds": "many"}', "cannot be used"),
     ],
 )

@@ -109,6 +109,9 @@ def announcing(
         with_variables=lambda state, variables: state._replace(
             exact=exact.with_variables(state.exact, variables)
         ),
+        with_statistics=lambda state, statistics: state._replace(
+            exact=exact.with_statistics(state.exact, statistics)
+        ),
         aligned=aligned,
         messages=messages,
     )

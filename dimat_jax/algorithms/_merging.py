@@ -1,4 +1,4 @@
-"""Merging: align the neighbours' networks, average them, recalibrate, train on.
+"""Merging: align the neighbours' networks, average them, train on.
 
     x_i  <-  sum_j W_ij P_ij x_j
 
@@ -34,7 +34,6 @@ from dimat_jax.algorithms._frames import (
     Views,
 )
 from dimat_jax.algorithms._matchers import ActivationMatcher, WeightMatcher
-from dimat_jax.algorithms._recalibration import Recalibrator
 from dimat_jax.algorithms._traffic import matching_sizes
 from dimat_jax.algorithms.base import (
     Algorithm,
@@ -46,7 +45,6 @@ from dimat_jax.algorithms.base import (
 )
 from dimat_jax.algorithms.local import LocalState, local_part, with_opt_state
 from dimat_jax.compression import Compressor, none
-from dimat_jax.data.pipeline import Samples
 from dimat_jax.errors import UserError
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._weight import RESTARTS
@@ -177,9 +175,6 @@ class _MergeRound:
             inner, Exchanged(self._exchanged, self._with_part), placement
         )
         self._absorb = jax.jit(self._absorbed, out_shardings=placement.sharding)
-        self._measure = None
-        if task.batch_statistics is not None:
-            self._measure = Recalibrator(task.batch_statistics, placement)
 
     def __call__(
         self, views: Views, data: MergeData, network: Network, key: Key[Array, ""]
@@ -218,7 +213,6 @@ class _MergeRound:
             matched = match(self._inner.variables(views.known), edges)
             views, merged = self._merge(views, matched.perms, network.W)
             state = block(self._absorb(views.own, merged))
-            state = self._recalibrate(state, data.recalibrate, stopwatch)
         metrics = {
             **metrics,
             **self._report(state, matched, edges, active_edges, data),
@@ -271,16 +265,6 @@ class _MergeRound:
         if self._opt_state == "merge":
             state = with_opt_state(state, part.opt_state)
         return self._inner.with_variables(state, part.variables)
-
-    def _recalibrate(
-        self, state: State, samples: Samples | None, stopwatch: Stopwatch
-    ) -> State:
-        """Measures the BatchNorm statistics of a state anew, if there are any."""
-        if self._measure is None or samples is None:
-            return state
-        with stopwatch("recalibration") as block:
-            variables = self._measure(self._inner.variables(state), samples)
-            return block(self._inner.with_variables(state, variables))
 
     def communicate(
         self, state: State, data: MergeData, network: Network, key: Key[Array, ""]

@@ -1,4 +1,4 @@
-"""Measuring BatchNorm statistics anew after a merge."""
+"""Measuring BatchNorm statistics anew: one policy for every algorithm."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dimat_jax.algorithms.base import Variables
+from dimat_jax._stopwatch import Stopwatch
+from dimat_jax.algorithms.base import Algorithm, Task, Variables
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.merge import add_batch
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
 
-__all__ = ["Recalibrator"]
+__all__ = ["Recalibrator", "recalibrating"]
 
 
 class Recalibrator:
@@ -63,3 +64,34 @@ class Recalibrator:
                 total, count, variables, inputs, mask
             )
         return {**variables, "batch_stats": self._mean(total, count)}
+
+
+def recalibrating(algorithm: Algorithm, task: Task, placement: Placement) -> Algorithm:
+    """Makes an algorithm that measures BatchNorm statistics after a communication.
+
+    It does so if the communication is given examples (`MergeData.recalibrate`). The
+    same holds for algorithms that gossip with every step or never communicate: what is
+    compared are then the algorithms, and not their running statistics.
+
+    Args:
+        algorithm: the algorithm, which does not measure statistics itself.
+        task: the task that the agents learn.
+        placement: the devices on which the agents live.
+    """
+    if task.batch_statistics is None:
+        return algorithm
+    measure = Recalibrator(task.batch_statistics, placement)
+
+    def communicate(state, data, network, key):
+        state, metrics = algorithm.communicate(state, data, network, key)
+        if data.recalibrate is None:
+            return state, metrics
+        stopwatch = Stopwatch()
+        with stopwatch("recalibration") as block:
+            variables = measure(algorithm.variables(state), data.recalibrate)
+            statistics = variables["batch_stats"]
+            state = block(algorithm.with_statistics(state, statistics))
+        seconds = {**metrics.get("merge_seconds", {}), **stopwatch.seconds}
+        return state, {**metrics, "merge_seconds": seconds}
+
+    return algorithm._replace(communicate=communicate)

@@ -67,11 +67,12 @@ class Task(NamedTuple):
 
 
 class MergeData(NamedTuple):
-    """The examples that merging looks at. A field is None if it needs no examples.
+    """The examples that a communication looks at. A field is None if there are none.
 
     Attributes:
         match: the examples on which units are matched by their activations.
-        recalibrate: the examples on which BatchNorm statistics are measured anew.
+        recalibrate: the examples on which BatchNorm statistics are measured anew after
+            the communication.
     """
 
     match: Samples | None = None
@@ -93,6 +94,9 @@ class Algorithm(NamedTuple):
             and merged.
         with_variables: `with_variables(state, variables) -> state` is called after a
             merge. It restarts what the merge makes invalid, and keeps the rest.
+        with_statistics: `with_statistics(state, batch_stats) -> state` gives the agents
+            other running statistics, and keeps everything else. Afterwards `variables`
+            returns these statistics.
         aligned: `aligned(state, perms) -> state` permutes every field that is in an
             agent's frame, momenta included. The permutations are stacked too.
         messages: `messages(state) -> Messages` returns what one agent sends to one
@@ -107,6 +111,7 @@ class Algorithm(NamedTuple):
     ]
     variables: Callable[[State], Variables]
     with_variables: Callable[[State, Variables], State]
+    with_statistics: Callable[[State, PyTree], State]
     aligned: Callable[[State, Perms], State]
     messages: Callable[[State], Messages]
 

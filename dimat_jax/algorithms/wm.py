@@ -14,7 +14,6 @@ from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.merging_record import MergingRecord
 from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
-from dimat_jax.data.selection import BN_DATA
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._weight import RESTARTS
 from dimat_jax.placement import Placement
@@ -66,7 +65,7 @@ RECORD = MergingRecord(
     "wm",
     wm,
     (FRAME, STAY, OPT_STATE, RESTARTS),
-    leads_to=(*GRAPH, COMPRESSOR, BN_DATA),
+    leads_to=(*GRAPH, COMPRESSOR),
     summary="Neighbours' units are matched by their weights, then averaged.",
     compressor="none",
     facts=frozenset({"compressor"}),

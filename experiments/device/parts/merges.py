@@ -49,8 +49,8 @@ def _measure(settings: Settings, width: float, images: int):
             topology="ring",
             merge__match_data="proxy",
             merge__match_samples=images,
-            merge__bn_data="proxy",
-            merge__bn_samples=images,
+            batch_norm__data="proxy",
+            batch_norm__samples=images,
         )
         experiment = Experiment(config)
         log.note(width=width, agents=_AGENTS, images=images, layout=layout)
