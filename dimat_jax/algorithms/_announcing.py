@@ -114,4 +114,5 @@ def announcing(
         ),
         aligned=aligned,
         messages=messages,
+        common_frame=exact.common_frame,
     )
