@@ -102,7 +102,9 @@ def test_at_consensus_the_average_is_every_agent(tmp_path):
         merged = row["phase"] == "merged"
         assert (row["test_disagreement"] == 0) == merged
         assert (row["consensus_distance"] < 1e-5) == merged
-        assert row["consensus_distance_aligned"] == row["consensus_distance"]
+        assert row["consensus_distance_aligned"] == pytest.approx(
+            row["consensus_distance"], rel=1e-5, abs=1e-6
+        )
         if merged:
             accuracy, loss = row["test_accuracy"], row["test_loss"]
             assert [row["test_accuracy_average_model"]] * 3 == pytest.approx(accuracy)
