@@ -73,7 +73,7 @@ class AverageModel:
                 logits, batch.labels
             )
             correct = logits.argmax(axis=-1) == batch.labels
-            found = jnp.stack([correct.astype(losses.dtype), losses])
+            found = jnp.stack([x.astype(jnp.float32) for x in (correct, losses)])
             return totals + jnp.where(batch.mask, found, 0).sum(axis=1)
 
         self._count = placement.jit(
