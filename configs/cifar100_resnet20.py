@@ -40,7 +40,7 @@ def get_config(argument: str = "paper"):
     config.model.width = 8
     # The published code uses all training images; a few thousand do as well.
     config.merge.match_data = "global"
-    config.merge.bn_data = "global"
+    config.batch_norm.data = "global"
     match form:
         case "paper" | "":
             pass
@@ -68,4 +68,4 @@ def _shrink(config) -> None:
     config.pretrain.batch_size = 50
     config.pretrain.checkpoint_every = 1
     config.merge.match_data = "proxy"
-    config.merge.bn_data = "proxy"
+    config.batch_norm.data = "proxy"

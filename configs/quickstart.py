@@ -27,6 +27,6 @@ def get_config(algorithm: str = "dimat"):
     config.merge.stay = 0.1
     config.merge.opt_state = "merge"
     config.merge.match_samples = 0
-    config.merge.bn_data = "none"
+    config.batch_norm.data = "none"
     config.merge.batch_size = 500
     return drop_unread(config)

@@ -31,4 +31,6 @@ _PURPOSES = (
     "proxy",
     "own",
     "eval",
+    "own_for_evaluation",
+    "align",
 )

@@ -23,6 +23,10 @@ class Rounds:
         progress: How far the run has come. Its steps and its ledger are kept up.
         messages: What an agent sends a neighbour.
         tick: A function that is called with the number of steps just done.
+
+    Attributes:
+        frames: The agents' frames after the latest merge of the round; None if it has
+            had none, or if the algorithm aligns no agents.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class Rounds:
     ):
         self._experiment, self._algorithm = experiment, experiment.algorithm
         self._progress, self._messages, self._tick = progress, messages, tick
+        self.frames: Any = None
         self._trainer = Trainer(
             experiment, self._algorithm, experiment.sampler, experiment.key("rounds")
         )
@@ -53,6 +58,8 @@ class Rounds:
             The new state, and the metrics of the communication.
         """
         experiment, merge = self._experiment, part.merge
+        if part.begins_round:
+            self.frames = None
         if self._looks_ahead(part):
             first = part.steps.start
             now = experiment.network_at_step(first, part.round)
@@ -64,6 +71,7 @@ class Rounds:
         key = experiment.communication_key(merge or part.round)
         state, metrics = self._algorithm.communicate(state, data, network, key)
         if merge is not None:
+            self.frames = metrics.pop("frames", None)
             matching = metrics.pop("matching_bytes", None)
             self._progress.ledger.record_round(
                 self._messages, network, experiment.links.edges, matching

@@ -30,7 +30,7 @@ from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data._small_shards import SMALL_SHARDS
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
 from dimat_jax.data.pipeline import FLIP, PAD
-from dimat_jax.data.selection import BN_DATA, BN_SAMPLES
+from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODEL, MODELS, ModelError, classifier
@@ -49,6 +49,7 @@ from dimat_jax.options import (
 from dimat_jax.placement import AGENTS, BATCHING, CPU_DEVICES
 
 __all__ = [
+    "RENAMED",
     "ROOT",
     "Config",
     "ConfigError",
@@ -76,6 +77,9 @@ else:
 Fields = Mapping[str, Any]
 """The values of a config's fields, by dotted path."""
 
+RENAMED = {"merge.bn_data": BN_DATA.path, "merge.bn_samples": BN_SAMPLES.path}
+"""The names that options had in older versions, with those that they have now."""
+
 
 class ConfigError(UserError):
     """A config cannot be run. The message names a field, its value, what is allowed."""
@@ -100,6 +104,7 @@ ROOT = (
     FLIP,
     PAD,
     MODEL,
+    BN_DATA,
     OPTIMIZER,
     LEARNING_RATE,
     SCHEDULE,
@@ -361,8 +366,8 @@ def _check_together(fields: Fields) -> None:
         model = MODELS[fields[MODEL.path]](n_classes=1, **model_arguments(fields))
     except ModelError as error:
         raise ConfigError(f"config.model: {error}") from None
-    if record.merges and classifier.batch_statistics(model) is None:
-        for option in (BN_DATA, BN_SAMPLES):
+    if classifier.batch_statistics(model) is None:
+        for option in (BN_DATA, BN_SAMPLES, BN_BATCH_SIZE, BN_WHEN):
             # "none" is true of such a model, so that a config may say it.
             if fields[option.path] not in (option.default, "none"):
                 raise ConfigError(

@@ -13,6 +13,7 @@ from dimat_jax import _randomness, evaluate, models, permutation
 from dimat_jax._chosen import build_chosen, check_network, number_of_agents
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
+from dimat_jax._examples import Examples, draw_subset
 from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax._slots import put_each
 from dimat_jax.algorithms import Algorithm, MergeData, Task
@@ -91,7 +92,6 @@ class Experiment:
         self.record = record_of(self._fields)
         self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
-        self._shared: dict[int, Samples] = {}
         self.links = check_network(config)
         n_agents = number_of_agents(self._fields)
         self.dataset = sources.load(
@@ -104,10 +104,10 @@ class Experiment:
         )
         self.shards = self._partition(PARTITION, n_agents)
         pretrain_shards = self._partition(PRETRAIN_PARTITION, n_agents)
+        self._build_task()
         self._check_sizes()
 
         devices = devices_of_all_processes(config.placement.cpu_devices)
-        self._build_task()
         self.layout = layout or choose(config, devices[0], lambda: self.convolves)
         self.placement = place(
             n_agents,
@@ -257,12 +257,19 @@ class Experiment:
     @cached_property
     def evaluator(self) -> Evaluator:
         """The evaluator, which uses the same test images every time."""
+        forward = classifier.forward(self.model)
+        return Evaluator(forward, self.test_samples, self.placement)
+
+    @cached_property
+    def test_samples(self) -> Samples:
+        """The test images on which agents are evaluated, the same ones every time."""
         test, options = self.dataset.test, self.config.eval
-        subset = self._subset("eval", len(test.labels), options.samples)
-        samples = share(
+        subset = draw_subset(
+            len(test.labels), options.samples, self.config.seed, "eval"
+        )
+        return share(
             test, subset, *self._statistics, options.batch_size, self.placement
         )
-        return Evaluator(classifier.forward(self.model), samples, self.placement)
 
     @property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -272,48 +279,42 @@ class Experiment:
     def _own_reader(self) -> OwnReader:
         return OwnReader(self.train_pool, self.placement)
 
-    def _share(self, size: int) -> Samples:
-        """Makes samples of training images that all agents share, once per size."""
-        if size not in self._shared:
-            train, batch_size = self.dataset.train, self.config.merge.batch_size
-            chosen = self._subset("proxy", len(train.labels), size)
-            self._shared[size] = share(
-                train, chosen, *self._statistics, batch_size, self.placement
-            )
-        return self._shared[size]
+    @cached_property
+    def examples(self) -> Examples:
+        """The training examples that matching and BatchNorm look at."""
+        return Examples(
+            self._fields,
+            self.dataset,
+            self._rows,
+            lambda: self._own_reader,
+            self.placement,
+        )
 
     def merge_data(self, round_number: int) -> MergeData:
-        """Returns the examples that merging looks at in a round."""
-        match, bn = selection.MATCH_DATA, selection.BN_DATA
-        return MergeData(
-            match=self._samples(match, selection.MATCH_SAMPLES, round_number),
-            recalibrate=self._samples(bn, selection.BN_SAMPLES, round_number),
-        )
+        """Returns the examples that a round's communication looks at."""
+        recalibrate = None
+        if self.recalibrates == "communication":
+            recalibrate = self.examples.choose(
+                selection.BATCH_NORM, "own", round_number
+            )
+        return MergeData(self.match_samples(round_number), recalibrate)
 
-    def _samples(
-        self, choice: Option, size: Option, round_number: int
-    ) -> Samples | None:
-        """Returns the samples that an option chooses; None if it is not read."""
-        if choice not in self.record.reads:
+    def match_samples(self, round_number: int) -> Samples | None:
+        """Returns the examples on which units are matched; None if none are needed."""
+        if selection.MATCH_DATA not in self.record.reads:
             return None
-        available = selection.Available(
-            read_own=self._own_reader,
-            shards=self._rows,
-            seed=[*self.seeds("own"), round_number],
-            share=self._share,
-            batch_size=self.config.merge.batch_size,
-        )
-        select = choice.entry(self._fields[choice.path])
-        return select(available, self._fields[size.path])
+        return self.examples.choose(selection.MATCH, "own", round_number)
 
-    def _subset(self, purpose: str, available: int, size: int) -> np.ndarray:
-        """Draws `size` (0: all) of the indices below `available`, by the seed.
+    @property
+    def recalibrates(self) -> str:
+        """When BatchNorm statistics are measured anew; "" if they never are.
 
-        The indices are shuffled. Some data sets are stored class by class, and a batch
-        of one class would have other statistics than the whole set.
+        See `batch_norm.when`.
         """
-        rng = np.random.default_rng(self.seeds(purpose))
-        return rng.permutation(available)[: size or None]
+        measured = self._fields[selection.BN_DATA.path] != "none"
+        has_statistics = self.task.batch_statistics is not None
+        when = self._fields[selection.BN_WHEN.path]
+        return when if measured and has_statistics else ""
 
     def initial_variables(self) -> Variables:
         """Draws the agents' variables before any training, stacked."""
@@ -382,8 +383,9 @@ class Experiment:
         available = {
             evaluate.SAMPLES.path: len(self.dataset.test.labels),
             selection.MATCH_SAMPLES.path: n_train,
-            selection.BN_SAMPLES.path: n_train,
         }
+        if self.task.batch_statistics is not None:
+            available[selection.BN_SAMPLES.path] = n_train
         own = {
             selection.MATCH_SAMPLES.path: self._fields[selection.MATCH_DATA.path],
             selection.BN_SAMPLES.path: self._fields[selection.BN_DATA.path],

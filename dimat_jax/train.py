@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
+from dimat_jax._measuring import Measuring
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
@@ -27,7 +28,6 @@ from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
 from dimat_jax.errors import NonFiniteError
-from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import refusals_explained
 from dimat_jax.workdir import Results, Workdir, load_agents
@@ -93,11 +93,12 @@ def run(
                 state, metrics = rounds.communicate(state, part)
                 if evaluates and part.begins_round and part.merge is not None:
                     changed = bool(messages.round or messages.server)
-                    evaluate("merged", number, state, metrics, changed)
+                    changed |= experiment.recalibrates == "communication"
+                    evaluate("merged", number, state, metrics, rounds.frames, changed)
                 state = rounds.train(state, part)
             progress.round, metrics = number, rounds.metrics()
             if evaluates:
-                evaluate("trained", number, state, metrics)
+                evaluate("trained", number, state, metrics, rounds.frames)
             if is_last or number % config.checkpoint.every == 0:
                 results.save(state)
         return results.summarize()
@@ -165,11 +166,11 @@ class _Evaluations:
     def __init__(
         self, experiment: Experiment, results: Results, log: Callable[[str], None]
     ):
-        self._experiment = experiment
+        self._measure = Measuring(experiment)
         self._results = results
         self._log = log
-        # The last evaluation, and the number of local steps done before it.
-        self._last: tuple[int, Evaluation] | None = None
+        # What was measured last, and the number of local steps done before it.
+        self._last: tuple[int, dict[str, Any]] | None = None
 
     def __call__(
         self,
@@ -177,6 +178,7 @@ class _Evaluations:
         number: int,
         state: State,
         metrics: dict[str, Any],
+        frames: Any = None,
         changed: bool = True,
     ) -> None:
         """Evaluates the agents.
@@ -186,6 +188,8 @@ class _Evaluations:
             number: The round; 0 before the first one.
             state: The agents' state.
             metrics: Further entries of the row in metrics.jsonl.
+            frames: The agents' frames after the round's communication; None if there
+                was none, or it aligned no agents.
             changed: Whether the agents may have changed since the last local step. If
                 they have not, an evaluation after that step still holds.
 
@@ -194,19 +198,20 @@ class _Evaluations:
         """
         step = self._results.progress.step
         if changed or self._last is None or self._last[0] != step:
-            variables = self._experiment.algorithm.variables(state)
-            self._last = step, self._experiment.evaluator(variables)
-        _, evaluation = self._last
-        accuracy, loss, distance = evaluation
+            self._last = step, self._measure(state, frames, number, step)
+        _, measures = self._last
+        loss = measures["test_loss"]
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
             raise NonFiniteError(
                 f"the test loss of agent(s) {agents} is not finite in round {number} "
                 f"(phase {phase!r})"
             )
-        self._results.write(phase, number, evaluation, metrics)
+        self._results.write(phase, number, measures, metrics)
         self._log(
-            f"round {number:3d} {phase:>10}: test accuracy {accuracy.mean():.4f} "
-            f"± {evaluation.accuracy_deviation:.4f} over agents, loss "
-            f"{loss.mean():.4f}, consensus distance {distance:.3g}"
+            f"round {number:3d} {phase:>10}: "
+            f"test accuracy {measures['test_accuracy_mean']:.4f} "
+            f"± {measures['test_accuracy_std']:.4f} over agents, "
+            f"loss {measures['test_loss_mean']:.4f}, "
+            f"consensus distance {measures['consensus_distance']:.3g}"
         )

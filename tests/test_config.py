@@ -191,13 +191,25 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
             "faults.dropout is 0.1, but algorithm='centralized' does not read it$",
         ),
         (
-            {"model__name": "mlp", "merge__bn_samples": 10},
-            "config.merge.bn_samples is 10, but nothing reads it: mlp has no BatchNorm",
+            {"model__name": "mlp", "batch_norm__samples": 10},
+            "config.batch_norm.samples is 10, but nothing reads it: mlp has no Batch",
         ),
         (
-            {"model__norm": "group", "merge__bn_data": "own"},
-            "config.merge.bn_data is 'own', but nothing reads it: resnet20 has "
+            {"algorithm": "cdsgd", "model__norm": "group", "batch_norm__data": "own"},
+            "config.batch_norm.data is 'own', but nothing reads it: resnet20 has "
             "no Batch",
+        ),
+        (
+            {"model__name": "mlp", "batch_norm__when": "evaluation"},
+            "config.batch_norm.when is 'evaluation', but nothing reads it: mlp has no",
+        ),
+        (
+            {"batch_norm__data": "none", "batch_norm__when": "evaluation"},
+            "config.batch_norm.when is 'evaluation', but batch_norm.data='none' does",
+        ),
+        (
+            {"algorithm": "wa", "merge__batch_size": 10},
+            "config.merge.batch_size is 10, but nothing reads merge.match_data",
         ),
         ({"algorithm": "fedavg", "topology": "hypercube"}, "config.topology is 'hyper"),
         ({"algorithm": "local", "mixing": "lazy"}, "config.mixing is 'lazy', but"),
@@ -240,16 +252,17 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
             "read it; it is read where merge.match_data is one of 'own', 'proxy'",
         ),
         (
-            {"merge__bn_data": "none", "merge__bn_samples": 10},
-            "config.merge.bn_samples is 10, but merge.bn_data='none' does not read it",
+            {"batch_norm__data": "none", "batch_norm__samples": 10},
+            "config.batch_norm.samples is 10, but batch_norm.data='none' does not read",
         ),
         (
             {
                 "algorithm": "wa",
-                "merge__bn_data": "none",
-                "merge__batch_size": 10,
+                "batch_norm__data": "none",
+                "batch_norm__batch_size": 10,
             },
-            "config.merge.batch_size is 10, but merge.bn_data='none' does not read it",
+            "config.batch_norm.batch_size is 10, but batch_norm.data='none' does not "
+            "read it",
         ),
         (
             {"data__name": "digits", "data__dir": "x"},
@@ -296,8 +309,10 @@ def test_what_would_be_ignored_or_cannot_be_is_refused(fields, message):
     "fields",
     [
         {"mixing": "file", "graph__file": "W.npy"},
-        {"model__name": "mlp", "merge__bn_data": "none"},
-        {"model__name": "mlp", "model__norm": "batch", "merge__bn_samples": 10},
+        {"model__name": "mlp", "batch_norm__data": "none"},
+        {"model__name": "mlp", "model__norm": "batch", "batch_norm__samples": 10},
+        {"algorithm": "local", "batch_norm__when": "evaluation"},
+        {"algorithm": "cdsgd", "batch_norm__data": "own", "batch_norm__samples": 10},
         {"topology": "random_regular", "graph__degree": 4},
         {"data__partition": "dirichlet", "data__alpha": 0.1},
         {

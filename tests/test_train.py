@@ -502,11 +502,11 @@ def test_resnet20_runs_on_real_cifar100(tmp_path, data_dir, data_cache):
             "pretrain.epochs": 1,
             "pretrain.batch_size": 10,
             "merge.match_data": "own",
-            "merge.bn_data": "own",
+            "batch_norm.data": "own",
             "merge.batch_size": 25,
             "eval.batch_size": 50,
             "merge.match_samples": 0,
-            "merge.bn_samples": 0,
+            "batch_norm.samples": 0,
         }
     )
     summary = train.run(config, tmp_path, quiet)

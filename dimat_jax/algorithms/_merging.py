@@ -1,4 +1,4 @@
-"""Merging: align the neighbours' networks, average them, recalibrate, train on.
+"""Merging: align the neighbours' networks, average them, train on.
 
     x_i  <-  sum_j W_ij P_ij x_j
 
@@ -20,6 +20,7 @@ from jaxtyping import Array, Key
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms._ahead import GRADIENT, looking_ahead, stepped
 from dimat_jax.algorithms._announcing import announcing
+from dimat_jax.algorithms._common_frame import CommonFrame, frames_after
 from dimat_jax.algorithms._edges import (
     EdgePerms,
     Edges,
@@ -35,7 +36,6 @@ from dimat_jax.algorithms._frames import (
     Views,
 )
 from dimat_jax.algorithms._matchers import ActivationMatcher, WeightMatcher
-from dimat_jax.algorithms._recalibration import Recalibrator
 from dimat_jax.algorithms._traffic import matching_sizes
 from dimat_jax.algorithms.base import (
     Algorithm,
@@ -47,7 +47,6 @@ from dimat_jax.algorithms.base import (
 )
 from dimat_jax.algorithms.local import LocalState, local_part, with_opt_state
 from dimat_jax.compression import Compressor, none
-from dimat_jax.data.pipeline import Samples
 from dimat_jax.errors import UserError
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._taps import with_last_taps
@@ -148,6 +147,10 @@ def merging(
     merged = inner._replace(
         communicate=merge_round.communicate, messages=merge_round.messages
     )
+    if matcher is not None:
+        merged = merged._replace(
+            common_frame=CommonFrame(matcher, placement, joint=chosen.joint, stay=stay)
+        )
     if compressor.lossless:
         return merged
     return announcing(merged, placement, merge_round=merge_round, compressor=compressor)
@@ -198,9 +201,6 @@ class _MergeRound:
             inner, Exchanged(self._exchanged, self._with_part), placement
         )
         self._absorb = jax.jit(self._absorbed, out_shardings=placement.sharding)
-        self._measure = None
-        if task.batch_statistics is not None:
-            self._measure = Recalibrator(task.batch_statistics, placement)
 
     def __call__(
         self, views: Views, data: MergeData, network: Network, key: Key[Array, ""]
@@ -216,7 +216,7 @@ class _MergeRound:
         Returns:
             the new views, and host numbers: "moved_units", "match_similarity",
             "matching_bytes" and "merge_seconds"; also "match_samples_used", if units
-            were compared on examples.
+            were compared on examples, and the `Frames`, if units were permuted.
         """
         stopwatch = Stopwatch()
         key, match_key = jax.random.split(key)
@@ -239,7 +239,6 @@ class _MergeRound:
             matched = match(self._inner.variables(views.known), edges)
             views, merged = self._merge(views, matched.perms, network.W)
             state = block(self._absorb(views.own, merged))
-            state = self._recalibrate(state, data.recalibrate, stopwatch)
         metrics = {
             **metrics,
             **self._report(state, matched, edges, active_edges, data),
@@ -257,8 +256,11 @@ class _MergeRound:
     ) -> Metrics:
         """Returns the metrics of the matching, as host numbers."""
         perms, similarity, n_batches = matched
-        if self._matcher is None or not perms:
+        if self._matcher is None:
             return {"moved_units": 0.0}
+        frames = frames_after(self._frame, perms, self._placement.slots)
+        if not perms:
+            return {"moved_units": 0.0, "frames": frames}
         sizes = matching_sizes(
             self._task.spec,
             one_agent(self._inner.variables(state)),
@@ -267,6 +269,7 @@ class _MergeRound:
         if self._matcher.both_ways(data):
             edges = edges[edges[:, 0] < edges[:, 1]]
         report: Metrics = {
+            "frames": frames,
             "moved_units": _share_of_moved_units(perms),
             "match_similarity": similarity,
             "matching_bytes": self._frame.traffic(active_edges, edges, sizes),
@@ -295,16 +298,6 @@ class _MergeRound:
         if self._opt_state == "merge":
             state = with_opt_state(state, with_bias(part.opt_state))
         return self._inner.with_variables(state, part.variables)
-
-    def _recalibrate(
-        self, state: State, samples: Samples | None, stopwatch: Stopwatch
-    ) -> State:
-        """Measures the BatchNorm statistics of a state anew, if there are any."""
-        if self._measure is None or samples is None:
-            return state
-        with stopwatch("recalibration") as block:
-            variables = self._measure(self._inner.variables(state), samples)
-            return block(self._inner.with_variables(state, variables))
 
     def communicate(
         self,

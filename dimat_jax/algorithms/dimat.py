@@ -18,7 +18,7 @@ from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.merging_record import MergingRecord
 from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
-from dimat_jax.data.selection import BN_DATA, MATCH_DATA
+from dimat_jax.data.selection import MATCH_DATA
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.placement import Placement
 
@@ -72,7 +72,7 @@ RECORD = MergingRecord(
     "dimat",
     dimat,
     (FRAME, STAY, OPT_STATE, GRADIENT, TAPS),
-    leads_to=(*GRAPH, COMPRESSOR, MATCH_DATA, BN_DATA, EVERY, UNIT),
+    leads_to=(*GRAPH, COMPRESSOR, MATCH_DATA, EVERY, UNIT),
     summary="Neighbours' units are matched by their activations, then averaged "
     "(Saadati et al. 2024).",
     compressor="none",

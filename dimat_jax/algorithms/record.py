@@ -11,6 +11,7 @@ from typing import Any
 import optax
 
 from dimat_jax.algorithms._presence import with_absences
+from dimat_jax.algorithms._recalibration import recalibrating
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.conditions import Condition, anything
 from dimat_jax.compression import COMPRESSORS
@@ -81,10 +82,15 @@ class AlgorithmRecord(Record[Algorithm]):
         placement: Placement,
         **arguments: Any,
     ) -> Algorithm:
-        """Builds the algorithm, in which absent agents keep their state."""
+        """Builds the algorithm, with what holds for every algorithm.
+
+        Agents measure their BatchNorm statistics anew after a communication that is
+        given examples for it, and absent agents keep their state.
+        """
         if "compressor" in self.facts and self.compressor is not None:
             arguments = {"compressor": COMPRESSORS[self.compressor](), **arguments}
-        return with_absences(self.build(task, tx, placement, **arguments), placement)
+        algorithm = self.build(task, tx, placement, **arguments)
+        return with_absences(recalibrating(algorithm, task, placement), placement)
 
     @property
     def title(self) -> str:

@@ -14,7 +14,6 @@ from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.merging_record import MergingRecord
 from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
-from dimat_jax.data.selection import BN_DATA
 from dimat_jax.placement import Placement
 
 __all__ = ["RECORD", "wa"]
@@ -57,7 +56,7 @@ RECORD = MergingRecord(
     "wa",
     wa,
     (OPT_STATE, GRADIENT),
-    leads_to=(*GRAPH, COMPRESSOR, BN_DATA, EVERY, UNIT),
+    leads_to=(*GRAPH, COMPRESSOR, EVERY, UNIT),
     summary="Neighbours' weights are averaged without matching.",
     compressor="none",
     facts=frozenset({"compressor"}),

@@ -16,7 +16,6 @@ from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.merging_record import MergingRecord
 from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
-from dimat_jax.data.selection import BN_DATA
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._weight import RESTARTS
 from dimat_jax.placement import Placement
@@ -71,7 +70,7 @@ RECORD = MergingRecord(
     "wm",
     wm,
     (FRAME, STAY, OPT_STATE, GRADIENT, RESTARTS),
-    leads_to=(*GRAPH, COMPRESSOR, BN_DATA, EVERY, UNIT),
+    leads_to=(*GRAPH, COMPRESSOR, EVERY, UNIT),
     summary="Neighbours' units are matched by their weights, then averaged.",
     compressor="none",
     facts=frozenset({"compressor"}),
