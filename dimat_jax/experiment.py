@@ -175,14 +175,16 @@ class Experiment:
 
         See `AlgorithmRecord.facts`.
         """
-        edges = self.links.edges
+        links = self.links
+        # Only what the algorithm needs is computed: W at all times may be large.
         facts = {
-            "adjacency": edges,
-            "lossy_edges": edges if self.links.changes else None,
-            "compressor": build_chosen(COMPRESSOR, self._fields),
-            "examples": [len(shard) for shard in self.shards],
+            "adjacency": lambda: links.edges,
+            "lossy_edges": lambda: links.edges if links.changes else None,
+            "mixing_matrix": lambda: links.mixing_matrix,
+            "compressor": lambda: build_chosen(COMPRESSOR, self._fields),
+            "examples": lambda: [len(shard) for shard in self.shards],
         }
-        return {name: facts[name] for name in self.record.facts}
+        return {name: facts[name]() for name in self.record.facts}
 
     def _optimizer(
         self, section: str, steps_per_epoch: int, total_steps: int

@@ -41,6 +41,13 @@ MOMENTUM = Option(
     at_least=0,
     below=1,
 )
+FORM = Option(
+    "optimizer.form",
+    "polyak",
+    "Whether a heavy ball steps by its new velocity v (polyak), or by beta v - alpha g "
+    "(nesterov, as in the published code of CDMSGD).",
+    choices=("polyak", "nesterov"),
+)
 WEIGHT_DECAY = Option(
     "optimizer.weight_decay",
     0.0,
@@ -135,16 +142,23 @@ def heavy_ball(
     schedule: Schedule,
     *,
     momentum: float = MOMENTUM.default,
+    form: str = FORM.default,
     weight_decay: float = WEIGHT_DECAY.default,
 ) -> optax.GradientTransformation:
     """SGD with Polyak's heavy ball: v <- beta v - alpha g, and a step of v.
 
-    The velocity v includes the learning rates of earlier steps, while those of
-    "momentum" are all multiplied with the present one. CDMSGD uses the heavy ball
+    With `form="nesterov"` the step is beta v - alpha g, with the new v. The velocity v
+    includes the learning rates of earlier steps, while those of "momentum" and
+    "nesterov" are all multiplied with the present one. CDMSGD uses the heavy ball
     (Jiang et al. 2017).
+
+    Raises:
+        OptionError: the form is unknown.
     """
+    FORM.check(form)
     tx = optax.chain(
-        optax.scale_by_learning_rate(schedule), optax.trace(decay=momentum)
+        optax.scale_by_learning_rate(schedule),
+        optax.trace(decay=momentum, nesterov=form == "nesterov"),
     )
     return _decayed(tx, weight_decay)
 
@@ -227,7 +241,7 @@ OPTIMIZERS: dict[str, Record[optax.GradientTransformation]] = registry(
     Record("sgd", sgd, (WEIGHT_DECAY,)),
     Record("momentum", momentum, (MOMENTUM, WEIGHT_DECAY)),
     Record("nesterov", nesterov, (MOMENTUM, WEIGHT_DECAY)),
-    Record("heavy_ball", heavy_ball, (MOMENTUM, WEIGHT_DECAY)),
+    Record("heavy_ball", heavy_ball, (MOMENTUM, FORM, WEIGHT_DECAY)),
     Record("adam", adam, (WEIGHT_DECAY,)),
     Record("dadam", dadam, (WEIGHT_DECAY,)),
     Record("adamw", adamw, (WEIGHT_DECAY,)),
