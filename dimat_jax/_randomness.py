@@ -31,4 +31,6 @@ _PURPOSES = (
     "proxy",
     "own",
     "eval",
+    "held_out",
+    "validation",
 )

@@ -26,7 +26,7 @@ from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
 from dimat_jax.algorithms._merging import OPT_STATE, check_moments
 from dimat_jax.algorithms.record import INIT
 from dimat_jax.compression import COMPRESSOR
-from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
+from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.data.pipeline import FLIP, PAD
 from dimat_jax.data.selection import BN_DATA, BN_SAMPLES
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
@@ -94,6 +94,7 @@ ROOT = (
     TRAIN_SIZE,
     TEST_SIZE,
     PARTITION,
+    VALIDATION,
     FLIP,
     PAD,
     MODEL,

@@ -1,7 +1,7 @@
 """Builds the parts of a run from its config."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -9,10 +9,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from dimat_jax import _randomness, evaluate, models, permutation
+from dimat_jax import _randomness, models, permutation
 from dimat_jax._chosen import build_chosen, check_network, number_of_agents
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
+from dimat_jax._division import check_samples, divide
 from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax._slots import put_each
 from dimat_jax.algorithms import Algorithm, MergeData, Task
@@ -22,22 +23,15 @@ from dimat_jax.algorithms.local import local
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.config import (
     Config,
-    ConfigError,
     check,
     fields_of,
-    fields_read,
     model_arguments,
     record_of,
     resolved,
 )
 from dimat_jax.data import selection, sources
 from dimat_jax.data._own import Holdings, OwnPool, OwnReader, place_own_pool
-from dimat_jax.data.partition import (
-    PARTITION,
-    PRETRAIN_PARTITION,
-    Shard,
-    partition,
-)
+from dimat_jax.data.partition import Shard
 from dimat_jax.data.pipeline import Sampler, Samples, share
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier
@@ -66,6 +60,7 @@ class Experiment:
         record: the record of the algorithm.
         links: the network over time.
         dataset: the data set.
+        division: who gets which training images.
         shards: for each agent the indices of its training images.
         layout: how agents share a device, and why.
         placement: the devices on which the agents live.
@@ -89,7 +84,7 @@ class Experiment:
         self._fields = resolved(fields_of(config))
         self.record = record_of(self._fields)
         self._placed: dict[int, tuple[Network, Network]] = {}
-        self._shared: dict[int, Samples] = {}
+        self._shared: dict[tuple[str, int], tuple[np.ndarray, Samples]] = {}
         self.links = check_network(config)
         n_agents = number_of_agents(self._fields)
         self.dataset = sources.load(
@@ -100,9 +95,9 @@ class Experiment:
             test_size=config.data.test_size or None,
             seed=config.seed,
         )
-        self.shards = self._partition(PARTITION, n_agents)
-        pretrain_shards = self._partition(PRETRAIN_PARTITION, n_agents)
-        self._check_sizes()
+        self.division = divide(self.dataset.train.labels, n_agents, self._fields)
+        self.shards = self.division.shards
+        check_samples(self._fields, self.division, len(self.dataset.test.labels))
 
         devices = devices_of_all_processes(config.placement.cpu_devices)
         self._build_task()
@@ -114,7 +109,7 @@ class Experiment:
             self.layout.chunk,
             batch_size=config.batch_size,
         )
-        self._build_samplers(pretrain_shards)
+        self._build_samplers(self.division.pretrain_shards)
         self._build_algorithms()
 
     def _build_task(self) -> None:
@@ -204,14 +199,6 @@ class Experiment:
         )
         return build_chosen(OPTIMIZER, fields, schedule)
 
-    def _partition(self, option: Option, n_agents: int) -> list[Shard]:
-        """Splits the training images by the partition that an option names."""
-        if self.record.single:
-            return [np.arange(len(self.dataset.train.labels))]
-        name = self._fields[option.path]
-        given = arguments(option.entry(name), self._fields)
-        return partition(name, self.dataset.train.labels, n_agents, **given)
-
     def network_at_round(self, round_number: int) -> Network:
         """Returns the network of a round's communication. Rounds count from 1."""
         return self.links.at_round(round_number, self.placement.slots)
@@ -268,15 +255,36 @@ class Experiment:
     def _own_reader(self) -> OwnReader:
         return OwnReader(self.train_pool, self.placement)
 
-    def _share(self, size: int) -> Samples:
-        """Makes samples of training images that all agents share, once per size."""
-        if size not in self._shared:
+    def _share(self, origin: str, size: int) -> Samples:
+        """Makes samples that all agents share, once per origin and size.
+
+        Args:
+            origin: the field of `Division` that holds the images to choose from.
+            size: the number of images; 0 for all of them.
+        """
+        if (origin, size) not in self._shared:
             train, batch_size = self.dataset.train, self.config.merge.batch_size
-            chosen = self._subset("proxy", len(train.labels), size)
-            self._shared[size] = share(
-                train, chosen, *self._statistics, batch_size, self.placement
+            available = getattr(self.division, origin)
+            chosen = available[self._subset("proxy", len(available), size)]
+            self._shared[origin, size] = (
+                chosen,
+                share(train, chosen, *self._statistics, batch_size, self.placement),
             )
-        return self._shared[size]
+        return self._shared[origin, size][1]
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes, as uint8 pixels, of the shared images that agents have looked at.
+
+        Every agent has to get them, except for those of its own shard.
+        """
+        chosen = [indices for indices, _ in self._shared.values()]
+        if not chosen:
+            return 0
+        shared = np.unique(np.concatenate(chosen))
+        own = np.isin(shared, self.division.trained_on).sum()
+        missing = len(self.shards) * len(shared) - int(own)
+        return missing * self.dataset.train.images[0].nbytes
 
     def merge_data(self, round_number: int) -> MergeData:
         """Returns the examples that merging looks at in a round."""
@@ -296,7 +304,8 @@ class Experiment:
             read_own=self._own_reader,
             shards=self._rows,
             seed=[*self.seeds("own"), round_number],
-            share=self._share,
+            share=partial(self._share, "trained_on"),
+            share_held_out=partial(self._share, "held_out"),
             batch_size=self.config.merge.batch_size,
         )
         select = choice.entry(self._fields[choice.path])
@@ -367,28 +376,3 @@ class Experiment:
     def seeds(self, purpose: str) -> Sequence[int]:
         """Returns seeds for `numpy.random.default_rng`, on the host, for a purpose."""
         return _randomness.seeds(self.config.seed, purpose)
-
-    def _check_sizes(self) -> None:
-        """Refuses samples that are larger than the data.
-
-        An agent may own fewer images than the config names: it then uses all of them. A
-        shared sample must have the size that the config says.
-        """
-        n_train = len(self.dataset.train.labels)
-        available = {
-            evaluate.SAMPLES.path: len(self.dataset.test.labels),
-            selection.MATCH_SAMPLES.path: n_train,
-            selection.BN_SAMPLES.path: n_train,
-        }
-        own = {
-            selection.MATCH_SAMPLES.path: self._fields[selection.MATCH_DATA.path],
-            selection.BN_SAMPLES.path: self._fields[selection.BN_DATA.path],
-        }
-        for path, size in fields_read(self._fields).items():
-            if path not in available or own.get(path) == "own":
-                continue
-            if isinstance(size, int) and size > available[path]:
-                raise ConfigError(
-                    f"config.{path} is {size}, but there are only {available[path]} "
-                    "images"
-                )

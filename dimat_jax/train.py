@@ -92,6 +92,8 @@ def run(
             state, metrics = algorithm.communicate(
                 state, data(number), network, experiment.communication_key(number)
             )
+            if number == 1:
+                progress.ledger.record_images(experiment.image_bytes)
             matching = metrics.pop("matching_bytes", None)
             edges = experiment.links.edges
             progress.ledger.record_round(messages, network, edges, matching)

@@ -39,7 +39,7 @@ FLOORS = [
     ["_run_options"],
     ["config"],
     ["sweeps"],
-    ["_chosen", "_layout_choice"],
+    ["_chosen", "_division", "_layout_choice"],
     ["experiment"],
     ["_trainer", "workdir"],
     ["_pretrain", "_race"],

@@ -2,7 +2,8 @@
 
 They are an agent's own, a shared sample, or all. A config makes this choice twice: for
 the examples on which units are matched by their activations, and for those on which
-BatchNorm statistics are measured anew.
+BatchNorm statistics are measured anew. Examples that agents share have to be sent to
+them, and the ledger books them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,14 @@ from dimat_jax.data.partition import Shard
 from dimat_jax.data.pipeline import Samples, draw_own
 from dimat_jax.options import Option, Record, registry
 
-__all__ = ["BN_DATA", "BN_SAMPLES", "MATCH_DATA", "MATCH_SAMPLES", "Available"]
+__all__ = [
+    "BN_DATA",
+    "BN_SAMPLES",
+    "HELD_OUT",
+    "MATCH_DATA",
+    "MATCH_SAMPLES",
+    "Available",
+]
 
 ENOUGH = "enough"
 """The value of `MATCH_SAMPLES` with which matching looks at as many images as it takes.
@@ -28,8 +36,9 @@ class Available(NamedTuple):
         read_own: makes samples of each agent's own images.
         shards: for each agent the positions of its own images on its device.
         seed: the seed by which an agent chooses among its own images in this round.
-        share: `share(size)` makes samples of `size` training images (0: all), the same
-            ones for all agents and in every round.
+        share: `share(size)` makes samples of `size` images that agents train on (0:
+            all), the same ones for all agents and in every round.
+        share_held_out: the same for images that no agent trains on.
         batch_size: the number of images in a batch of an agent's own.
     """
 
@@ -37,6 +46,7 @@ class Available(NamedTuple):
     shards: Sequence[Shard]
     seed: Sequence[int]
     share: Callable[[int], Samples]
+    share_held_out: Callable[[int], Samples]
     batch_size: int
 
 
@@ -55,8 +65,14 @@ def own(available: Available, size: Size) -> Samples:
 
 
 def proxy(available: Available, size: Size) -> Samples:
-    """All agents use the same sample of the training images, in every round."""
+    """All agents use the same sample of all agents' images, in every round."""
     samples = available.share(_at_most(size))
+    return replace(samples, as_needed=size == ENOUGH)
+
+
+def held_out(available: Available, size: Size) -> Samples:
+    """All agents use the same sample of images that no agent trains on."""
+    samples = available.share_held_out(_at_most(size))
     return replace(samples, as_needed=size == ENOUGH)
 
 
@@ -75,6 +91,14 @@ def nothing(available: Available, size: Size) -> None:
     del available, size
 
 
+HELD_OUT = Option(
+    "data.held_out",
+    1000,
+    "The number of training images that belong to no agent, equally many of each "
+    "class. They are taken out before the others are split among the agents.",
+    at_least=1,
+    unit="images",
+)
 BATCH_SIZE = Option(
     "merge.batch_size",
     100,
@@ -112,6 +136,7 @@ def _selections(
     return registry(
         Record("own", own, (size,), leads_to=(BATCH_SIZE,)),
         Record("proxy", proxy, (size,), leads_to=(BATCH_SIZE,)),
+        Record("held_out", held_out, (size,), leads_to=(BATCH_SIZE, HELD_OUT)),
         Record("global", everything, leads_to=(BATCH_SIZE,)),
         *others,
     )
@@ -119,7 +144,7 @@ def _selections(
 
 MATCH_DATA = Option(
     "merge.match_data",
-    "proxy",
+    "own",
     "The images on which units are matched by their activations.",
     choices=_selections(MATCH_SAMPLES),
 )
