@@ -240,11 +240,23 @@ class Experiment:
     @cached_property
     def evaluator(self) -> Evaluator:
         """The evaluator, which uses the same test images every time."""
-        test, options = self.dataset.test, self.config.eval
-        subset = self._subset("eval", len(test.labels), options.samples)
-        samples = share(
-            test, subset, *self._statistics, options.batch_size, self.placement
-        )
+        test = self.dataset.test
+        subset = self._subset("eval", len(test.labels), self.config.eval.samples)
+        return self._evaluator(test, subset)
+
+    @cached_property
+    def validator(self) -> Evaluator | None:
+        """The evaluator on the validation images of all agents; None without any."""
+        images = np.sort(np.concatenate(self.division.validation))
+        if not len(images):
+            return None
+        order = self._subset("validation", len(images), 0)
+        return self._evaluator(self.dataset.train, images[order])
+
+    def _evaluator(self, split: sources.Split, chosen: np.ndarray) -> Evaluator:
+        """Makes an evaluator on the chosen images of a split."""
+        size = self.config.eval.batch_size
+        samples = share(split, chosen, *self._statistics, size, self.placement)
         return Evaluator(classifier.forward(self.model), samples, self.placement)
 
     @property

@@ -18,6 +18,7 @@ from dimat_jax.tree import PyTree
 
 __all__ = [
     "LEARNING_RATE",
+    "LEARNING_RATES",
     "OPTIMIZER",
     "OPTIMIZERS",
     "SCHEDULE",
@@ -28,11 +29,24 @@ __all__ = [
 
 Schedule = Callable[[Any], Any] | float
 
+LEARNING_RATES = {
+    "sgd": 0.1,
+    "momentum": 0.01,
+    "nesterov": 0.01,
+    "heavy_ball": 0.01,
+    "adam": 1e-3,
+    "dadam": 1e-3,
+    "adamw": 1e-3,
+}
+"""The learning rates, by optimizer, of configs that give none. They are places to start
+from: a momentum of 0.9 makes steps ten times as long, and Adam's are scaled."""
+
 LEARNING_RATE = Option(
     "optimizer.learning_rate",
-    1e-3,
+    0.0,
     "The learning rate at the beginning of the schedule.",
     at_least=0,
+    empty=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
 )
 MOMENTUM = Option(
     "optimizer.momentum",

@@ -23,7 +23,7 @@ from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
 from dimat_jax._trainer import Trainer
-from dimat_jax.algorithms.base import State
+from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
 from dimat_jax.errors import NonFiniteError
@@ -184,8 +184,9 @@ class _Evaluations:
         self._experiment = experiment
         self._results = results
         self._log = log
-        # The last evaluation, and the number of local steps done before it.
-        self._last: tuple[int, Evaluation] | None = None
+        # The number of local steps done before the last evaluation, its results on
+        # test images, and further columns.
+        self._last: tuple[int, Evaluation, dict[str, Any]] | None = None
 
     def __call__(
         self,
@@ -211,8 +212,9 @@ class _Evaluations:
         step = self._results.progress.step
         if changed or self._last is None or self._last[0] != step:
             variables = self._experiment.algorithm.variables(state)
-            self._last = step, self._experiment.evaluator(variables)
-        _, evaluation = self._last
+            evaluation = self._experiment.evaluator(variables)
+            self._last = step, evaluation, self._validated(variables)
+        _, evaluation, validated = self._last
         accuracy, loss, distance = evaluation
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
@@ -220,9 +222,21 @@ class _Evaluations:
                 f"the test loss of agent(s) {agents} is not finite in round {number} "
                 f"(phase {phase!r})"
             )
-        self._results.write(phase, number, evaluation, metrics)
+        self._results.write(phase, number, evaluation, {**metrics, **validated})
         self._log(
             f"round {number:3d} {phase:>10}: test accuracy {accuracy.mean():.4f} "
             f"± {accuracy.std():.4f}, loss {loss.mean():.4f}, consensus distance "
             f"{distance:.3g}"
         )
+
+    def _validated(self, variables: Variables) -> dict[str, Any]:
+        """Evaluates the agents on validation images; empty if the run has none."""
+        validator = self._experiment.validator
+        if validator is None:
+            return {}
+        accuracy, loss, _ = validator(variables)
+        return {
+            "validation_accuracy": accuracy,
+            "validation_accuracy_mean": accuracy.mean(),
+            "validation_loss_mean": loss.mean(),
+        }

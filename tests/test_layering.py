@@ -44,7 +44,7 @@ FLOORS = [
     ["_trainer", "workdir"],
     ["_pretrain", "_race"],
     ["train"],
-    ["reports", "_merge_models", "_bench", "_sweeping"],
+    ["reports", "_tuning", "_merge_models", "_bench", "_sweeping"],
     ["cli"],
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -128,21 +128,20 @@ def set_aside(
         for each agent what is left of its shard, and what was taken; both are sorted.
 
     Raises:
-        PartitionError: nothing would be left of a shard.
+        PartitionError: nothing would be left.
     """
     total = sum(map(len, shards))
     share = amount if amount < 1 else amount / total
+    if share >= 1:
+        raise PartitionError(
+            f"{VALIDATION.path} is {amount:g}, but there are only {total} samples, and "
+            "agents need some of them to train on"
+        )
     left, taken = [], []
     for agent, shard in enumerate(shards):
-        size = round(share * len(shard))
-        if share > 0:
-            # A small shard gives one sample, unless it has no other.
-            size = max(size, min(1, len(shard) - 1))
-        if size >= len(shard):
-            raise PartitionError(
-                f"{VALIDATION.path}={amount:g} would leave agent {agent}, which has "
-                f"{len(shard)} samples, none to train on"
-            )
+        # A small shard gives one sample, and keeps one.
+        size = max(round(share * len(shard)), 1) if share > 0 else 0
+        size = min(size, len(shard) - 1)
         order = shard[spread_over_classes(labels[shard], [*seed, agent])]
         taken.append(np.sort(order[:size]))
         left.append(np.sort(order[size:]))
