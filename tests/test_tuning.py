@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def write_run(folder: Path, score: float | None, **fields: Any) -> None:
         (folder / "summary.json").write_text("{}")
 
 
-def write_sweep(folder: Path, scores: dict[float, list[float | None]], **fields: Any):
+def write_sweep(
+    folder: Path, scores: Mapping[float, Sequence[float | None]], **fields: Any
+) -> None:
     """Writes the runs of some values of the learning rate, one for each seed."""
     for rate, by_seed in scores.items():
         for seed, score in enumerate(by_seed):
