@@ -203,12 +203,18 @@ def _lines(runs: Sequence[_Run], field: str) -> dict[str, list[_Run]]:
         ]
         for run in its_runs:
             settings = [
-                f"{path.rpartition('.')[2]} {run.fields[path]}"
+                f"{_short(path)} {run.fields[path]}"
                 for path in varying
                 if path in run.fields
             ]
             lines[", ".join([algorithm, *settings])].append(run)
     return lines
+
+
+def _short(path: str) -> str:
+    """The last part of a path, unless it would be "name"."""
+    last = path.rpartition(".")[2]
+    return path if last == "name" else last
 
 
 def _cell_of(run: _Run) -> Cell:

@@ -127,7 +127,10 @@ def test_every_optimizer_has_a_learning_rate():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_bundled_configs_give_an_algorithm_a_rate_for_its_optimizer(name):
     adaptive = ALGORITHMS[name].optimizer in ("adam", "dadam")
-    for config in (quickstart.get_config(name), cifar100_resnet20.get_config(name)):
+    for config in (
+        quickstart.get_config(name),
+        cifar100_resnet20.get_config(f"paper-{name}"),
+    ):
         rate = resolved(fields_of(config))["optimizer.learning_rate"]
         assert rate <= 0.01 if adaptive else rate >= 0.01
 

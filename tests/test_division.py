@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -147,7 +148,7 @@ def test_validation_accuracy_is_that_of_validation_images(tmp_path):
                 for layer, weights in agents["params"].items()
             }
         }
-        logits = experiment.model.apply(variables, inputs, train=False)
+        logits = experiment.model.apply(variables, jnp.asarray(inputs), train=False)
         accuracy = np.mean(np.argmax(logits, axis=1) == images.labels[chosen])
         assert last["validation_accuracy"][agent] == pytest.approx(accuracy, abs=1e-6)
     mean = np.mean(last["validation_accuracy"])

@@ -89,8 +89,8 @@ def test_one_value_is_chosen_for_all_cells_of_a_line(tmp_path):
     assert {line.line: line.best for line in tuning.lines} == {
         "cdsgd": 0.3,
         "local": 0.1,
-        "wa, inner d2": 0.3,
-        "wa, inner local": 0.1,
+        "wa, inner d2, optimizer.name sgd": 0.3,
+        "wa, inner local, optimizer.name adam": 0.1,
     }
     assert all(not line.inside for line in tuning.lines)
     assert tuning.report().count("** *") == 4

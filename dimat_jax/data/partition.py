@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 Labels = Integer[np.ndarray, " samples"]
-Shard = Int64[np.ndarray, " shard"]
+# Shards have different lengths, so their axis has no name.
+Shard = Int64[np.ndarray, " _"]
 
 # The largest number of classes for which a table has a column for each class. More
 # columns do not fit into a terminal of 80 characters.
