@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dimat_jax import _randomness
+from dimat_jax._division import Division
 from dimat_jax.data import selection
 from dimat_jax.data._own import OwnReader
 from dimat_jax.data.pipeline import Samples, share
@@ -16,6 +17,10 @@ from dimat_jax.placement import Placement
 
 __all__ = ["Examples", "draw_subset"]
 
+# The purpose of `_randomness` for which an evaluation chooses. What it looks at is not
+# sent to the agents.
+_MEASURE = "own_for_evaluation"
+
 
 class Examples:
     """Chooses training examples by a config.
@@ -23,6 +28,7 @@ class Examples:
     Args:
         fields: the config's fields by path; empty values are resolved.
         dataset: the data set.
+        division: who gets which training images.
         rows: for each agent the positions of its images among those of its device.
         read_own: a function that returns the reader of each agent's own images.
         placement: the devices on which the agents live.
@@ -32,13 +38,16 @@ class Examples:
         self,
         fields: Mapping[str, Any],
         dataset: Dataset,
+        division: Division,
         rows: Sequence[np.ndarray],
         read_own: Callable[[], OwnReader],
         placement: Placement,
     ):
         self._fields, self._dataset, self._placement = fields, dataset, placement
-        self._rows, self._read_own = rows, read_own
-        self._shared: dict[tuple[int, int], Samples] = {}
+        self._division, self._rows, self._read_own = division, rows, read_own
+        self._shared: dict[tuple[str, int, int], Samples] = {}
+        # The images that agents have to get, by their origin and number.
+        self._sent: dict[tuple[str, int], np.ndarray] = {}
 
     def choose(
         self, choice: selection.Choice, purpose: str, number: int
@@ -56,7 +65,8 @@ class Examples:
             read_own=self._read_own(),
             shards=self._rows,
             seed=[*_randomness.seeds(self._fields[SEED.path], purpose), number],
-            share=partial(self._share, batch_size=batch_size),
+            share=partial(self._share, purpose, batch_size, "trained_on"),
+            share_held_out=partial(self._share, purpose, batch_size, "held_out"),
             batch_size=batch_size,
         )
         return choice.data.entry(data)(available, samples)
@@ -68,27 +78,51 @@ class Examples:
         It has as many images as an agent looks at.
         """
         data, samples, batch_size = (self._fields[option.path] for option in choice)
-        if data != "own":
-            return self.choose(choice, "own", 0)  # agents draw nothing here
+        if data != "own":  # agents draw nothing here
+            return self.choose(choice, _MEASURE, 0)
         most = max(map(len, self._rows))
-        return self._share(min(samples or most, most), batch_size)
+        size = min(samples or most, most)
+        return self._share(_MEASURE, batch_size, "trained_on", size)
 
-    def _share(self, size: int, batch_size: int) -> Samples:
-        """Makes samples of training images that all agents share, once per size."""
-        if (size, batch_size) not in self._shared:
-            train = self._dataset.train
-            chosen = draw_subset(
-                len(train.labels), size, self._fields[SEED.path], "proxy"
-            )
-            self._shared[size, batch_size] = share(
-                train,
+    @property
+    def image_bytes(self) -> int:
+        """Bytes, as uint8 pixels, of the shared images at which agents have looked.
+
+        Every agent has to get them, except for those of its own shard. Images that only
+        an evaluation looks at are not counted.
+        """
+        if not self._sent:
+            return 0
+        shared = np.unique(np.concatenate(list(self._sent.values())))
+        own = np.isin(shared, self._division.trained_on).sum()
+        missing = len(self._division.shards) * len(shared) - int(own)
+        return missing * self._dataset.train.images[0].nbytes
+
+    def _share(self, purpose: str, batch_size: int, origin: str, size: int) -> Samples:
+        """Makes samples of training images that all agents share, once per kind.
+
+        Args:
+            purpose: the purpose for which they are chosen.
+            batch_size: the number of images in a batch.
+            origin: the field of `Division` that holds the images to choose from.
+            size: the number of images; 0 for all of them.
+        """
+        available = getattr(self._division, origin)
+        seed = self._fields[SEED.path]
+        chosen = available[draw_subset(len(available), size, seed, "proxy")]
+        if purpose != _MEASURE:
+            self._sent[origin, size] = chosen
+        if (origin, size, batch_size) not in self._shared:
+            dataset = self._dataset
+            self._shared[origin, size, batch_size] = share(
+                dataset.train,
                 chosen,
-                self._dataset.mean,
-                self._dataset.std,
+                dataset.mean,
+                dataset.std,
                 batch_size,
                 self._placement,
             )
-        return self._shared[size, batch_size]
+        return self._shared[origin, size, batch_size]
 
 
 def draw_subset(available: int, size: int, seed: int, purpose: str) -> np.ndarray:

@@ -72,7 +72,22 @@ class Measuring:
         if experiment.recalibrates:
             calibration = experiment.examples.choose_shared(selection.BATCH_NORM)
         average = self._average_model(variables, perms, calibration)
-        return row_fields("test", evaluation, average, self._counts)
+        return {
+            **row_fields("test", evaluation, average, self._counts),
+            **self._validated(variables),
+        }
+
+    def _validated(self, variables: Variables) -> dict[str, Any]:
+        """Evaluates the agents on validation images; empty if the run has none."""
+        validator = self._experiment.validator
+        if validator is None:
+            return {}
+        accuracy, loss, *_ = validator(variables)
+        return {
+            "validation_accuracy": accuracy,
+            "validation_accuracy_mean": accuracy.mean(),
+            "validation_loss_mean": loss.mean(),
+        }
 
     def _evaluated(self, state: State, step: int) -> Variables:
         """Returns the variables with which the agents are evaluated."""

@@ -33,4 +33,6 @@ _PURPOSES = (
     "eval",
     "own_for_evaluation",
     "align",
+    "held_out",
+    "validation",
 )

@@ -70,6 +70,8 @@ class Rounds:
         data = None if merge is None else experiment.merge_data(merge)
         key = experiment.communication_key(merge or part.round)
         state, metrics = self._algorithm.communicate(state, data, network, key)
+        if merge == 1:
+            self._progress.ledger.record_images(experiment.examples.image_bytes)
         if merge is not None:
             self.frames = metrics.pop("frames", None)
             matching = metrics.pop("matching_bytes", None)

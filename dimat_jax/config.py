@@ -28,14 +28,14 @@ from dimat_jax.algorithms._merging import OPT_STATE, check_moments
 from dimat_jax.algorithms.record import INIT
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data._small_shards import SMALL_SHARDS
-from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
+from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.data.pipeline import FLIP, PAD
 from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODEL, MODELS, ModelError, classifier
 from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, NetworkError, faults
-from dimat_jax.optimizers import LEARNING_RATE, OPTIMIZER, SCHEDULE
+from dimat_jax.optimizers import LEARNING_RATE, LEARNING_RATES, OPTIMIZER, SCHEDULE
 from dimat_jax.options import (
     SEED,
     Option,
@@ -101,6 +101,7 @@ ROOT = (
     TEST_SIZE,
     PARTITION,
     SMALL_SHARDS,
+    VALIDATION,
     FLIP,
     PAD,
     MODEL,
@@ -188,8 +189,8 @@ def record_of(fields: Fields) -> AlgorithmRecord:
 def resolved(fields: Fields) -> dict[str, Any]:
     """Returns the fields with the values that some empty ones stand for.
 
-    These are the fields whose empty value stands for another field's value, or for the
-    algorithm's own choice.
+    These are the fields whose empty value stands for another field's value, for the
+    algorithm's own choice, or for the learning rate that suits an optimizer.
     """
     record = record_of(fields)
     stands_for = {
@@ -197,10 +198,16 @@ def resolved(fields: Fields) -> dict[str, Any]:
         COMPRESSOR.path: record.compressor or "none",
         PRETRAIN_PARTITION.path: fields[PARTITION.path],
     }
-    return {
+    whole = {
         path: stands_for.get(path, value) if value == "" else value
         for path, value in fields.items()
     }
+    for section in ("", "pretrain."):
+        rate = section + LEARNING_RATE.path
+        # An optimizer that does not exist is refused elsewhere, with a message.
+        suits = LEARNING_RATES.get(whole[section + OPTIMIZER.path], 0.0)
+        whole[rate] = whole[rate] or suits
+    return whole
 
 
 def fields_read(fields: Fields) -> dict[str, Any]:

@@ -66,11 +66,12 @@ class Ledger:
         n_agents: The number of agents.
         exchanges: The number of messages that agents received from a neighbour. An
             exchange with a server counts as one.
-        by_kind: Bytes by kind of content. Two kinds are the ledger's own: "matching",
-            and "missed" for content that was sent later.
+        by_kind: Bytes by kind of content. Three kinds are the ledger's own: "matching",
+            "missed" for content that was sent later, and "images" for examples that
+            agents get because they all have to look at the same ones.
         by_link: Bytes of every link, `[receiver, sender]`. They are int64, or Python
             ints in an array of objects once a link might outgrow that.
-        server_bytes: Bytes to and from a server. They belong to no link.
+        server_bytes: Bytes to and from a server, and of images. They belong to no link.
         missed: `[receiver, sender]` the number of messages that the receiver has missed
             since the last one that reached it, int32; -1 before the first one. None as
             long as no agent has announced anything.
@@ -162,6 +163,18 @@ class Ledger:
             for kind, size in sizes.server.items():
                 self._book(kind, 2 * clients * size)
                 self.server_bytes += 2 * clients * size
+
+    def record_images(self, size: int) -> None:
+        """Books images that agents get, once in a run.
+
+        No link carries them: whoever sets up the run hands them out.
+
+        Args:
+            size: The bytes of all agents' images together, as they are sent.
+        """
+        if size:
+            self._book("images", size)
+            self.server_bytes += size
 
     def record(self) -> dict[str, Any]:
         """The ledger as JSON content."""

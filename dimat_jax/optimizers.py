@@ -20,6 +20,7 @@ from dimat_jax.tree import PyTree
 
 __all__ = [
     "LEARNING_RATE",
+    "LEARNING_RATES",
     "OPTIMIZER",
     "OPTIMIZERS",
     "SCHEDULE",
@@ -34,12 +35,24 @@ Schedule = Callable[[Any], Any] | float
 
 # The decay rates of the first and of the second moment of adam and adamw.
 B1, B2 = 0.9, 0.999
+LEARNING_RATES = {
+    "sgd": 0.1,
+    "momentum": 0.01,
+    "nesterov": 0.01,
+    "heavy_ball": 0.01,
+    "adam": 1e-3,
+    "dadam": 1e-3,
+    "adamw": 1e-3,
+}
+"""The learning rates, by optimizer, of configs that give none. They are places to start
+from: a momentum of 0.9 makes steps ten times as long, and Adam's are scaled."""
 
 LEARNING_RATE = Option(
     "optimizer.learning_rate",
-    1e-3,
+    0.0,
     "The learning rate at the beginning of the schedule.",
     at_least=0,
+    empty=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
 )
 MOMENTUM = Option(
     "optimizer.momentum",
@@ -47,6 +60,13 @@ MOMENTUM = Option(
     "The share of the last step that a step repeats.",
     at_least=0,
     below=1,
+)
+FORM = Option(
+    "optimizer.form",
+    "polyak",
+    "Whether a heavy ball steps by its new velocity v (polyak), or by beta v - alpha g "
+    "(nesterov, as in the published code of CDMSGD).",
+    choices=("polyak", "nesterov"),
 )
 WEIGHT_DECAY = Option(
     "optimizer.weight_decay",
@@ -142,16 +162,23 @@ def heavy_ball(
     schedule: Schedule,
     *,
     momentum: float = MOMENTUM.default,
+    form: str = FORM.default,
     weight_decay: float = WEIGHT_DECAY.default,
 ) -> optax.GradientTransformation:
     """SGD with Polyak's heavy ball: v <- beta v - alpha g, and a step of v.
 
-    The velocity v includes the learning rates of earlier steps, while those of
-    "momentum" are all multiplied with the present one. CDMSGD uses the heavy ball
+    With `form="nesterov"` the step is beta v - alpha g, with the new v. The velocity v
+    includes the learning rates of earlier steps, while those of "momentum" and
+    "nesterov" are all multiplied with the present one. CDMSGD uses the heavy ball
     (Jiang et al. 2017).
+
+    Raises:
+        OptionError: the form is unknown.
     """
+    FORM.check(form)
     tx = optax.chain(
-        optax.scale_by_learning_rate(schedule), optax.trace(decay=momentum)
+        optax.scale_by_learning_rate(schedule),
+        optax.trace(decay=momentum, nesterov=form == "nesterov"),
     )
     return _decayed(tx, weight_decay)
 
@@ -322,7 +349,7 @@ OPTIMIZERS: dict[str, Record[optax.GradientTransformation]] = registry(
     Record("sgd", sgd, (WEIGHT_DECAY,)),
     Record("momentum", momentum, (MOMENTUM, WEIGHT_DECAY)),
     Record("nesterov", nesterov, (MOMENTUM, WEIGHT_DECAY)),
-    Record("heavy_ball", heavy_ball, (MOMENTUM, WEIGHT_DECAY)),
+    Record("heavy_ball", heavy_ball, (MOMENTUM, FORM, WEIGHT_DECAY)),
     Record("adam", adam, (WEIGHT_DECAY,)),
     Record("dadam", dadam, (WEIGHT_DECAY,)),
     Record("adamw", adamw, (WEIGHT_DECAY,)),

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from configs import cifar100_resnet20, quickstart
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.compression import COMPRESSORS
 from dimat_jax.config import (
@@ -18,6 +19,7 @@ from dimat_jax.config import (
 from dimat_jax.models import MODELS
 from dimat_jax.models.resnet import ResNet
 from dimat_jax.network import Absence, parse_absences
+from dimat_jax.optimizers import LEARNING_RATES, OPTIMIZERS
 
 
 def config_of(**fields: Any):
@@ -101,6 +103,36 @@ def test_every_algorithm_is_itself_by_default(name):
         assert fields["optimizer.name"] == own[name]
     lossless = COMPRESSORS[fields["compression.name"]]().lossless
     assert lossless == (name not in ("choco", "compcga"))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_a_learning_rate_that_suits_its_optimizer(name):
+    fields = resolved(fields_of(changed(algorithm=name)))
+    own = LEARNING_RATES[ALGORITHMS[name].optimizer]
+    assert fields["optimizer.learning_rate"] == own > 0
+    # Agents pre-train with Adam.
+    assert fields["pretrain.optimizer.learning_rate"] == 1e-3
+    given = changed(algorithm=name, optimizer__learning_rate=0.7)
+    assert resolved(fields_of(given))["optimizer.learning_rate"] == 0.7
+
+
+def test_every_optimizer_has_a_learning_rate():
+    assert LEARNING_RATES.keys() == OPTIMIZERS.keys()
+    config = changed(pretrain__optimizer__name="sgd", optimizer__name="momentum")
+    fields = resolved(fields_of(config))
+    assert fields["pretrain.optimizer.learning_rate"] == LEARNING_RATES["sgd"]
+    assert fields["optimizer.learning_rate"] == LEARNING_RATES["momentum"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_bundled_configs_give_an_algorithm_a_rate_for_its_optimizer(name):
+    adaptive = ALGORITHMS[name].optimizer in ("adam", "dadam")
+    for config in (
+        quickstart.get_config(name),
+        cifar100_resnet20.get_config(f"paper-{name}"),
+    ):
+        rate = resolved(fields_of(config))["optimizer.learning_rate"]
+        assert rate <= 0.01 if adaptive else rate >= 0.01
 
 
 def test_between_merges_the_inner_algorithms_optimizer_is_the_default():

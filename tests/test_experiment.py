@@ -186,10 +186,20 @@ def test_options_that_are_out_of_range_are_bad_input():
             UserError, match="gossip.momentum is .*; it must be at least 0 and below 1"
         ):
             Experiment(small("qgm", optimizer__name="", **changes))
-    with pytest.raises(
-        UserError, match="gossip.gamma is 0.0; it must be above 0 and at most 1"
-    ):
-        Experiment(small("choco", gossip__gamma=0.0))
+    for gamma in (-0.1, 1.1):
+        with pytest.raises(
+            UserError, match="gossip.gamma is .*; it must be above 0 and at most 1"
+        ):
+            Experiment(small("choco", gossip__gamma=gamma))
+
+
+def test_a_consensus_step_size_that_must_diverge_is_refused():
+    fields = {"compression__name": "random_k", "compression__fraction": 0.1}
+    with pytest.raises(UserError, match="agents on this network drift apart from 0.15"):
+        Experiment(small("choco", gossip__gamma=0.2, **fields))
+    # On a star most agents give their neighbours little weight.
+    Experiment(small("choco", gossip__gamma=0.2, topology="star", **fields))
+    Experiment(small("choco", **fields))
 
 
 @pytest.mark.parametrize("local_steps", [0, 7])

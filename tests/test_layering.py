@@ -40,12 +40,13 @@ FLOORS = [
     ["_run_options"],
     ["config"],
     ["sweeps"],
-    ["_chosen", "_layout_choice", "_examples"],
+    ["_chosen", "_division", "_layout_choice"],
+    ["_examples"],
     ["experiment"],
     ["_trainer", "_measuring", "workdir"],
     ["_pretrain", "_race", "_rounds"],
     ["train"],
-    ["reports", "_merge_models", "_bench", "_sweeping"],
+    ["reports", "_tuning", "_merge_models", "_bench", "_sweeping"],
     ["cli"],
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

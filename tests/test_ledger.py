@@ -394,3 +394,15 @@ def test_the_record_of_many_agents_is_small():
     record_round(ledger, COMPRESSED, TOPOLOGIES["fully_connected"](500))
     assert len(json.dumps(ledger.record())) < 100_000
     assert Ledger.of(ledger.record()) == ledger
+
+
+def test_images_are_on_no_link_and_no_round():
+    ledger = Ledger(3)
+    ledger.record_images(0)
+    assert ledger == Ledger(3)
+    ledger.record_images(500)
+    record_round(ledger, EVERY_ROUND, TOPOLOGIES["ring"](3))
+    assert ledger.by_kind["images"] == ledger.server_bytes == 500
+    assert ledger.comm_rounds == 2
+    assert_adds_up(ledger)
+    assert Ledger.of(json.loads(json.dumps(ledger.record()))) == ledger

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "run one config, or go on with an interrupted run",
     "sweep": "run many configs, and report on all of them",
     "report": "write tables and figures of runs",
+    "tune": "choose learning rates, or values of another field, on validation images",
     "merge": "merge models that were trained apart",
     "bench": "measure how long training and merging take",
     "show": "list configs, algorithms, ...; look into a config or a run",

@@ -3,7 +3,8 @@
 They are an agent's own, a shared sample, or all. A config makes this choice twice: for
 the examples on which units are matched by their activations, and for those on which
 BatchNorm statistics are measured anew. The second choice is the same for all
-algorithms.
+algorithms. Examples that agents share have to be sent to them, and the ledger books
+them.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ __all__ = [
     "BN_DATA",
     "BN_SAMPLES",
     "BN_WHEN",
+    "HELD_OUT",
     "MATCH",
     "MATCH_DATA",
     "MATCH_SAMPLES",
@@ -41,8 +43,9 @@ class Available(NamedTuple):
         read_own: makes samples of each agent's own images.
         shards: for each agent the positions of its own images on its device.
         seed: the seed by which an agent chooses among its own images in this round.
-        share: `share(size)` makes samples of `size` training images (0: all), the same
-            ones for all agents and in every round.
+        share: `share(size)` makes samples of `size` images that agents train on (0:
+            all), the same ones for all agents and in every round.
+        share_held_out: the same for images that no agent trains on.
         batch_size: the number of images in a batch of an agent's own.
     """
 
@@ -50,6 +53,7 @@ class Available(NamedTuple):
     shards: Sequence[Shard]
     seed: Sequence[int]
     share: Callable[[int], Samples]
+    share_held_out: Callable[[int], Samples]
     batch_size: int
 
 
@@ -68,8 +72,14 @@ def own(available: Available, size: Size) -> Samples:
 
 
 def proxy(available: Available, size: Size) -> Samples:
-    """All agents use the same sample of the training images, in every round."""
+    """All agents use the same sample of all agents' images, in every round."""
     samples = available.share(_at_most(size))
+    return replace(samples, as_needed=size == ENOUGH)
+
+
+def held_out(available: Available, size: Size) -> Samples:
+    """All agents use the same sample of images that no agent trains on."""
+    samples = available.share_held_out(_at_most(size))
     return replace(samples, as_needed=size == ENOUGH)
 
 
@@ -88,6 +98,14 @@ def nothing(available: Available, size: Size) -> None:
     del available, size
 
 
+HELD_OUT = Option(
+    "data.held_out",
+    1000,
+    "The number of training images that belong to no agent, equally many of each "
+    "class. They are taken out before the others are split among the agents.",
+    at_least=1,
+    unit="images",
+)
 BATCH_SIZE = Option(
     "merge.batch_size",
     100,
@@ -149,6 +167,7 @@ def _selections(
     return registry(
         Record("own", own, (size,), leads_to=leads_to),
         Record("proxy", proxy, (size,), leads_to=leads_to),
+        Record("held_out", held_out, (size,), leads_to=(*leads_to, HELD_OUT)),
         Record("global", everything, leads_to=leads_to),
         *others,
     )
@@ -156,7 +175,7 @@ def _selections(
 
 MATCH_DATA = Option(
     "merge.match_data",
-    "proxy",
+    "own",
     "The images on which units are matched by their activations.",
     choices=_selections(MATCH_SAMPLES, BATCH_SIZE),
 )

@@ -51,6 +51,7 @@ class Case(NamedTuple):
         inner: the algorithm that runs between merges.
         examples: the number of each agent's examples; () if all have equally many.
         changing: whether the network may change.
+        of_optimizer: the optimizer's options that are not their defaults.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Case(NamedTuple):
     inner: str = "local"
     examples: tuple[int, ...] = ()
     changing: bool = True
+    of_optimizer: tuple[tuple[str, Any], ...] = ()
 
     @property
     def record(self) -> AlgorithmRecord:
@@ -200,12 +202,13 @@ def make(
 
     A task replaces the problem's own.
     """
-    tx = OPTIMIZERS[optimizer_name(case)](schedule)
+    tx = OPTIMIZERS[optimizer_name(case)](schedule, **dict(case.of_optimizer))
     edges = TOPOLOGIES[topology](placement.n_agents)
     facts = {
         "compressor": COMPRESSORS[compressor_name(case)](),
         "adjacency": edges,
         "lossy_edges": edges if case.changing else None,
+        "mixing_matrix": None,
         "examples": case.examples or None,
     }
     return case.record(
