@@ -215,15 +215,3 @@ class _Evaluations:
             f"loss {measures['test_loss_mean']:.4f}, "
             f"consensus distance {measures['consensus_distance']:.3g}"
         )
-
-    def _validated(self, variables: Variables) -> dict[str, Any]:
-        """Evaluates the agents on validation images; empty if the run has none."""
-        validator = self._experiment.validator
-        if validator is None:
-            return {}
-        accuracy, loss, _ = validator(variables)
-        return {
-            "validation_accuracy": accuracy,
-            "validation_accuracy_mean": accuracy.mean(),
-            "validation_loss_mean": loss.mean(),
-        }
