@@ -67,19 +67,19 @@ def gradient_flops(experiment: Experiment) -> float:
     library calls that optimization puts there. It does so for CPUs alone, where the
     program is the same.
     """
-    struct, size = jax.ShapeDtypeStruct, experiment.config.batch_size
     shape = experiment.dataset.train.images.shape[1:]
-    batch = Batch(
-        struct((size, *shape), jnp.float32),
-        struct((size,), jnp.int32),
-        struct((size,), jnp.bool_),
-    )
+    size = experiment.config.batch_size
+
+    def empty_batch() -> Batch:
+        images = jnp.zeros((size, *shape))
+        return Batch(images, jnp.zeros(size, jnp.int32), jnp.ones(size, bool))
+
     # Without a sharding, nothing binds the program to the run's own devices.
     variables = jax.tree.map(
-        lambda leaf: struct(leaf.shape, leaf.dtype),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
         one_agent(experiment.abstract_variables()),
     )
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch, key = jax.eval_shape(lambda: (empty_batch(), jax.random.key(0)))
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         lowered = jax.jit(partial(gradient, experiment.task)).lower(
             variables, batch, key
