@@ -18,11 +18,13 @@ from dimat_jax.permutation._actions import (
     random,
 )
 from dimat_jax.permutation._derive import derive
+from dimat_jax.permutation._explain import AxisExplanation, Explanation, explain
 from dimat_jax.permutation._spec import (
     Axis,
     Concat,
     PermutationSpec,
     PermutationSpecError,
+    PermutationSpecWarning,
     Product,
     group_sizes,
     validate,
@@ -31,14 +33,18 @@ from dimat_jax.permutation._verify import verify
 
 __all__ = [
     "Axis",
+    "AxisExplanation",
     "Concat",
+    "Explanation",
     "PermutationSpec",
     "PermutationSpecError",
+    "PermutationSpecWarning",
     "Perms",
     "Product",
     "apply",
     "compose",
     "derive",
+    "explain",
     "group_sizes",
     "identity",
     "invert",

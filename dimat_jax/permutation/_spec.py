@@ -13,6 +13,7 @@ __all__ = [
     "Concat",
     "PermutationSpec",
     "PermutationSpecError",
+    "PermutationSpecWarning",
     "Product",
     "axis_groups",
     "group_sizes",
@@ -22,6 +23,10 @@ __all__ = [
 
 class PermutationSpecError(UserError):
     """A spec does not fit its model. The message names the leaf and the group."""
+
+
+class PermutationSpecWarning(UserWarning):
+    """A model may have more symmetry than a derived spec. The message tells why."""
 
 
 @dataclasses.dataclass(frozen=True)
