@@ -12,8 +12,8 @@ from typing import Literal, overload
 import jax
 from jaxtyping import Array
 
-from dimat_jax.permutation._outputs import ChooseOutputs
-from dimat_jax.permutation._reading import Forward, read_model
+from dimat_jax.permutation._outputs import ChooseOutputs, Forward
+from dimat_jax.permutation._reading import read_model
 from dimat_jax.permutation._run_jaxpr import run_and_record
 from dimat_jax.permutation._spec import (
     PermutationSpec,

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from dimat_jax.permutation._causes import describe
 from dimat_jax.permutation._nodes import fixed_nodes
-from dimat_jax.permutation._outputs import ChooseOutputs
-from dimat_jax.permutation._reading import Forward, Reading, read_model
+from dimat_jax.permutation._outputs import ChooseOutputs, Forward
+from dimat_jax.permutation._reading import Reading, read_model
 from dimat_jax.permutation._spec import Axis
 from dimat_jax.tree import PyTree
 

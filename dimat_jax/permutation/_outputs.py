@@ -13,7 +13,9 @@ import jax
 from dimat_jax.permutation._spec import PermutationSpecError
 from dimat_jax.tree import PyTree, flatten
 
-__all__ = ["ChooseOutputs", "ForwardOutputs", "split_outputs"]
+__all__ = ["ChooseOutputs", "Forward", "ForwardOutputs", "call_forward"]
+
+Forward = Callable[[PyTree, PyTree], PyTree]
 
 ChooseOutputs = Callable[[Any], PyTree]
 """`outputs(result of forward) -> the outputs that permutations must leave alone`."""
@@ -35,10 +37,10 @@ class ForwardOutputs(NamedTuple):
     updates: dict[str, Any]
 
 
-def split_outputs(
-    result: Any, variables: PyTree, outputs: ChooseOutputs | None
+def call_forward(
+    forward: Forward, variables: PyTree, inputs: PyTree, outputs: ChooseOutputs | None
 ) -> ForwardOutputs:
-    """Splits the result of `forward(variables, inputs)`.
+    """Calls `forward` and splits what it returns.
 
     Updated variables are recognised in a pair whose second entry is one of these:
 
@@ -48,15 +50,19 @@ def split_outputs(
     - the variables themselves, some of them unchanged, as NNX's `nnx.state`.
 
     Args:
-        result: what `forward` has returned.
-        variables: what `forward` was called with.
+        forward: `forward(variables, inputs) -> outputs`.
+        variables: the variables.
+        inputs: the inputs.
         outputs: chooses the outputs that count. By default these are all outputs but
             updated variables and Flax's intermediates.
 
     Raises:
         PermutationSpecError: `outputs` cannot choose from the result.
     """
-    updates = _updates(result, variables)
+    # An NNX module may write into the variables that it was merged from.
+    before = jax.tree.map(lambda leaf: leaf, variables)
+    result = forward(variables, inputs)
+    updates = _updates(result, before)
     if outputs is not None:
         try:
             return ForwardOutputs(outputs(result), updates or {})
@@ -75,7 +81,7 @@ def _updates(result: Any, variables: PyTree) -> dict[str, Any] | None:
     if not isinstance(result, tuple | list) or len(result) != 2:
         return None
     new = result[1]
-    if isinstance(new, Mapping) and isinstance(variables, Mapping):
+    if isinstance(new, Mapping) and _is_flax(variables):
         kept = {key: new[key] for key in new if key != _INTERMEDIATES}
         if all(
             key != "params" and key in variables and _alike(value, variables[key])
@@ -93,6 +99,14 @@ def _updates(result: Any, variables: PyTree) -> dict[str, Any] | None:
         if len(changed) < len(flatten(variables)):
             return changed
     return None
+
+
+def _is_flax(variables: PyTree) -> bool:
+    """Whether variables are collections as of Flax Linen.
+
+    In a dict of weights, what looks like some of its entries may be gradients.
+    """
+    return isinstance(variables, Mapping) and "params" in variables
 
 
 def _changed(new: PyTree, old: PyTree) -> dict[str, Any]:

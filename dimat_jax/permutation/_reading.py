@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,10 +10,11 @@ import jax
 from jax.interpreters import partial_eval
 
 from dimat_jax._jaxprs import ClosedJaxpr
-from dimat_jax.permutation._causes import Cause
+from dimat_jax.permutation._causes import Cause, describe
 from dimat_jax.permutation._declare import declare, fix_undeclarable, name_groups
 from dimat_jax.permutation._jaxpr import shape_of
-from dimat_jax.permutation._outputs import ChooseOutputs, split_outputs
+from dimat_jax.permutation._nodes import fixed_nodes
+from dimat_jax.permutation._outputs import ChooseOutputs, Forward, call_forward
 from dimat_jax.permutation._pinned import list_axes, pinned_layers
 from dimat_jax.permutation._spec import PermutationSpec, PermutationSpecError
 from dimat_jax.permutation._taps import Tap, choose_taps
@@ -29,9 +30,7 @@ from dimat_jax.permutation._units import (
 )
 from dimat_jax.tree import PyTree, flatten
 
-__all__ = ["Forward", "Reading", "read_model"]
-
-Forward = Callable[[PyTree, PyTree], PyTree]
+__all__ = ["Reading", "read_model"]
 
 
 class Reading(NamedTuple):
@@ -92,12 +91,17 @@ class Reading(NamedTuple):
         if self.names:
             layers = [layer for layer in layers if layer.surprises(self.n_outputs)]
             return "; ".join(map(str, layers))
-        return "; ".join(
-            [
-                "derive finds no units that may be permuted, so nothing can be aligned "
-                "(permutation.explain tells the reason for every axis)",
-                *map(str, layers),
-            ]
+        reasons = {
+            reason
+            for axes in self.axes.values()
+            for axis in axes
+            for node in fixed_nodes(axis)
+            for reason in node.fixed
+        }
+        why = "; ".join(map(str, layers)) or f"axes are fixed by {describe(reasons)}"
+        return (
+            "derive finds no units that may be permuted, so that nothing can be "
+            f"aligned: {why} (permutation.explain tells the reason for each axis)"
         )
 
 
@@ -122,7 +126,7 @@ def read_model(
             )
 
     def traced(variables, inputs):
-        return split_outputs(forward(variables, inputs), variables, outputs)
+        return call_forward(forward, variables, inputs, outputs)
 
     closed, shapes = jax.make_jaxpr(traced, return_shape=True)(variables, inputs)
     # Code on which no output depends must not fix anything.

@@ -235,9 +235,9 @@ def _split(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits] | None:
     if units is None:
         return [None for _ in sizes]
     node = units.root()
-    if node.fixed:
-        return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
     large = [size for size in sizes if size > 1]
+    if node.fixed and len(large) > 1:
+        return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
     pieces: list[AxisUnits] | None = None
     match node.kind:
         case _ if len(large) == 1:
@@ -298,7 +298,7 @@ def _cut(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits] | None:
     if units is None:
         return [None for _ in sizes]
     node = units.root()
-    if node.fixed:
+    if node.fixed and len(sizes) > 1:
         return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
     pieces: list[AxisUnits] | None = None
     match node.kind:

@@ -19,10 +19,11 @@ from dimat_jax.permutation._actions import (
 from dimat_jax.permutation._mistakes import Mistake, correct_spec, find_mistakes
 from dimat_jax.permutation._outputs import (
     ChooseOutputs,
+    Forward,
     ForwardOutputs,
-    split_outputs,
+    call_forward,
 )
-from dimat_jax.permutation._reading import Forward, read_model
+from dimat_jax.permutation._reading import read_model
 from dimat_jax.permutation._spec import (
     PermutationSpec,
     PermutationSpecError,
@@ -110,7 +111,7 @@ class _Check:
         self._eager = forward
         self._choose = choose
         # It is compiled because the search for a wrong leaf takes many evaluations.
-        self._forward = jax.jit(lambda v, x: split_outputs(forward(v, x), v, choose))
+        self._forward = jax.jit(lambda v, x: call_forward(forward, v, x, choose))
         result = self._run(variables)
         if not jax.tree.leaves(result.counted):
             raise PermutationSpecError("forward returned no arrays; nothing to verify")
