@@ -90,6 +90,8 @@ def _rows(reading: Reading) -> Iterator[AxisExplanation]:
             zip(axes, reading.axes[leaf], strict=True)
         ):
             reasons = {reason for node in fixed_nodes(units) for reason in node.fixed}
-            text = describe(reasons) if units is not None else "a single unit"
+            text = describe(reasons)
+            if declared is None and not reasons:
+                text = "a single unit, or several of which each has a role of its own"
             size = units.root().size if units is not None else 1
             yield AxisExplanation(leaf, d, size, declared, text)
