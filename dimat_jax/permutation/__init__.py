@@ -19,6 +19,7 @@ from dimat_jax.permutation._actions import (
 )
 from dimat_jax.permutation._derive import derive
 from dimat_jax.permutation._explain import AxisExplanation, Explanation, explain
+from dimat_jax.permutation._json import spec_from_json, spec_to_json
 from dimat_jax.permutation._spec import (
     Axis,
     Concat,
@@ -50,6 +51,8 @@ __all__ = [
     "invert",
     "permute_leaf",
     "random",
+    "spec_from_json",
+    "spec_to_json",
     "validate",
     "verify",
 ]

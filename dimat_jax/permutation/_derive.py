@@ -35,6 +35,7 @@ def derive(
     inputs: PyTree,
     *,
     outputs: ChooseOutputs | None = ...,
+    is_statistic: Callable[[str], bool] | None = ...,
     strict: bool = ...,
     with_activations: Literal[False] = ...,
 ) -> PermutationSpec: ...
@@ -47,6 +48,7 @@ def derive(
     inputs: PyTree,
     *,
     outputs: ChooseOutputs | None = ...,
+    is_statistic: Callable[[str], bool] | None = ...,
     strict: bool = ...,
     with_activations: Literal[True],
 ) -> tuple[PermutationSpec, Activations]: ...
@@ -58,6 +60,7 @@ def derive(
     inputs: PyTree,
     *,
     outputs: ChooseOutputs | None = None,
+    is_statistic: Callable[[str], bool] | None = None,
     strict: bool = False,
     with_activations: bool = False,
 ) -> PermutationSpec | tuple[PermutationSpec, Activations]:
@@ -87,6 +90,9 @@ def derive(
             variables beside them: what Flax returns with `mutable=` (captured
             intermediates too), the new state of variables `(params, state)`, or the
             state of an NNX module. Updated variables are permuted like the variables.
+        is_statistic: whether the leaf with a path is a running statistic. By default
+            these are the updated variables, and the leaves that normalise as BatchNorm
+            does in evaluation mode: `(x - mean) * rsqrt(variance + epsilon)`.
         strict: raise an error if an operation without a rule has cost a symmetry.
         with_activations: also return a function that returns the activations of the
             groups' units, for models that have no such function of their own.
@@ -104,7 +110,7 @@ def derive(
             `activations` raises it if the model has other units with its inputs than
             with those given here.
     """
-    reading = read_model(forward, variables, inputs, outputs)
+    reading = read_model(forward, variables, inputs, outputs, is_statistic)
     missing = reading.missing_rules()
     if missing and strict:
         raise PermutationSpecError(missing)
@@ -115,7 +121,7 @@ def derive(
     spec = reading.spec(reading.taps())
 
     def activations(variables, inputs):
-        again = read_model(forward, variables, inputs, outputs)
+        again = read_model(forward, variables, inputs, outputs, is_statistic)
         taps = again.taps()
         if again.spec(taps) != spec:
             raise PermutationSpecError(

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from dimat_jax.permutation._nodes import fixed_nodes
 from dimat_jax.permutation._outputs import ChooseOutputs, Forward, call_forward
 from dimat_jax.permutation._pinned import list_axes, pinned_layers
 from dimat_jax.permutation._spec import PermutationSpec, PermutationSpecError
+from dimat_jax.permutation._statistics import normalising_arguments
 from dimat_jax.permutation._taps import Tap, choose_taps
 from dimat_jax.permutation._trace import Trace, Value, constant
 from dimat_jax.permutation._units import (
@@ -42,6 +43,7 @@ class Reading(NamedTuple):
         axes: by each leaf's path, the units along its axes.
         names: the name of each group.
         n_outputs: the number of outputs that count.
+        statistics: the paths of the running statistics.
     """
 
     jaxpr: ClosedJaxpr
@@ -49,6 +51,7 @@ class Reading(NamedTuple):
     axes: dict[str, ArrayUnits]
     names: dict[Units, str]
     n_outputs: int
+    statistics: frozenset[str]
 
     def spec(self, taps: Mapping[str, Tap]) -> PermutationSpec:
         """The spec of the model, with these taps."""
@@ -59,7 +62,8 @@ class Reading(NamedTuple):
         # A spec gives a group's size only if the group has no axis to itself.
         plain = {axis for leaf_axes in axes.values() for axis in leaf_axes}
         sizes = {n: atom.size for atom, n in self.names.items() if n not in plain}
-        return PermutationSpec(axes, {t: tap.axes for t, tap in taps.items()}, sizes)
+        tap_axes = {name: tap.axes for name, tap in taps.items()}
+        return PermutationSpec(axes, tap_axes, sizes, self.statistics)
 
     def taps(self) -> dict[str, Tap]:
         """The taps of the model, by name."""
@@ -115,6 +119,7 @@ def read_model(
     variables: PyTree,
     inputs: PyTree,
     outputs: ChooseOutputs | None,
+    is_statistic: Callable[[str], bool] | None = None,
 ) -> Reading:
     """Traces a model; see `derive` for the arguments and the errors."""
     leaves = flatten(variables)
@@ -157,7 +162,13 @@ def read_model(
     # Groups are named after kernels rather than biases: a kernel's name says more.
     used.sort(key=lambda path: len(axes[path]) < 2)
     names = name_groups({path: axes[path] for path in [*used, *leaves]})
-    return Reading(closed, trace, axes, names, len(counted))
+    if is_statistic is not None:
+        statistics = filter(is_statistic, leaves)
+    else:
+        paths = list(leaves)
+        numbers = normalising_arguments(closed.jaxpr)
+        statistics = {*updates, *(paths[n] for n in numbers if n < len(paths))}
+    return Reading(closed, trace, axes, names, len(counted), frozenset(statistics))
 
 
 def _fix_unused(axes_of: Mapping[str, ArrayUnits], outputs: Iterable[Value]) -> None:
