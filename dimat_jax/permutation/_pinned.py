@@ -12,7 +12,7 @@ from dimat_jax.permutation._nodes import nodes
 from dimat_jax.permutation._trace import Trace, Value
 from dimat_jax.permutation._units import ArrayUnits, AxisUnits, Units
 
-__all__ = ["PinnedLayer", "list_axes", "pinned_layers"]
+__all__ = ["PinnedLayer", "list_axes", "list_layers", "pinned_layers"]
 
 # What may be done, by the kind of the reason. The first kind that applies counts.
 _MENDS = {
@@ -123,6 +123,16 @@ def list_axes(axes: Collection[tuple[str, int]], at_most: int = 6) -> str:
     named = [f"{path!r} axis {d}" for path, d in axes]
     more = [f"and {len(named) - at_most} more"] if len(named) > at_most else []
     return ", ".join([*named[:at_most], *more])
+
+
+def list_layers(layers: Iterable[PinnedLayer], at_most: int = 4) -> str:
+    """Lists layers in words; those with the same reasons are listed together."""
+    axes: dict[frozenset[Reason], list[tuple[str, int]]] = {}
+    for layer in layers:
+        axes.setdefault(layer.reasons, []).extend(layer.axes)
+    texts = [str(PinnedLayer(own, reasons)) for reasons, own in axes.items()]
+    more = [f"and {len(texts) - at_most} more layers"] if len(texts) > at_most else []
+    return "; ".join([*texts[:at_most], *more])
 
 
 def _kinds(reasons: Iterable[Reason]) -> set[str]:

@@ -15,7 +15,7 @@ from dimat_jax.permutation._declare import declare, fix_undeclarable, name_group
 from dimat_jax.permutation._jaxpr import shape_of
 from dimat_jax.permutation._nodes import fixed_nodes
 from dimat_jax.permutation._outputs import ChooseOutputs, Forward, call_forward
-from dimat_jax.permutation._pinned import list_axes, pinned_layers
+from dimat_jax.permutation._pinned import list_axes, list_layers, pinned_layers
 from dimat_jax.permutation._spec import PermutationSpec, PermutationSpecError
 from dimat_jax.permutation._statistics import normalising_arguments
 from dimat_jax.permutation._taps import Tap, choose_taps
@@ -32,6 +32,12 @@ from dimat_jax.permutation._units import (
 from dimat_jax.tree import PyTree, flatten
 
 __all__ = ["Reading", "read_model"]
+
+# What may be done about operations that draw random numbers.
+_DROPOUT = dict.fromkeys(
+    ["random_bits", "rng_bit_generator", "threefry2x32"],
+    " (run the model in evaluation mode, without dropout)",
+)
 
 
 class Reading(NamedTuple):
@@ -81,7 +87,7 @@ class Reading(NamedTuple):
         """
         return "; ".join(
             f"derive does not know the operation {name!r}, and fixes what it touches: "
-            f"{list_axes(axes, at_most=len(axes))}"
+            f"{list_axes(axes, at_most=len(axes))}{_DROPOUT.get(name, '')}"
             for name, axes in self.trace.unknown.costs(self.axes).items()
         )
 
@@ -94,7 +100,7 @@ class Reading(NamedTuple):
         layers = pinned_layers(self.trace, self.axes, inputs)
         if self.names:
             layers = [layer for layer in layers if layer.surprises(self.n_outputs)]
-            return "; ".join(map(str, layers))
+            return list_layers(layers)
         reasons = {
             reason
             for axes in self.axes.values()
@@ -102,7 +108,7 @@ class Reading(NamedTuple):
             for node in fixed_nodes(axis)
             for reason in node.fixed
         }
-        why = "; ".join(map(str, layers)) or f"axes are fixed by {describe(reasons)}"
+        why = list_layers(layers) or f"axes are fixed by {describe(reasons)}"
         return (
             "derive finds no units that may be permuted, so that nothing can be "
             f"aligned: {why} (permutation.explain tells the reason for each axis)"

@@ -1,8 +1,10 @@
 """Finds the running statistics among a model's variables.
 
 A model in training mode updates them. A model in evaluation mode shows them by how it
-uses them: BatchNorm subtracts a mean and multiplies by the inverse root of a variance,
-`(x - mean) * rsqrt(variance + epsilon)`.
+uses them. BatchNorm subtracts a mean and multiplies by the inverse root of a variance:
+`(x - mean) * rsqrt(variance + epsilon)`. Or it first multiplies what does not depend on
+the examples: `x * factor + (bias - mean * factor)`, where the factor is the inverse
+root, perhaps times a scale.
 """
 
 from collections.abc import Sequence
@@ -38,11 +40,13 @@ class _Mark(NamedTuple):
         kind: "argument": an argument of the model, but for scalars; "root": the root of
             a variance; "inverse": the inverse root, perhaps scaled; "centred": an array
             less a mean.
-        arguments: the numbers of the arguments that are the mean or the variance.
+        number: the number of the argument: the variance or the mean.
+        scales: the numbers of the arguments by which an inverse root is multiplied.
     """
 
     kind: Literal["argument", "root", "inverse", "centred"]
-    arguments: frozenset[int]
+    number: int
+    scales: frozenset[int] = frozenset()
 
 
 _Marks = Sequence[_Mark | None]
@@ -50,71 +54,106 @@ _Marks = Sequence[_Mark | None]
 
 def normalising_arguments(jaxpr: Jaxpr) -> frozenset[int]:
     """The numbers of the arguments that normalise other values, as BatchNorm's do."""
-    found: set[int] = set()
-    marks = [_Mark("argument", frozenset([n])) for n in range(len(jaxpr.invars))]
-    _read(jaxpr, [None] * len(jaxpr.constvars) + marks, found)
-    return frozenset(found)
+    finder = _Finder()
+    marks = [_Mark("argument", n) for n in range(len(jaxpr.invars))]
+    finder.read(jaxpr, [None] * len(jaxpr.constvars) + marks)
+    return frozenset(finder.result())
 
 
-def _read(jaxpr: Jaxpr, arguments: _Marks, found: set[int]) -> list[_Mark | None]:
-    """Follows a jaxpr, adds to `found`, and returns the marks of the outputs."""
-    marks: dict[Var, _Mark | None] = dict(
-        zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True)
-    )
+class _Finder:
+    """Follows arguments through a jaxpr, and notes where they normalise."""
 
-    def mark_of(atom: Atom) -> _Mark | None:
-        return None if isinstance(atom, jex.core.Literal) else marks[atom]
+    def __init__(self):
+        # Means and variances that the model uses one after the other.
+        self._found: set[int] = set()
+        # For each variance, the scales of its inverse root where a value is multiplied
+        # by it, and where it is subtracted.
+        self._factors: dict[int, set[int]] = {}
+        self._offsets: dict[int, set[int]] = {}
 
-    for eqn in jaxpr.eqns:
-        operands = [mark_of(atom) for atom in eqn.invars]
-        outputs: _Marks
-        if (called := called_by(eqn)) is not None:
-            constants = [None] * len(called.jaxpr.constvars)
-            outputs = _read(called.jaxpr, [*constants, *operands], found)
-        elif eqn.primitive.name == "scan":
-            body = eqn.params["jaxpr"].jaxpr
-            constants = [None] * len(body.constvars)
-            n_constants = eqn.params["num_consts"]
-            carried = range(n_constants, n_constants + eqn.params["num_carry"])
-            # What is carried changes from step to step.
-            inside = [None if n in carried else m for n, m in enumerate(operands)]
-            _read(body, [*constants, *inside], found)
-            outputs = [None] * len(eqn.outvars)
-        else:
-            outputs = [_step(eqn, operands, found)] * len(eqn.outvars)
-        marks.update(zip(eqn.outvars, outputs, strict=True))
-    return [mark_of(atom) for atom in jaxpr.outvars]
+    def result(self) -> set[int]:
+        """The numbers of all means and variances."""
+        found = set(self._found)
+        for variance, offset in self._offsets.items():
+            mean = offset - self._factors.get(variance, offset)
+            if len(mean) == 1:
+                found |= {variance, *mean}
+        return found
 
+    def read(self, jaxpr: Jaxpr, arguments: _Marks) -> list[_Mark | None]:
+        """Follows a jaxpr and returns the marks of the outputs."""
+        marks: dict[Var, _Mark | None] = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True)
+        )
 
-def _step(eqn: Equation, operands: _Marks, found: set[int]) -> _Mark | None:
-    """The mark of an operation's results. Adds complete statistics to `found`."""
-    name = eqn.primitive.name
-    kinds = tuple(mark and mark.kind for mark in operands)
-    marked = [mark for mark in operands if mark is not None]
-    arguments = frozenset[int]().union(*(mark.arguments for mark in marked))
-    if name in _PASSING:
-        return operands[0]
-    if name in ("rsqrt", "sqrt"):
-        kind = "inverse" if name == "rsqrt" else "root"
-        return _Mark(kind, arguments) if kinds == ("argument",) else None
-    if (name == "mul" and set(kinds) == {"centred", "inverse"}) or (
-        name == "div" and kinds == ("centred", "root")
-    ):
-        found.update(arguments)
+        def mark_of(atom: Atom) -> _Mark | None:
+            return None if isinstance(atom, jex.core.Literal) else marks[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [mark_of(atom) for atom in eqn.invars]
+            outputs: _Marks = [None] * len(eqn.outvars)
+            if (called := called_by(eqn)) is not None:
+                constants = [None] * len(called.jaxpr.constvars)
+                outputs = self.read(called.jaxpr, [*constants, *operands])
+            elif eqn.primitive.name == "scan":
+                body, n = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"]
+                # What is carried changes from step to step.
+                operands[n : n + eqn.params["num_carry"]] = [None] * eqn.params[
+                    "num_carry"
+                ]
+                self.read(body, [None] * len(body.constvars) + operands)
+            elif len(eqn.outvars) == 1:
+                outputs = [self._step(eqn, operands)]
+            marks.update(zip(eqn.outvars, outputs, strict=True))
+        return [mark_of(atom) for atom in jaxpr.outvars]
+
+    def _step(self, eqn: Equation, operands: _Marks) -> _Mark | None:
+        """Notes what an operation tells, and returns the mark of its result."""
+        name = eqn.primitive.name
+        if name in _PASSING:
+            return operands[0]
+        if name == "rsqrt" or name == "sqrt":
+            return _root(name, operands[0])
+        if len(operands) != 2:
+            return None
+        left, right = operands
+        if name in _SHIFTING:
+            for mark, other in ((left, eqn.invars[1]), (right, eqn.invars[0])):
+                if mark is not None and mark.kind == "argument" and _is_scalar(other):
+                    return mark
+        if name == "div" and right is not None and right.kind == "root":
+            right = right._replace(kind="inverse")
+            name = "mul"
+        if name == "mul":
+            return self._product(left, right)
+        if name == "sub" and right is not None:
+            if right.kind == "argument" and left is None:
+                return right._replace(kind="centred")
+            if right.kind == "inverse":
+                self._offsets.setdefault(right.number, set()).update(right.scales)
         return None
-    if name == "div" and kinds[-1] == "root" and kinds[0] != "centred":
-        return _Mark("inverse", operands[1].arguments if operands[1] else arguments)
-    if name == "mul" and "inverse" in kinds:
-        # The scale of the layer may be multiplied first.
-        inverse = operands[kinds.index("inverse")]
-        return inverse if None in kinds or "argument" in kinds else None
-    if name in _SHIFTING and kinds[0] == "argument" and _is_scalar(eqn.invars[1]):
-        return operands[0]
-    if name in _SHIFTING and kinds[-1] == "argument" and _is_scalar(eqn.invars[0]):
-        return operands[1]
-    if name == "sub" and kinds == (None, "argument"):
-        return operands[1] and _Mark("centred", operands[1].arguments)
-    return None
+
+    def _product(self, left: _Mark | None, right: _Mark | None) -> _Mark | None:
+        inverses = [m for m in (left, right) if m is not None and m.kind == "inverse"]
+        if len(inverses) != 1:
+            return None
+        (inverse,) = inverses
+        other = right if inverse is left else left
+        if other is None:
+            self._factors.setdefault(inverse.number, set()).update(inverse.scales)
+            return inverse
+        if other.kind == "centred":
+            self._found |= {inverse.number, other.number}
+        if other.kind == "argument":
+            # The scale of the layer, or the mean that is subtracted later.
+            return inverse._replace(scales=inverse.scales | {other.number})
+        return None
+
+
+def _root(name: str, operand: _Mark | None) -> _Mark | None:
+    if operand is None or operand.kind != "argument":
+        return None
+    return operand._replace(kind="inverse" if name == "rsqrt" else "root")
 
 
 def _is_scalar(atom: Atom) -> bool:
