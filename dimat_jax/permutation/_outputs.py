@@ -88,11 +88,11 @@ def _updates(result: Any, variables: PyTree) -> dict[str, Any] | None:
             for key, value in kept.items()
         ):
             return _changed(kept, variables)
-    if isinstance(variables, tuple | list) and not _is_leaf(new):
-        for n, old in enumerate(variables):
-            # The first entry is the params. What looks like them may be gradients.
-            if n and _alike(new, old):
-                return _changed({str(n): new}, {str(n): old})
+    if isinstance(variables, tuple | list) and len(variables) == 2:
+        params, state = variables
+        # What looks like the params may be gradients.
+        if not _is_leaf(new) and _alike(new, state) and not _alike(new, params):
+            return _changed({"1": new}, {"1": state})
     if not _is_leaf(new) and _alike(new, variables):
         changed = _changed(new, variables)
         # Gradients look like variables, too, but no variable is among them.

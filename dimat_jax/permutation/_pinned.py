@@ -57,10 +57,12 @@ class PinnedLayer(NamedTuple):
     def __str__(self) -> str:
         kinds = _kinds(self.reasons)
         mend = next((f" ({_MENDS[kind]})" for kind in _MENDS if kind in kinds), "")
-        return (
-            f"{list_axes(self.axes)} look permutable, but are fixed by "
-            f"{describe(self.reasons)}{mend}"
+        looks = (
+            "look permutable, but are"
+            if len(self.axes) > 1
+            else ("looks permutable, but is")
         )
+        return f"{list_axes(self.axes)} {looks} fixed by {describe(self.reasons)}{mend}"
 
 
 def pinned_layers(

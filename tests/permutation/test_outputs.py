@@ -256,6 +256,10 @@ def test_gradients_are_no_updated_variables():
             (WEIGHTS, {"state": jnp.ones(2)}),
             lambda v, x: loss_and_gradients(v[0], x),
         ),
+        (
+            (WEIGHTS, jax.tree.map(jnp.copy, WEIGHTS)),
+            lambda v, x: loss_and_gradients(v[1], x),
+        ),
     ):
         with pytest.warns(PermutationSpecWarning, match="no units"):
             assert not derive(forward, variables, X).groups
