@@ -38,6 +38,8 @@ def describe(reasons: Iterable[Reason], at_most: int = 4) -> str:
 
 
 def _text(reason: Reason) -> str:
+    if reason == "iota":
+        return "a constant that counts places (the operation 'iota')"
     if isinstance(reason, str):
         return reason if " " in reason else f"the operation {reason!r}"
     match reason.kind:

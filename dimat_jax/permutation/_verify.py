@@ -160,7 +160,11 @@ class _Check:
 
 
 def _as_float32(outputs: PyTree) -> list[np.ndarray]:
-    return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(outputs)]
+    def plain(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return [np.asarray(plain(leaf), np.float32) for leaf in jax.tree.leaves(outputs)]
 
 
 def _find_cause(

@@ -78,7 +78,7 @@ def test_the_table_tells_the_group_or_the_reason_of_each_axis():
     ("change", "reason"),
     [
         (lambda h: h * np.ones(6, np.float32), "the captured array float32[6]"),
-        (lambda h: h + jnp.arange(6), "the operation 'iota'"),
+        (lambda h: h + jnp.arange(6), "a constant that counts places"),
         (lambda h: h[:, jnp.array([1, 0, 2, 3, 4, 5])], "the operation 'gather'"),
         (lambda h: h[:, ::-1], "the operation 'rev'"),
         (
@@ -214,7 +214,10 @@ def test_features_beside_the_logits_are_named_as_what_fixes_a_layer():
     ("change", "reason"),
     [
         (lambda h: h * np.ones(6, np.float32), r"captured array float32\[6\] \(if the"),
-        (lambda h: h + jnp.arange(6), r"'iota' \(it tells units apart by their places"),
+        (
+            lambda h: h + jnp.arange(6),
+            r"'iota'\) \(it tells units apart by",
+        ),
         (lambda h: h[:, ::-1], r"'rev' \(it tells units apart by their places"),
     ],
 )

@@ -213,6 +213,18 @@ def test_batch_norm_over_a_vmapped_axis(train):
     verify(spec, forward, variables, x, KEY)
 
 
+def test_random_keys_and_counters_may_be_updated():
+    def forward(variables, x):
+        params, state = variables
+        new = {"key": jax.random.split(state["key"])[0], "count": state["count"] + 1}
+        return layers(params, x)[0], new
+
+    variables = (WEIGHTS, {"key": jax.random.key(0), "count": jnp.int32(0)})
+    spec = derive(forward, variables, X, strict=True)
+    assert list(spec.groups) == ["0/a:1", "0/b:1"]
+    verify(spec, forward, variables, X, KEY)
+
+
 # What counts as an output =============================================================
 
 
