@@ -108,7 +108,7 @@ class Reading(NamedTuple):
             for node in fixed_nodes(axis)
             for reason in node.fixed
         }
-        why = list_layers(layers) or f"axes are fixed by {describe(reasons)}"
+        why = list_layers(layers) or f"the reasons are: {describe(reasons)}"
         return (
             "derive finds no units that may be permuted, so that nothing can be "
             f"aligned: {why} (permutation.explain tells the reason for each axis)"

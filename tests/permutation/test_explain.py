@@ -263,7 +263,7 @@ def test_a_spec_without_groups_is_announced():
     message = announced(lambda v, x: x @ v["a"], {"a": WEIGHTS["a"]}, X)
     assert message == (
         "derive finds no units that may be permuted, so that nothing can be aligned: "
-        "axes are fixed by the input axis 1, the output axis 1 (permutation.explain "
+        "the reasons are: the input axis 1, the output axis 1 (permutation.explain "
         "tells the reason for each axis)"
     )
 
