@@ -149,7 +149,7 @@ def test_validation_accuracy_is_that_of_validation_images(tmp_path):
             }
         }
         logits = experiment.model.apply(variables, jnp.asarray(inputs), train=False)
-        accuracy = np.mean(np.argmax(logits, axis=1) == images.labels[chosen])
+        accuracy = np.mean(np.asarray(logits).argmax(axis=1) == images.labels[chosen])
         assert last["validation_accuracy"][agent] == pytest.approx(accuracy, abs=1e-6)
     mean = np.mean(last["validation_accuracy"])
     assert last["validation_accuracy_mean"] == pytest.approx(mean)
