@@ -5,9 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dimat_jax._layouts import CHUNK
+from dimat_jax._layouts import AUTO, BATCHING, CHUNK, automatic
 from dimat_jax.config import Config
-from dimat_jax.placement import AUTO, BATCHING, automatic
 
 __all__ = ["LayoutChoice", "choose"]
 

@@ -11,7 +11,7 @@ program for a chunk of agents instead, several times.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.extend as jex
@@ -25,10 +25,13 @@ from dimat_jax.errors import UserError
 from dimat_jax.options import Option, Record, registry
 
 __all__ = [
+    "AUTO",
+    "BATCHING",
     "CHUNK",
     "LAYOUTS",
     "PlacementError",
     "Shards",
+    "automatic",
     "is_per_agent",
     "lift",
     "over_rows",
@@ -286,3 +289,38 @@ LAYOUTS = registry(
     ),
 )
 """The layouts, by name. `build(jaxpr, in_axes, args, size)` runs stacked agents."""
+
+
+def automatic(
+    platform: str, convolves: bool = True
+) -> Literal["vmap", "chunks", "grouped"]:
+    """Returns the layout that suits a platform and a model, without any timing.
+
+    The choices follow measurements, see experiments/RESULTS.md. JAX turns the
+    convolutions of several agents in one batched program into grouped convolutions.
+    XLA:CPU runs these about six times slower than those of one agent after the other.
+    cuDNN is slow at their gradients, for which "grouped" has another form.
+
+    Args:
+        platform: the platform of the devices, e.g. "cpu".
+        convolves: whether the model has convolutions.
+    """
+    if not convolves:
+        return "vmap"
+    return "chunks" if platform == "cpu" else "grouped" if platform == "gpu" else "vmap"
+
+
+AUTO = Record(
+    "auto",
+    automatic,
+    summary="The program chooses. Agents with convolutions run as chunks on a CPU and "
+    "as grouped on a GPU, where a long run of one process first times a few training "
+    "steps of several layouts. All other agents run as vmap.",
+)
+BATCHING = Option(
+    "placement.batching",
+    "auto",
+    "The layout: how agents that share a device run.",
+    choices=registry(AUTO, *LAYOUTS.values()),
+    changes_results=False,
+)

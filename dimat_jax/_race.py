@@ -22,13 +22,13 @@ from absl import logging
 
 import dimat_jax
 from dimat_jax._layout_choice import LayoutChoice
+from dimat_jax._layouts import AUTO, PlacementError
 from dimat_jax._metrics import write_json
 from dimat_jax._trainer import Trainer
 from dimat_jax.config import Config, fields_of, fields_read
 from dimat_jax.data._cache import user_cache
 from dimat_jax.errors import first_line
 from dimat_jax.experiment import Experiment
-from dimat_jax.placement import AUTO, PlacementError
 from dimat_jax.workdir import Workdir
 
 __all__ = ["candidates", "race", "racers", "settled"]

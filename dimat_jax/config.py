@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, FieldReference
 
 from dimat_jax import _checkpoint, algorithms, evaluate
+from dimat_jax._layouts import BATCHING
 from dimat_jax._run_options import (
     BATCH_SIZE,
     LOCAL_EPOCHS,
@@ -46,7 +47,7 @@ from dimat_jax.options import (
     read,
     readers,
 )
-from dimat_jax.placement import AGENTS, BATCHING, CPU_DEVICES
+from dimat_jax.placement import AGENTS, CPU_DEVICES
 
 __all__ = [
     "RENAMED",

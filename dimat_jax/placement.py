@@ -15,7 +15,7 @@ absent, have no neighbours, and `gather` removes them.
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,18 @@ from dimat_jax._devices import (
     request_cpu_devices,
     shared_out,
 )
-from dimat_jax._layouts import CHUNK, LAYOUTS, PlacementError, Shards, lift
+from dimat_jax._layouts import (
+    BATCHING,
+    CHUNK,
+    LAYOUTS,
+    PlacementError,
+    Shards,
+    automatic,
+    lift,
+)
 from dimat_jax._processes import is_lost
 from dimat_jax.errors import first_line
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option
 from dimat_jax.tree import PyTree, take
 
 __all__ = [
@@ -50,41 +58,6 @@ __all__ = [
 
 AGENTS = Option(
     "agents", 5, "The number of agents in the network.", at_least=1, unit="agents"
-)
-
-
-def automatic(
-    platform: str, convolves: bool = True
-) -> Literal["vmap", "chunks", "grouped"]:
-    """Returns the layout that suits a platform and a model, without any timing.
-
-    The choices follow measurements, see experiments/RESULTS.md. JAX turns the
-    convolutions of several agents in one batched program into grouped convolutions.
-    XLA:CPU runs these about six times slower than those of one agent after the other.
-    cuDNN is slow at their gradients, for which "grouped" has another form.
-
-    Args:
-        platform: the platform of the devices, e.g. "cpu".
-        convolves: whether the model has convolutions.
-    """
-    if not convolves:
-        return "vmap"
-    return "chunks" if platform == "cpu" else "grouped" if platform == "gpu" else "vmap"
-
-
-AUTO = Record(
-    "auto",
-    automatic,
-    summary="The program chooses. Agents with convolutions run as chunks on a CPU and "
-    "as grouped on a GPU, where a long run of one process first times a few training "
-    "steps of several layouts. All other agents run as vmap.",
-)
-BATCHING = Option(
-    "placement.batching",
-    "auto",
-    "The layout: how agents that share a device run.",
-    choices=registry(AUTO, *LAYOUTS.values()),
-    changes_results=False,
 )
 
 

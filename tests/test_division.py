@@ -124,8 +124,8 @@ def test_a_run_that_resumes_does_not_book_images_again(tmp_path):
 
 def test_a_proxy_is_drawn_from_images_that_agents_train_on():
     experiment = Experiment(own(merge__match_data="proxy", data__validation=0.3))
-    experiment.merge_data(1)
-    ((chosen, samples),) = experiment._shared.values()
+    samples = experiment.merge_data(1).match
+    (chosen,) = experiment.examples._sent.values()
     assert set(chosen) <= set(experiment.division.trained_on)
     assert samples.shared and samples.n_examples(10) == 30
 
@@ -149,7 +149,7 @@ def test_validation_accuracy_is_that_of_validation_images(tmp_path):
             }
         }
         logits = experiment.model.apply(variables, jnp.asarray(inputs), train=False)
-        accuracy = np.mean(np.argmax(logits, axis=1) == images.labels[chosen])
+        accuracy = np.mean(np.asarray(logits).argmax(axis=1) == images.labels[chosen])
         assert last["validation_accuracy"][agent] == pytest.approx(accuracy, abs=1e-6)
     mean = np.mean(last["validation_accuracy"])
     assert last["validation_accuracy_mean"] == pytest.approx(mean)

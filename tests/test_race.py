@@ -9,10 +9,10 @@ import pytest
 
 from dimat_jax import _race, train
 from dimat_jax._layout_choice import LayoutChoice
+from dimat_jax._layouts import PlacementError, automatic
 from dimat_jax._race import candidates, race, racers
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
-from dimat_jax.placement import PlacementError, automatic
 from tests.test_train import quiet, small, without_times
 
 VMAP, CHUNKS, IM2COL = (

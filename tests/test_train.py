@@ -385,8 +385,8 @@ def test_a_run_matches_on_as_many_images_as_it_takes(tmp_path, policy):
 
 def test_the_number_of_images_to_match_on_is_reported(finished):
     rows = read_rows(finished)
-    assert [row.get("match_samples_used") for row in rows] == [None, 300, None] + [
-        300,
+    assert [row.get("match_samples_used") for row in rows] == [None, 100, None] + [
+        100,
         None,
     ]
 
@@ -471,7 +471,10 @@ def test_a_workdir_with_another_run_is_refused_and_untouched(finished):
             {"algorithm": "wm", "merge__restarts": 0},
             "config.merge.restarts is 0; it must be at least 1",
         ),
-        ({"merge__match_samples": 301}, "config.merge.match_samples is 301"),
+        (
+            {"merge__match_data": "proxy", "merge__match_samples": 301},
+            "config.merge.match_samples is 301",
+        ),
         ({"eval__samples": 101}, "config.eval.samples is 101"),
         ({"data__name": "cifar100", "data__dir": "/nowhere"}, "/nowhere/cifar100"),
     ],

@@ -91,13 +91,6 @@ def announcing(
         # The estimate is a copy, because a step may reuse the buffers of the params.
         return AnnouncingState(state, jax.tree.map(jnp.copy, params(state)))
 
-    def of_exact(step):
-        def step_of_exact(state, batch, network, key):
-            new, metrics = step(state.exact, batch, network, key)
-            return AnnouncingState(new, state.known), metrics
-
-        return step_of_exact
-
     def aligned(state, perms):
         known = exact.aligned(as_known(state), perms)
         return AnnouncingState(exact.aligned(state.exact, perms), params(known))
@@ -109,8 +102,8 @@ def announcing(
 
     return exact._replace(
         init=init,
-        step=of_exact(exact.step),
-        ahead=exact.ahead and of_exact(exact.ahead),
+        step=_of_exact(exact.step),
+        ahead=exact.ahead and _of_exact(exact.ahead),
         communicate=communicate,
         variables=lambda state: exact.variables(state.exact),
         with_variables=_on_exact(exact.with_variables),
@@ -127,3 +120,13 @@ def _on_exact(replace: Callable[[State, PyTree], State]) -> Callable[..., State]
         return state._replace(exact=replace(state.exact, part))
 
     return replace_in_exact
+
+
+def _of_exact(step: Callable[..., tuple[State, Metrics]]):
+    """Makes a step on `AnnouncingState`s of one on exact states."""
+
+    def step_of_exact(state: AnnouncingState, batch, network, key):
+        new, metrics = step(state.exact, batch, network, key)
+        return AnnouncingState(new, state.known), metrics
+
+    return step_of_exact

@@ -91,13 +91,15 @@ def ends(name: str, agents: str, batch_size: int, small_shards: str) -> np.ndarr
     agents meet only once an epoch, it is smaller still. Agents alone have no others
     whose steps pull them back while they idle.
     """
-    most = max(SHARDS[agents].sizes)
-    steps_per_epoch = -(-most // batch_size)
-    rate = 0.1
-    if small_shards == "idle" and steps_per_epoch > 1 and name != "local":
-        once_a_round = CASES[name].communicates
-        rate = 0.04 / steps_per_epoch if once_a_round else 0.02
-    n_steps = int(40 / rate)
+    steps_per_epoch = -(-max(SHARDS[agents].sizes) // batch_size)
+    rate, n_steps = 0.1, 400
+    if small_shards == "idle" and name == "local":
+        n_steps = 2000
+    elif small_shards == "idle":
+        rate = 0.02
+        if CASES[name].communicates:
+            rate = min(rate, 0.04 / steps_per_epoch)
+        n_steps = int(36 / rate)
     if name in SLOWER:
         rate *= 0.1
     path = run(CASES[name], SHARDS[agents], batch_size, small_shards, rate, n_steps)
@@ -137,11 +139,13 @@ def run(
     state = algorithm.init(
         placement.put(convex_variables(np.full((len(rows), 1), 2.0)))
     )
-    path, keys = [], jax.random.split(KEY, n_steps + sampler.steps_per_epoch)
-    for number, first in enumerate(range(0, n_steps, sampler.steps_per_epoch), 1):
+    path, keys = [], jax.random.split(KEY, n_steps + 20 * sampler.steps_per_epoch)
+    # If nothing happens between rounds, steps of many rounds are one program.
+    size = sampler.steps_per_epoch * (1 if case.communicates else 20)
+    for number, first in enumerate(range(0, n_steps, size), 1):
         now = network.at_round(number, placement.slots)
         state, _ = algorithm.communicate(state, MergeData(), now, keys[first])
-        steps = range(first, first + sampler.steps_per_epoch)
+        steps = range(first, first + size)
         indices, mask = map(np.stack, zip(*map(sampler.batch, steps), strict=True))
         inputs = np.ones((*mask.shape, 1), np.float32)
         batch = Batch(*map(jnp.asarray, (inputs, labels[indices], mask)))

@@ -16,6 +16,7 @@ import dimat_jax
 from configs import quickstart
 from dimat_jax import matching, models, permutation
 from dimat_jax._bench._steps import gradient_flops
+from dimat_jax._layouts import BATCHING
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms import Task
 from dimat_jax.algorithms.local import local
@@ -24,7 +25,7 @@ from dimat_jax.data.pipeline import Batch
 from dimat_jax.experiment import Experiment
 from dimat_jax.models import classifier
 from dimat_jax.network import Network
-from dimat_jax.placement import BATCHING, Placement, place
+from dimat_jax.placement import Placement, place
 from dimat_jax.tree import stack
 
 pytestmark = pytest.mark.gpu
