@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dimat_jax.reports._figures import accuracy_figure, bytes_figure, partition_figure
 from dimat_jax.reports._runs import load
-from dimat_jax.reports._tables import tables
+from dimat_jax.reports._tables import CONVENTION, tables
 
 __all__ = ["write"]
 
@@ -16,26 +16,30 @@ _MOST_PARTITIONS = 6
 def write(directories: Sequence[str | Path], out: str | Path) -> list[Path]:
     """Writes the report of all runs in `directories` into `out`.
 
+    Files of an earlier report in this folder are replaced.
+
     Args:
         directories: every folder in or below one of them that holds a metrics.jsonl is
             a run.
-        out: a folder that exists.
+        out: the folder of the report. It is made if it is missing.
 
     Returns:
         the files: report.md, report.csv and accuracy.png; bytes.png too if anything was
         sent, and partition.png if the runs say which agent holds which samples.
 
     Raises:
-        UserError: a folder that does not exist, or that holds no run.
+        UserError: a folder that does not exist, or that holds no run; no run that has
+            finished; or two different runs of the same config and seed.
     """
     out = Path(out)
     runs = load(directories)
+    out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(
         f"## {title}\n\n{table.reset_index().to_markdown(index=False)}"
         for title, table in tables(runs).items()
     )
     files = [out / "report.md", out / "report.csv", out / "accuracy.png"]
-    files[0].write_text(f"{text}\n")
+    files[0].write_text(f"{CONVENTION}\n\n{text}\n")
     runs.evaluations.to_csv(files[1], index=False)
     accuracy_figure(runs, files[2])
     if runs.evaluations.bytes_sent_total.any():

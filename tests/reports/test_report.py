@@ -1,8 +1,6 @@
 """Tests reports on made-up runs: their comparisons, tables and figures."""
 
-import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,93 +13,22 @@ from matplotlib.figure import Figure
 from dimat_jax import reports
 from dimat_jax.configs import quickstart
 from dimat_jax.data.partition import PARTITIONS
+from dimat_jax.data.sources import SOURCES
 from dimat_jax.experiment import Experiment
 from dimat_jax.reports import Partition, Runs, _runs, describe, load
 from dimat_jax.topology import TOPOLOGIES
 from dimat_jax.workdir import Workdir
+from tests.reports.made_up import by_class, write_run
 
 ROOT = Path(__file__).parents[2]
 END, AFTER, BY_ROUND, BY_KIND, AWAY, SETTINGS = (
     "Mean test accuracy at the end (%), and MB sent",
     "Right after the last communication (%), and MB sent",
-    "Right after the merge, by round (%)",
+    "Right after each communication, by round (%)",
     "MB sent, by kind",
     "Agents that were away, in the rounds evaluated",
     "Settings by algorithm",
 )
-
-
-# Files that are written in the same instant have the same time.
-SECONDS = itertools.count(1_700_000_000)
-
-
-def nested(fields: dict[str, Any]) -> dict[str, Any]:
-    config: dict[str, Any] = {}
-    for path, value in fields.items():
-        *sections, name = path.split(".")
-        section = config
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = value
-    return config
-
-
-def evaluation(
-    number: int, phase: str, accuracy: float, sent: dict[str, int] | None, **metrics
-) -> dict[str, Any]:
-    row = {
-        "round": number,
-        "phase": phase,
-        "test_accuracy": [accuracy - 0.125, accuracy + 0.125],
-        "test_accuracy_mean": accuracy,
-        "bytes_sent_total": sum((sent or {}).values()),
-        "comm_rounds_total": 2.0 * number,
-        "seconds_total": 1.0,
-        **metrics,
-    }
-    if sent is not None:
-        row["bytes_sent_by_kind"] = sent
-        row["bytes_sent_by_link"] = [[0, 7], [7, 0]]
-    return row
-
-
-def write_run(
-    folder: Path,
-    *,
-    accuracy: float = 0.5,
-    rounds: int = 2,
-    sent: dict[str, int] | None = None,
-    present: list[list[bool]] | None = None,
-    partition: dict[str, Any] | None = None,
-    **fields: Any,
-) -> None:
-    """Writes a run that sends `sent` bytes in a round, and gains 1/100 by training.
-
-    In the names of config fields, double underscores stand for dots.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = {name.replace("__", "."): value for name, value in fields.items()}
-    config = folder / "config.json"
-    config.write_text(json.dumps(nested(fields)))
-    time = next(SECONDS)
-    os.utime(config, (time, time))
-    kinds = sent or {}
-    rows = [evaluation(0, "pretrained", 0.25, dict.fromkeys(kinds, 0))]
-    for number in range(1, rounds + 1):
-        total = {kind: number * size for kind, size in kinds.items()}
-        extra = {"present": present[number - 1]} if present else {}
-        rows += [
-            evaluation(number, "merged", accuracy, total, **extra),
-            evaluation(number, "trained", accuracy + 0.01, total, **extra),
-        ]
-    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (folder / "metrics.jsonl").write_text(lines)
-    if partition is not None:
-        (folder / "partition.json").write_text(json.dumps(partition))
-
-
-def by_class(*counts: list[int], name: str = "by_class") -> dict[str, Any]:
-    return {"partition": name, "classes": None, "counts": list(counts)}
 
 
 @pytest.fixture
@@ -236,9 +163,9 @@ def test_partitions_and_graphs_make_panels_with_their_parameters(tmp_path):
     runs = load([tmp_path])
     assert (runs.panels, runs.lines) == (["partition", "alpha"], ["algorithm"])
     assert list(reports.tables(runs)[END].iloc[0].items()) == [
-        ("iid", "31.0 (0 MB)"),
-        ("dirichlet, alpha 0.1", "41.0 (0 MB)"),
-        ("dirichlet, alpha 10.0", "61.0 (0 MB)"),
+        ("iid", "31.0 (n=1; 0 MB)"),
+        ("dirichlet, alpha 0.1", "41.0 (n=1; 0 MB)"),
+        ("dirichlet, alpha 10.0", "61.0 (n=1; 0 MB)"),
     ]
 
 
@@ -299,15 +226,16 @@ def test_a_run_is_repeated_only_in_the_panels_that_fit_it(tmp_path):
     assert len(one) == 2 * len(one.drop_duplicates(["round", "phase"]))
 
 
-def test_every_option_of_a_graph_or_a_partition_makes_panels():
+def test_every_option_of_the_data_a_graph_or_a_partition_makes_panels():
     read = {
         option.path
-        for registry in (TOPOLOGIES, PARTITIONS)
+        for registry in (SOURCES, TOPOLOGIES, PARTITIONS)
         for record in registry.values()
         for option in record.reads
     }
-    panels = {"topology", "data.partition", "pretrain.partition", *read} - {"seed"}
-    assert set(_runs._PANELS) == panels
+    images = {"data.name", "data.train_size", "data.test_size", "eval.samples"}
+    panels = {"topology", "data.partition", "pretrain.partition", *images, *read}
+    assert set(_runs._PANELS) == panels - {"seed"}
 
 
 def test_the_partition_for_pretraining_is_told_where_it_is_not_always_the_same(
@@ -373,10 +301,10 @@ def test_the_grid_has_a_row_for_each_line_and_a_column_for_each_panel(tmp_path):
                 )
     tables = reports.tables(load([tmp_path]))
     assert tables[END].to_dict("index") == {
-        "wa": {"ring": "51.0 (2.48 MB)", "star": "51.0 (300 MB)"},
-        "dimat": {"ring": "76.0 (2.48 MB)", "star": ""},
+        "wa": {"ring": "51.0 (n=1; 2.48 MB)", "star": "51.0 (n=1; 300 MB)"},
+        "dimat": {"ring": "76.0 (n=1; 2.48 MB)", "star": ""},
     }
-    assert tables[AFTER].loc["wa", "ring"] == "50.0 (2.48 MB)"
+    assert tables[AFTER].loc["wa", "ring"] == "50.0 (n=1; 2.48 MB)"
 
 
 def test_the_grid_tells_how_far_seeds_deviate(tmp_path):
@@ -391,8 +319,8 @@ def test_the_grid_tells_how_far_seeds_deviate(tmp_path):
             )
     write_run(tmp_path / "one", algorithm="local", topology="ring")
     grid = reports.tables(load([tmp_path]))[END]
-    assert grid.loc["wa", "star"] == "56.0 ± 7.1 (0 MB)"
-    assert grid.loc["local", "ring"] == "51.0 (0 MB)"
+    assert grid.loc["wa", "star"] == "56.0 ± 7.1 (n=2; 0 MB)"
+    assert grid.loc["local", "ring"] == "51.0 (n=1; 0 MB)"
 
 
 def test_there_is_no_grid_of_a_single_panel(tmp_path):
@@ -406,6 +334,7 @@ def test_of_a_hundred_rounds_twenty_are_shown_the_first_and_the_last_among_them(
 ):
     write_run(tmp_path, algorithm="wa", rounds=100)
     shown = list(reports.tables(load([tmp_path]))[BY_ROUND])
+    assert shown.pop(0) == "n"
     assert len(shown) == 20 and shown[0] == 1 and shown[-1] == 100
     assert set(np.diff(shown)) == {5, 6}
 
@@ -421,9 +350,9 @@ def test_bytes_by_kind_are_columns_and_a_table(tmp_path):
     assert kinds.notna().to_numpy().all()
     assert not [name for name in runs.evaluations if "link" in name]
     assert reports.tables(runs)[BY_KIND].to_dict("index") == {
-        "dimat": {"params": 2.0, "matching": 0.5},
-        "wa": {"params": 2.0, "matching": 0.0},
-        "local": {"params": 0.0, "matching": 0.0},
+        "dimat": {"n": "1", "params": 2.0, "matching": 0.5},
+        "wa": {"n": "1", "params": 2.0, "matching": 0.0},
+        "local": {"n": "1", "params": 0.0, "matching": 0.0},
     }
 
 
@@ -441,7 +370,8 @@ def test_kinds_are_missing_where_an_older_run_does_not_tell_them(tmp_path):
         del row["bytes_sent_by_kind"], row["bytes_sent_by_link"]
     metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     table = reports.tables(load([tmp_path]))[BY_KIND]
-    assert table.loc["wm"].isna().all() and table.loc["wa"].notna().all()
+    sizes = table.drop(columns="n")
+    assert sizes.loc["wm"].isna().all() and sizes.loc["wa"].notna().all()
 
 
 def test_missed_agent_rounds_are_counted_once_a_round(tmp_path):
