@@ -13,7 +13,7 @@ _DASHES = (
     ("-", "solid"),
     ("-.", "dashdot"),
     (":", "dotted"),
-    ((0, (5, 1, 1, 1, 1, 1)), [10, 2, 2, 2, 2, 2]),
+    ((0, (5, 1, 1, 1, 1, 1)), "10 2 2 2 2 2"),
 )
 # There are as many marks as make the first 252 lines look different.
 _MARKS = (
@@ -46,7 +46,7 @@ class Look(NamedTuple):
     color: str
     dash: str | tuple[int, tuple[int, ...]]
     mark: str
-    page_dash: str | list[int]
+    page_dash: str
     page_mark: str
 
 

@@ -35,8 +35,11 @@ def tables(runs: Runs) -> dict[str, DataFrame]:
     communicated = _grid(runs, runs.evaluations.communicated)
     if communicated.equals(at_the_end):
         communicated = _EMPTY
+    left_out = runs.left_out
+    if len(left_out):
+        left_out = left_out.set_index("run")
     result = {
-        "Runs that are not counted": runs.left_out,
+        "Runs that are not counted": left_out,
         "Mean test accuracy of the agents (%)": _overview(runs),
         "Mean test accuracy at the end (%), and MB sent": at_the_end,
         "Right after the last communication (%), and MB sent": communicated,

@@ -1,4 +1,4 @@
-"""Writes a report: the tables as Markdown, all evaluations as CSV, and the figures."""
+"""Writes a report: a page, tables, all evaluations, and figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 from dimat_jax.reports._agents import class_maps
 from dimat_jax.reports._curves import measured
 from dimat_jax.reports._figures import curves_figure
+from dimat_jax.reports._latex import latex
 from dimat_jax.reports._maps import agents_figure, classes_figure, partition_figure
+from dimat_jax.reports._page import page
 from dimat_jax.reports._runs import Runs, load
 from dimat_jax.reports._tables import CONVENTION, tables
 
@@ -27,8 +29,9 @@ def write(directories: Sequence[str | Path], out: str | Path) -> list[Path]:
         out: the folder of the report. It is made if it is missing.
 
     Returns:
-        the files. report.md has the tables, and report.csv all evaluations. There is a
-        figure over the rounds for each measure that the runs have: accuracy.png,
+        the files. report.md has the tables, report.html all tables and figures in one
+        page that needs nothing else, report.tex the tables for LaTeX, and report.csv
+        all evaluations of the runs that count. There is a figure over the rounds for each measure that the runs have: accuracy.png,
         loss.png, consensus.png and disagreement.png. Accuracy is also drawn over time,
         in seconds.png, and over bytes, in bytes.png, if anything was sent. agents.png
         shows the agents one by one, classes.png their accuracy on each class (if it
@@ -42,14 +45,20 @@ def write(directories: Sequence[str | Path], out: str | Path) -> list[Path]:
     out = Path(out)
     runs = load(directories)
     out.mkdir(parents=True, exist_ok=True)
+    content = tables(runs)
     text = "\n\n".join(
         f"## {title}\n\n{table.reset_index().to_markdown(index=False)}"
-        for title, table in tables(runs).items()
+        for title, table in content.items()
     )
-    files = [out / "report.md", out / "report.csv"]
-    files[0].write_text(f"{CONVENTION}\n\n{text}\n")
-    runs.evaluations.to_csv(files[1], index=False)
-    return files + _write_figures(runs, out)
+    texts = {
+        "report.md": f"{CONVENTION}\n\n{text}\n",
+        "report.html": page(runs),
+        "report.tex": latex(content),
+        "report.csv": runs.evaluations.to_csv(index=False),
+    }
+    for name, written in texts.items():
+        (out / name).write_text(written, encoding="utf-8")
+    return [out / name for name in texts] + _write_figures(runs, out)
 
 
 def _write_figures(runs: Runs, out: Path) -> list[Path]:

@@ -106,7 +106,7 @@ def test_a_run_that_is_not_whole_is_listed_and_leaves_no_trace_in_a_mean(
     cell = tables[OVERVIEW].loc["wa", "trained (last round)"]
     assert cell == "56.00 ± 7.07 (n=2 of 3)"
     assert set(runs.evaluations.seed) == {"0", "1"}
-    (row,) = tables[LEFT_OUT].to_dict("records")
+    (row,) = tables[LEFT_OUT].reset_index().to_dict("records")
     assert row["run"] == str(tmp_path / "seed2") and row["state"] == state
     assert reason in row["reason"]
     assert row["algorithm"] == "wa" and row["seed"] == "2"

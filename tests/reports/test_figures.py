@@ -265,7 +265,7 @@ def test_the_colours_of_lines_can_be_told_apart_by_the_colour_blind(
 
 
 def _perceived(color: Any, blindness: np.ndarray) -> np.ndarray:
-    """The CIELAB coordinates of a colour, in which a distance of 2.3 is just visible."""
+    """A colour in CIELAB, where a distance of 2.3 is just visible."""
     srgb = np.asarray(matplotlib.colors.to_rgb(color))
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
     linear = np.clip(blindness @ linear, 0, 1)
