@@ -64,7 +64,8 @@ def finished(tmp_path_factory, environment) -> tuple[Path, str]:
 def test_train_prints_a_line_for_every_evaluation_and_names_its_files(finished):
     workdir, printed = finished
     assert printed.count("test accuracy") == 1 + 2 * 3
-    tables, figures = ("md", "csv"), ("accuracy", "bytes", "partition")
+    tables = ("md", "html", "tex", "csv")
+    figures = ("accuracy", "loss", "consensus", "bytes", "agents", "partition")
     for name in (*(f"report.{t}" for t in tables), *(f"{f}.png" for f in figures)):
         assert f"wrote {workdir / name}" in printed
         assert (workdir / name).stat().st_size > 0

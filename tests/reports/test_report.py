@@ -564,7 +564,8 @@ def test_a_report_has_the_figures_that_there_is_something_to_show_in(tmp_path):
         sent={"params": 1},
         partition=by_class([1, 0], [0, 1]),
     )
-    always = {"report.md", "report.csv", "accuracy.png", "seconds.png", "agents.png"}
+    texts = {f"report.{ending}" for ending in ("md", "html", "tex", "csv")}
+    always = texts | {f"{name}.png" for name in ("accuracy", "seconds", "agents")}
     for folder, names in (
         (silent, always),
         (talking, always | {"bytes.png", "partition.png"}),
