@@ -1,11 +1,13 @@
 """The runs of a report, and the config fields in which they differ."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from dimat_jax.config import ROOT
@@ -233,7 +235,7 @@ def _deviation(accuracies: list[float]) -> float:
 
     Deviations over seeds have the same convention.
     """
-    return float(pd.Series(accuracies, dtype=float).std())
+    return float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan
 
 
 def _communicated(rows: DataFrame) -> Any:
