@@ -110,9 +110,9 @@ def _draw_map(axis: Any, one: ClassMap) -> None:
     image = axis.imshow(accuracies, cmap=CELLS, aspect="auto", vmin=0, vmax=100)
     _add_bar(axis, image, "accuracy (%)")
     if _has_room(accuracies.shape):
-        for agent, label in np.argwhere(np.isfinite(accuracies)):
+        for agent, label in np.argwhere(np.isfinite(accuracies)).tolist():
             value = accuracies[agent, label]
-            _write(axis, agent, label, f"{value:.0f}", dark=value < 50)
+            _write(axis, agent, label, f"{value:.0f}", dark=bool(value < 50))
     _finish_map(axis, accuracies.shape, one.classes, one.title)
 
 
@@ -165,9 +165,9 @@ def _draw_partition(axis, partition: Partition) -> None:
     )
     _add_bar(axis, image, "samples")
     if _has_room(counts.shape):
-        for agent, label in np.argwhere(counts):
+        for agent, label in np.argwhere(counts).tolist():
             count = counts[agent, label]
-            _write(axis, agent, label, f"{count}", dark=count > 0.6 * most)
+            _write(axis, agent, label, f"{count}", dark=bool(count > 0.6 * most))
     _finish_map(axis, counts.shape, partition.classes, partition.title)
 
 

@@ -20,7 +20,9 @@ LEFT_OUT = "Runs that are not counted"
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    return [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def set_rows(run: Path, rows: list[dict[str, Any]]) -> None:

@@ -19,7 +19,9 @@ N_AGENTS, N_CLASSES = 4, 3
 
 def add_to_rows(run: Path, **values: Any) -> None:
     """Gives all rows of a run further values, or the results of functions of a row."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    rows = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
     for row in rows:
         row |= {
             name: value(row) if callable(value) else value
@@ -167,7 +169,7 @@ def test_a_round_that_not_all_seeds_have_evaluated_is_not_a_mean_of_the_others(
     )
     add_to_rows(tmp_path / "0", test_loss_mean=3.0)
     metrics = tmp_path / "1" / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.open()]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     for row in rows:
         if row["test_loss_mean"] is None:
             del row["test_loss_mean"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dimat_jax import reports
-from dimat_jax.reports import _curves, _looks, _page_figures
+from dimat_jax.reports import _curves, _looks, _page, _page_figures
 from tests.reports.made_up import by_class, write_run
 from tests.reports.test_figures import add_to_rows, by_agent
 
@@ -122,7 +122,7 @@ def test_every_line_can_be_hidden_and_has_a_figure_for_each_measure_and_axis(
             disagreement=0.25,
             test_accuracy_by_class=by_agent,
         )
-    page = written(tmp_path)
+    page = Page(_page.page(reports.load(tmp_path)))
     assert page.count("input", type="checkbox") == n_lines
     assert page.count("input", type="radio") == 3
     for axis in ("rounds", "bytes", "seconds"):

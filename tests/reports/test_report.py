@@ -471,7 +471,7 @@ def test_a_small_partition_has_numbers_and_white_where_there_is_nothing(
 
 def test_the_names_of_a_runs_classes_reach_its_picture(tmp_path, drawn):
     config = quickstart.get_config("wa")
-    config.data.train_size, config.data.test_size = 50, 20
+    config.data.train_size, config.data.test_size, config.rounds = 50, 20, 2
     experiment = Experiment(config)
     names = tuple(f"digit {label}" for label in range(10))
     experiment.dataset = experiment.dataset._replace(class_names=names)
