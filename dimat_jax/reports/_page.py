@@ -4,6 +4,7 @@ import html
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.resources import Resources
 from jinja2 import Environment
@@ -67,6 +68,11 @@ def page(runs: Runs) -> str:
         for axis, group in section.plots.items()
         for place, plot in enumerate(group)
     }
+    document = Document()
+    # Every new root would look through all models of the document otherwise.
+    with document.models.freeze():
+        for plot in plots.values():
+            document.add_root(plot)
     script, places = components(plots)
     source = (files("dimat_jax.reports") / "page.html").read_text(encoding="utf-8")
     template = Environment(autoescape=True).from_string(source)
@@ -92,16 +98,15 @@ def page(runs: Runs) -> str:
             }
             for number, section in enumerate(sections)
         ],
+        n_first=1 + bool(len(runs.left_out)),
         tables=[(title, _table(table)) for title, table in tables(runs).items()],
     )
 
 
 def _title(runs: Runs) -> str:
-    n_runs, n_lines = runs.evaluations.run.nunique(), len(_legend(runs))
-    more = f", {len(runs.left_out)} not counted" if len(runs.left_out) else ""
-    return (
-        f"{n_runs} run{'s' * (n_runs > 1)} of {n_lines} line{'s' * (n_lines > 1)}{more}"
-    )
+    n_runs, n_more = runs.evaluations.run.nunique(), len(runs.left_out)
+    more = f", and {n_more} that {'are' if n_more > 1 else 'is'} not counted"
+    return f"{n_runs} run{'s' * (n_runs > 1)}" + more * (n_more > 0)
 
 
 def _legend(runs: Runs) -> list[dict[str, Any]]:

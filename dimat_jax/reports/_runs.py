@@ -53,6 +53,10 @@ def _paths(*roots: Option) -> tuple[str, ...]:
 _PANELS = _paths(
     SOURCE, TRAIN_SIZE, TEST_SIZE, SAMPLES, TOPOLOGY, PARTITION, PRETRAIN_PARTITION
 )
+# The options of a graph and of a partition, by path, with the option that opens them.
+_OPENED_BY = {
+    path: root.path for root in (TOPOLOGY, PARTITION) for path in _paths(root)[1:]
+}
 # The fields in which two partitions of the same name and options can differ.
 _SPLIT_BY = (SOURCE.path, TRAIN_SIZE.path, AGENTS.path)
 # How many runs a message lists at most.
@@ -293,7 +297,7 @@ def _varying(read: DataFrame) -> tuple[list[str], list[str], list[str]]:
     panels, lines, settings = [], ["algorithm"], []
     values = read.groupby("algorithm").nunique()
     for field in read.columns.difference(["algorithm", _REPEATS], sort=False):
-        if read[field].nunique() < 2:
+        if not _varies(read, field):
             continue
         if field in _PANELS:
             # Most runs pre-train on the partition on which they train later. The two
@@ -305,6 +309,18 @@ def _varying(read: DataFrame) -> tuple[list[str], list[str], list[str]]:
         else:
             lines.append(field)
     return panels, lines, settings
+
+
+def _varies(read: DataFrame, field: str) -> bool:
+    """Whether a field makes a difference between runs.
+
+    It does so if it has several values. A partition or a graph also differs from the
+    others by an option that only it has, such as alpha.
+    """
+    if read[field].nunique() > 1:
+        return True
+    opener = _OPENED_BY.get(field)
+    return opener in read and read[field][read[opener].notna()].nunique(False) > 1
 
 
 def _short_names(fields: Sequence[str]) -> dict[str, str]:

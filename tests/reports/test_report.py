@@ -169,6 +169,21 @@ def test_partitions_and_graphs_make_panels_with_their_parameters(tmp_path):
     ]
 
 
+def test_a_partition_has_its_alpha_in_its_panel_also_where_it_is_the_only_one(
+    tmp_path,
+):
+    for name in ("iid", "dirichlet"):
+        fields: dict[str, Any] = {"data__partition": name}
+        if name == "dirichlet":
+            fields["data__alpha"] = 0.25
+        write_run(tmp_path / name, algorithm="wa", **fields)
+    write_run(tmp_path / "all", algorithm="centralized")
+    assert set(reports.tables(load([tmp_path]))[END]) == {
+        "iid",
+        "dirichlet, alpha 0.25",
+    }
+
+
 @pytest.mark.parametrize(
     ("indifferent", "algorithm", "choices"),
     [
