@@ -289,11 +289,16 @@ def _map(
     fig.add_tools(HoverTool(renderers=[drawn], tooltips=tips))
     fig.add_layout(ColorBar(color_mapper=mapper, title=meaning, width=10), "right")
     fig.grid.visible = False
+    _label_cells(fig, n_agents, names)
+    return fig
+
+
+def _label_cells(fig: Any, n_agents: int, names: list[str]) -> None:
+    """Labels the agents and the classes of a map, where there is room for all."""
     if n_agents <= _NUMBERED[0]:
         fig.yaxis.ticker = FixedTicker(ticks=list(range(n_agents)))
-    if n_classes <= _MOST_NAMES:
-        fig.xaxis.ticker = FixedTicker(ticks=list(range(n_classes)))
+    if len(names) <= _MOST_NAMES:
+        fig.xaxis.ticker = FixedTicker(ticks=list(range(len(names))))
         fig.xaxis.major_label_overrides = dict(enumerate(names))
         if max(map(len, names)) > 3:
             fig.xaxis.major_label_orientation = math.pi / 4
-    return fig
