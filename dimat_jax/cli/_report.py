@@ -13,7 +13,6 @@ folder of the current directory: report, report-2, and so on.
 """
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,12 +69,14 @@ def _make_folder(out: str | None) -> Path:
             raise UserError(f"--out={out} must be a new or an empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    for number in itertools.count(1):
-        folder = Path("report" if number == 1 else f"report-{number}")
-        with contextlib.suppress(FileExistsError):
+    folder, number = Path("report"), 1
+    while True:
+        try:
             folder.mkdir()
-            break
-    return folder
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = Path(f"report-{number}")
 
 
 COMMAND = _program.Command("report", __doc__, main, define_flags)

@@ -1,6 +1,6 @@
 """How lines look: each has a colour, a dash and a mark, in pictures and on the page."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["CELLS", "Look", "look"]
 
@@ -44,7 +44,7 @@ class Look(NamedTuple):
     """
 
     color: str
-    dash: str | tuple[int, tuple[int, ...]]
+    dash: Any
     mark: str
     page_dash: str
     page_mark: str

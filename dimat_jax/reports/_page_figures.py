@@ -42,7 +42,7 @@ _MOST_NAMES = 20
 
 def _figure(title: str, height: int, **options: Any) -> Any:
     """An empty figure, as wide as its place on the page."""
-    fig = figure(
+    fig: Any = figure(
         title=title,
         height=height,
         sizing_mode="stretch_width",
@@ -87,8 +87,11 @@ def _source(lines: Sequence[Line], **columns: list[Any]) -> dict[str, Any]:
 
 
 def _filtered(numbers: list[int], columns: dict[str, list[Any]]) -> dict[str, Any]:
-    shown = BooleanFilter([True] * len(numbers), name=LINE_FILTER, tags=list(numbers))
-    return {"source": ColumnDataSource(columns), "view": CDSView(filter=shown)}
+    shown = BooleanFilter(
+        booleans=[True] * len(numbers), name=LINE_FILTER, tags=list(numbers)
+    )
+    data: Any = columns
+    return {"source": ColumnDataSource(data=data), "view": CDSView(filter=shown)}
 
 
 def _add_bands(fig: Any, lines: Sequence[Line]) -> None:
@@ -220,7 +223,7 @@ def agents_plot(panel: AgentPanel) -> Any:
 
 def classes_plot(one: ClassMap) -> Any:
     """A map of each agent's accuracy on each class."""
-    mapper = LinearColorMapper(Cividis256, low=0, high=100, nan_color="white")
+    mapper = LinearColorMapper(palette=Cividis256, low=0, high=100, nan_color="white")
     cells = [[round(value, 2) for value in agent] for agent in one.accuracies]
     return _map(one.title, cells, one.classes, mapper, "accuracy (%)", dark_below=50)
 
@@ -230,7 +233,11 @@ def partition_plot(partition: Partition) -> Any:
     counts = [list(agent) for agent in partition.counts]
     most = max(max(map(max, counts)), 1)
     mapper = LinearColorMapper(
-        Blues256[::-1], low=0.5, high=most, low_color="white", nan_color="white"
+        palette=Blues256[::-1],
+        low=0.5,
+        high=most,
+        low_color="white",
+        nan_color="white",
     )
     title, classes = partition.title, partition.classes
     return _map(title, counts, classes, mapper, "samples", dark_above=0.6 * most)

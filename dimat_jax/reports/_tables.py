@@ -164,7 +164,8 @@ def _agents(runs: Runs) -> DataFrame:
     for name, title in {**measures, "disagreement": "disagreement"}.items():
         if name in last:
             columns[title] = last[name]
-    values = pd.DataFrame({**{field: last[field] for field in runs.fields}, **columns})
+    fields = {field: last[field] for field in runs.fields}
+    values: DataFrame = pd.DataFrame({**fields, **columns})
     means = values.groupby(runs.fields, sort=False)[list(columns)].mean()
     return _numbered(runs, means.round(2))
 

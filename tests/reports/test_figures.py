@@ -36,6 +36,10 @@ def saw_teeth(row: dict[str, Any]) -> float:
     return 0.8 if row["phase"] == "merged" else 0.2
 
 
+def axes_of(figure: Any) -> list[Any]:
+    return figure.axes
+
+
 def named_lines(axis: Any) -> dict[str, Any]:
     return {
         line.get_label(): line
@@ -57,7 +61,7 @@ def test_the_curve_of_an_algorithm_is_what_it_has_right_after_each_communication
 ):
     write_run(tmp_path, algorithm="wa", rounds=6, sent={"params": 5})
     add_to_rows(tmp_path, test_accuracy_mean=saw_teeth)
-    (axis,) = reports.accuracy_figure(reports.load(tmp_path)).axes
+    (axis,) = axes_of(reports.accuracy_figure(reports.load(tmp_path)))
     (line,) = named_lines(axis).values()
     np.testing.assert_array_equal(line.get_xdata(), range(7))
     np.testing.assert_allclose(line.get_ydata(), [20, 80, 80, 80, 80, 80, 80])
@@ -93,7 +97,7 @@ def test_agents_that_send_with_every_step_have_communicated_after_training(
         if json.loads(line)["round"] % every == 0
     ]
     metrics.write_text("".join(kept))
-    (axis,) = reports.accuracy_figure(reports.load(tmp_path)).axes
+    (axis,) = axes_of(reports.accuracy_figure(reports.load(tmp_path)))
     (line,) = named_lines(axis).values()
     if every == 1 and merges_too:
         np.testing.assert_allclose(line.get_ydata()[1:], 80)
@@ -106,7 +110,7 @@ def test_agents_that_send_with_every_step_have_communicated_after_training(
 def test_bands_are_the_deviation_over_seeds_and_the_figure_says_so(tmp_path):
     for seed, accuracy in ((0, 0.4), (1, 0.6)):
         write_run(tmp_path / str(seed), algorithm="wa", seed=seed, accuracy=accuracy)
-    figure = reports.accuracy_figure(reports.load(tmp_path))
+    figure: Any = reports.accuracy_figure(reports.load(tmp_path))
     (axis,) = figure.axes
     (band,) = axis.collections
     edges = band.get_paths()[0].vertices
@@ -121,7 +125,7 @@ def test_bands_are_the_deviation_over_seeds_and_the_figure_says_so(tmp_path):
 
 def test_the_figure_does_not_speak_of_bands_that_it_does_not_have(tmp_path):
     write_run(tmp_path, algorithm="wa")
-    figure = reports.accuracy_figure(reports.load(tmp_path))
+    figure: Any = reports.accuracy_figure(reports.load(tmp_path))
     assert not figure.axes[0].collections
     assert "Bands" not in figure.get_supxlabel()
     assert "n = 1 seed;" in figure.get_supxlabel().replace("\n", " ")
@@ -143,7 +147,7 @@ def test_every_measure_is_drawn_against_every_axis(
     add_to_rows(tmp_path / "new", seconds_total=lambda row: 7 * row["round"], **values)
     write_run(tmp_path / "old", algorithm="dimat", sent={"params": 2_000_000})
     runs = reports.load(tmp_path)
-    (axis,) = reports.curves_figure(runs, measure=measure, against=against).axes
+    (axis,) = axes_of(reports.curves_figure(runs, measure=measure, against=against))
     (line,) = named_lines(axis).values()  # the older run has no such measure
     scale = 100 if measure == "disagreement" else 1
     expected = {
@@ -155,7 +159,7 @@ def test_every_measure_is_drawn_against_every_axis(
     np.testing.assert_allclose(line.get_ydata(), scale * np.asarray(expected[1]))
     assert axis.get_ylabel() == label
     # A line has its colour in all figures.
-    (everywhere,) = reports.accuracy_figure(runs).axes
+    (everywhere,) = axes_of(reports.accuracy_figure(runs))
     assert named_lines(everywhere)["wa"].get_color() == line.get_color()
 
 
@@ -174,7 +178,7 @@ def test_a_round_that_not_all_seeds_have_evaluated_is_not_a_mean_of_the_others(
         if row["test_loss_mean"] is None:
             del row["test_loss_mean"]
     metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (axis,) = reports.curves_figure(reports.load(tmp_path), measure="loss").axes
+    (axis,) = axes_of(reports.curves_figure(reports.load(tmp_path), measure="loss"))
     (line,) = named_lines(axis).values()
     np.testing.assert_allclose(line.get_xdata(), [2, 3])
     np.testing.assert_allclose(line.get_ydata(), 2)
@@ -205,7 +209,7 @@ def test_the_legend_names_all_lines_and_covers_nothing_and_is_not_cut_off(
                 mixing=f"{name}{number}",
                 sent={"params": 1 + number},
             )
-    figure = reports.curves_figure(reports.load(tmp_path), against=against)
+    figure: Any = reports.curves_figure(reports.load(tmp_path), against=against)
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == n_lines
@@ -258,7 +262,7 @@ def test_the_colours_of_lines_can_be_told_apart_by_the_colour_blind(
 ):
     for number in range(7):
         write_run(tmp_path / str(number), algorithm="wa", mixing=f"rule{number}")
-    (axis,) = reports.accuracy_figure(reports.load(tmp_path)).axes
+    (axis,) = axes_of(reports.accuracy_figure(reports.load(tmp_path)))
     colors = [line.get_color() for line in named_lines(axis).values()]
     seen = [_perceived(color, np.asarray(BLINDNESS[blindness])) for color in colors]
     white = _perceived("white", np.eye(3))
@@ -297,7 +301,7 @@ def test_every_agent_has_a_curve_of_the_first_seed(tmp_path):
                     for agent in range(N_AGENTS)
                 ],
             )
-    figure = reports.agents_figure(reports.load(tmp_path))
+    figure: Any = reports.agents_figure(reports.load(tmp_path))
     panels = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in panels] == ["wa, seed 3", "wm, seed 3"]
     for axis in panels:
@@ -321,7 +325,7 @@ def test_accuracy_by_class_is_a_map_of_agents_and_classes(tmp_path):
     write_run(tmp_path, algorithm="wa", sent={"params": 1}, partition=partition)
     assert "classes.png" not in {p.name for p in reports.write([tmp_path], tmp_path)}
     add_to_rows(tmp_path, test_accuracy_by_class=by_agent)
-    figure = reports.classes_figure(reports.load(tmp_path))
+    figure: Any = reports.classes_figure(reports.load(tmp_path))
     merged, trained = (axis for axis in figure.axes if axis.images)
     assert merged.get_title() == "wa, seed 0, after the last communication"
     assert trained.get_title() == "wa, seed 0, at the end"
@@ -338,7 +342,9 @@ def test_accuracy_by_class_is_a_map_of_agents_and_classes(tmp_path):
 def test_a_class_without_test_images_is_an_empty_cell(tmp_path):
     write_run(tmp_path, algorithm="local")
     add_to_rows(tmp_path, test_accuracy_by_class=[[0.25, None], [0.75, None]])
-    figure = reports.classes_figure(reports.load(tmp_path), tmp_path / "classes.png")
+    figure: Any = reports.classes_figure(
+        reports.load(tmp_path), tmp_path / "classes.png"
+    )
     (axis,) = (axis for axis in figure.axes if axis.images)  # it never communicates
     assert [text.get_text() for text in axis.texts] == ["25", "75"]
 
@@ -347,7 +353,7 @@ def test_a_class_without_test_images_is_an_empty_cell(tmp_path):
 def test_the_thirteenth_panel_of_agents_is_mentioned(tmp_path, n_runs):
     for number in range(n_runs):
         write_run(tmp_path / str(number), algorithm="wa", mixing=f"rule{number}")
-    figure = reports.agents_figure(reports.load(tmp_path))
+    figure: Any = reports.agents_figure(reports.load(tmp_path))
     assert isinstance(figure, Figure)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert len(titles) == min(n_runs, 12)
