@@ -7,6 +7,7 @@
     events.out.*     the numbers of these rows, for TensorBoard
     checkpoints/     the newest states, from which a run that was killed goes on
     summary.json     the last rows, once the run has finished
+    failure.json     why the run has stopped, if a loss was no longer finite
 
 With several processes, process 0 writes all files but the checkpoints, of which each
 process writes its part. All processes must see the folder.
@@ -44,12 +45,16 @@ from dimat_jax.config import (
     set_if_read,
 )
 from dimat_jax.data.partition import class_counts
+from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.mixing import spectral_gap
 from dimat_jax.tree import PyTree
 
-__all__ = ["Progress", "Results", "Workdir", "load_agents"]
+__all__ = ["FAILURE", "Progress", "Results", "Workdir", "load_agents"]
+
+FAILURE = "failure.json"
+"""The file that says why a run has stopped, if a loss was no longer finite."""
 
 _MOST_IN_ROWS = 64
 """Rows have the bytes of every link for at most this number of agents."""
@@ -208,6 +213,9 @@ class Results:
             self._rows = MetricsWriter(workdir.path, keep_rows=self.progress.rows)
 
     def __enter__(self) -> "Results":
+        if is_main():
+            # The run goes on, so it has not failed yet.
+            (self._workdir.path / FAILURE).unlink(missing_ok=True)
         return self
 
     def __exit__(
@@ -215,6 +223,9 @@ class Results:
     ) -> None:
         if self._rows is not None:
             self._rows.close()
+            if isinstance(error, NonFiniteError):
+                content = {"message": str(error)}
+                write_json(self._workdir.path / FAILURE, content)
         # Several processes finish a checkpoint together. If one of them has died, the
         # others would wait for it.
         if not is_lost(error):

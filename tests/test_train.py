@@ -22,7 +22,7 @@ from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.models import mlp
-from dimat_jax.workdir import Results
+from dimat_jax.workdir import Results, Workdir
 
 
 def small(algorithm: str = "dimat", **changes):
@@ -439,6 +439,11 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
         NonFiniteError, match=r"training loss of agent\(s\) \[0, 1, 2\]"
     ):
         train.run(config, tmp_path, quiet)
+    # Reports read the reason here. A run that goes on has not failed yet.
+    failure = tmp_path / "failure.json"
+    assert "training loss" in json.loads(failure.read_text())["message"]
+    with Results(Workdir(tmp_path), Experiment(config)):
+        assert not failure.exists()
 
 
 def test_a_workdir_with_another_run_is_refused_and_untouched(finished):

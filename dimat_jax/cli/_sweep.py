@@ -100,7 +100,7 @@ def _report_on(workdir: Path, n_runs: int, failures: Mapping[str, str]) -> None:
         UserError: There is nothing to report on, although no run has failed.
     """
     try:
-        _report.main([str(workdir)])
+        _report.report_on([workdir], workdir)
     except UserError:
         # If every run has failed before its first evaluation, only the failures matter.
         if not failures:
