@@ -126,6 +126,7 @@ def test_a_proxy_is_drawn_from_images_that_agents_train_on():
     experiment = Experiment(own(merge__match_data="proxy", data__validation=0.3))
     samples = experiment.merge_data(1).match
     (chosen,) = experiment.examples._sent.values()
+    assert samples is not None
     assert set(chosen) <= set(experiment.division.trained_on)
     assert samples.shared and samples.n_examples(10) == 30
 
