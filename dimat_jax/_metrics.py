@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MetricsWriter", "read_rows", "write_json"]
+__all__ = ["MetricsWriter", "best_rows", "read_rows", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -28,6 +28,30 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def best_rows(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
+    """Finds the best round by the agents' mean accuracy on a split.
+
+    The test images must not choose the round whose test accuracy is reported, so a run
+    without a validation split has no best round.
+
+    Args:
+        rows: the rows of a run.
+        split: the name of the split that chooses: "validation".
+
+    Returns:
+        "best_merged" and "best_trained": the best row of each phase of a round, the
+        earliest of equally good ones. It is empty if no row has the split's accuracy.
+    """
+    field, best = f"{split}_accuracy_mean", {}
+    for row in rows:
+        name, accuracy = f"best_{row['phase']}", row.get(field)
+        if row["phase"] == "pretrained" or accuracy is None:
+            continue
+        if name not in best or accuracy > best[name][field]:
+            best[name] = row
+    return best
 
 
 class MetricsWriter:

@@ -39,7 +39,7 @@ from dimat_jax.data.partition import (
     Shard,
     partition,
 )
-from dimat_jax.data.pipeline import Sampler, share
+from dimat_jax.data.pipeline import Sampler, Samples, share
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier
 from dimat_jax.network import Network, networks_kept
@@ -251,14 +251,19 @@ class Experiment:
     @cached_property
     def evaluator(self) -> Evaluator:
         """The evaluator, which uses the same test images every time."""
+        forward = classifier.forward(self.model)
+        return Evaluator(forward, self.test_samples, self.placement)
+
+    @cached_property
+    def test_samples(self) -> Samples:
+        """The test images on which agents are evaluated, the same ones every time."""
         test, options = self.dataset.test, self.config.eval
         subset = draw_subset(
             len(test.labels), options.samples, self.config.seed, "eval"
         )
-        samples = share(
+        return share(
             test, subset, *self._statistics, options.batch_size, self.placement
         )
-        return Evaluator(classifier.forward(self.model), samples, self.placement)
 
     @property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -281,15 +286,18 @@ class Experiment:
 
     def merge_data(self, round_number: int) -> MergeData:
         """Returns the examples that a round's communication looks at."""
-        match = None
-        if selection.MATCH_DATA in self.record.reads:
-            match = self.examples.choose(selection.MATCH, "own", round_number)
         recalibrate = None
         if self.recalibrates == "communication":
             recalibrate = self.examples.choose(
                 selection.BATCH_NORM, "own", round_number
             )
-        return MergeData(match, recalibrate)
+        return MergeData(self.match_samples(round_number), recalibrate)
+
+    def match_samples(self, round_number: int) -> Samples | None:
+        """Returns the examples on which units are matched; None if none are needed."""
+        if selection.MATCH_DATA not in self.record.reads:
+            return None
+        return self.examples.choose(selection.MATCH, "own", round_number)
 
     @property
     def recalibrates(self) -> str:

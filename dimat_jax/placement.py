@@ -48,8 +48,6 @@ __all__ = [
     "request_cpu_devices",
 ]
 
-"""The name of a layout: one of `LAYOUTS`, or "auto"."""
-
 AGENTS = Option(
     "agents", 5, "The number of agents in the network.", at_least=1, unit="agents"
 )
@@ -127,6 +125,11 @@ class Placement:
         called with the state would compile a second time.
         """
         return NamedSharding(self.mesh, PartitionSpec("agents"))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of arrays of which every device holds a copy."""
+        return NamedSharding(self.mesh, PartitionSpec())
 
     def per_agent(
         self, fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0
@@ -286,12 +289,11 @@ class Placement:
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Places whole host arrays on every device."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
 
         def put_leaf(leaf):
             leaf = np.asarray(leaf)
             return jax.make_array_from_callback(
-                leaf.shape, sharding, lambda index: leaf[index]
+                leaf.shape, self.replicated, lambda index: leaf[index]
             )
 
         return jax.tree.map(put_leaf, tree)

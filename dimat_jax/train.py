@@ -28,7 +28,6 @@ from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
 from dimat_jax.errors import NonFiniteError
-from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import refusals_explained
 from dimat_jax.workdir import Results, Workdir, load_agents
@@ -94,12 +93,13 @@ def run(
                 state, data(number), network, experiment.communication_key(number)
             )
             matching = metrics.pop("matching_bytes", None)
+            frames = metrics.pop("frames", None)
             edges = experiment.links.edges
             progress.ledger.record_round(messages, network, edges, matching)
             if evaluates:
                 changed = bool(messages.round or messages.server)
                 changed |= experiment.recalibrates == "communication"
-                evaluate("merged", number, state, metrics, changed)
+                evaluate("merged", number, state, metrics, frames, changed)
 
             steps = experiment.steps_of_round(number)
             networks = [experiment.network_at_step(step, number) for step in steps]
@@ -107,7 +107,7 @@ def run(
             progress.ledger.record_steps(messages, networks)
             progress.step, progress.round = progress.step + len(steps), number
             if evaluates:
-                evaluate("trained", number, state, metrics)
+                evaluate("trained", number, state, metrics, frames)
             if is_last or number % config.checkpoint.every == 0:
                 results.save(state)
         return results.summarize()
@@ -184,8 +184,8 @@ class _Evaluations:
         self._measure = Measuring(experiment)
         self._results = results
         self._log = log
-        # The last evaluation, and the number of local steps done before it.
-        self._last: tuple[int, Evaluation] | None = None
+        # What was measured last, and the number of local steps done before it.
+        self._last: tuple[int, dict[str, Any]] | None = None
 
     def __call__(
         self,
@@ -193,6 +193,7 @@ class _Evaluations:
         number: int,
         state: State,
         metrics: dict[str, Any],
+        frames: Any = None,
         changed: bool = True,
     ) -> None:
         """Evaluates the agents.
@@ -202,6 +203,8 @@ class _Evaluations:
             number: The round; 0 before the first one.
             state: The agents' state.
             metrics: Further entries of the row in metrics.jsonl.
+            frames: The agents' frames after the round's communication; None if there
+                was none, or it aligned no agents.
             changed: Whether the agents may have changed since the last local step. If
                 they have not, an evaluation after that step still holds.
 
@@ -210,18 +213,20 @@ class _Evaluations:
         """
         step = self._results.progress.step
         if changed or self._last is None or self._last[0] != step:
-            self._last = step, self._measure(state, step)
-        _, evaluation = self._last
-        accuracy, loss, distance = evaluation
+            self._last = step, self._measure(state, frames, number, step)
+        _, measures = self._last
+        loss = measures["test_loss"]
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
             raise NonFiniteError(
                 f"the test loss of agent(s) {agents} is not finite in round {number} "
                 f"(phase {phase!r})"
             )
-        self._results.write(phase, number, evaluation, metrics)
+        self._results.write(phase, number, measures, metrics)
         self._log(
-            f"round {number:3d} {phase:>10}: test accuracy {accuracy.mean():.4f} "
-            f"± {accuracy.std():.4f}, loss {loss.mean():.4f}, consensus distance "
-            f"{distance:.3g}"
+            f"round {number:3d} {phase:>10}: "
+            f"test accuracy {measures['test_accuracy_mean']:.4f} "
+            f"± {measures['test_accuracy_std']:.4f}, "
+            f"loss {measures['test_loss_mean']:.4f}, "
+            f"consensus distance {measures['consensus_distance']:.3g}"
         )

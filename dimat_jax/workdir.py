@@ -26,7 +26,7 @@ from jaxtyping import Int64
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._layout_choice import LayoutChoice
-from dimat_jax._metrics import MetricsWriter, read_rows, write_json
+from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
 from dimat_jax._processes import from_main, is_lost, is_main
 from dimat_jax._run_progress import Progress
 from dimat_jax._slots import refill, with_sharding
@@ -44,7 +44,6 @@ from dimat_jax.config import (
     set_if_read,
 )
 from dimat_jax.data.partition import class_counts
-from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.mixing import spectral_gap
@@ -236,31 +235,25 @@ class Results:
         return state
 
     def write(
-        self, phase: str, number: int, evaluation: Evaluation, metrics: dict[str, Any]
+        self, phase: str, number: int, measures: dict[str, Any], metrics: dict[str, Any]
     ) -> None:
         """Adds a row to metrics.jsonl and to TensorBoard's events.
 
         Args:
             phase: "pretrained", "merged" or "trained".
             number: The round; 0 before the first one.
-            evaluation: How good the agents are.
+            measures: How good the agents are.
             metrics: Further entries of the row.
         """
         if self._rows is None:
             return
-        accuracy, loss, distance = evaluation
         progress, ledger = self.progress, self.progress.ledger
         self._rows.write(
             {
                 "round": number,
                 "step": progress.step,
                 "phase": phase,
-                "test_accuracy": accuracy,
-                "test_accuracy_mean": accuracy.mean(),
-                "test_accuracy_std": accuracy.std(),
-                "test_loss": loss,
-                "test_loss_mean": loss.mean(),
-                "consensus_distance": distance,
+                **measures,
                 "bytes_sent_total": ledger.bytes_sent,
                 "bytes_sent_by_kind": ledger.by_kind,
                 "bytes_sent_by_agent": ledger.bytes_sent_by_agent,
@@ -306,6 +299,7 @@ class Results:
             # The last row of each phase. It also shows the agents right after the last
             # merge, before they trained on.
             **{f"last_{row['phase']}": row for row in rows},
+            **best_rows(rows, "validation"),
             # This is the gap without faults, over one period of the topology.
             "spectral_gap": spectral_gap(self._experiment.links.mixing_matrix),
             "seconds_total": self.progress.total_seconds,

@@ -87,6 +87,7 @@ def test_every_algorithm_goes_on_with_new_statistics_after_a_communication(
     assert data.recalibrate is not None
     first = experiment.placement.gather(experiment.algorithm.variables(state))
     # The statistics are the means over a batch of 20 images and one of 10.
+    assert experiment.task.batch_statistics is not None
     measure, expected = jax.jit(experiment.task.batch_statistics), []
     one = jax.tree.map(lambda leaf: leaf[0], first)
     for batch in data.recalibrate:

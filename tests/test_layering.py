@@ -36,6 +36,7 @@ FLOORS = [
     ["optimizers", "compression"],
     ["algorithms"],
     ["evaluate"],
+    ["_average"],
     ["_run_options"],
     ["config"],
     ["sweeps"],

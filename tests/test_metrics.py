@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from dimat_jax._metrics import MetricsWriter, read_rows, write_json
+from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
@@ -217,3 +217,26 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_the_best_rows_are_chosen_by_the_named_split_for_each_phase_of_a_round():
+    rows = [
+        row(0, test_accuracy_mean=0.9, validation_accuracy_mean=0.9),
+        row(1, test_accuracy_mean=0.8, validation_accuracy_mean=0.2),
+        row(1, test_accuracy_mean=0.7, validation_accuracy_mean=0.5),
+        row(2, test_accuracy_mean=0.3, validation_accuracy_mean=0.4),
+        row(2, test_accuracy_mean=0.2, validation_accuracy_mean=0.5),
+    ]
+    phases = ("pretrained", "merged", "trained", "merged", "trained")
+    rows = [{**one, "phase": phase} for one, phase in zip(rows, phases, strict=True)]
+    # The first of equally good rounds counts, and pre-training is no round.
+    expected = {"best_merged": rows[3], "best_trained": rows[2]}
+    assert best_rows(rows, "validation") == expected
+    expected = {"best_merged": rows[1], "best_trained": rows[2]}
+    assert best_rows(rows, "test") == expected
+
+
+def test_without_its_split_there_is_no_best_row():
+    assert best_rows([row(1, test_accuracy_mean=0.8)], "validation") == {}
+    # An accuracy that is not finite is null in a file.
+    assert best_rows([row(1, validation_accuracy_mean=None)], "validation") == {}

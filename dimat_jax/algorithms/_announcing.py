@@ -101,17 +101,22 @@ def announcing(
         announced = {**sent.round, "params": compressor.message(sent.round["params"])}
         return sent._replace(round=announced, whole=sent.round)
 
-    return Algorithm(
+    return exact._replace(
         init=init,
         step=step,
         communicate=communicate,
         variables=lambda state: exact.variables(state.exact),
-        with_variables=lambda state, variables: state._replace(
-            exact=exact.with_variables(state.exact, variables)
-        ),
-        with_statistics=lambda state, statistics: state._replace(
-            exact=exact.with_statistics(state.exact, statistics)
-        ),
+        with_variables=_on_exact(exact.with_variables),
+        with_statistics=_on_exact(exact.with_statistics),
         aligned=aligned,
         messages=messages,
     )
+
+
+def _on_exact(replace: Callable[[State, PyTree], State]) -> Callable[..., State]:
+    """Lifts a function that replaces a part of the exact state."""
+
+    def replace_in_exact(state: AnnouncingState, part: PyTree) -> AnnouncingState:
+        return state._replace(exact=replace(state.exact, part))
+
+    return replace_in_exact

@@ -19,6 +19,7 @@ from jaxtyping import Array, Key
 
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms._announcing import announcing
+from dimat_jax.algorithms._common_frame import CommonFrame, frames_after
 from dimat_jax.algorithms._edges import (
     EdgePerms,
     Edges,
@@ -125,6 +126,10 @@ def merging(
     merged = inner._replace(
         communicate=merge_round.communicate, messages=merge_round.messages
     )
+    if matcher is not None:
+        merged = merged._replace(
+            common_frame=CommonFrame(matcher, placement, joint=chosen.joint, stay=stay)
+        )
     if compressor.lossless:
         return merged
     return announcing(merged, placement, merge_round=merge_round, compressor=compressor)
@@ -190,7 +195,7 @@ class _MergeRound:
         Returns:
             the new views, and host numbers: "moved_units", "match_similarity",
             "matching_bytes" and "merge_seconds"; also "match_samples_used", if units
-            were compared on examples.
+            were compared on examples, and the `Frames`, if units were permuted.
         """
         stopwatch = Stopwatch()
         key, match_key = jax.random.split(key)
@@ -230,8 +235,11 @@ class _MergeRound:
     ) -> Metrics:
         """Returns the metrics of the matching, as host numbers."""
         perms, similarity, n_batches = matched
-        if self._matcher is None or not perms:
+        if self._matcher is None:
             return {"moved_units": 0.0}
+        frames = frames_after(self._frame, perms, self._placement.slots)
+        if not perms:
+            return {"moved_units": 0.0, "frames": frames}
         sizes = matching_sizes(
             self._task.spec,
             one_agent(self._inner.variables(state)),
@@ -240,6 +248,7 @@ class _MergeRound:
         if self._matcher.both_ways(data):
             edges = edges[edges[:, 0] < edges[:, 1]]
         report: Metrics = {
+            "frames": frames,
             "moved_units": _share_of_moved_units(perms),
             "match_similarity": similarity,
             "matching_bytes": self._frame.traffic(active_edges, edges, sizes),

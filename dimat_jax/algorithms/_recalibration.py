@@ -39,19 +39,25 @@ class Recalibrator:
             n = mask.sum().astype(jnp.float32)
             return add_batch(total, count, statistics, n)
 
-        self._add = {
-            shared: placement.jit(
-                placement.per_agent(
-                    add, in_axes=(0, 0, 0, *[None if shared else 0] * 2)
-                ),
-                donate_argnums=(0, 1),
+        def adding(variables: int | None, batch: int | None):
+            """Compiles `add` for stacked or shared variables and batches."""
+            lifted = placement.per_agent(add, in_axes=(0, 0, variables, batch, batch))
+            return placement.jit(lifted, donate_argnums=(0, 1))
+
+        def mean_of_all(total, count):
+            # The copies of agents in the last slots have counted the same batches.
+            n = count[: placement.n_agents].sum()
+            return jax.tree.map(
+                lambda x: x[: placement.n_agents].sum(axis=0) / n, total
             )
-            for shared in (True, False)
-        }
+
+        self._add = {True: adding(0, None), False: adding(0, 0)}
+        self._add_part = adding(None, 0)
         self._mean = jax.jit(
             placement.per_agent(lambda t, n: jax.tree.map(lambda x: x / n, t)),
             out_shardings=placement.sharding,
         )
+        self._mean_of_all = jax.jit(mean_of_all, out_shardings=placement.replicated)
         self._placement = placement
 
     def __call__(self, variables: Variables, samples: Samples) -> Variables:
@@ -64,6 +70,23 @@ class Recalibrator:
                 total, count, variables, inputs, mask
             )
         return {**variables, "batch_stats": self._mean(total, count)}
+
+    def of_one_model(self, variables: Variables, samples: Samples) -> Variables:
+        """Returns one model's variables with the statistics of shared samples.
+
+        The agents share out the batches, so that the pass takes as long as one agent's
+        pass over its part of them.
+
+        Args:
+            variables: the model, of which every device holds a copy.
+            samples: the samples, which all agents share.
+        """
+        zeros = self._placement.zeros
+        total = jax.tree.map(lambda x: zeros(*x.shape), variables["batch_stats"])
+        count = zeros()
+        for inputs, _, mask in samples.divided(self._placement.n_agents):
+            total, count = self._add_part(total, count, variables, inputs, mask)
+        return {**variables, "batch_stats": self._mean_of_all(total, count)}
 
 
 def recalibrating(algorithm: Algorithm, task: Task, placement: Placement) -> Algorithm:

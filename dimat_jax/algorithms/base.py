@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Key
 
@@ -31,6 +32,7 @@ __all__ = [
     "optimizer_step",
     "gradient",
     "keep_idle",
+    "no_alignment",
     "apply_updates",
     "one_agent",
     "permute_opt_state",
@@ -79,6 +81,14 @@ class MergeData(NamedTuple):
     recalibrate: Samples | None = None
 
 
+def no_alignment(
+    variables: Variables, frames: Any, data: MergeData, key: Key[Array, ""]
+) -> dict[str, np.ndarray]:
+    """Finds no permutations: the agents' units are averaged in the order they have."""
+    del variables, frames, data, key
+    return {}
+
+
 class Algorithm(NamedTuple):
     """An algorithm: functions on stacked agents.
 
@@ -89,7 +99,8 @@ class Algorithm(NamedTuple):
             jitted. Its metrics are stacked.
         communicate: `communicate(state, data, network, key) -> (state, metrics)` is
             called once a round. It runs on the host and jits its parts. Its metrics are
-            host numbers.
+            host numbers. "frames" is one of them if the algorithm aligns agents; only
+            `common_frame` reads it.
         variables: `variables(state)` returns the variables that are evaluated, matched
             and merged.
         with_variables: `with_variables(state, variables) -> state` is called after a
@@ -102,6 +113,11 @@ class Algorithm(NamedTuple):
         messages: `messages(state) -> Messages` returns what one agent sends to one
             neighbour. Only shapes and dtypes matter, so `state` may consist of
             `jax.ShapeDtypeStruct`s.
+        common_frame: `common_frame(variables, frames, data, key) -> perms` finds the
+            permutations that align all agents with one of them, on the host and
+            stacked. It is empty if units need no permutation, or the algorithm has
+            none. `frames` is the metric "frames" of the last communication, or None if
+            there is none. It measures, and changes no agent.
     """
 
     init: Callable[[Variables], State]
@@ -114,6 +130,9 @@ class Algorithm(NamedTuple):
     with_statistics: Callable[[State, PyTree], State]
     aligned: Callable[[State, Perms], State]
     messages: Callable[[State], Messages]
+    common_frame: Callable[
+        [Variables, Any, MergeData, Key[Array, ""]], dict[str, np.ndarray]
+    ] = no_alignment
 
 
 class Gradient(NamedTuple):

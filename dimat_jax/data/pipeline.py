@@ -249,6 +249,8 @@ class Samples:
         mask: False for entries that only fill up a batch; of the shape of `indices`.
         shared: whether all agents use the same examples.
         as_needed: whether to read only as many batches as it takes.
+        load_own: makes a batch from indices and a mask, both `[agents, batch]`; None if
+            the examples cannot be divided among the agents.
     """
 
     load: Callable[[np.ndarray, np.ndarray], Batch]
@@ -256,11 +258,33 @@ class Samples:
     mask: np.ndarray
     shared: bool
     as_needed: bool = False
+    load_own: Callable[[np.ndarray, np.ndarray], Batch] | None = None
 
     def n_examples(self, n_batches: int) -> float:
         """Counts the examples of the first batches; of own ones, the mean of agents."""
         n_readers = 1 if self.shared else self.mask.shape[1]
         return float(self.mask[:n_batches].sum() / n_readers)
+
+    def divided(self, n_agents: int, batch_size: int | None = None) -> "Samples":
+        """Divides shared examples among the agents, each of which gets other batches.
+
+        Args:
+            n_agents: the number of agents.
+            batch_size: the number of examples in a batch. None: the batches stay as
+                they are. Some agents may get a batch without examples.
+
+        Raises:
+            ValueError: the examples are not shared, or cannot be divided.
+        """
+        if not self.shared or self.load_own is None:
+            raise ValueError("only examples of a pool that agents share can be divided")
+        size = batch_size or self.indices.shape[1]
+        indices = self.indices[self.mask]
+        # Every agent gets the same number of batches.
+        n_each = -(-len(indices) // (size * n_agents))
+        batches = chunked(indices, size, n_each * n_agents)
+        indices, mask = (x.reshape(n_each, n_agents, size) for x in batches)
+        return Samples(self.load_own, indices, mask, shared=False)
 
     def __iter__(self) -> Iterator[Batch]:
         for indices, mask in zip(self.indices, self.mask, strict=True):
@@ -301,7 +325,12 @@ class Reader:
 
     def shared(self, indices: np.ndarray, batch_size: int) -> Samples:
         """Makes samples that all agents share. `indices` are int[samples]."""
-        return Samples(self._load_shared, *chunked(indices, batch_size), shared=True)
+        return Samples(
+            self._load_shared,
+            *chunked(indices, batch_size),
+            shared=True,
+            load_own=self._load_own,
+        )
 
     def own(self, indices: Sequence[np.ndarray], batch_size: int) -> Samples:
         """Makes samples of each agent's own. `indices[agent]` are int[samples]."""

@@ -17,6 +17,8 @@ from dimat_jax.options import Option, Record, registry
 
 __all__ = [
     "BATCH_NORM",
+    "BATCH_SIZE",
+    "BN_BATCH_SIZE",
     "BN_DATA",
     "BN_SAMPLES",
     "BN_WHEN",

@@ -238,6 +238,30 @@ def test_own_samples_fill_all_slots(pool):
     )
 
 
+def test_agents_share_out_the_batches_of_shared_samples(placement, pool):
+    """Five examples are three batches for three agents, each of which gets one."""
+    reader = Reader(pool, placement)
+    samples = reader.shared(np.array([9, 1, 5, 0, 11]), batch_size=2).divided(3)
+    assert not samples.shared
+    (batch,) = samples
+    assert_examples(
+        batch,
+        [[9, 1], [5, 0], [11, 9]],
+        [[True, True], [True, True], [True, False]],
+    )
+    # Other batches are smaller, and here the last agent gets none in the second turn.
+    samples = reader.shared(np.array([9, 1, 5, 0, 11]), batch_size=2).divided(3, 1)
+    first, second = samples
+    assert_examples(first, [[9], [1], [5]], [[True]] * 3)
+    assert_examples(second, [[0], [11], [9]], [[True], [True], [False]])
+
+
+def test_examples_of_each_agents_own_cannot_be_divided(placement, pool):
+    own = Reader(pool, placement).own([np.arange(2)] * 3, batch_size=2)
+    with pytest.raises(ValueError, match="only examples of a pool that agents share"):
+        own.divided(3)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_samples_can_be_passed_over_again(placement, pool, shared):
     reader = Reader(pool, placement)
