@@ -212,10 +212,10 @@ def test_the_taps_at_which_units_are_matched_are_an_option(taps):
     """Three taps show the same units; at the last one they are in another order."""
     rng = np.random.default_rng(0)
     early, late = rng.permutation(6), rng.permutation(6)
-    weights = rng.standard_normal((3, 4, 6)).astype(np.float32)
+    weights = rng.standard_normal((3, 20, 6)).astype(np.float32)
     others = weights[..., early].copy()
     others[2] = weights[2][:, late]
-    inputs = jnp.asarray(rng.standard_normal((200, 4)), jnp.float32)
+    inputs = jnp.asarray(rng.standard_normal((200, 20)), jnp.float32)
     task = Task(
         PROBLEMS["convex"].task.loss,
         PermutationSpec(

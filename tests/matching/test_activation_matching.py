@@ -429,7 +429,7 @@ def test_with_last_taps_only_the_last_tap_of_each_group_counts():
     """Three taps show the same units; at the last one they are in another order."""
     rng = np.random.default_rng(0)
     early, late = rng.permutation(6), rng.permutation(6)
-    weights = rng.standard_normal((3, 4, 6)).astype(np.float32)
+    weights = rng.standard_normal((3, 20, 6)).astype(np.float32)
     shuffled = np.stack(
         [weights[0][:, early], weights[1][:, early], weights[2][:, late]]
     )
@@ -440,7 +440,7 @@ def test_with_last_taps_only_the_last_tap_of_each_group_counts():
     def activations(variables, inputs):
         return {tap: inputs @ variables["w"][i] for i, tap in enumerate("abc")}
 
-    batches = [jnp.asarray(rng.standard_normal((200, 4)), jnp.float32)]
+    batches = [jnp.asarray(rng.standard_normal((200, 20)), jnp.float32)]
     found = {}
     for name, used in (("all", spec), ("last", with_last_taps(spec))):
         assert used.taps_of("units") == (["c"] if name == "last" else ["a", "b", "c"])
