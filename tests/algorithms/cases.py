@@ -208,7 +208,8 @@ def make(
         "compressor": COMPRESSORS[compressor_name(case)](),
         "adjacency": edges,
         "lossy_edges": edges if case.changing else None,
-        "mixing_matrix": None,
+        # On other graphs agents give their neighbours less weight.
+        "mixing_matrix": MIXINGS["uniform"](edges),
         "examples": case.examples or None,
     }
     return case.record(
