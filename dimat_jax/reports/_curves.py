@@ -30,9 +30,16 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "accuracy": Measure("test_accuracy_mean", "test accuracy (%)", 100),
+    "average": Measure(
+        "test_accuracy_average_model", "test accuracy of the average model (%)", 100
+    ),
+    "local": Measure(
+        "test_accuracy_local_mean", "test accuracy on classes like an agent's (%)", 100
+    ),
     "loss": Measure("test_loss_mean", "test loss (nats)"),
     "consensus": Measure("consensus_distance", "consensus distance"),
-    "disagreement": Measure("disagreement", "disagreement of the agents (%)", 100),
+    "aligned": Measure("consensus_distance_aligned", "consensus distance, aligned"),
+    "disagreement": Measure("test_disagreement", "disagreement of the agents (%)", 100),
 }
 """What curves show, by the names that `chart` takes."""
 

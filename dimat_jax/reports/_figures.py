@@ -71,7 +71,9 @@ def curves_figure(
     Args:
         runs: the runs to compare.
         path: the file to write, if any.
-        measure: "accuracy", "loss", "consensus" or "disagreement".
+        measure: "accuracy", "loss", "consensus" (the consensus distance), "aligned"
+            (the same after alignment), "disagreement", "average" (the accuracy of the
+            average model) or "local" (that on test images like an agent's own).
         against: "rounds", "bytes" or "seconds".
     """
     content = chart(runs, measure, against)

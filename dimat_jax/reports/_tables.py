@@ -56,11 +56,17 @@ def _overview(runs: Runs) -> DataFrame:
     """A row for each line of each panel, also where no run has finished."""
     evaluations, fields = runs.evaluations, runs.fields
     last = _last(runs, evaluations.phase == "trained")
+    communicated = _last(runs, evaluations.communicated)
     columns = {
         "pretrained": evaluations[evaluations.phase == "pretrained"],
-        "after the last communication": _last(runs, evaluations.communicated),
+        "after the last communication": communicated,
         "trained (last round)": last,
     }
+    average = "test_accuracy_average_model"
+    if average in communicated:
+        rows = communicated.assign(test_accuracy_mean=communicated[average])
+        rows = rows.dropna(subset="test_accuracy_mean")
+        columns["the average model, after the last communication"] = rows
     begun = _numbers(runs)
     final = pd.DataFrame(index=begun.index)
     for name, rows in columns.items():
@@ -91,10 +97,10 @@ def _numbers(runs: Runs) -> Any:
 
 
 def _with_numbers(cells: Any, numbers: Any, more: Any = "") -> Any:
-    """Cells with their numbers of seeds, also where there is nothing but the number."""
+    """Cells with their numbers of seeds, also where no run has finished."""
     cells = cells.reindex(numbers.index)
-    full = cells + " (" + numbers + more + ")"
-    return full.where(cells.notna(), "none (" + numbers + ")")
+    full = (cells + " (" + numbers + more + ")").fillna("")
+    return full.where(~numbers.str.startswith("n=0"), "none (" + numbers + ")")
 
 
 def _over_seeds(groups: Any, digits: int) -> Any:
@@ -160,10 +166,15 @@ def _agents(runs: Runs) -> DataFrame:
         "highest accuracy (%)": 100 * last.test_accuracy.map(max),
         "deviation over the agents (%)": 100 * last.test_accuracy_std,
     }
-    measures = {"test_loss_mean": "loss", "consensus_distance": "consensus distance"}
-    for name, title in {**measures, "disagreement": "disagreement"}.items():
+    measures = {
+        "test_disagreement": ("disagreement (%)", 100),
+        "test_loss_mean": ("loss", 1),
+        "consensus_distance": ("consensus distance", 1),
+        "consensus_distance_aligned": ("consensus distance, aligned", 1),
+    }
+    for name, (title, scale) in measures.items():
         if name in last:
-            columns[title] = last[name]
+            columns[title] = scale * last[name]
     fields = {field: last[field] for field in runs.fields}
     values: DataFrame = pd.DataFrame({**fields, **columns})
     means = values.groupby(runs.fields, sort=False)[list(columns)].mean()

@@ -32,11 +32,12 @@ def write(directories: Sequence[str | Path], out: str | Path) -> list[Path]:
         the files. report.md has the tables, report.html all tables and figures in one
         page that needs nothing else, report.tex the tables for LaTeX, and report.csv
         all evaluations of the runs that count. There is a figure over the rounds for
-        each measure that the runs have: accuracy.png, loss.png, consensus.png and
-        disagreement.png. Accuracy is also drawn over time, in seconds.png, and over
-        bytes, in bytes.png, if anything was sent. agents.png shows the agents one by
-        one, classes.png their accuracy on each class (if it was measured), and
-        partition.png which agent holds which samples (if the runs say so).
+        each measure that the runs have: accuracy.png, average.png, local.png, loss.png,
+        consensus.png, aligned.png and disagreement.png. Accuracy is also drawn over
+        time, in seconds.png, and over bytes, in bytes.png, if anything was sent.
+        agents.png shows the agents one by one, classes.png their accuracy on each class
+        (if it was measured), and partition.png which agent holds which samples (if the
+        runs say so).
 
     Raises:
         UserError: a folder that does not exist, or that holds no run; no run that has

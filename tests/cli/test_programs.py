@@ -191,7 +191,7 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
     assert "nothing" not in result.stdout
 
     again = run(environment, "sweep", *arguments)
-    assert again.returncode == 0 and again.stdout.count("finished") == 4
+    assert again.returncode == 0 and again.stdout.count("this run, finished") == 4
 
 
 def test_report_refuses_a_folder_without_runs(tmp_path, environment):

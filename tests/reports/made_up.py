@@ -76,5 +76,19 @@ def write_run(
         (folder / "partition.json").write_text(json.dumps(partition))
 
 
+def add_to_rows(run: Path, **values: Any) -> None:
+    """Gives all rows of a run further values, or the results of functions of a row."""
+    rows = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    for row in rows:
+        row |= {
+            name: value(row) if callable(value) else value
+            for name, value in values.items()
+        }
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (run / "metrics.jsonl").write_text(text)
+
+
 def by_class(*counts: list[int], name: str = "by_class") -> dict[str, Any]:
     return {"partition": name, "classes": None, "counts": list(counts)}

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import matplotlib.colors
@@ -12,23 +11,9 @@ from matplotlib.figure import Figure
 
 from dimat_jax import reports
 from dimat_jax.reports import _looks
-from tests.reports.made_up import by_class, write_run
+from tests.reports.made_up import add_to_rows, by_class, write_run
 
 N_AGENTS, N_CLASSES = 4, 3
-
-
-def add_to_rows(run: Path, **values: Any) -> None:
-    """Gives all rows of a run further values, or the results of functions of a row."""
-    rows = [
-        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
-    for row in rows:
-        row |= {
-            name: value(row) if callable(value) else value
-            for name, value in values.items()
-        }
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (run / "metrics.jsonl").write_text(text)
 
 
 def saw_teeth(row: dict[str, Any]) -> float:
@@ -136,7 +121,12 @@ def test_the_figure_does_not_speak_of_bands_that_it_does_not_have(tmp_path):
     [
         ("loss", "rounds", "test_loss_mean", "test loss (nats)"),
         ("consensus", "seconds", "consensus_distance", "consensus distance"),
-        ("disagreement", "bytes", "disagreement", "disagreement of the agents (%)"),
+        (
+            "disagreement",
+            "bytes",
+            "test_disagreement",
+            "disagreement of the agents (%)",
+        ),
     ],
 )
 def test_every_measure_is_drawn_against_every_axis(

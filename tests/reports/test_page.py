@@ -8,8 +8,8 @@ import pytest
 
 from dimat_jax import reports
 from dimat_jax.reports import _curves, _looks, _page, _page_figures
-from tests.reports.made_up import by_class, write_run
-from tests.reports.test_figures import add_to_rows, by_agent
+from tests.reports.made_up import add_to_rows, by_class, write_run
+from tests.reports.test_figures import by_agent
 
 
 class Page(HTMLParser):
@@ -119,7 +119,7 @@ def test_every_line_can_be_hidden_and_has_a_figure_for_each_measure_and_axis(
             tmp_path / f"{number}-0",
             test_loss_mean=1.5,
             consensus_distance=0.5,
-            disagreement=0.25,
+            test_disagreement=0.25,
             test_accuracy_by_class=by_agent,
         )
     page = Page(_page.page(reports.load(tmp_path)))

@@ -18,7 +18,7 @@ from dimat_jax.experiment import Experiment
 from dimat_jax.reports import Partition, Runs, _runs, describe, load
 from dimat_jax.topology import TOPOLOGIES
 from dimat_jax.workdir import Workdir
-from tests.reports.made_up import by_class, write_run
+from tests.reports.made_up import add_to_rows, by_class, write_run
 
 ROOT = Path(__file__).parents[2]
 END, AFTER, BY_ROUND, BY_KIND, AWAY, SETTINGS = (
@@ -336,6 +336,31 @@ def test_the_grid_tells_how_far_seeds_deviate(tmp_path):
     grid = reports.tables(load([tmp_path]))[END]
     assert grid.loc["wa", "star"] == "56.0 ± 7.1 (n=2; 0 MB)"
     assert grid.loc["local", "ring"] == "51.0 (n=1; 0 MB)"
+
+
+def test_the_average_model_and_the_disagreement_of_agents_are_in_the_tables(tmp_path):
+    for seed in (0, 1):
+        folder = tmp_path / f"new{seed}"
+        write_run(folder, algorithm="wa", seed=seed, sent={"params": 1})
+        add_to_rows(
+            folder,
+            test_accuracy_average_model=lambda row, seed=seed: (
+                seed / 10 + (0.8 if row["phase"] == "merged" else 0.3)
+            ),
+            test_disagreement=0.25,
+            consensus_distance_aligned=lambda row: row["round"],
+        )
+    write_run(tmp_path / "old", algorithm="local")
+    tables = reports.tables(load(tmp_path))
+    average = tables["Mean test accuracy of the agents (%)"].filter(like="average")
+    assert average.squeeze().to_dict() == {
+        "wa": "85.00 ± 7.07 (n=2)",
+        "local": "",
+    }
+    agents = tables["The agents at the end"]
+    assert agents.loc["wa", "disagreement (%)"] == 25
+    assert agents.loc["wa", "consensus distance, aligned"] == 2
+    assert np.isnan(agents.loc["local", "disagreement (%)"])
 
 
 def test_there_is_no_grid_of_a_single_panel(tmp_path):
