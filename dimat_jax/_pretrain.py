@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from filelock import FileLock, Timeout
 
 import dimat_jax
-from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._checkpoint import CheckpointError, Checkpoints
 from dimat_jax._chosen import number_of_agents
 from dimat_jax._processes import from_main, is_main
 from dimat_jax._slots import refill
@@ -144,7 +145,8 @@ class SharedAgents:
 
         Returns:
             The agents' variables on the devices, the metrics of the last epoch, and
-            the seconds that the training took. None if there are no such agents yet.
+            the seconds that the training took. None if there are no such agents yet,
+            or if they are damaged.
         """
         # Another run may be writing these agents now. If every process looked for the
         # folder, their answers could differ.
@@ -157,12 +159,28 @@ class SharedAgents:
                 lambda record: self._experiment.abstract_variables(),
                 rows=placement.n_agents,
             )
+        except CheckpointError as error:
+            restored = None
+            logging.warning("%s", error)
         finally:
             checkpoints.close()
         if restored is None:
+            self._set_aside(self.path)
             return None
         agents, record = restored
         return refill(placement, agents), record["metrics"], record["seconds"]
+
+    def _set_aside(self, path: Path) -> None:
+        """Renames agents that cannot be used, so that they can be written again."""
+        if is_main():
+            damaged = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
+            path.rename(damaged)
+            logging.warning(
+                "The pre-trained agents in %s cannot be used. The run pre-trains them "
+                "again; what was there is now in %s",
+                path,
+                damaged,
+            )
 
     def write(
         self, variables: Variables, metrics: dict[str, np.ndarray], seconds: float

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # The top floor first. Modules and packages of one floor do not import each other;
 # within a package there is no order, but neither is there a cycle.
 FLOORS = [
-    ["_lazy", "tree", "errors", "_stopwatch", "_jaxprs", "_randomness"],
+    ["_lazy", "tree", "errors", "_stopwatch", "_jaxprs", "_randomness", "_digests"],
     ["options", "_conv_forms", "_processes"],
     ["_layouts"],
     ["_parts"],
