@@ -43,6 +43,16 @@ EVERY = Option(
     unit="rounds",
     changes_results=False,
 )
+EVERY_MINUTES = Option(
+    "checkpoint.every_minutes",
+    15.0,
+    "The minutes after which a checkpoint is due, in the middle of a round or of "
+    "pre-training too.",
+    at_least=0,
+    unit="minutes",
+    empty="only rounds and epochs count",
+    changes_results=False,
+)
 KEEP = Option(
     "checkpoint.keep",
     2,

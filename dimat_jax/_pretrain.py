@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 import dimat_jax
 from dimat_jax._checkpoint import CheckpointError, Checkpoints
 from dimat_jax._chosen import number_of_agents
+from dimat_jax._pauses import RunPauses
 from dimat_jax._processes import from_main, is_main
 from dimat_jax._slots import refill
 from dimat_jax._trainer import Trainer
@@ -36,6 +37,7 @@ def pretrain(
     state: State | None,
     log: Callable[[str], None],
     tick: Callable[[int], Any],
+    pauses: RunPauses | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """Trains every agent alone, or reads agents that another run has trained.
 
@@ -46,6 +48,7 @@ def pretrain(
             It is donated.
         log: A function that receives lines of text.
         tick: A function that is called with the number of steps just done.
+        pauses: What may save the state between two steps, or end the run.
 
     Returns:
         The state that the rounds start from, and the metrics of the last epoch.
@@ -60,12 +63,12 @@ def pretrain(
             variables, metrics, seconds = found
             # Times of runs are compared, so the run counts as if it had trained them.
             progress.seconds = seconds - seconds_waited
-            tick(experiment.pretrain_steps - progress.step)
+            tick(experiment.pretrain_steps - progress.steps_done)
         else:
-            variables, metrics = _train_alone(experiment, results, state, tick)
+            variables, metrics = _train_alone(experiment, results, state, tick, pauses)
             shared.write(variables, metrics, progress.total_seconds)
     progress.epoch = experiment.config.pretrain.epochs
-    progress.step = experiment.pretrain_steps
+    progress.step, progress.within = experiment.pretrain_steps, 0
     return experiment.algorithm.init(variables), metrics
 
 
@@ -74,6 +77,7 @@ def _train_alone(
     results: Results,
     state: State | None,
     tick: Callable[[int], Any],
+    pauses: RunPauses | None,
 ) -> tuple[Variables, dict[str, np.ndarray]]:
     """Does the epochs that are left; see `pretrain`."""
     progress, options = results.progress, experiment.config.pretrain
@@ -85,11 +89,13 @@ def _train_alone(
     # A step takes a network, but agents that train alone do not look at it.
     networks = [experiment.network_at_round(1)] * steps
     metrics: dict[str, np.ndarray] = {}
-    for epoch in range(progress.epoch, options.epochs):
-        if epoch > progress.epoch and epoch % options.checkpoint_every == 0:
-            progress.epoch, progress.step = epoch, epoch * steps
-            results.save(state)
-        state, metrics = trainer.train(state, epoch * steps, networks, tick)
+    first = progress.epoch
+    for epoch in range(first, options.epochs):
+        if epoch > first:
+            progress.epoch, progress.step, progress.within = epoch, epoch * steps, 0
+            if epoch % options.checkpoint_every == 0:
+                results.save(state)
+        state, metrics = trainer.train(state, epoch * steps, networks, tick, pauses)
     return algorithm.variables(state), metrics
 
 

@@ -1,7 +1,7 @@
 """Takes local steps: the training between two communications."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,19 @@ from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.network import Network
 
-__all__ = ["Trainer"]
+__all__ = ["Pauses", "Trainer"]
+
+
+class Pauses(Protocol):
+    """What happens between two local steps. Totals are sums over the steps done."""
+
+    def begin(self) -> tuple[int, Any | None]:
+        """Returns how many of the steps are done already, and their totals."""
+        ...
+
+    def after_step(self, state: State, totals: Any, done: int, is_last: bool) -> None:
+        """Is called after each step, with the number of steps done."""
+        ...
 
 
 class Trainer:
@@ -61,6 +73,7 @@ class Trainer:
         first_step: int,
         networks: Sequence[Network],
         tick: Callable[[int], Any] = lambda steps: None,
+        pauses: Pauses | None = None,
     ) -> tuple[State, dict[str, np.ndarray]]:
         """Takes one step for every network.
 
@@ -71,6 +84,8 @@ class Trainer:
             networks: The network of each step. If steps share the same object, it is
                 copied to the devices once.
             tick: A function that is called with the number of steps just done.
+            pauses: What may save the state between two steps, or end the run. It also
+                knows how many of the steps a run that goes on has done already.
 
         Returns:
             The new state, and each agent's mean "train_loss" and "train_accuracy" over
@@ -80,8 +95,11 @@ class Trainer:
             NonFiniteError: An agent's loss was NaN or infinite.
         """
         experiment = self._experiment
-        totals = experiment.placement.zeros(3)
-        for number, network in enumerate(networks, first_step):
+        done, totals = (0, None) if pauses is None else pauses.begin()
+        if totals is None:
+            totals = experiment.placement.zeros(3)
+        left = networks[done:]
+        for number, network in enumerate(left, first_step + done):
             indices, mask = experiment.placement.put(self._sampler.batch(number))
             state, totals = self._step(
                 state,
@@ -93,6 +111,9 @@ class Trainer:
                 np.uint32(number),
             )
             tick(1)
+            if pauses is not None:
+                is_last = number == first_step + len(networks) - 1
+                pauses.after_step(state, totals, number - first_step + 1, is_last)
         loss, accuracy, n = experiment.placement.gather(totals).T.astype(np.float64)
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()

@@ -6,12 +6,15 @@
         train locally, evaluate
         checkpoint
 
-A run that was killed goes on from its last checkpoint when it is started again, with
-the same results: everything random depends on the seed and on counters alone.
+One process at a time works in a folder. SIGTERM, SIGINT and SIGHUP end a run after its
+current step, and the state is saved. A run that was killed goes on from its last
+checkpoint when it is started again, with the same results: everything random depends on
+the seed and on counters alone.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -19,9 +22,12 @@ import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
+from dimat_jax._lock import Lock, held
+from dimat_jax._pauses import RunPauses
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
+from dimat_jax._signals import deferrable
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
@@ -57,37 +63,62 @@ def run(
         The content of `workdir`/summary.json.
 
     Raises:
-        UserError: The config cannot be run, or the folder holds another run.
+        UserError: The config cannot be run, or the folder holds another run, or
+            another process works there.
+        Interrupted: A signal has ended the run. What it has done is saved.
         NonFiniteError: A loss is not finite.
         PlacementError: The devices refuse the layout, or have too little memory.
     """
     folder, log = Workdir(workdir), log if is_main() else _silent
-    _check(config, folder)
-    if (summary := from_main(folder.read_summary())) is not None:
-        log(f"{folder.path} holds this run, finished")
-        return summary
-    experiment = _prepare(config, folder, log)
-    algorithm = experiment.algorithm
-    with (
-        refusals_explained(experiment.placement),
-        Results(folder, experiment) as results,
-        _bar(experiment, results, make_bar) as bar,
-    ):
-        log = log if bar.disable else bar.write
-        evaluate = _Evaluations(experiment, results, log)
-        progress, state = results.progress, results.restore()
-        if state is not None:
-            log(f"going on after local step {progress.step}")
-        if state is None or progress.epoch < config.pretrain.epochs:
-            state, metrics = pretrain(experiment, results, state, log, bar.update)
-            evaluate("pretrained", 0, state, metrics)
-            results.save(state)
-        messages, trainer = algorithm.messages(state), _trainer(experiment)
+    with deferrable() as signals:
+        _check(config, folder)
+        if (summary := _finished(folder, log)) is not None:
+            return summary
+        with _locked(folder, log) as lock:
+            # Another process may have worked here before the lock was taken.
+            with together():
+                folder.check(config)
+            if (summary := _finished(folder, log)) is not None:
+                return summary
+            experiment = _prepare(config, folder, log)
+            with (
+                refusals_explained(experiment.placement),
+                Results(folder, experiment) as results,
+                _bar(experiment, results, make_bar) as bar,
+            ):
+                every = config.checkpoint.every_minutes
+                pauses = RunPauses(results, every, signals, lock)
+                log = log if bar.disable else bar.write
+                _train(experiment, results, pauses, log, bar.update)
+                return results.summarize()
 
-        for number in range(progress.round + 1, config.rounds + 1):
-            is_last = number == config.rounds
-            evaluates = is_last or number % config.eval.every == 0
 
+def _train(
+    experiment: Experiment,
+    results: Results,
+    pauses: RunPauses,
+    log: Callable[[str], None],
+    tick: Callable[[int], Any],
+) -> None:
+    """Does what is left of a run: pre-training, and then the rounds."""
+    config, algorithm = experiment.config, experiment.algorithm
+    evaluate = _Evaluations(experiment, results, log)
+    progress, state = results.progress, results.restore()
+    if state is not None:
+        log(f"going on after local step {progress.steps_done}")
+    if state is None or progress.epoch < config.pretrain.epochs:
+        state, metrics = pretrain(experiment, results, state, log, tick, pauses)
+        evaluate("pretrained", 0, state, metrics)
+        results.save(state)
+    messages, trainer = algorithm.messages(state), _trainer(experiment)
+
+    for number in range(progress.round + 1, config.rounds + 1):
+        pauses.before_round(state)
+        is_last = number == config.rounds
+        evaluates = is_last or number % config.eval.every == 0
+
+        # A run that goes on within a round has communicated already.
+        if not progress.within:
             network, data = experiment.network_at_round(number), experiment.merge_data
             state, metrics = algorithm.communicate(
                 state, data(number), network, experiment.communication_key(number)
@@ -99,16 +130,34 @@ def run(
                 changed = bool(messages.round or messages.server)
                 evaluate("merged", number, state, metrics, changed)
 
-            steps = experiment.steps_of_round(number)
-            networks = [experiment.network_at_step(step, number) for step in steps]
-            state, metrics = trainer.train(state, steps.start, networks, bar.update)
-            progress.ledger.record_steps(messages, networks)
-            progress.step, progress.round = progress.step + len(steps), number
-            if evaluates:
-                evaluate("trained", number, state, metrics)
-            if is_last or number % config.checkpoint.every == 0:
-                results.save(state)
-        return results.summarize()
+        steps = experiment.steps_of_round(number)
+        networks = [experiment.network_at_step(step, number) for step in steps]
+        state, metrics = trainer.train(state, steps.start, networks, tick, pauses)
+        progress.ledger.record_steps(messages, networks)
+        progress.step, progress.within = progress.step + len(steps), 0
+        progress.round = number
+        if evaluates:
+            evaluate("trained", number, state, metrics)
+        if is_last or number % config.checkpoint.every == 0:
+            results.save(state)
+
+
+def _finished(folder: Workdir, log: Callable[[str], None]) -> dict[str, Any] | None:
+    """The summary of a run that has finished; None if it has not."""
+    if (summary := from_main(folder.read_summary())) is not None:
+        log(f"{folder.path} holds this run, finished")
+    return summary
+
+
+@contextmanager
+def _locked(folder: Workdir, log: Callable[[str], None]) -> Iterator[Lock | None]:
+    """Keeps other runs out of the folder. Process 0 alone has the lock."""
+    lock = None
+    with ExitStack() as stack:
+        with together():
+            if is_main():
+                lock = stack.enter_context(held(folder.path, log))
+        yield lock
 
 
 def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
@@ -161,7 +210,7 @@ def _bar(
     rounds = experiment.config.rounds
     return make_bar(
         total=experiment.pretrain_steps + rounds * experiment.local_steps,
-        initial=results.progress.step,
+        initial=results.progress.steps_done,
         unit="step",
         disable=None if is_main() else True,
     )

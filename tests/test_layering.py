@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # within a package there is no order, but neither is there a cycle.
 FLOORS = [
     ["_lazy", "tree", "errors", "_stopwatch", "_jaxprs", "_randomness", "_digests"],
-    ["options", "_conv_forms", "_processes"],
+    ["options", "_conv_forms", "_processes", "_lock", "_signals"],
     ["_layouts"],
     ["_parts"],
     ["_chunks"],
@@ -41,7 +41,9 @@ FLOORS = [
     ["sweeps"],
     ["_chosen", "_layout_choice"],
     ["experiment"],
-    ["_trainer", "workdir"],
+    ["_trainer", "_restored"],
+    ["workdir"],
+    ["_pauses"],
     ["_pretrain", "_race"],
     ["train"],
     ["reports", "_merge_models", "_bench", "_sweeping"],
