@@ -203,7 +203,10 @@ class Checkpoints:
         args = ocp.args.StandardRestore(expected, strict=rows is None)
         reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         try:
-            self._check_shapes(number, expected, rows)
+            saved = reader.metadata(folder / "tree").item_metadata
+            if saved is None:
+                raise ValueError("the arrays are not described")
+            self._check_shapes(number, flatten(saved.tree), expected, rows)
             return reader.restore(folder / "tree", args=args), record
         except Exception as error:
             if isinstance(error, UserError) or (folder / DIGESTS).exists():
@@ -217,11 +220,13 @@ class Checkpoints:
             reader.close()
 
     def _check_shapes(
-        self, number: int | None, expected: PyTree, rows: int | None
+        self,
+        number: int | None,
+        saved: Mapping[str, Any],
+        expected: PyTree,
+        rows: int | None,
     ) -> None:
         """Compares the shapes on disk, which Orbax does not do."""
-        directory = self._directory / str(number) / "tree"
-        saved = flatten(ocp.StandardCheckpointHandler().metadata(directory).tree)
 
         def check(path, expected_leaf):
             if path not in saved:

@@ -79,10 +79,9 @@ def damage(folder: Path, part: int = 0, n_parts: int = 1) -> str | None:
     text = (folder / DIGESTS).read_bytes()
     try:
         files = json.loads(text)["files"]
-        same = _text(files).encode() == text
-    except (ValueError, TypeError, KeyError, AttributeError):
-        same = False
-    if not same:
+        if _text(files).encode() != text:
+            return f"{DIGESTS} is damaged"
+    except (ValueError, TypeError, KeyError):
         return f"{DIGESTS} is damaged"
     names = sorted(files)[part::n_parts]
     # The digests are computed without the interpreter's lock.

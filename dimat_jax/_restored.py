@@ -1,18 +1,45 @@
-"""Reads the state of a run from its newest checkpoint."""
+"""Reads from the newest checkpoint of a run what the run has saved there."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._metrics import MetricsError, read_rows, restore_rows
 from dimat_jax._slots import refill, with_sharding
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State
 from dimat_jax.experiment import Experiment
 from dimat_jax.tree import PyTree
 
-__all__ = ["restore"]
+__all__ = ["SAVED_ROWS", "mend_rows", "restore"]
+
+SAVED_ROWS = "rows.jsonl.gz"
+"""The file of a checkpoint that holds the rows of the run."""
+
+
+def mend_rows(workdir: Path) -> bool:
+    """Restores the rows of a run that has finished, if they are damaged.
+
+    Returns:
+        Whether they were damaged.
+
+    Raises:
+        UserError: They are damaged, and no checkpoint holds them.
+    """
+    try:
+        read_rows(workdir)
+        return False
+    except MetricsError:
+        saved = Checkpoints(workdir / "checkpoints", create=False).read_attached(
+            SAVED_ROWS
+        )
+        if saved is None:
+            raise
+    restore_rows(workdir, saved)
+    return True
 
 
 def restore(

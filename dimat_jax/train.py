@@ -27,6 +27,7 @@ from dimat_jax._pauses import RunPauses
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
+from dimat_jax._restored import mend_rows
 from dimat_jax._signals import deferrable
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import State
@@ -146,6 +147,8 @@ def _finished(folder: Workdir, log: Callable[[str], None]) -> dict[str, Any] | N
     """The summary of a run that has finished; None if it has not."""
     if (summary := from_main(folder.read_summary())) is not None:
         log(f"{folder.path} holds this run, finished")
+        if jax.process_count() == 1 and mend_rows(folder.path):
+            log("its rows were damaged, and are restored from its last checkpoint")
     return summary
 
 

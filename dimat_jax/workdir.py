@@ -4,6 +4,7 @@
     layout.json      how agents share a device, with which the run was started
     partition.json   how many training samples of each class every agent has
     metrics.jsonl    a row for every evaluation
+    metrics.digests  a digest of every row
     events.out.*     the numbers of these rows, for TensorBoard
     checkpoints/     the newest states, from which a run that was killed goes on
     summary.json     the last rows, once the run has finished
@@ -29,7 +30,7 @@ from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._metrics import MetricsWriter, read_rows, write_json
 from dimat_jax._processes import from_main, is_lost, is_main
-from dimat_jax._restored import restore
+from dimat_jax._restored import SAVED_ROWS, restore
 from dimat_jax._run_progress import Progress
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import (
@@ -208,7 +209,8 @@ class Results:
         self._number = self._checkpoints.newest()
         self._rows = None
         if is_main():
-            self._rows = MetricsWriter(workdir.path, keep_rows=self.progress.rows)
+            saved = self._checkpoints.read_attached(SAVED_ROWS)
+            self._rows = MetricsWriter(workdir.path, self.progress.rows, saved)
 
     def __enter__(self) -> "Results":
         return self
@@ -302,15 +304,17 @@ class Results:
         progress = self.progress
         if totals is None:
             progress.within = 0
+        attached = {}
         if self._rows is not None:
             progress.rows = self._rows.rows
+            attached[SAVED_ROWS] = self._rows.packed()
         # Checkpoints within a round come before the one at its end.
         number = progress.epoch + progress.round
         if self._number is not None:
             number = max(number, self._number + 1)
         self._number = number
         tree = state if totals is None else {"state": state, "totals": totals}
-        self._checkpoints.save(number, tree, progress.record())
+        self._checkpoints.save(number, tree, progress.record(), attached)
         self._saved, self.saved_at = self._done, time.monotonic()
 
     def wait(self) -> None:
@@ -323,8 +327,10 @@ class Results:
         Returns:
             Its content.
         """
-        # A run with a summary counts as finished, so its checkpoints come first.
+        # A run with a summary counts as finished, so all other files come first.
         self._checkpoints.wait()
+        if self._rows is not None:
+            self._rows.close()
         if is_main():
             write_json(self._workdir.path / "summary.json", self._summary())
         return from_main(self._workdir.read_summary() if is_main() else None)

@@ -14,7 +14,16 @@ ROOT = Path(__file__).parents[1]
 # The top floor first. Modules and packages of one floor do not import each other;
 # within a package there is no order, but neither is there a cycle.
 FLOORS = [
-    ["_lazy", "tree", "errors", "_stopwatch", "_jaxprs", "_randomness", "_digests"],
+    [
+        "_lazy",
+        "tree",
+        "errors",
+        "_stopwatch",
+        "_jaxprs",
+        "_randomness",
+        "_digests",
+        "_events",
+    ],
     ["options", "_conv_forms", "_processes", "_lock", "_signals"],
     ["_layouts"],
     ["_parts"],

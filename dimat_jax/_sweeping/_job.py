@@ -132,4 +132,5 @@ class _ProgressFile(tqdm):
         write_json(
             self._path,
             {"step": done["n"], "steps": done["total"], "steps_per_second": rate},
+            lasting=False,
         )
