@@ -221,30 +221,42 @@ def _claim(folder: Path, has_system: bool, log: Callable[[str], None]) -> _Holde
         token=uuid.uuid4().hex,
     )
     text, path = json.dumps(dataclasses.asdict(holder)) + "\n", folder / LOCK_FILES[1]
-    try:
-        with path.open("x") as file:  # Only one process can make the file.
-            file.write(text)
-        return holder
-    except FileExistsError:
-        pass
-    found = _read(folder)
-    if found is not None:
-        if not _is_dead(found[1], has_system):
-            log(
-                f"{folder} was in use by {found[1] or 'another process'}; looking "
-                f"for a sign of life for {_PATIENCE_SECONDS:.0f} seconds"
-            )
-        _expect_dead(folder, found, has_system, _PATIENCE_SECONDS)
-        log(f"{folder} was in use by {found[1] or 'another process'}, which has died")
+    while True:
+        try:
+            with path.open("x") as file:  # Only one process can make the file.
+                file.write(text)
+            return holder
+        except FileExistsError:
+            found = _read(folder)
+        if found is not None and _has_died(folder, found, has_system, log):
+            break
     temporary = folder / f".running-{holder.token}.tmp"
     temporary.write_text(text)
     os.replace(temporary, path)
-    if not (has_system and found and _is_dead(found[1], has_system)):
+    if not _is_dead(found[1], has_system):
         time.sleep(_SETTLE_SECONDS)
         now = _read(folder)
         if now is None or now[1] != holder:
             raise LockError(_refusal(folder))
     return holder
+
+
+def _has_died(
+    folder: Path,
+    found: tuple[int, _Holder | None],
+    has_system: bool,
+    log: Callable[[str], None],
+) -> bool:
+    """Whether a process has left its file; see `_expect_dead`. It may end meanwhile."""
+    who = f"{folder} was in use by {found[1] or 'another process'}"
+    if not _is_dead(found[1], has_system):
+        seconds = f"{_PATIENCE_SECONDS:.0f} seconds"
+        log(f"{who}; looking for a sign of life for {seconds}")
+    _expect_dead(folder, found, has_system, _PATIENCE_SECONDS)
+    if _read(folder) is None:
+        return False
+    log(f"{who}, which has died")
+    return True
 
 
 def _expect_dead(

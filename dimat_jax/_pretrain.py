@@ -141,6 +141,9 @@ class SharedAgents:
         except Timeout:
             log(f"waiting for the run that pre-trains the same agents, {self.path}")
             lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            # The agents are the same whichever run trains them.
+            logging.warning("%s cannot be locked: %s", self.path.parent, error)
         try:
             yield time.perf_counter() - start
         finally:

@@ -1,7 +1,7 @@
 """Takes local steps: the training between two communications."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from dimat_jax.network import Network
 __all__ = ["Pauses", "Trainer"]
 
 
+@runtime_checkable
 class Pauses(Protocol):
     """What happens between two local steps. Totals are sums over the steps done."""
 
