@@ -201,12 +201,11 @@ class Checkpoints:
         number, expected = self.newest(), like(record)
         folder = self._directory / str(number)
         args = ocp.args.StandardRestore(expected, strict=rows is None)
-        reader = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        handler: Any = ocp.StandardCheckpointHandler()
+        reader = ocp.Checkpointer(handler)
         try:
-            saved = reader.metadata(folder / "tree").item_metadata
-            if saved is None:
-                raise ValueError("the arrays are not described")
-            self._check_shapes(number, flatten(saved.tree), expected, rows)
+            saved = flatten(handler.metadata(folder / "tree").tree)
+            self._check_shapes(number, saved, expected, rows)
             return reader.restore(folder / "tree", args=args), record
         except Exception as error:
             if isinstance(error, UserError) or (folder / DIGESTS).exists():
