@@ -82,7 +82,7 @@ def flip(path: Path, rng: random.Random) -> None:
     path.write_bytes(content)
 
 
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+DAMAGES: dict[str, Callable[[Path, random.Random], object]] = {
     "flipped": flip,
     "truncated": lambda path, rng: path.write_bytes(path.read_bytes()[:-1]),
     "extended": lambda path, rng: path.write_bytes(path.read_bytes() + b"\n"),

@@ -153,9 +153,11 @@ def test_a_process_of_another_host_is_alive_as_long_as_it_gives_signs(
         monkeypatch.setattr(_lock, "FileLock", NoLocks)
     monkeypatch.setattr(_lock, "_PATIENCE_SECONDS", 10.0)
     notes: list[str] = []
-    for enter in (lambda: held(folder, notes.append).__enter__(), check_free):
-        with pytest.raises(LockError, match=f"process {first.pid} on"):
-            enter(folder) if enter is check_free else enter()
+    refusal = f"process {first.pid} on"
+    with pytest.raises(LockError, match=refusal), held(folder, notes.append):
+        pass
+    with pytest.raises(LockError, match=refusal):
+        check_free(folder)
     assert "looking for a sign of life" in notes[0]
     first.kill()
     first.wait()
