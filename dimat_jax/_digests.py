@@ -1,8 +1,8 @@
 """Digests of the files of a folder, which show damage before a file is used.
 
 The digests stand in one file of the folder. They are BLAKE2b, 32 bytes long, from the
-standard library. Measured on two busy CPU cores: BLAKE2b reads 530 MiB a second, and
-for arrays of 122 MiB the digests add 0.4 seconds to a checkpoint, while the run goes on,
+standard library. Measured on two busy CPU cores: BLAKE2b reads 530 MiB a second. For
+arrays of 122 MiB the digests add 0.4 seconds to a checkpoint, while the run goes on,
 and 0.3 seconds to reading it.
 """
 

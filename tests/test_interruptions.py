@@ -1,5 +1,6 @@
 """Runs that are interrupted within a round come to the same results bit by bit."""
 
+import logging
 import signal
 import time
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 from dimat_jax import _pauses, train
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._lock import LOCK_FILES
+from dimat_jax._metrics import read_rows
 from dimat_jax._signals import deferrable
 from dimat_jax.errors import Interrupted
 from dimat_jax.workdir import load_agents
 from tests.sweeping.small import rows, small
+from tests.test_metrics import points
 
 # The run has three steps in an epoch, two epochs of pre-training, and two rounds.
 STEPS = 12
@@ -103,6 +106,50 @@ def test_a_run_may_be_loaded_and_moved_within_a_round(tmp_path, finished, interr
     train.run(on_two, tmp_path / "run", lambda line: None)
     for ours, theirs in zip(rows(tmp_path / "run"), rows(finished["wa"]), strict=True):
         assert ours["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-4)
+
+
+def test_tensorboard_shows_each_number_once_and_all_of_them(tmp_path, interrupt):
+    while True:
+        interrupt(4)
+        try:
+            train.run(config(), tmp_path, lambda line: None)
+            break
+        except Interrupted:
+            pass
+    expected = [
+        (f"{row['phase']}/{name}", row["step"], pytest.approx(value))
+        for row in read_rows(tmp_path)
+        for name, value in row.items()
+        if isinstance(value, int | float) and name not in ("round", "step")
+    ]
+    assert len(expected) > 40
+    assert points(tmp_path) == sorted(expected, key=lambda point: point[:2])
+
+
+def test_damaged_rows_come_back_from_the_checkpoint(
+    tmp_path, finished, interrupt, caplog
+):
+    interrupt(8)
+    with pytest.raises(Interrupted):
+        train.run(config(), tmp_path, lambda line: None)
+    path = tmp_path / "metrics.jsonl"
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    assert len(others) == 1
+    path.write_bytes(first + first + b"{")
+    interrupt(10**9)
+    with caplog.at_level(logging.WARNING):
+        train.run(config(), tmp_path, lambda line: None)
+    assert f"{path} did not hold the rows" in caplog.text
+    assert_same(tmp_path, finished["wa"])
+    # And once more when the run has finished.
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    lines: list[str] = []
+    train.run(config(), tmp_path, lines.append)
+    assert lines[1:] == [
+        "its rows were damaged, and are restored from its last checkpoint"
+    ]
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
