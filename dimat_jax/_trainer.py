@@ -16,7 +16,14 @@ from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.network import Network
 
-__all__ = ["Trainer"]
+__all__ = ["AfterStep", "Trainer"]
+
+
+AfterStep = Callable[[State, Any, int], None]
+"""`after(state, totals, number)` is called after each local step, with its number.
+
+The totals are sums over the steps since the last call of `Trainer.metrics`.
+"""
 
 
 class Trainer:
@@ -70,9 +77,20 @@ class Trainer:
         first_step: int,
         networks: Sequence[Network],
         tick: Callable[[int], Any] = lambda steps: None,
+        after: AfterStep = lambda state, totals, number: None,
     ) -> tuple[State, dict[str, np.ndarray]]:
         """Takes steps, and returns their `metrics` with the new state; see `steps`."""
-        return self.steps(state, first_step, networks, tick), self.metrics()
+        return self.steps(state, first_step, networks, tick, after), self.metrics()
+
+    def go_on(self, totals: Any) -> None:
+        """Goes on within steps whose metrics are counted together.
+
+        Args:
+            totals: What the steps that are done have added up, as `after` received it;
+                None if there are none.
+        """
+        if totals is not None:
+            self._totals = totals
 
     def steps(
         self,
@@ -80,6 +98,7 @@ class Trainer:
         first_step: int,
         networks: Sequence[Network],
         tick: Callable[[int], Any] = lambda steps: None,
+        after: AfterStep = lambda state, totals, number: None,
     ) -> State:
         """Takes one step for every network.
 
@@ -90,10 +109,12 @@ class Trainer:
             networks: The network of each step. If steps share the same object, it is
                 copied to the devices once.
             tick: A function that is called with the number of steps just done.
+            after: What is called after each step. It may end the training.
         """
         for number, network in enumerate(networks, first_step):
             state = self._run(self._step, state, number, network)
             tick(1)
+            after(state, self._totals, number)
         return state
 
     def look_ahead(self, state: State, number: int, network: Network) -> State:

@@ -115,6 +115,7 @@ ROOT = (
     evaluate.SAMPLES,
     evaluate.BATCH_SIZE,
     _checkpoint.EVERY,
+    _checkpoint.EVERY_MINUTES,
     _checkpoint.KEEP,
     CPU_DEVICES,
     BATCHING,

@@ -6,12 +6,15 @@
         train locally (and merge in between, if the config says so), evaluate
         checkpoint
 
-A run that was killed goes on from its last checkpoint when it is started again, with
-the same results: everything random depends on the seed and on counters alone.
+One process at a time works in a folder. SIGTERM, SIGINT and SIGHUP end a run after its
+current step, and the state is saved. A run that was killed goes on from its last
+checkpoint when it is started again, with the same results: everything random depends on
+the seed and on counters alone.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -19,11 +22,14 @@ import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
+from dimat_jax._lock import Lock, held
 from dimat_jax._measuring import Measuring
+from dimat_jax._pauses import RunPauses
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
-from dimat_jax._rounds import Rounds
+from dimat_jax._restored import mend_rows
+from dimat_jax._signals import deferrable
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
@@ -57,51 +63,94 @@ def run(
         The content of `workdir`/summary.json.
 
     Raises:
-        UserError: The config cannot be run, or the folder holds another run.
+        UserError: The config cannot be run, or the folder holds another run, or
+            another process works there.
+        Interrupted: A signal has ended the run. What it has done is saved.
         NonFiniteError: A loss is not finite.
         PlacementError: The devices refuse the layout, or have too little memory.
     """
     folder, log = Workdir(workdir), log if is_main() else _silent
-    _check(config, folder)
-    if (summary := from_main(folder.read_summary())) is not None:
-        log(f"{folder.path} holds this run, finished")
-        return summary
-    experiment = _prepare(config, folder, log)
-    algorithm = experiment.algorithm
-    with (
-        refusals_explained(experiment.placement),
-        Results(folder, experiment) as results,
-        _bar(experiment, results, make_bar) as bar,
-    ):
-        log = log if bar.disable else bar.write
-        evaluate = _Evaluations(experiment, results, log)
-        progress, state = results.progress, results.restore()
-        if state is not None:
-            log(f"going on after local step {progress.step}")
-        if state is None or progress.epoch < config.pretrain.epochs:
-            state, metrics = pretrain(experiment, results, state, log, bar.update)
-            evaluate("pretrained", 0, state, metrics)
-            results.save(state)
-        messages = algorithm.messages(state)
-        rounds = Rounds(experiment, progress, messages, bar.update)
+    with deferrable() as signals:
+        _check(config, folder)
+        if (summary := _finished(folder, log)) is not None:
+            return summary
+        with _locked(folder, log) as lock:
+            # Another process may have worked here before the lock was taken.
+            with together():
+                folder.check(config)
+            if (summary := _finished(folder, log)) is not None:
+                return summary
+            experiment = _prepare(config, folder, log)
+            with (
+                refusals_explained(experiment.placement),
+                Results(folder, experiment) as results,
+                _bar(experiment, results, make_bar) as bar,
+            ):
+                every = config.checkpoint.every_minutes
+                pauses = RunPauses(results, every, signals, lock)
+                log = log if bar.disable else bar.write
+                _train(experiment, results, pauses, log, bar.update)
+                return results.summarize()
 
-        for number in range(progress.round + 1, config.rounds + 1):
-            is_last = number == config.rounds
-            evaluates = is_last or number % config.eval.every == 0
 
-            for part in rounds.parts(number):
+def _train(
+    experiment: Experiment,
+    results: Results,
+    pauses: RunPauses,
+    log: Callable[[str], None],
+    tick: Callable[[int], Any],
+) -> None:
+    """Does what is left of a run: pre-training, and then the rounds."""
+    config, algorithm = experiment.config, experiment.algorithm
+    evaluate = _Evaluations(experiment, results, log)
+    progress, state = results.progress, results.restore()
+    if state is not None:
+        log(f"going on after local step {progress.steps_done}")
+    if state is None or progress.epoch < config.pretrain.epochs:
+        state, metrics = pretrain(experiment, results, state, log, tick, pauses)
+        evaluate("pretrained", 0, state, metrics)
+        results.save(state)
+    messages = algorithm.messages(state)
+    rounds = Rounds(experiment, progress, messages, pauses, tick)
+
+    for number in range(progress.round + 1, config.rounds + 1):
+        pauses.before_round(state)
+        is_last = number == config.rounds
+        evaluates = is_last or number % config.eval.every == 0
+
+        for part in rounds.parts(number):
+            if not rounds.is_begun(part):
                 state, metrics = rounds.communicate(state, part)
                 if evaluates and part.begins_round and part.merge is not None:
                     changed = bool(messages.round or messages.server)
                     changed |= experiment.recalibrates == "communication"
                     evaluate("merged", number, state, metrics, rounds.frames, changed)
-                state = rounds.train(state, part)
-            progress.round, metrics = number, rounds.metrics()
-            if evaluates:
-                evaluate("trained", number, state, metrics, rounds.frames)
-            if is_last or number % config.checkpoint.every == 0:
-                results.save(state)
-        return results.summarize()
+            state = rounds.train(state, part)
+        metrics = rounds.end(number)
+        if evaluates:
+            evaluate("trained", number, state, metrics, rounds.frames)
+        if is_last or number % config.checkpoint.every == 0:
+            results.save(state)
+
+
+def _finished(folder: Workdir, log: Callable[[str], None]) -> dict[str, Any] | None:
+    """The summary of a run that has finished; None if it has not."""
+    if (summary := from_main(folder.read_summary())) is not None:
+        log(f"{folder.path} holds this run, finished")
+        if jax.process_count() == 1 and mend_rows(folder.path):
+            log("its rows were damaged, and are restored from its last checkpoint")
+    return summary
+
+
+@contextmanager
+def _locked(folder: Workdir, log: Callable[[str], None]) -> Iterator[Lock | None]:
+    """Keeps other runs out of the folder. Process 0 alone has the lock."""
+    lock = None
+    with ExitStack() as stack:
+        with together():
+            if is_main():
+                lock = stack.enter_context(held(folder.path, log))
+        yield lock
 
 
 def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
@@ -148,7 +197,7 @@ def _bar(
     rounds = experiment.config.rounds
     return make_bar(
         total=experiment.pretrain_steps + rounds * experiment.local_steps,
-        initial=results.progress.step,
+        initial=results.progress.steps_done,
         unit="step",
         disable=None if is_main() else True,
     )
@@ -196,7 +245,7 @@ class _Evaluations:
         Raises:
             NonFiniteError: An agent's test loss is not finite.
         """
-        step = self._results.progress.step
+        step = self._results.progress.steps_done
         if changed or self._last is None or self._last[0] != step:
             self._last = step, self._measure(state, frames, number, step)
         _, measures = self._last

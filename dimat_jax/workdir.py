@@ -4,6 +4,7 @@
     layout.json      how agents share a device, with which the run was started
     partition.json   how many training samples of each class every agent has
     metrics.jsonl    a row for every evaluation
+    metrics.digests  a digest of every row
     events.out.*     the numbers of these rows, for TensorBoard
     checkpoints/     the newest states, from which a run that was killed goes on
     summary.json     the last rows, once the run has finished
@@ -17,6 +18,7 @@ A folder with a config.json holds a run; one with a summary.json, a finished one
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,8 @@ from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
 from dimat_jax._processes import from_main, is_lost, is_main
+from dimat_jax._restored import SAVED_ROWS, restore
 from dimat_jax._run_progress import Progress
-from dimat_jax._slots import refill, with_sharding
-from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import (
     RENAMED,
@@ -49,7 +50,6 @@ from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.mixing import spectral_gap
-from dimat_jax.tree import PyTree
 
 __all__ = ["FAILURE", "Progress", "Results", "Workdir", "load_agents"]
 
@@ -195,6 +195,10 @@ class Results:
 
     Attributes:
         progress: How far the run has come. The code that does the work updates it.
+        totals: What the steps since the beginning of the round or epoch have added up,
+            in the checkpoint that was restored; None if it was saved between two.
+        saved_at: When the last checkpoint was saved, in seconds of a clock that only
+            this process reads.
     """
 
     def __init__(self, workdir: Workdir, experiment: Experiment):
@@ -208,9 +212,14 @@ class Results:
             self.progress = Progress(Ledger(experiment.placement.n_agents))
         else:
             self.progress = Progress.of(record)
+        self.totals = None
+        self.saved_at = time.monotonic()
+        self._saved = None if record is None else self._done
+        self._number = self._checkpoints.newest()
         self._rows = None
         if is_main():
-            self._rows = MetricsWriter(workdir.path, keep_rows=self.progress.rows)
+            saved = self._checkpoints.read_attached(SAVED_ROWS)
+            self._rows = MetricsWriter(workdir.path, self.progress.rows, saved)
 
     def __enter__(self) -> "Results":
         if is_main():
@@ -239,10 +248,10 @@ class Results:
         Returns:
             None if there is no checkpoint.
         """
-        restored = _restore(self._experiment, self._checkpoints)
+        restored = restore(self._experiment, self._checkpoints)
         if restored is None:
             return None
-        _, state = restored
+        _, state, self.totals = restored
         return state
 
     def write(
@@ -262,7 +271,7 @@ class Results:
         self._rows.write(
             {
                 "round": number,
-                "step": progress.step,
+                "step": progress.steps_done,
                 "phase": phase,
                 **measures,
                 "bytes_sent_total": ledger.bytes_sent,
@@ -283,13 +292,43 @@ class Results:
             return {}
         return {"bytes_sent_by_link": ledger.by_link}
 
-    def save(self, state: State) -> None:
-        """Saves a checkpoint of the agents' state and of the progress."""
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint has all of the progress."""
+        return self._saved == self._done
+
+    @property
+    def _done(self) -> tuple[int, int, int]:
         progress = self.progress
+        return progress.epoch, progress.round, progress.within
+
+    def save(self, state: State, totals: Any | None = None) -> None:
+        """Saves a checkpoint of the agents' state and of the progress.
+
+        Args:
+            state: The state.
+            totals: What the steps of an unfinished round or epoch have added up; None
+                if no step of it has been done.
+        """
+        progress = self.progress
+        if totals is None:
+            progress.within = 0
+        attached = {}
         if self._rows is not None:
             progress.rows = self._rows.rows
+            attached[SAVED_ROWS] = self._rows.packed()
+        # Checkpoints within a round come before the one at its end.
         number = progress.epoch + progress.round
-        self._checkpoints.save(number, state, progress.record())
+        if self._number is not None:
+            number = max(number, self._number + 1)
+        self._number = number
+        tree = state if totals is None else {"state": state, "totals": totals}
+        self._checkpoints.save(number, tree, progress.record(), attached)
+        self._saved, self.saved_at = self._done, time.monotonic()
+
+    def wait(self) -> None:
+        """Waits until the checkpoints are on disk."""
+        self._checkpoints.wait()
 
     def summarize(self) -> dict[str, Any]:
         """Writes summary.json: the last rows, and what computed them.
@@ -297,8 +336,10 @@ class Results:
         Returns:
             Its content.
         """
-        # A run with a summary counts as finished, so its checkpoints come first.
+        # A run with a summary counts as finished, so all other files come first.
         self._checkpoints.wait()
+        if self._rows is not None:
+            self._rows.close()
         if is_main():
             write_json(self._workdir.path / "summary.json", self._summary())
         return from_main(self._workdir.read_summary() if is_main() else None)
@@ -347,41 +388,14 @@ def load_agents(
     experiment = Experiment(config)
     checkpoints = Checkpoints(folder.path / "checkpoints", create=False)
     try:
-        restored = _restore(experiment, checkpoints)
+        restored = restore(experiment, checkpoints)
     finally:
         checkpoints.close()
     if restored is None:
         raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
-    algorithm, state = restored
+    algorithm, state, _ = restored
     placement = experiment.placement
     return experiment, placement.gather(algorithm.variables(state))
-
-
-def _restore(
-    experiment: Experiment, checkpoints: Checkpoints
-) -> tuple[Algorithm, State] | None:
-    """The newest checkpoint: the algorithm it belongs to, and its state.
-
-    The run may have been saved on another number of devices, so that its arrays had
-    another number of slots. Older versions saved the agents alone.
-    """
-    placement = experiment.placement
-
-    def algorithm_of(record: dict[str, Any]) -> Algorithm:
-        pretraining = record["epoch"] < experiment.config.pretrain.epochs
-        return experiment.pretrain_algorithm if pretraining else experiment.algorithm
-
-    def abstract_state(record: dict[str, Any]) -> PyTree:
-        variables = experiment.abstract_variables()
-        return with_sharding(
-            placement, jax.eval_shape(algorithm_of(record).init, variables)
-        )
-
-    restored = checkpoints.restore(abstract_state, rows=placement.n_agents)
-    if restored is None:
-        return None
-    state, record = restored
-    return algorithm_of(record), refill(placement, state)
 
 
 def _as_dict(config: Config) -> dict[str, Any]:

@@ -7,7 +7,8 @@ the last merge has not linked with the others, and all agents before the first m
 are matched for the measurement.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Int, Key
@@ -18,7 +19,7 @@ from dimat_jax.algorithms._frames import Frame, StackedPerms, to_roots
 from dimat_jax.algorithms.base import MergeData, Variables
 from dimat_jax.placement import Placement
 
-__all__ = ["CommonFrame", "Frames", "frames_after"]
+__all__ = ["CommonFrame", "Frames", "frames_after", "frames_of"]
 
 
 class Frames(NamedTuple):
@@ -32,6 +33,24 @@ class Frames(NamedTuple):
 
     roots: Int[np.ndarray, " slots"]
     perms: StackedPerms
+
+    def record(self, n_agents: int) -> dict[str, Any]:
+        """The frames of the agents as JSON content; see `frames_of`."""
+        perms = {group: perm[:n_agents].tolist() for group, perm in self.perms.items()}
+        return {"roots": self.roots[:n_agents].tolist(), "perms": perms}
+
+
+def frames_of(record: Mapping[str, Any] | None, placement: Placement) -> Frames | None:
+    """The frames of which `Frames.record` was made, for the slots of a placement."""
+    if record is None:
+        return None
+    # The last slots hold copies of the first agents.
+    agents = np.arange(placement.slots) % placement.n_agents
+    perms = {
+        group: np.array(perm, np.int32)[agents]
+        for group, perm in record["perms"].items()
+    }
+    return Frames(np.array(record["roots"])[agents], perms)
 
 
 def frames_after(frame: Frame, perms: EdgePerms, slots: int) -> Frames:

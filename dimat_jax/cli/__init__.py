@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dimat_jax import __version__
+from dimat_jax import __version__, _signals
 from dimat_jax._lazy import public_names
 from dimat_jax.errors import nearest
 
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         message = f"error: there is no command {name!r}; {nearest(name, COMMANDS)}"
         print(message, file=sys.stderr)
         sys.exit(2)
-    # The commands are imported only now: `dimat --help` needs no JAX.
+    # The commands are imported only now: `dimat --help` needs no JAX. A signal within
+    # these seconds ends the program without a traceback.
+    _signals.end_at_once()
     from dimat_jax.cli import _program
 
     module = importlib.import_module(f"dimat_jax.cli._{name}")
