@@ -39,6 +39,8 @@ class Examples:
         self._fields, self._dataset, self._placement = fields, dataset, placement
         self._rows, self._read_own = rows, read_own
         self._shared: dict[tuple[int, int], Samples] = {}
+        # No agent needs these images, so they are not among those that agents share.
+        self._measuring: Samples | None = None
 
     def choose(
         self, choice: selection.Choice, purpose: str, number: int
@@ -70,25 +72,23 @@ class Examples:
         data, samples, batch_size = (self._fields[option.path] for option in choice)
         if data != "own":
             return self.choose(choice, "own", 0)  # agents draw nothing here
-        most = max(map(len, self._rows))
-        return self._share(min(samples or most, most), batch_size)
+        if self._measuring is None:
+            most = max(map(len, self._rows))
+            self._measuring = self._sample(min(samples or most, most), batch_size)
+        return self._measuring
 
     def _share(self, size: int, batch_size: int) -> Samples:
         """Makes samples of training images that all agents share, once per size."""
         if (size, batch_size) not in self._shared:
-            train = self._dataset.train
-            chosen = draw_subset(
-                len(train.labels), size, self._fields[SEED.path], "proxy"
-            )
-            self._shared[size, batch_size] = share(
-                train,
-                chosen,
-                self._dataset.mean,
-                self._dataset.std,
-                batch_size,
-                self._placement,
-            )
+            self._shared[size, batch_size] = self._sample(size, batch_size)
         return self._shared[size, batch_size]
+
+    def _sample(self, size: int, batch_size: int) -> Samples:
+        """Draws training images (0: all), and places them on every device."""
+        train, seed = self._dataset.train, self._fields[SEED.path]
+        chosen = draw_subset(len(train.labels), size, seed, "proxy")
+        statistics = (self._dataset.mean, self._dataset.std)
+        return share(train, chosen, *statistics, batch_size, self._placement)
 
 
 def draw_subset(available: int, size: int, seed: int, purpose: str) -> np.ndarray:
