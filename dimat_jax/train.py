@@ -29,6 +29,7 @@ from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
 from dimat_jax._restored import mend_rows
+from dimat_jax._rounds import Rounds
 from dimat_jax._signals import deferrable
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of

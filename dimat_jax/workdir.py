@@ -128,7 +128,7 @@ class Workdir:
         write_json(self.path / "partition.json", partition)
         write_json(self._layout, experiment.layout._asdict())
         # config.json comes last, since it marks the folder as that of a run.
-        write_json(self._config, _as_dict(config))
+        write_json(self._config, json.loads(config.to_json()))
         return counts
 
     def read_config(self) -> Config:
@@ -299,8 +299,7 @@ class Results:
 
     @property
     def _done(self) -> tuple[int, int, int]:
-        progress = self.progress
-        return progress.epoch, progress.round, progress.within
+        return self.progress.epoch, self.progress.round, self.progress.within
 
     def save(self, state: State, totals: Any | None = None) -> None:
         """Saves a checkpoint of the agents' state and of the progress.
@@ -396,7 +395,3 @@ def load_agents(
     algorithm, state, _ = restored
     placement = experiment.placement
     return experiment, placement.gather(algorithm.variables(state))
-
-
-def _as_dict(config: Config) -> dict[str, Any]:
-    return json.loads(config.to_json())

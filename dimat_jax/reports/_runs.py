@@ -11,7 +11,13 @@ import numpy as np
 import pandas as pd
 
 from dimat_jax.config import ROOT
-from dimat_jax.data.partition import PARTITION, PARTITIONS, PRETRAIN_PARTITION
+from dimat_jax.data.partition import (
+    PARTITION,
+    PARTITIONS,
+    PRETRAIN_PARTITION,
+    VALIDATION,
+)
+from dimat_jax.data.selection import HELD_OUT
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
 from dimat_jax.errors import UserError
 from dimat_jax.evaluate import SAMPLES
@@ -51,7 +57,15 @@ def _paths(*roots: Option) -> tuple[str, ...]:
 # Where these fields differ, figures have panels; where others do, lines. The first ones
 # say which images the agents learn and are measured on.
 _PANELS = _paths(
-    SOURCE, TRAIN_SIZE, TEST_SIZE, SAMPLES, TOPOLOGY, PARTITION, PRETRAIN_PARTITION
+    SOURCE,
+    TRAIN_SIZE,
+    TEST_SIZE,
+    VALIDATION,
+    HELD_OUT,
+    SAMPLES,
+    TOPOLOGY,
+    PARTITION,
+    PRETRAIN_PARTITION,
 )
 # The options of a graph and of a partition, by path, with the option that opens them.
 _OPENED_BY = {

@@ -249,6 +249,7 @@ def test_every_option_of_the_data_a_graph_or_a_partition_makes_panels():
         for option in record.reads
     }
     images = {"data.name", "data.train_size", "data.test_size", "eval.samples"}
+    images |= {"data.validation", "data.held_out"}
     panels = {"topology", "data.partition", "pretrain.partition", *images, *read}
     assert set(_runs._PANELS) == panels - {"seed"}
 
