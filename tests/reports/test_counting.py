@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from dimat_jax import reports
-from dimat_jax.cli import _report
+from dimat_jax.cli import _report, _train
 from dimat_jax.errors import UserError
 from tests.reports.made_up import write_run
 
@@ -162,6 +162,16 @@ def test_where_no_run_has_finished_there_is_no_report(tmp_path):
     ):
         reports.write([tmp_path], tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_a_run_that_ends_with_a_huge_loss_ends_without_a_report(tmp_path, capsys):
+    write_run(tmp_path, algorithm="wa")
+    changed(-1, test_loss_mean=3.2e5)(tmp_path)
+    _train._report_on(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert printed.startswith("there is no report: no run has finished")
+    assert "the mean test loss is 3.2e+05 in round 2" in printed
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_the_evaluations_of_a_file_are_those_of_the_runs_that_count(tmp_path):

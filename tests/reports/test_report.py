@@ -616,6 +616,13 @@ def test_a_report_has_the_figures_that_there_is_something_to_show_in(tmp_path):
         assert all(path.stat().st_size > 0 for path in files)
 
 
+def test_runs_without_rounds_have_a_report_of_how_they_start(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), algorithm="wa", seed=seed, rounds=0)
+    files = reports.write([tmp_path], tmp_path / "report")
+    assert "| wa          | 25.00 ± 0.00 (n=2) |" in files[0].read_text()
+
+
 def test_a_value_that_does_not_speak_for_itself_has_its_name_before_it():
     fields = ["algorithm", "stay", "frame", "flip", "pretrain.partition", "file"]
     values = ["dimat", "0.1", "", "True", "iid", "a/b.json"]
