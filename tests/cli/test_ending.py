@@ -97,7 +97,7 @@ def test_a_signal_ends_a_run_within_seconds_and_nothing_is_lost(
 ):
     process = start(*train(tmp_path / "run"))
     wait_for_rows(tmp_path / "run", 2)  # The first round is in its steps.
-    time.sleep(3.0)
+    time.sleep(1.0)
     at = time.monotonic()
     process.send_signal(number)
     code, out, err = ended(process)
@@ -111,7 +111,7 @@ def test_a_signal_ends_a_run_within_seconds_and_nothing_is_lost(
         ", and everything is saved; the same command goes on from the last checkpoint"
     )
     step = int(last.partition("local step ")[2].partition(",")[0])
-    assert step > 10
+    assert 4 < step < 3004  # within the round, after four steps of pre-training
 
     if number == signal.SIGTERM:
         whole = start(*train(tmp_path / "whole"))
