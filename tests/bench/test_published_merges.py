@@ -23,6 +23,7 @@ def experiment_of(**changes) -> Experiment:
         "merge.frame": "own",
         "merge.stay": 0.0,
         "merge.opt_state": "reset",
+        "merge.match_data": "proxy",
         "merge.match_samples": 50,
         "merge.batch_size": 20,
     }
