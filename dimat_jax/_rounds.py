@@ -55,12 +55,16 @@ class Rounds:
         return self._frames
 
     def parts(self, number: int) -> Iterator[Part]:
-        """Yields the parts of a round that are not done. Rounds count from 1."""
+        """Yields the parts of a round that are not done. Rounds count from 1.
+
+        A part counts as done once what its steps have sent is booked. So a part is
+        yielded again if the run was saved right after its last step.
+        """
         within, totals = self._pauses.begin()
         self._trainer.go_on(totals)
         merge, steps = self._experiment.config.merge, self._experiment.steps_of_round
         for part in parts_of_round(merge.every, merge.unit, number, steps(number)):
-            if within == 0 or self._offset(part) + len(part.steps) > within:
+            if within == 0 or self._offset(part) + len(part.steps) >= within:
                 yield part
 
     def is_begun(self, part: Part) -> bool:

@@ -96,6 +96,28 @@ def test_a_run_that_is_interrupted_again_and_again_comes_to_the_same_results(
     assert_same(tmp_path / "run", finished[algorithm])
 
 
+@pytest.mark.parametrize("gradient", ["after_merge", "before_merge"])
+@pytest.mark.parametrize("frame", ["own", "joint"])
+def test_a_run_that_merges_within_rounds_may_be_interrupted_after_each_step(
+    tmp_path, interrupt, gradient, frame
+):
+    changes = {"merge__every": 2, "merge__unit": "steps", "merge__frame": frame}
+    merging = config("dimat", merge__gradient=gradient, **changes)
+    train.run(merging, tmp_path / "finished", lambda line: None)
+    interruptions, ended = 0, False
+    while not ended:
+        interrupt(1)
+        try:
+            train.run(merging, tmp_path / "run", lambda line: None)
+            ended = True
+        except Interrupted:
+            interruptions += 1
+    # Before a merge, its step is a part of the communication.
+    steps = STEPS if gradient == "after_merge" else STEPS - 4
+    assert interruptions == steps
+    assert_same(tmp_path / "run", tmp_path / "finished")
+
+
 def test_a_run_may_be_loaded_and_moved_within_a_round(tmp_path, finished, interrupt):
     interrupt(8)
     with pytest.raises(Interrupted):
