@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no loss": (changed(1, test_loss_mean=None), "diverged", "not finite in round 1"),
     "huge loss": (changed(-1, test_loss_mean=3.2e5), "diverged", "3.2e+05 in round 2"),
     "a round is missing": (without_a_round, "damaged", "evaluations of round 1"),
-    "rows twice": (written_twice, "damaged", "several rows of round 2"),
+    "rows twice": (written_twice, "damaged", "is there twice"),
     "no phase": (changed(1, phase=None), "damaged", ""),
 }
 

@@ -280,7 +280,7 @@ def test_a_short_name_that_two_fields_share_is_written_out(tmp_path):
     for number in (1, 2):
         write_run(
             tmp_path / str(number),
-            algorithm="wm",
+            algorithm="dimat",
             pretrain__optimizer__learning_rate=number / 10,
             merge__batch_size=number,
             eval__batch_size=number,
