@@ -4,11 +4,28 @@
 
 The digits come with scikit-learn, so nothing is downloaded. An argument chooses the
 algorithm: `--config=configs/quickstart.py:wa`. Options that this
-algorithm does not read keep their defaults. `make demo` runs the whole comparison,
-`configs/sweeps/quickstart.py`.
+algorithm does not read keep their defaults. Units are matched on each agent's own
+images. `make demo` runs the whole comparison, `configs/sweeps/quickstart.py`.
 """
 
 from dimat_jax.config import default_config, drop_unread
+
+# The learning rates, on digits, of the algorithms that take SGD or an optimizer of
+# their own. configs/sweeps/learning_rates.py runs the grid from which they come. The
+# others take Adam, at its own rate.
+LEARNING_RATES = {
+    "fedavg": 0.3,
+    "cdsgd": 0.3,
+    "cdmsgd": 0.3,
+    "cdadam": 0.01,
+    "sgp": 0.3,
+    "d2": 0.3,
+    "dsgt": 0.3,
+    "qgm": 0.3,
+    "cga": 0.3,
+    "compcga": 0.1,
+    "choco": 0.3,
+}
 
 
 def get_config(algorithm: str = "dimat"):
@@ -20,13 +37,13 @@ def get_config(algorithm: str = "dimat"):
     config.batch_size = 32
     config.data.name = "digits"
     config.model.name = "mlp"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = LEARNING_RATES.get(config.algorithm, 0.0)
     config.pretrain.epochs = 30
     config.pretrain.batch_size = 32
     config.merge.frame = "reference"
     config.merge.stay = 0.1
     config.merge.opt_state = "merge"
     config.merge.match_samples = 0
-    config.merge.bn_data = "none"
+    config.batch_norm.data = "none"
     config.merge.batch_size = 500
     return drop_unread(config)

@@ -1,18 +1,34 @@
-"""Checkpoints, written by Orbax. A crash never leaves half a checkpoint.
+"""Checkpoints, written by Orbax. Half a checkpoint, or a damaged one, is never used.
+
+A checkpoint is a folder whose name is a number:
+
+    tree/           the arrays
+    record/         the record, as JSON
+    digests.json    a digest of each of these files, and of the attached ones
+
+Orbax writes all of it under another name, and renames the folder at last. So a crash
+leaves no folder whose name is a number without digests. The digests are verified before
+anything is read, and the newest checkpoint that is as it was written is used.
 
 With several processes, each writes and reads the parts of the arrays that are on its
-own devices. The directory must be one that all processes see.
+own devices, and verifies its part of the files. The directory must be one that all
+processes see, and all processes make the same calls.
 """
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 
-from dimat_jax.errors import UserError
+from dimat_jax._digests import DIGESTS, damage, sync, write_digests
+from dimat_jax._processes import everywhere, from_main, is_main
+from dimat_jax.errors import UserError, first_line
 from dimat_jax.options import Option
 from dimat_jax.tree import PyTree, flatten, map_with_path
 
@@ -27,6 +43,16 @@ EVERY = Option(
     unit="rounds",
     changes_results=False,
 )
+EVERY_MINUTES = Option(
+    "checkpoint.every_minutes",
+    15.0,
+    "The minutes after which a checkpoint is due, in the middle of a round or of "
+    "pre-training too.",
+    at_least=0,
+    unit="minutes",
+    empty="only rounds and epochs count",
+    changes_results=False,
+)
 KEEP = Option(
     "checkpoint.keep",
     2,
@@ -37,8 +63,13 @@ KEEP = Option(
 )
 
 
+# The entry of a saved record that says that the checkpoint has digests. Checkpoints of
+# older versions have neither.
+_HAS_DIGESTS = "has_digests"
+
+
 class CheckpointError(UserError):
-    """A checkpoint whose arrays do not have the expected shapes."""
+    """Checkpoints that are damaged, or whose arrays do not have the expected shapes."""
 
 
 class Checkpoints:
@@ -46,7 +77,8 @@ class Checkpoints:
 
     Args:
         directory: The directory.
-        keep: The number of checkpoints to keep. Saving another one removes the oldest.
+        keep: The number of checkpoints to keep. Once another one is complete, the
+            oldest is removed.
         create: Whether to make the directory if it is missing. With `False`, and if
             nothing is saved, the directory stays as it is.
     """
@@ -54,35 +86,93 @@ class Checkpoints:
     def __init__(
         self, directory: Path, keep: int = KEEP.default, *, create: bool = True
     ):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
-        self._manager = ocp.CheckpointManager(
-            Path(directory).resolve(), options=options
-        )
+        self._directory = Path(directory).resolve()
+        self._keep = keep
+        if create:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        self._writer: ocp.AsyncCheckpointer | None = None
+        # The number, and the files to attach, of the checkpoint that is being saved.
+        self._saving: tuple[int, Mapping[str, bytes]] = 0, {}
+        # The newest checkpoint that can be used, once the directory has been verified.
+        self._verified: tuple[int | None] | None = None
+        # Why checkpoints cannot be used, by their numbers.
+        self._damaged: dict[int, str] = {}
 
-    def save(self, number: int, tree: PyTree, record: dict[str, Any]) -> None:
+    def save(
+        self,
+        number: int,
+        tree: PyTree,
+        record: dict[str, Any],
+        attached: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Saves a checkpoint in the background.
+
+        A folder of the same number that is no good checkpoint is renamed.
 
         Args:
             number: The checkpoint's number, above those of the others.
             tree: NumPy or JAX arrays. They may be changed or donated once this function
                 has returned.
             record: What is saved beside them, as JSON content.
+            attached: The content of further files of the checkpoint, by name.
         """
+        self.wait()
+        if is_main():
+            self._clear(number)
         leaves = jax.tree.leaves(tree)
         if any(isinstance(leaf, jax.Array) and _is_on_cpu(leaf) for leaf in leaves):
             # On a CPU Orbax would write from the arrays' own memory, in the background.
             tree = _copied(tree)
-        self._manager.save(
-            number,
+        if self._writer is None:
+            self._writer = ocp.AsyncCheckpointer(
+                ocp.CompositeCheckpointHandler(),
+                async_options=ocp.options.AsyncOptions(
+                    post_finalization_callback=self._complete
+                ),
+            )
+        self._saving = number, attached or {}
+        self._verified = None
+        self._writer.save(
+            self._directory / str(number),
             args=ocp.args.Composite(
-                tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+                tree=ocp.args.StandardSave(tree),
+                record=ocp.args.JsonSave({**record, _HAS_DIGESTS: True}),
             ),
         )
 
+    def newest(self) -> int | None:
+        """The number of the newest checkpoint that is as it was written.
+
+        Newer ones that are damaged are skipped, each with a warning. A checkpoint of an
+        older version has no digests. It is used, with a warning.
+
+        Returns:
+            None if the directory holds no checkpoint.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none can be used.
+        """
+        if self._verified is None:
+            self._verified = (self._verify(),)
+        return self._verified[0]
+
     def read_record(self) -> dict[str, Any] | None:
         """Reads the record of the newest checkpoint; None if there is none."""
-        number = self._manager.latest_step()
-        return None if number is None else self._read_record(number)
+        number = self.newest()
+        if number is None:
+            return None
+        text = (self._directory / str(number) / "record" / "metadata").read_text()
+        record = json.loads(text)
+        record.pop(_HAS_DIGESTS, None)
+        return record
+
+    def read_attached(self, name: str) -> bytes | None:
+        """Reads a further file of the newest checkpoint; None if it is not there."""
+        number = self.newest()
+        if number is None:
+            return None
+        path = self._directory / str(number) / name
+        return path.read_bytes() if path.exists() else None
 
     def restore(
         self, like: Callable[[dict[str, Any]], PyTree], rows: int | None = None
@@ -101,23 +191,41 @@ class Checkpoints:
             The tree and the record. None if there is no checkpoint.
 
         Raises:
-            CheckpointError: A leaf's shape is not the expected one.
+            CheckpointError: A leaf's shape is not the expected one, or no checkpoint
+                can be used.
             ValueError: The tree's structure is not the expected one.
         """
-        number = self._manager.latest_step()
-        if number is None:
+        record = self.read_record()
+        if record is None:
             return None
-        record = self._read_record(number)
-        expected = like(record)
-        self._check_shapes(number, expected, rows)
-        restore = ocp.args.StandardRestore(expected, strict=rows is None)
-        tree = self._manager.restore(number, args=ocp.args.Composite(tree=restore))
-        return tree["tree"], record
+        number, expected = self.newest(), like(record)
+        folder = self._directory / str(number)
+        args = ocp.args.StandardRestore(expected, strict=rows is None)
+        handler: Any = ocp.StandardCheckpointHandler()
+        reader = ocp.Checkpointer(handler)
+        try:
+            saved = flatten(handler.metadata(folder / "tree").tree)
+            self._check_shapes(number, saved, expected, rows)
+            return reader.restore(folder / "tree", args=args), record
+        except Exception as error:
+            if isinstance(error, UserError) or (folder / DIGESTS).exists():
+                raise
+            raise CheckpointError(
+                f"checkpoint {number} in {self._directory} cannot be read: "
+                f"{first_line(error)}. An older version has written it without "
+                "digests. Nothing was deleted; move it away to use an older one"
+            ) from error
+        finally:
+            reader.close()
 
-    def _check_shapes(self, number: int, expected: PyTree, rows: int | None) -> None:
+    def _check_shapes(
+        self,
+        number: int | None,
+        saved: Mapping[str, Any],
+        expected: PyTree,
+        rows: int | None,
+    ) -> None:
         """Compares the shapes on disk, which Orbax does not do."""
-        directory = self._manager.directory / str(number) / "tree"
-        saved = flatten(ocp.StandardCheckpointHandler().metadata(directory).tree)
 
         def check(path, expected_leaf):
             if path not in saved:
@@ -129,7 +237,7 @@ class Checkpoints:
                 wanted = (rows, *wanted[1:])
             if not same:
                 raise CheckpointError(
-                    f"checkpoint {number} in {self._manager.directory}: {path} is of "
+                    f"checkpoint {number} in {self._directory}: {path} is of "
                     f"shape {shape}, expected {wanted}"
                 )
 
@@ -137,17 +245,101 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        if self._writer is None:
+            return
+        self._writer.wait_until_finished()
+        if is_main():
+            self._remove_oldest()
 
     def close(self) -> None:
         """Waits until everything is on disk, and closes the directory."""
         self.wait()
-        self._manager.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
-    def _read_record(self, number: int) -> dict[str, Any]:
-        return self._manager.restore(
-            number, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )["record"]
+    def _numbers(self) -> list[int]:
+        """The numbers of the entries whose names are those of checkpoints."""
+        if not self._directory.is_dir():
+            return []
+        names = [path.name for path in self._directory.iterdir()]
+        return sorted(int(n) for n in names if n.isdecimal() and str(int(n)) == n)
+
+    def _verify(self) -> int | None:
+        """Finds the newest checkpoint that can be used; see `newest`."""
+        # Process 0 may have removed an old checkpoint meanwhile, so it decides.
+        for number in reversed(from_main(self._numbers())):
+            reasons = everywhere(self._damage(number))
+            why = next((reason for reason in reasons if reason), None)
+            if why is None:
+                return number
+            if is_main() and number not in self._damaged:
+                logging.warning(
+                    "Checkpoint %d in %s is skipped: %s", number, self._directory, why
+                )
+            self._damaged[number] = why
+        if not self._damaged:
+            return None
+        reasons = "; ".join(f"{n}: {why}" for n, why in self._damaged.items())
+        raise CheckpointError(
+            f"none of the checkpoints in {self._directory} can be used: {reasons}. "
+            "Nothing was deleted. Put back a copy of a checkpoint, or move the folder "
+            "away to begin anew"
+        )
+
+    def _damage(self, number: int) -> str | None:
+        """Why this process finds that a checkpoint cannot be used; None if it can."""
+        folder = self._directory / str(number)
+        try:
+            return damage(folder, jax.process_index(), jax.process_count())
+        except OSError:
+            pass  # There are no digests.
+        try:
+            record = json.loads((folder / "record" / "metadata").read_text())
+        except (OSError, ValueError):
+            return "it is no checkpoint, or only a part of one"
+        if not isinstance(record, dict) or not (folder / "tree").is_dir():
+            return "it is no checkpoint, or only a part of one"
+        if _HAS_DIGESTS in record:
+            return f"{DIGESTS} is missing"
+        if is_main():
+            logging.warning(
+                "Checkpoint %d in %s is of an older version and has no digests, so it "
+                "cannot be verified",
+                number,
+                self._directory,
+            )
+        return None
+
+    def _clear(self, number: int) -> None:
+        """Makes room for a checkpoint, and removes what crashes have left."""
+        for path in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        folder = self._directory / str(number)
+        if number in self._damaged and folder.exists():
+            # It may hold something that a person wants to look at.
+            names = [f"{number}.damaged", *(f"{number}.damaged-{i}" for i in range(99))]
+            free = (self._directory / name for name in names)
+            folder.rename(next(path for path in free if not path.exists()))
+        self._damaged.pop(number, None)
+
+    def _complete(self) -> None:
+        """Completes a checkpoint, just before Orbax renames its folder."""
+        number, attached = self._saving
+        pattern = f"{number}{ocp.utils.TMP_DIR_SUFFIX}*"
+        (folder,) = self._directory.glob(pattern)
+        for name, content in attached.items():
+            (folder / name).write_bytes(content)
+        write_digests(folder)
+
+    def _remove_oldest(self) -> None:
+        """Removes what is not to be kept, once newer checkpoints are on disk."""
+        sync(self._directory)
+        good = [number for number in self._numbers() if number not in self._damaged]
+        for number in good[: -self._keep]:
+            folder = self._directory / str(number)
+            if (folder / "record").is_dir():  # A folder of another kind stays.
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_on_cpu(array: jax.Array) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dimat_jax.compression import COMPRESSOR
 from dimat_jax.config import Config, fields_of, record_of, resolved
 from dimat_jax.mixing import FROM_FILE, MIXING, uniform
 from dimat_jax.network import FAULTS, Links, faults
@@ -24,7 +25,10 @@ def check_network(config: Config) -> Links:
     """
     fields = resolved(fields_of(config))
     record, links = record_of(fields), _links(fields)
-    record.check_network(links, **arguments(record, fields))
+    given = arguments(record, fields)
+    if record.compressor is not None:
+        given["compressor"] = build_chosen(COMPRESSOR, fields)
+    record.check_network(links, **given)
     return links
 
 

@@ -1,33 +1,136 @@
-"""JSON files, and the rows of a run as JSON lines and TensorBoard events."""
+"""JSON files, and the rows of a run as JSON lines and TensorBoard events.
 
+    metrics.jsonl     the rows, each a line of JSON
+    metrics.digests   a digest of each row together with all rows before it
+
+So rows that are changed, doubled, missing or out of order are noticed. The checkpoints
+of a run hold the rows too, from which they are restored.
+"""
+
+import contextlib
+import gzip
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
-__all__ = ["MetricsWriter", "read_rows", "write_json"]
+from dimat_jax._digests import blake2b, sync
+from dimat_jax._events import Events
+from dimat_jax.errors import UserError
+
+__all__ = [
+    "MetricsError",
+    "MetricsWriter",
+    "best_rows",
+    "read_rows",
+    "restore_rows",
+    "write_json",
+]
+
+_ROWS, _DIGESTS = "metrics.jsonl", "metrics.digests"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file. A crash leaves the old file or the new one, never a part."""
+class MetricsError(UserError):
+    """The rows of a run are not those that it has written."""
+
+
+def write_json(path: Path, content: Any, lasting: bool = True) -> None:
+    """Writes a JSON file. A crash leaves the old file or the new one, never a part.
+
+    Args:
+        path: The file.
+        content: Its content. NumPy's numbers and arrays become those of JSON.
+        lasting: Whether to wait until the file is on the disk, so that even a power
+            failure leaves the old file or the new one.
+    """
+    _write(path, (json.dumps(_plain(content), indent=2) + "\n").encode(), lasting)
+
+
+def _write(path: Path, content: bytes, lasting: bool = True) -> None:
+    """Writes a whole file, or leaves the old one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(_plain(content), indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            if lasting:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if lasting:
+        sync(path.parent)
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Reads the rows of `workdir`/metrics.jsonl.
+    """Reads the rows of `workdir`/metrics.jsonl, and compares them with their digests.
 
     A last line that a crash has cut off is left out. Without a file there are no rows.
+    The rows of older versions have no digests.
+
+    Raises:
+        MetricsError: Rows are changed, doubled, missing or out of order.
     """
-    path = Path(workdir) / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    path = Path(workdir) / _ROWS
+    lines, digests = _lines_and_digests(Path(workdir))
+    rows, seen, above = [], set(), ""
+    for number, line in enumerate(lines):
+        above = _digest(above, line)
+        row = _row(line)
+        if row is None or (number < len(digests) and digests[number] != above.encode()):
+            raise _damaged(path, f"row {number + 1} is damaged, or not in its place")
+        key = row.get("round"), row.get("phase")
+        if key in seen and number >= len(digests):
+            raise _damaged(path, f"row {number + 1} is there twice")
+        seen.add(key)
+        rows.append(row)
+    if len(rows) < len(digests):
+        missing = f"the file has {len(rows)} rows instead of {len(digests)}"
+        raise _damaged(path, missing)
+    return rows
+
+
+def restore_rows(workdir: Path, saved: bytes) -> None:
+    """Writes the rows of a checkpoint into `workdir`/metrics.jsonl.
+
+    Args:
+        workdir: The run's folder.
+        saved: What `MetricsWriter.packed` has returned.
+    """
+    text = gzip.decompress(saved)
+    _write(workdir / _DIGESTS, _digests(text.split(b"\n")[:-1]))
+    _write(workdir / _ROWS, text)
+
+
+def best_rows(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
+    """Finds the best round by the agents' mean accuracy on a split.
+
+    The test images must not choose the round whose test accuracy is reported, so a run
+    without a validation split has no best round.
+
+    Args:
+        rows: the rows of a run.
+        split: the name of the split that chooses: "validation".
+
+    Returns:
+        "best_merged" and "best_trained": the best row of each phase of a round, the
+        earliest of equally good ones. It is empty if no row has the split's accuracy.
+    """
+    field, best = f"{split}_accuracy_mean", {}
+    for row in rows:
+        name, accuracy = f"best_{row['phase']}", row.get(field)
+        if row["phase"] == "pretrained" or accuracy is None:
+            continue
+        if name not in best or accuracy > best[name][field]:
+            best[name] = row
+    return best
 
 
 class MetricsWriter:
@@ -37,42 +140,114 @@ class MetricsWriter:
         workdir: The run's folder, which exists.
         keep_rows: The number of rows of an interrupted run to keep. The run writes the
             later ones again.
+        saved: The rows to keep, as `packed` has returned them. They are restored if
+            they are not in the file. None: the rows in the file are taken.
 
     Attributes:
         rows: The number of rows in the file.
     """
 
-    def __init__(self, workdir: Path, keep_rows: int = 0):
-        self._path = workdir / "metrics.jsonl"
-        kept = read_rows(workdir)[:keep_rows]
-        self.rows = len(kept)
-        text = "".join(_line(row) for row in kept)
-        temporary = self._path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, self._path)
-        # This import is slow, since it imports PyTorch too if that is installed.
-        from tensorboardX import SummaryWriter
-
-        # TensorBoard drops the events from this step on: they are written again.
-        next_step = kept[-1]["step"] + 1 if kept else 0
-        # Events are flushed every second. Calling `flush` would not be enough, since it
-        # does not wait for the events that are still in a queue.
-        self._events = SummaryWriter(str(workdir), purge_step=next_step, flush_secs=1)
+    def __init__(self, workdir: Path, keep_rows: int = 0, saved: bytes | None = None):
+        self._path, self._digests = workdir / _ROWS, workdir / _DIGESTS
+        if saved is None:
+            kept = read_rows(workdir)[:keep_rows] if keep_rows else []
+            if len(kept) < keep_rows:
+                logging.warning("%s has only %d rows", self._path, len(kept))
+            self._packed, text = b"", "".join(map(_line, kept)).encode()
+        else:
+            self._packed, text = saved, gzip.decompress(saved)
+            there = self._path.read_bytes() if self._path.exists() else b""
+            if not there.startswith(text):
+                logging.warning(
+                    "%s did not hold the rows that the run had written when it saved "
+                    "its last checkpoint; they are restored from there",
+                    self._path,
+                )
+        lines = text.split(b"\n")[:-1]
+        self.rows = len(lines)
+        # Both files end with the last row that is kept. See `read_rows` for the order.
+        digests = _digests(lines)
+        self._last = digests[-65:-1].decode()
+        _write(self._digests, digests)
+        _write(self._path, text)
+        self._unpacked = b"" if saved is not None else text
+        self._events = Events(workdir, [json.loads(line) for line in lines])
+        self._is_open = True
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row: numbers, strings, arrays, and lists and dicts of these."""
-        with self._path.open("a") as file:
-            file.write(_line(row))
+        line = _line(row).encode()
+        self._last = _digest(self._last, line[:-1])
+        with self._path.open("ab") as file:
+            file.write(line)
+        with self._digests.open("ab") as file:
+            file.write(f"{self._last}\n".encode())
         self.rows += 1
-        prefix = row["phase"]
-        for name, value in row.items():
-            is_number = isinstance(value, (int, float, np.number))
-            if is_number and name not in ("round", "step"):
-                self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
+        self._unpacked += line
+        self._events.add(json.loads(line))
+
+    def packed(self) -> bytes:
+        """All rows, compressed. Only rows since the last call are compressed now."""
+        if self._unpacked:
+            # Parts that are compressed one by one are a whole when put together.
+            self._packed += gzip.compress(self._unpacked, mtime=0)
+            self._unpacked = b""
+        return self._packed
 
     def close(self) -> None:
-        """Closes the event file."""
-        self._events.close()
+        """Waits until all rows and events are on disk, and closes the event file."""
+        if self._is_open:
+            self._is_open = False
+            self._events.close()
+            sync(self._path)
+            sync(self._digests)
+
+
+def _damaged(path: Path, what: str) -> MetricsError:
+    return MetricsError(
+        f"{path}: {what}. The run's checkpoints hold the rows, too: the command that "
+        "has started the run restores them"
+    )
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of a file, without a last one that a crash has cut off."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _lines_and_digests(workdir: Path) -> tuple[list[bytes], list[bytes]]:
+    """The lines of both files as they were at one moment.
+
+    A run may be writing. It adds a row first and then its digest, so the digests are
+    read first. A run that goes on replaces both files, and then they are read again.
+    """
+    while True:
+        digests = _lines(workdir / _DIGESTS)
+        lines = _lines(workdir / _ROWS)
+        if _lines(workdir / _DIGESTS)[: len(digests)] == digests:
+            return lines, digests
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds; None if it holds no row."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _digest(above: str, line: bytes) -> str:
+    """The digest of a row, and of the digest of the row above it."""
+    return blake2b(above.encode() + line)
+
+
+def _digests(lines: Iterable[bytes]) -> bytes:
+    """The content of the file of digests."""
+    found = [""]
+    for line in lines:
+        found.append(_digest(found[-1], line))
+    return "".join(f"{digest}\n" for digest in found[1:]).encode()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from filelock import FileLock, Timeout
 
 import dimat_jax
-from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._checkpoint import CheckpointError, Checkpoints
 from dimat_jax._chosen import number_of_agents
+from dimat_jax._pauses import RunPauses
 from dimat_jax._processes import from_main, is_main
 from dimat_jax._slots import refill
 from dimat_jax._trainer import Trainer
@@ -35,6 +37,7 @@ def pretrain(
     state: State | None,
     log: Callable[[str], None],
     tick: Callable[[int], Any],
+    pauses: RunPauses,
 ) -> tuple[State, dict[str, Any]]:
     """Trains every agent alone, or reads agents that another run has trained.
 
@@ -45,6 +48,7 @@ def pretrain(
             It is donated.
         log: A function that receives lines of text.
         tick: A function that is called with the number of steps just done.
+        pauses: What may save the state between two steps, or end the run.
 
     Returns:
         The state that the rounds start from, and the metrics of the last epoch.
@@ -59,12 +63,12 @@ def pretrain(
             variables, metrics, seconds = found
             # Times of runs are compared, so the run counts as if it had trained them.
             progress.seconds = seconds - seconds_waited
-            tick(experiment.pretrain_steps - progress.step)
+            tick(experiment.pretrain_steps - progress.steps_done)
         else:
-            variables, metrics = _train_alone(experiment, results, state, tick)
+            variables, metrics = _train_alone(experiment, results, state, tick, pauses)
             shared.write(variables, metrics, progress.total_seconds)
     progress.epoch = experiment.config.pretrain.epochs
-    progress.step = experiment.pretrain_steps
+    progress.step, progress.within = experiment.pretrain_steps, 0
     return experiment.algorithm.init(variables), metrics
 
 
@@ -73,6 +77,7 @@ def _train_alone(
     results: Results,
     state: State | None,
     tick: Callable[[int], Any],
+    pauses: RunPauses,
 ) -> tuple[Variables, dict[str, np.ndarray]]:
     """Does the epochs that are left; see `pretrain`."""
     progress, options = results.progress, experiment.config.pretrain
@@ -84,11 +89,21 @@ def _train_alone(
     # A step takes a network, but agents that train alone do not look at it.
     networks = [experiment.network_at_round(1)] * steps
     metrics: dict[str, np.ndarray] = {}
-    for epoch in range(progress.epoch, options.epochs):
-        if epoch > progress.epoch and epoch % options.checkpoint_every == 0:
-            progress.epoch, progress.step = epoch, epoch * steps
-            results.save(state)
-        state, metrics = trainer.train(state, epoch * steps, networks, tick)
+    first = progress.epoch
+
+    def after(state: State, totals: Any, number: int) -> None:
+        done = number % steps + 1
+        pauses.after_step(state, totals, done, done == steps)
+
+    for epoch in range(first, options.epochs):
+        if epoch > first:
+            progress.epoch, progress.step, progress.within = epoch, epoch * steps, 0
+            if epoch % options.checkpoint_every == 0:
+                results.save(state)
+        within, totals = pauses.begin()
+        trainer.go_on(totals)
+        start = epoch * steps + within
+        state, metrics = trainer.train(state, start, networks[within:], tick, after)
     return algorithm.variables(state), metrics
 
 
@@ -134,6 +149,9 @@ class SharedAgents:
         except Timeout:
             log(f"waiting for the run that pre-trains the same agents, {self.path}")
             lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            # The agents are the same whichever run trains them.
+            logging.warning("%s cannot be locked: %s", self.path.parent, error)
         try:
             yield time.perf_counter() - start
         finally:
@@ -144,7 +162,8 @@ class SharedAgents:
 
         Returns:
             The agents' variables on the devices, the metrics of the last epoch, and
-            the seconds that the training took. None if there are no such agents yet.
+            the seconds that the training took. None if there are no such agents yet,
+            or if they are damaged.
         """
         # Another run may be writing these agents now. If every process looked for the
         # folder, their answers could differ.
@@ -157,12 +176,28 @@ class SharedAgents:
                 lambda record: self._experiment.abstract_variables(),
                 rows=placement.n_agents,
             )
+        except CheckpointError as error:
+            restored = None
+            logging.warning("%s", error)
         finally:
             checkpoints.close()
         if restored is None:
+            self._set_aside(self.path)
             return None
         agents, record = restored
         return refill(placement, agents), record["metrics"], record["seconds"]
+
+    def _set_aside(self, path: Path) -> None:
+        """Renames agents that cannot be used, so that they can be written again."""
+        if is_main():
+            damaged = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
+            path.rename(damaged)
+            logging.warning(
+                "The pre-trained agents in %s cannot be used. The run pre-trains them "
+                "again; what was there is now in %s",
+                path,
+                damaged,
+            )
 
     def write(
         self, variables: Variables, metrics: dict[str, np.ndarray], seconds: float

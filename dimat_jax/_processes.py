@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dimat_jax.errors import (
+    Interrupted,
     NonFiniteError,
     UserError,
     first_line,
@@ -231,6 +232,11 @@ def joined(
     try:
         yield
         watch.finish()
+    except Interrupted as error:
+        # All processes end at the same step, whichever has received the signal.
+        if error.agreed:
+            watch.finish()
+        raise
     except Exception as error:
         if is_lost(error):
             watch.explain(error)
@@ -336,11 +342,17 @@ class _Watch:
             _end(1, _LOST)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process, whether it has joined others or not."""
+def leave(code: int, agreed: bool = False) -> NoReturn:
+    """Ends this process, whether it has joined others or not.
+
+    Args:
+        code: The exit code.
+        agreed: Whether all processes end now, with the same code.
+    """
     if not jax.distributed.is_initialized():
         sys.exit(code)
-    if code:
+    # JAX aborts the other processes as soon as process 0 has ended.
+    if code and (is_main() or not agreed):
         # The others may have to read what this process has sent them last.
         time.sleep(_POLL_SECONDS)
     # Other threads, and what JAX does at the end, may wait for other processes.

@@ -31,4 +31,8 @@ _PURPOSES = (
     "proxy",
     "own",
     "eval",
+    "own_for_evaluation",
+    "align",
+    "held_out",
+    "validation",
 )

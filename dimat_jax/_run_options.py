@@ -31,7 +31,9 @@ ROUNDS = Option(
 LOCAL_EPOCHS = Option(
     "local_epochs",
     2,
-    "The number of epochs that every agent trains in a round.",
+    "The number of epochs in a round. An epoch has as many steps as the largest shard "
+    "needs for all of its images; every agent takes all of these steps, unless "
+    "data.small_shards says otherwise.",
     at_least=0,
     unit="epochs",
     empty="local_steps says how long a round is",
@@ -39,7 +41,8 @@ LOCAL_EPOCHS = Option(
 LOCAL_STEPS = Option(
     "local_steps",
     0,
-    "The number of steps that every agent trains in a round.",
+    "The number of steps in a round. Every agent takes all of them, unless "
+    "data.small_shards says otherwise.",
     at_least=0,
     unit="steps",
     empty="local_epochs says how long a round is",
@@ -52,7 +55,8 @@ PRETRAIN_OPTIMIZER = (
 PRETRAIN_EPOCHS = Option(
     "pretrain.epochs",
     100,
-    "The number of epochs that every agent trains alone before the first round.",
+    "The number of epochs that every agent trains alone before the first round. All "
+    "agents take as many steps in an epoch as the largest shard needs, as in rounds.",
     at_least=0,
     unit="epochs",
     empty="agents start the rounds with random weights",

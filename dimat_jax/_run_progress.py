@@ -17,7 +17,12 @@ class Progress:
         ledger: What the agents have sent.
         epoch: The number of pre-training epochs done.
         round: The number of rounds done.
-        step: The number of local steps done, those of pre-training included.
+        step: The number of local steps done, those of pre-training included, when the
+            current epoch of pre-training or the current round began.
+        within: The number of local steps done since then.
+        frames: The agents' frames after the latest merge of the current round, as JSON
+            content; None if there was none. A run that goes on within the round needs
+            them to measure the average model.
         rows: The number of rows in metrics.jsonl.
         seconds: The wall time of the run before this process took it up.
     """
@@ -26,11 +31,18 @@ class Progress:
     epoch: int = 0
     round: int = 0
     step: int = 0
+    within: int = 0
+    frames: dict[str, Any] | None = None
     rows: int = 0
     seconds: float = 0.0
 
     def __post_init__(self):
         self._started = time.perf_counter()
+
+    @property
+    def steps_done(self) -> int:
+        """The number of local steps done."""
+        return self.step + self.within
 
     @property
     def total_seconds(self) -> float:
@@ -42,6 +54,7 @@ class Progress:
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "ledger": self.ledger.record(),
+            "frames": self.frames if self.within else None,
             "seconds": self.total_seconds,
         }
 

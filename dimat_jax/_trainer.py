@@ -16,7 +16,14 @@ from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.network import Network
 
-__all__ = ["Trainer"]
+__all__ = ["AfterStep", "Trainer"]
+
+
+AfterStep = Callable[[State, Any, int], None]
+"""`after(state, totals, number)` is called after each local step, with its number.
+
+The totals are sums over the steps since the last call of `Trainer.metrics`.
+"""
 
 
 class Trainer:
@@ -38,22 +45,31 @@ class Trainer:
     ):
         self._experiment = experiment
         self._sampler = sampler
+        self._totals = experiment.placement.zeros(3)
+        # The first and the last step that the totals are of.
+        self._seen: tuple[int, int] | None = None
         placement = experiment.placement
         augmentation = Augmentation(**experiment.config.augmentation)
 
-        def step(state, totals, pool, indices, mask, network, number):
-            data_key, step_key = jax.random.split(jax.random.fold_in(key, number))
-            keys = placement.keys(data_key)
-            batch = load_own(placement, pool, indices, mask, keys, augmentation)
-            batch = placement.split_batch(batch)
-            state, metrics = algorithm.step(state, batch, network, step_key)
-            n = metrics["examples"].astype(jnp.float32)
-            seen = jnp.stack([n * metrics["loss"], n * metrics["accuracy"], n], axis=1)
-            return state, totals + seen
+        def reading(take_step):
+            """Adds to a step that it reads its batch, and counts what it has seen."""
 
-        self._step = placement.jit(
-            step, donate_argnums=(0, 1), out_shardings=placement.sharding
-        )
+            def step(state, totals, pool, indices, mask, network, number):
+                data_key, step_key = jax.random.split(jax.random.fold_in(key, number))
+                keys = placement.keys(data_key)
+                batch = load_own(placement, pool, indices, mask, keys, augmentation)
+                batch = placement.split_batch(batch)
+                state, metrics = take_step(state, batch, network, step_key)
+                n = metrics["examples"].astype(jnp.float32)
+                loss, accuracy = n * metrics["loss"], n * metrics["accuracy"]
+                return state, totals + jnp.stack([loss, accuracy, n], axis=1)
+
+            return placement.jit(
+                step, donate_argnums=(0, 1), out_shardings=placement.sharding
+            )
+
+        self._step = reading(algorithm.step)
+        self._ahead = algorithm.ahead and reading(algorithm.ahead)
 
     def train(
         self,
@@ -61,7 +77,29 @@ class Trainer:
         first_step: int,
         networks: Sequence[Network],
         tick: Callable[[int], Any] = lambda steps: None,
+        after: AfterStep = lambda state, totals, number: None,
     ) -> tuple[State, dict[str, np.ndarray]]:
+        """Takes steps, and returns their `metrics` with the new state; see `steps`."""
+        return self.steps(state, first_step, networks, tick, after), self.metrics()
+
+    def go_on(self, totals: Any) -> None:
+        """Goes on within steps whose metrics are counted together.
+
+        Args:
+            totals: What the steps that are done have added up, as `after` received it;
+                None if there are none.
+        """
+        if totals is not None:
+            self._totals = totals
+
+    def steps(
+        self,
+        state: State,
+        first_step: int,
+        networks: Sequence[Network],
+        tick: Callable[[int], Any] = lambda steps: None,
+        after: AfterStep = lambda state, totals, number: None,
+    ) -> State:
         """Takes one step for every network.
 
         Args:
@@ -71,35 +109,61 @@ class Trainer:
             networks: The network of each step. If steps share the same object, it is
                 copied to the devices once.
             tick: A function that is called with the number of steps just done.
+            after: What is called after each step. It may end the training.
+        """
+        for number, network in enumerate(networks, first_step):
+            state = self._run(self._step, state, number, network)
+            tick(1)
+            after(state, self._totals, number)
+        return state
+
+    def look_ahead(self, state: State, number: int, network: Network) -> State:
+        """Computes a step that the next communication takes; see `Algorithm.ahead`.
+
+        Args:
+            state: The agents' state. Its memory is reused.
+            number: The number of steps of the phase that are done already.
+            network: The network of the step.
+        """
+        assert self._ahead is not None
+        return self._run(self._ahead, state, number, network)
+
+    def _run(
+        self, program: Callable, state: State, number: int, network: Network
+    ) -> State:
+        experiment = self._experiment
+        indices, mask = experiment.placement.put(self._sampler.batch(number))
+        state, self._totals = program(
+            state,
+            self._totals,
+            experiment.train_pool,
+            indices,
+            mask,
+            experiment.placed(network),
+            np.uint32(number),
+        )
+        self._seen = (self._seen or (number, number))[0], number
+        return state
+
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Returns what has been seen since the last call.
 
         Returns:
-            The new state, and each agent's mean "train_loss" and "train_accuracy" over
-            the examples that it has seen (NaN if it has seen none).
+            Each agent's mean "train_loss" and "train_accuracy" over the examples that
+            it has seen (NaN if it has seen none).
 
         Raises:
             NonFiniteError: An agent's loss was NaN or infinite.
         """
-        experiment = self._experiment
-        totals = experiment.placement.zeros(3)
-        for number, network in enumerate(networks, first_step):
-            indices, mask = experiment.placement.put(self._sampler.batch(number))
-            state, totals = self._step(
-                state,
-                totals,
-                experiment.train_pool,
-                indices,
-                mask,
-                experiment.placed(network),
-                np.uint32(number),
-            )
-            tick(1)
-        loss, accuracy, n = experiment.placement.gather(totals).T.astype(np.float64)
+        placement, seen = self._experiment.placement, self._seen
+        loss, accuracy, n = placement.gather(self._totals).T.astype(np.float64)
+        self._totals, self._seen = placement.zeros(3), None
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
+            first, last = seen or (0, 0)
             raise NonFiniteError(
                 f"the training loss of agent(s) {agents} is not finite within local "
-                f"steps {first_step} to {first_step + len(networks) - 1}; a lower "
-                "learning rate may help"
+                f"steps {first} to {last}; a lower learning rate may help"
             )
         with np.errstate(invalid="ignore"):
-            return state, {"train_loss": loss / n, "train_accuracy": accuracy / n}
+            return {"train_loss": loss / n, "train_accuracy": accuracy / n}

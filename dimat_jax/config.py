@@ -24,17 +24,19 @@ from dimat_jax._run_options import (
     ROUNDS,
 )
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
+from dimat_jax.algorithms._ahead import GRADIENT, check_gradient
 from dimat_jax.algorithms._merging import OPT_STATE, check_moments
 from dimat_jax.algorithms.record import INIT
 from dimat_jax.compression import COMPRESSOR
-from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
+from dimat_jax.data._small_shards import SMALL_SHARDS
+from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.data.pipeline import FLIP, PAD
-from dimat_jax.data.selection import BN_DATA, BN_SAMPLES
+from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODEL, MODELS, ModelError, classifier
 from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, NetworkError, faults
-from dimat_jax.optimizers import LEARNING_RATE, OPTIMIZER, SCHEDULE
+from dimat_jax.optimizers import LEARNING_RATE, LEARNING_RATES, OPTIMIZER, SCHEDULE
 from dimat_jax.options import (
     SEED,
     Option,
@@ -48,6 +50,7 @@ from dimat_jax.options import (
 from dimat_jax.placement import AGENTS, CPU_DEVICES
 
 __all__ = [
+    "RENAMED",
     "ROOT",
     "Config",
     "ConfigError",
@@ -75,6 +78,9 @@ else:
 Fields = Mapping[str, Any]
 """The values of a config's fields, by dotted path."""
 
+RENAMED = {"merge.bn_data": BN_DATA.path, "merge.bn_samples": BN_SAMPLES.path}
+"""The names that options had in older versions, with those that they have now."""
+
 
 class ConfigError(UserError):
     """A config cannot be run. The message names a field, its value, what is allowed."""
@@ -95,9 +101,12 @@ ROOT = (
     TRAIN_SIZE,
     TEST_SIZE,
     PARTITION,
+    SMALL_SHARDS,
+    VALIDATION,
     FLIP,
     PAD,
     MODEL,
+    BN_DATA,
     OPTIMIZER,
     LEARNING_RATE,
     SCHEDULE,
@@ -106,6 +115,7 @@ ROOT = (
     evaluate.SAMPLES,
     evaluate.BATCH_SIZE,
     _checkpoint.EVERY,
+    _checkpoint.EVERY_MINUTES,
     _checkpoint.KEEP,
     CPU_DEVICES,
     BATCHING,
@@ -181,8 +191,8 @@ def record_of(fields: Fields) -> AlgorithmRecord:
 def resolved(fields: Fields) -> dict[str, Any]:
     """Returns the fields with the values that some empty ones stand for.
 
-    These are the fields whose empty value stands for another field's value, or for the
-    algorithm's own choice.
+    These are the fields whose empty value stands for another field's value, for the
+    algorithm's own choice, or for the learning rate that suits an optimizer.
     """
     record = record_of(fields)
     stands_for = {
@@ -190,10 +200,16 @@ def resolved(fields: Fields) -> dict[str, Any]:
         COMPRESSOR.path: record.compressor or "none",
         PRETRAIN_PARTITION.path: fields[PARTITION.path],
     }
-    return {
+    whole = {
         path: stands_for.get(path, value) if value == "" else value
         for path, value in fields.items()
     }
+    for section in ("", "pretrain."):
+        rate = section + LEARNING_RATE.path
+        # An optimizer that does not exist is refused elsewhere, with a message.
+        suits = LEARNING_RATES.get(whole[section + OPTIMIZER.path], 0.0)
+        whole[rate] = whole[rate] or suits
+    return whole
 
 
 def fields_read(fields: Fields) -> dict[str, Any]:
@@ -348,6 +364,7 @@ def _check_together(fields: Fields) -> None:
         compressor = entry(**arguments(entry, fields))
         try:
             check_moments(fields[OPT_STATE.path], compressor)
+            check_gradient(fields[GRADIENT.path], fields[INNER.path])
         except UserError as error:
             raise ConfigError(f"config.merge: {error}") from None
     try:
@@ -358,8 +375,8 @@ def _check_together(fields: Fields) -> None:
         model = MODELS[fields[MODEL.path]](n_classes=1, **model_arguments(fields))
     except ModelError as error:
         raise ConfigError(f"config.model: {error}") from None
-    if record.merges and classifier.batch_statistics(model) is None:
-        for option in (BN_DATA, BN_SAMPLES):
+    if classifier.batch_statistics(model) is None:
+        for option in (BN_DATA, BN_SAMPLES, BN_BATCH_SIZE, BN_WHEN):
             # "none" is true of such a model, so that a config may say it.
             if fields[option.path] not in (option.default, "none"):
                 raise ConfigError(

@@ -1,9 +1,11 @@
 """Errors that end a program with a message instead of a traceback."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 __all__ = [
+    "Interrupted",
     "NonFiniteError",
     "SweepError",
     "UserError",
@@ -19,6 +21,28 @@ class UserError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """A loss is NaN or infinite, so the run cannot go on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the work.
+
+    Args:
+        number: The signal's number.
+        message: What has become of the work.
+        agreed: Whether all processes of the run end here.
+    """
+
+    def __init__(
+        self, number: int = signal.SIGINT, message: str = "", agreed: bool = False
+    ):
+        super().__init__(message)
+        self.number = number
+        self.agreed = agreed
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code by which shells know that a signal has ended a program."""
+        return 128 + self.number
 
 
 class SweepError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Measures the agents' accuracies and losses, and their consensus distance."""
+"""Measures the agents' accuracies and losses, and how far they agree."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,14 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dimat_jax.data.pipeline import Samples
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
-from dimat_jax.tree import PyTree, exact_dtype
+from dimat_jax.tree import PyTree, exact_dtype, take
 
-__all__ = ["Evaluation", "Evaluator"]
+__all__ = [
+    "Evaluation",
+    "Evaluator",
+    "consensus_distance",
+    "deviation",
+    "disagreement",
+    "local_accuracy",
+]
 
 
 EVERY = Option(
@@ -47,17 +54,30 @@ class Evaluation(NamedTuple):
     Attributes:
         accuracy: each agent's share of correct predictions, from 0 to 1.
         loss: each agent's mean cross-entropy, in nats.
-        consensus_distance: sqrt(1/N sum_i |x_i - mean|^2) over the params x_i of all N
-            agents (Kong et al. 2021). It is 0 at consensus.
+        accuracy_by_class: each agent's share of correct predictions among the samples
+            of each class; NaN for a class without samples.
+        disagreement: how far the agents' predictions differ; see `disagreement`.
+        consensus_distance: how far the agents' params differ; see `consensus_distance`.
     """
 
     accuracy: Float[np.ndarray, " agents"]
     loss: Float[np.ndarray, " agents"]
+    accuracy_by_class: Float[np.ndarray, "agents classes"]
+    disagreement: float
     consensus_distance: float
 
 
+def deviation(values: Float[np.ndarray, " values"]) -> float:
+    """Computes the sample standard deviation, with n - 1 in its divisor.
+
+    All reported deviations are of this kind, over the agents of a run as well as over
+    the runs of several seeds. It is 0 for a single value.
+    """
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 class Evaluator:
-    """Evaluates every agent on the same samples.
+    """Evaluates every agent on the same samples, in one pass over them.
 
     Args:
         forward: `forward(variables, inputs) -> logits` of one agent in eval mode.
@@ -73,40 +93,134 @@ class Evaluator:
     ):
         if not samples.shared:
             raise ValueError("agents are compared on samples that they share")
+        self._forward = forward
         self._samples = samples
         self._placement = placement
+        # The labels of all samples and the number of classes, once they are known.
+        self._classes: tuple[Int[np.ndarray, " samples"], int] | None = None
 
-        def count(totals, variables, batch):
+        def predict(total, variables, batch):
             logits = forward(variables, batch.inputs)
             losses = optax.softmax_cross_entropy_with_integer_labels(
                 logits, batch.labels
             )
-            correct = logits.argmax(axis=-1) == batch.labels
-            measures = jnp.stack(
-                [correct.astype(jnp.float32), losses, jnp.ones_like(losses)]
-            )
-            return totals + jnp.where(batch.mask, measures, 0).sum(axis=1)
+            total += jnp.where(batch.mask, losses, 0).sum()
+            return total, logits.argmax(axis=-1)
 
-        self._count = placement.jit(
-            placement.per_agent(count, in_axes=(0, 0, None)), donate_argnums=0
+        self._predict = placement.jit(
+            placement.per_agent(predict, in_axes=(0, 0, None)), donate_argnums=0
         )
-        self._distance = jax.jit(self._consensus_distance)
+        self._join = jax.jit(
+            lambda *batches: jnp.concatenate(batches, axis=1),
+            out_shardings=placement.sharding,
+        )
+        self._distance = jax.jit(
+            lambda params: consensus_distance(params, placement.n_agents)
+        )
 
     def __call__(self, variables: PyTree) -> Evaluation:
         """Evaluates the stacked variables of all agents."""
-        totals = self._placement.zeros(3)
+        if self._classes is None:
+            self._classes = self._read_classes(variables)
+        labels, n_classes = self._classes
+        total, predictions = self._placement.zeros(), []
         for batch in self._samples:
-            totals = self._count(totals, variables, batch)
-        correct, loss, n = self._placement.gather(totals).T.astype(np.float64)
-        distance = self._distance(variables["params"])
-        return Evaluation(correct / n, loss / n, float(distance))
+            total, predicted = self._predict(total, variables, batch)
+            predictions.append(predicted)
+        total, predicted = self._placement.gather((total, self._join(*predictions)))
+        predicted = predicted[:, self._samples.mask.ravel()]
+        correct = predicted == labels
+        return Evaluation(
+            correct.mean(axis=1),
+            total.astype(np.float64) / len(labels),
+            _by_class(correct, labels, n_classes),
+            disagreement(predicted),
+            float(self._distance(variables["params"])),
+        )
 
-    def _consensus_distance(self, params: PyTree) -> Float[Array, ""]:
-        def squares(leaf):
-            agents = leaf[: self._placement.n_agents].astype(exact_dtype(leaf.dtype))
-            apart = agents - agents.mean(axis=0, keepdims=True)
-            # The conjugate of a real number is the number itself.
-            return (apart * apart.conj()).real.sum()
+    def _read_classes(
+        self, variables: PyTree
+    ) -> tuple[Int[np.ndarray, " samples"], int]:
+        """Brings the labels of all samples to the host, and counts the classes."""
+        labels = self._placement.fetch([batch.labels for batch in self._samples])
+        one = jax.eval_shape(lambda tree: take(tree, 0), variables)
+        inputs = next(iter(self._samples)).inputs
+        logits = jax.eval_shape(self._forward, one, inputs)
+        return np.concatenate(labels)[self._samples.mask.ravel()], logits.shape[-1]
 
-        total = sum(squares(leaf) for leaf in jax.tree.leaves(params))
-        return jnp.sqrt(total / self._placement.n_agents)
+
+def consensus_distance(params: PyTree, n_agents: int) -> Float[Array, ""]:
+    """Computes sqrt(1/N sum_i |x_i - mean|^2) over the params x_i of all N agents.
+
+    It is 0 at consensus (Kong et al. 2021). It is pure; call it within `jax.jit`.
+
+    Args:
+        params: the stacked params.
+        n_agents: N, the number of agents. Further entries are left out.
+    """
+
+    def squares(leaf):
+        agents = leaf[:n_agents].astype(exact_dtype(leaf.dtype))
+        apart = agents - agents.mean(axis=0, keepdims=True)
+        # The conjugate of a real number is the number itself.
+        return (apart * apart.conj()).real.sum()
+
+    total = sum(squares(leaf) for leaf in jax.tree.leaves(params))
+    return jnp.sqrt(total / n_agents)
+
+
+def disagreement(predictions: Int[np.ndarray, "agents samples"]) -> float:
+    """Computes how often two agents predict different classes, from 0 to 1.
+
+    It is the mean over all samples and all pairs of agents; 0 for a single agent.
+    Unlike the consensus distance, it does not change if hidden units are permuted.
+    """
+    n_agents, _ = predictions.shape
+    if n_agents == 1:
+        return 0.0
+    # After sorting, the agents that agree on a sample follow each other. So an agent
+    # agrees with all agents from the first of its run up to itself.
+    ordered = np.sort(predictions, axis=0)
+    numbers = np.arange(n_agents)[:, None]
+    is_first = np.ones(ordered.shape, bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    first = np.maximum.accumulate(np.where(is_first, numbers, 0), axis=0)
+    agreeing = (numbers - first).sum(axis=0).mean()
+    return float(1 - agreeing / (n_agents * (n_agents - 1) / 2))
+
+
+def local_accuracy(
+    by_class: Float[np.ndarray, "agents classes"],
+    counts: Int[np.ndarray, "agents _classes"],
+) -> Float[np.ndarray, " agents"]:
+    """Computes each agent's accuracy on samples that are distributed like its shard.
+
+    It is the mean of the accuracies by class, weighted by the frequencies of the
+    classes in the agent's shard. So it takes no further forward pass, and all samples
+    of the agent's classes count.
+
+    Args:
+        by_class: the accuracies of each agent by class; NaN for a class without
+            samples, which is left out.
+        counts: the number of each agent's training images of each class. The last
+            classes may be missing, if there are no images of them.
+
+    Returns:
+        the accuracies; NaN for an agent without any class that has samples.
+    """
+    weights = np.zeros(by_class.shape)
+    weights[:, : counts.shape[1]] = counts
+    weights[np.isnan(by_class)] = 0
+    with np.errstate(invalid="ignore"):
+        return (weights * np.nan_to_num(by_class)).sum(axis=1) / weights.sum(axis=1)
+
+
+def _by_class(
+    correct: Bool[np.ndarray, "agents samples"],
+    labels: Int[np.ndarray, " samples"],
+    n_classes: int,
+) -> Float[np.ndarray, "agents classes"]:
+    counts = np.bincount(labels, minlength=n_classes)
+    found = [np.bincount(labels[row], minlength=n_classes) for row in correct]
+    with np.errstate(invalid="ignore"):
+        return np.stack(found) / counts

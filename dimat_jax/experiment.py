@@ -9,10 +9,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from dimat_jax import _randomness, evaluate, models, permutation
+from dimat_jax import _randomness, models, permutation
 from dimat_jax._chosen import build_chosen, check_network, number_of_agents
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
+from dimat_jax._division import check_samples, divide
+from dimat_jax._examples import Examples, draw_subset
 from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax._slots import put_each
 from dimat_jax.algorithms import Algorithm, MergeData, Task
@@ -22,22 +24,16 @@ from dimat_jax.algorithms.local import local
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.config import (
     Config,
-    ConfigError,
     check,
     fields_of,
-    fields_read,
     model_arguments,
     record_of,
     resolved,
 )
 from dimat_jax.data import selection, sources
 from dimat_jax.data._own import Holdings, OwnPool, OwnReader, place_own_pool
-from dimat_jax.data.partition import (
-    PARTITION,
-    PRETRAIN_PARTITION,
-    Shard,
-    partition,
-)
+from dimat_jax.data._small_shards import WAYS
+from dimat_jax.data.partition import Shard
 from dimat_jax.data.pipeline import Sampler, Samples, share
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier
@@ -47,7 +43,7 @@ from dimat_jax.optimizers import (
     OPTIMIZER,
     SCHEDULE,
 )
-from dimat_jax.options import Option, arguments
+from dimat_jax.options import arguments
 from dimat_jax.placement import place
 
 __all__ = ["Experiment", "check_network"]
@@ -66,6 +62,7 @@ class Experiment:
         record: the record of the algorithm.
         links: the network over time.
         dataset: the data set.
+        division: who gets which training images.
         shards: for each agent the indices of its training images.
         layout: how agents share a device, and why.
         placement: the devices on which the agents live.
@@ -88,8 +85,8 @@ class Experiment:
         self.config = config
         self._fields = resolved(fields_of(config))
         self.record = record_of(self._fields)
+        self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
-        self._shared: dict[int, Samples] = {}
         self.links = check_network(config)
         n_agents = number_of_agents(self._fields)
         self.dataset = sources.load(
@@ -100,12 +97,17 @@ class Experiment:
             test_size=config.data.test_size or None,
             seed=config.seed,
         )
-        self.shards = self._partition(PARTITION, n_agents)
-        pretrain_shards = self._partition(PRETRAIN_PARTITION, n_agents)
-        self._check_sizes()
+        self.division = divide(self.dataset.train.labels, n_agents, self._fields)
+        self.shards = self.division.shards
+        self._build_task()
+        check_samples(
+            self._fields,
+            self.division,
+            len(self.dataset.test.labels),
+            has_statistics=self.task.batch_statistics is not None,
+        )
 
         devices = devices_of_all_processes(config.placement.cpu_devices)
-        self._build_task()
         self.layout = layout or choose(config, devices[0], lambda: self.convolves)
         self.placement = place(
             n_agents,
@@ -114,7 +116,7 @@ class Experiment:
             self.layout.chunk,
             batch_size=config.batch_size,
         )
-        self._build_samplers(pretrain_shards)
+        self._build_samplers(self.division.pretrain_shards)
         self._build_algorithms()
 
     def _build_task(self) -> None:
@@ -123,7 +125,7 @@ class Experiment:
             n_classes=self.dataset.n_classes, **model_arguments(self._fields)
         )
         self.task = Task(
-            loss=classifier.loss(self.model),
+            loss=self._small_shards.weighed(classifier.loss(self.model)),
             spec=models.permutation_spec(self.model),
             activations=classifier.activations(self.model),
             batch_statistics=classifier.batch_statistics(self.model),
@@ -138,11 +140,15 @@ class Experiment:
             self.shards, pretrain_shards, placement=self.placement
         )
         self._rows = self._holdings.rows(self.shards)
-        self.sampler = Sampler(self._rows, config.batch_size, self.seeds("order"))
+        small = self._small_shards.name
+        self.sampler = Sampler(
+            self._rows, config.batch_size, self.seeds("order"), small
+        )
         self.pretrain_sampler = Sampler(
             self._holdings.rows(pretrain_shards),
             config.pretrain.batch_size,
             self.seeds("pretrain_order"),
+            small,
         )
         self.pretrain_steps = (
             config.pretrain.epochs * self.pretrain_sampler.steps_per_epoch
@@ -175,14 +181,16 @@ class Experiment:
 
         See `AlgorithmRecord.facts`.
         """
-        edges = self.links.edges
+        links, sizes = self.links, [len(shard) for shard in self.shards]
+        # Only what the algorithm needs is computed: W at all times may be large.
         facts = {
-            "adjacency": edges,
-            "lossy_edges": edges if self.links.changes else None,
-            "compressor": build_chosen(COMPRESSOR, self._fields),
-            "examples": [len(shard) for shard in self.shards],
+            "adjacency": lambda: links.edges,
+            "lossy_edges": lambda: links.edges if links.changes else None,
+            "mixing_matrix": lambda: links.mixing_matrix,
+            "compressor": lambda: build_chosen(COMPRESSOR, self._fields),
+            "examples": lambda: sizes if self._small_shards.examples_count else None,
         }
-        return {name: facts[name] for name in self.record.facts}
+        return {name: facts[name]() for name in self.record.facts}
 
     def _optimizer(
         self, section: str, steps_per_epoch: int, total_steps: int
@@ -201,14 +209,6 @@ class Experiment:
             total_steps=total_steps,
         )
         return build_chosen(OPTIMIZER, fields, schedule)
-
-    def _partition(self, option: Option, n_agents: int) -> list[Shard]:
-        """Splits the training images by the partition that an option names."""
-        if self.record.single:
-            return [np.arange(len(self.dataset.train.labels))]
-        name = self._fields[option.path]
-        given = arguments(option.entry(name), self._fields)
-        return partition(name, self.dataset.train.labels, n_agents, **given)
 
     def network_at_round(self, round_number: int) -> Network:
         """Returns the network of a round's communication. Rounds count from 1."""
@@ -251,12 +251,31 @@ class Experiment:
     @cached_property
     def evaluator(self) -> Evaluator:
         """The evaluator, which uses the same test images every time."""
-        test, options = self.dataset.test, self.config.eval
-        subset = self._subset("eval", len(test.labels), options.samples)
-        samples = share(
-            test, subset, *self._statistics, options.batch_size, self.placement
-        )
+        return self._evaluator(self.test_samples)
+
+    @cached_property
+    def test_samples(self) -> Samples:
+        """The test images on which agents are evaluated, the same ones every time."""
+        test, size = self.dataset.test, self.config.eval.samples
+        subset = draw_subset(len(test.labels), size, self.config.seed, "eval")
+        return self._share(test, subset)
+
+    @cached_property
+    def validator(self) -> Evaluator | None:
+        """The evaluator on the validation images of all agents; None without any."""
+        images = np.sort(np.concatenate(self.division.validation))
+        if not len(images):
+            return None
+        order = draw_subset(len(images), 0, self.config.seed, "validation")
+        return self._evaluator(self._share(self.dataset.train, images[order]))
+
+    def _evaluator(self, samples: Samples) -> Evaluator:
         return Evaluator(classifier.forward(self.model), samples, self.placement)
+
+    def _share(self, split: sources.Split, chosen: np.ndarray) -> Samples:
+        """Makes samples of the chosen images of a split, for evaluation."""
+        size = self.config.eval.batch_size
+        return share(split, chosen, *self._statistics, size, self.placement)
 
     @property
     def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
@@ -266,48 +285,43 @@ class Experiment:
     def _own_reader(self) -> OwnReader:
         return OwnReader(self.train_pool, self.placement)
 
-    def _share(self, size: int) -> Samples:
-        """Makes samples of training images that all agents share, once per size."""
-        if size not in self._shared:
-            train, batch_size = self.dataset.train, self.config.merge.batch_size
-            chosen = self._subset("proxy", len(train.labels), size)
-            self._shared[size] = share(
-                train, chosen, *self._statistics, batch_size, self.placement
-            )
-        return self._shared[size]
+    @cached_property
+    def examples(self) -> Examples:
+        """The training examples that matching and BatchNorm look at."""
+        return Examples(
+            self._fields,
+            self.dataset,
+            self.division,
+            self._rows,
+            lambda: self._own_reader,
+            self.placement,
+        )
 
     def merge_data(self, round_number: int) -> MergeData:
-        """Returns the examples that merging looks at in a round."""
-        match, bn = selection.MATCH_DATA, selection.BN_DATA
-        return MergeData(
-            match=self._samples(match, selection.MATCH_SAMPLES, round_number),
-            recalibrate=self._samples(bn, selection.BN_SAMPLES, round_number),
-        )
+        """Returns the examples that a round's communication looks at."""
+        recalibrate = None
+        if self.recalibrates == "communication":
+            recalibrate = self.examples.choose(
+                selection.BATCH_NORM, "own", round_number
+            )
+        return MergeData(self.match_samples(round_number), recalibrate)
 
-    def _samples(
-        self, choice: Option, size: Option, round_number: int
-    ) -> Samples | None:
-        """Returns the samples that an option chooses; None if it is not read."""
-        if choice not in self.record.reads:
+    def match_samples(self, round_number: int) -> Samples | None:
+        """Returns the examples on which units are matched; None if none are needed."""
+        if selection.MATCH_DATA not in self.record.reads:
             return None
-        available = selection.Available(
-            read_own=self._own_reader,
-            shards=self._rows,
-            seed=[*self.seeds("own"), round_number],
-            share=self._share,
-            batch_size=self.config.merge.batch_size,
-        )
-        select = choice.entry(self._fields[choice.path])
-        return select(available, self._fields[size.path])
+        return self.examples.choose(selection.MATCH, "own", round_number)
 
-    def _subset(self, purpose: str, available: int, size: int) -> np.ndarray:
-        """Draws `size` (0: all) of the indices below `available`, by the seed.
+    @property
+    def recalibrates(self) -> str:
+        """When BatchNorm statistics are measured anew; "" if they never are.
 
-        The indices are shuffled. Some data sets are stored class by class, and a batch
-        of one class would have other statistics than the whole set.
+        See `batch_norm.when`.
         """
-        rng = np.random.default_rng(self.seeds(purpose))
-        return rng.permutation(available)[: size or None]
+        measured = self._fields[selection.BN_DATA.path] != "none"
+        has_statistics = self.task.batch_statistics is not None
+        when = self._fields[selection.BN_WHEN.path]
+        return when if measured and has_statistics else ""
 
     def initial_variables(self) -> Variables:
         """Draws the agents' variables before any training, stacked."""
@@ -365,28 +379,3 @@ class Experiment:
     def seeds(self, purpose: str) -> Sequence[int]:
         """Returns seeds for `numpy.random.default_rng`, on the host, for a purpose."""
         return _randomness.seeds(self.config.seed, purpose)
-
-    def _check_sizes(self) -> None:
-        """Refuses samples that are larger than the data.
-
-        An agent may own fewer images than the config names: it then uses all of them. A
-        shared sample must have the size that the config says.
-        """
-        n_train = len(self.dataset.train.labels)
-        available = {
-            evaluate.SAMPLES.path: len(self.dataset.test.labels),
-            selection.MATCH_SAMPLES.path: n_train,
-            selection.BN_SAMPLES.path: n_train,
-        }
-        own = {
-            selection.MATCH_SAMPLES.path: self._fields[selection.MATCH_DATA.path],
-            selection.BN_SAMPLES.path: self._fields[selection.BN_DATA.path],
-        }
-        for path, size in fields_read(self._fields).items():
-            if path not in available or own.get(path) == "own":
-                continue
-            if isinstance(size, int) and size > available[path]:
-                raise ConfigError(
-                    f"config.{path} is {size}, but there are only {available[path]} "
-                    "images"
-                )

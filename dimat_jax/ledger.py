@@ -43,12 +43,16 @@ class Messages(NamedTuple):
             some messages gets their content together with the next message that
             reaches it, at most `whole` in all. Empty if every message can be read on
             its own; then nothing is sent later.
+        turns: The number of messages in a step that wait for each other, such as a
+            question and its answer. Each of them is a round. `step` holds the content
+            of all of them together.
     """
 
     step: Message = {}
     round: Message = {}
     server: Message = {}
     whole: Message = {}
+    turns: int = 1
 
 
 @dataclasses.dataclass(eq=False)
@@ -62,11 +66,12 @@ class Ledger:
         n_agents: The number of agents.
         exchanges: The number of messages that agents received from a neighbour. An
             exchange with a server counts as one.
-        by_kind: Bytes by kind of content. Two kinds are the ledger's own: "matching",
-            and "missed" for content that was sent later.
+        by_kind: Bytes by kind of content. Three kinds are the ledger's own: "matching",
+            "missed" for content that was sent later, and "images" for examples that
+            agents get because they all have to look at the same ones.
         by_link: Bytes of every link, `[receiver, sender]`. They are int64, or Python
             ints in an array of objects once a link might outgrow that.
-        server_bytes: Bytes to and from a server. They belong to no link.
+        server_bytes: Bytes to and from a server, and of images. They belong to no link.
         missed: `[receiver, sender]` the number of messages that the receiver has missed
             since the last one that reached it, int32; -1 before the first one. None as
             long as no agent has announced anything.
@@ -105,8 +110,10 @@ class Ledger:
     def comm_rounds(self) -> float:
         """Rounds as the paper counts them: an exchange with one neighbour is one round.
 
-        This is the mean over agents if they have different numbers of neighbours.
-        Matching data belong to the exchange that they are for, and add no round.
+        A message that answers another one is a round of its own, since it costs another
+        latency. This is the mean over agents if they have different numbers of
+        neighbours. Matching data belong to the exchange that they are for, and add no
+        round.
         """
         return self.exchanges / self.n_agents
 
@@ -124,7 +131,7 @@ class Ledger:
         by_id = {id(network): network for network in networks}
         for network_id, steps in Counter(map(id, networks)).items():
             links = self._own(by_id[network_id].active_edges)
-            self._exchange(message, links, steps)
+            self._exchange(message, links, steps, messages.turns)
 
     def record_round(
         self,
@@ -157,6 +164,18 @@ class Ledger:
                 self._book(kind, 2 * clients * size)
                 self.server_bytes += 2 * clients * size
 
+    def record_images(self, size: int) -> None:
+        """Books images that agents get, once in a run.
+
+        No link carries them: whoever sets up the run hands them out.
+
+        Args:
+            size: The bytes of all agents' images together, as they are sent.
+        """
+        if size:
+            self._book("images", size)
+            self.server_bytes += size
+
     def record(self) -> dict[str, Any]:
         """The ledger as JSON content."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -185,12 +204,17 @@ class Ledger:
             }
         )
 
-    def _exchange(self, message: dict[str, int], links: _Links, times: int) -> None:
-        """Books a message, given as bytes by kind, that every link carries `times`."""
+    def _exchange(
+        self, message: dict[str, int], links: _Links, times: int, turns: int = 1
+    ) -> None:
+        """Books a message, given as bytes by kind, that every link carries `times`.
+
+        It is sent in several turns if its parts wait for each other.
+        """
         if not message:
             return
         n_links = int(np.count_nonzero(links))
-        self.exchanges += times * n_links
+        self.exchanges += times * turns * n_links
         for kind, size in message.items():
             self._book(kind, times * n_links * size)
         self._add(times * sum(message.values()), links)
@@ -294,5 +318,5 @@ class _Sizes(NamedTuple):
             sizes = {kind: nbytes(tree) for kind, tree in message.items()}
             return {kind: size for kind, size in sizes.items() if size}
 
-        step, round, server, whole = map(by_kind, messages)
+        step, round, server, whole = map(by_kind, messages[:4])
         return _Sizes(step, round, server, sum(whole.values()))

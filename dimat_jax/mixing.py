@@ -293,20 +293,22 @@ def is_column_stochastic(
     )
 
 
-def spectral_gap(mixing_matrix: MixingMatrix) -> float:
+def spectral_gap(mixing_matrix: MixingMatrix, *, per_step: bool = False) -> float:
     """Computes 1 - |lambda_2|; lambda_2 is the eigenvalue of second largest modulus.
 
     The gap is 1 if agents reach consensus in a single step. It is 0 if mixing alone
     does not lead to consensus, for example because some agents never receive anything
     from some others. The paper's rho is |lambda_2|^2. For a stack
     `[period, agents, agents]` the gap is that of the product W_period ... W_2 W_1,
-    which is the effect of a whole period.
+    which is the effect of a whole period. The gap per step is that of a graph that does
+    not change and has the same effect in a period: 1 - |lambda_2|^(1 / period).
     """
     matrices = schedule(np.asarray(mixing_matrix, np.float64))
     if matrices.shape[-1] == 1:
         return 1.0
     # Rounding may put an eigenvalue of modulus 1 a hair above it.
-    return float(np.clip(1 - second_modulus(matrices), 0.0, 1.0))
+    modulus = np.clip(second_modulus(matrices), 0.0, 1.0)
+    return float(1 - (modulus ** (1 / len(matrices)) if per_step else modulus))
 
 
 def mix(

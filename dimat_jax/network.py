@@ -323,13 +323,16 @@ class Links:
                 present[agent] = False
         return present
 
-    def at_round(self, round_number: int, slots: int) -> Network:
-        """Returns the network of a round's communication. Rounds count from 1.
+    def at_round(
+        self, round_number: int, slots: int, communication: int | None = None
+    ) -> Network:
+        """Returns the network of a communication in a round; both count from 1.
 
-        Equal networks are the same object as long as the cache holds it. So if links do
-        not fail, all steps between two changes share one object.
+        By default every round has one. Equal networks are the same object as long as
+        the cache holds it: without faults, all steps between two changes share one.
         """
-        return self._at(round_number - 1, round_number, _ROUND, slots)
+        time = (communication or round_number) - 1
+        return self._at(time, round_number, _ROUND, slots)
 
     def at_step(self, step: int, round_number: int, slots: int) -> Network:
         """Returns the network of a local step of a round, like `at_round`.

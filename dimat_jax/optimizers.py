@@ -11,28 +11,48 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.tree import PyTree
 
 __all__ = [
     "LEARNING_RATE",
+    "LEARNING_RATES",
     "OPTIMIZER",
     "OPTIMIZERS",
     "SCHEDULE",
     "SCHEDULES",
     "scale_by_dadam",
+    "with_bias",
     "with_clocks_of",
+    "without_bias",
 ]
 
 Schedule = Callable[[Any], Any] | float
 
+# The decay rates of the first and of the second moment of adam and adamw.
+B1, B2 = 0.9, 0.999
+LEARNING_RATES = {
+    "sgd": 0.1,
+    "momentum": 0.01,
+    "nesterov": 0.01,
+    "heavy_ball": 0.01,
+    "adam": 1e-3,
+    "dadam": 1e-3,
+    "adamw": 1e-3,
+}
+"""The learning rates, by optimizer, of configs that give none. They are places to start
+from: a momentum of 0.9 makes steps ten times as long, and Adam's are scaled."""
+
 LEARNING_RATE = Option(
     "optimizer.learning_rate",
-    1e-3,
+    0.0,
     "The learning rate at the beginning of the schedule.",
     at_least=0,
+    empty=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
 )
 MOMENTUM = Option(
     "optimizer.momentum",
@@ -40,6 +60,13 @@ MOMENTUM = Option(
     "The share of the last step that a step repeats.",
     at_least=0,
     below=1,
+)
+FORM = Option(
+    "optimizer.form",
+    "polyak",
+    "Whether a heavy ball steps by its new velocity v (polyak), or by beta v - alpha g "
+    "(nesterov, as in the published code of CDMSGD).",
+    choices=("polyak", "nesterov"),
 )
 WEIGHT_DECAY = Option(
     "optimizer.weight_decay",
@@ -135,16 +162,23 @@ def heavy_ball(
     schedule: Schedule,
     *,
     momentum: float = MOMENTUM.default,
+    form: str = FORM.default,
     weight_decay: float = WEIGHT_DECAY.default,
 ) -> optax.GradientTransformation:
     """SGD with Polyak's heavy ball: v <- beta v - alpha g, and a step of v.
 
-    The velocity v includes the learning rates of earlier steps, while those of
-    "momentum" are all multiplied with the present one. CDMSGD uses the heavy ball
+    With `form="nesterov"` the step is beta v - alpha g, with the new v. The velocity v
+    includes the learning rates of earlier steps, while those of "momentum" and
+    "nesterov" are all multiplied with the present one. CDMSGD uses the heavy ball
     (Jiang et al. 2017).
+
+    Raises:
+        OptionError: the form is unknown.
     """
+    FORM.check(form)
     tx = optax.chain(
-        optax.scale_by_learning_rate(schedule), optax.trace(decay=momentum)
+        optax.scale_by_learning_rate(schedule),
+        optax.trace(decay=momentum, nesterov=form == "nesterov"),
     )
     return _decayed(tx, weight_decay)
 
@@ -153,7 +187,7 @@ def adam(
     schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
 ) -> optax.GradientTransformation:
     """Adam (Kingma & Ba 2015)."""
-    return _decayed(optax.adam(schedule), weight_decay)
+    return _decayed(optax.adam(schedule, b1=B1, b2=B2), weight_decay)
 
 
 def dadam(
@@ -168,7 +202,7 @@ def adamw(
     schedule: Schedule, *, weight_decay: float = WEIGHT_DECAY.default
 ) -> optax.GradientTransformation:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
-    return optax.adamw(schedule, weight_decay=weight_decay)
+    return optax.adamw(schedule, b1=B1, b2=B2, weight_decay=weight_decay)
 
 
 def _decayed(
@@ -223,11 +257,99 @@ def with_clocks_of(state: PyTree, other: PyTree) -> PyTree:
     )
 
 
+class UnbiasedMoments(NamedTuple):
+    """Adam's state without the bias that its moments have after few steps.
+
+    The moments start at 0. After t steps along a constant gradient g they are
+    (1 - b1^t) g and (1 - b2^t) g^2, so Adam divides them by these factors. Agents may
+    have taken different numbers of steps. The average of their moments then fits no
+    number of steps; the average of their unbiased moments fits every one.
+
+    Attributes:
+        adam: the state. Its moments are divided by their factors; they are 0 if no step
+            has been taken.
+        known: `[agents]` 1 if the agent has moments, and 0 if it has taken no step.
+    """
+
+    adam: optax.ScaleByAdamState
+    known: Float[Array, " agents"]
+
+
+def without_bias(state: PyTree) -> PyTree:
+    """Returns stacked optimizer states in the form in which they can be averaged.
+
+    Every `ScaleByAdamState` becomes `UnbiasedMoments`. The decay rates must be those of
+    this module's optimizers. Other states have no counts on which their meaning depends
+    and stay as they are.
+
+    Args:
+        state: the optimizer states of several agents, stacked.
+    """
+
+    def remove(node):
+        if not _is_adam(node):
+            return node
+        known = node.count > 0
+        return UnbiasedMoments(
+            _times(node, *(jnp.where(known, 1 / f, 0) for f in _factors(node.count))),
+            known.astype(jnp.float32),
+        )
+
+    return jax.tree.map(remove, state, is_leaf=_is_adam)
+
+
+def with_bias(state: PyTree) -> PyTree:
+    """Undoes `without_bias`, after averaging too.
+
+    Every agent keeps its own number of steps. An average counts only agents that have
+    taken a step: it is divided by the average of `known`.
+    """
+
+    def is_unbiased(node) -> bool:
+        return isinstance(node, UnbiasedMoments)
+
+    def add(node):
+        if not is_unbiased(node):
+            return node
+        share = jnp.where(node.known > 0, node.known, 1)
+        factors = _factors(node.adam.count)
+        return _times(node.adam, *(factor / share for factor in factors))
+
+    return jax.tree.map(add, state, is_leaf=is_unbiased)
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def _factors(count: Array) -> tuple[Array, Array]:
+    """Returns 1 - b1^t and 1 - b2^t; both are 0 if no step has been taken."""
+    steps = count.astype(jnp.float32)
+    # The power b^t is close to 1 after few steps, and 1 - b^t would lose digits.
+    first, second = (-jnp.expm1(steps * np.log(b).astype(np.float32)) for b in (B1, B2))
+    return first, second
+
+
+def _times(
+    state: optax.ScaleByAdamState, first: Array, second: Array
+) -> optax.ScaleByAdamState:
+    """Multiplies each agent's moments by the agent's factors."""
+
+    def multiply(factor, moments):
+        def one(leaf):
+            by_agent = factor.reshape(-1, *[1] * (leaf.ndim - 1))
+            return (by_agent * leaf).astype(leaf.dtype)
+
+        return jax.tree.map(one, moments)
+
+    return state._replace(mu=multiply(first, state.mu), nu=multiply(second, state.nu))
+
+
 OPTIMIZERS: dict[str, Record[optax.GradientTransformation]] = registry(
     Record("sgd", sgd, (WEIGHT_DECAY,)),
     Record("momentum", momentum, (MOMENTUM, WEIGHT_DECAY)),
     Record("nesterov", nesterov, (MOMENTUM, WEIGHT_DECAY)),
-    Record("heavy_ball", heavy_ball, (MOMENTUM, WEIGHT_DECAY)),
+    Record("heavy_ball", heavy_ball, (MOMENTUM, FORM, WEIGHT_DECAY)),
     Record("adam", adam, (WEIGHT_DECAY,)),
     Record("dadam", dadam, (WEIGHT_DECAY,)),
     Record("adamw", adamw, (WEIGHT_DECAY,)),

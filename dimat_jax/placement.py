@@ -107,6 +107,11 @@ class Placement:
         """
         return NamedSharding(self.mesh, PartitionSpec("agents"))
 
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of arrays of which every device holds a copy."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
     def per_agent(
         self, fn: Callable[..., Any], in_axes: int | None | Sequence[int | None] = 0
     ) -> Callable[..., Any]:
@@ -265,12 +270,11 @@ class Placement:
 
     def replicate(self, tree: PyTree) -> PyTree:
         """Places whole host arrays on every device."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
 
         def put_leaf(leaf):
             leaf = np.asarray(leaf)
             return jax.make_array_from_callback(
-                leaf.shape, sharding, lambda index: leaf[index]
+                leaf.shape, self.replicated, lambda index: leaf[index]
             )
 
         return jax.tree.map(put_leaf, tree)

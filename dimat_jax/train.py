@@ -3,15 +3,18 @@
     pre-train every agent alone
     every round:
         communicate (merge with the neighbours), evaluate
-        train locally, evaluate
+        train locally (and merge in between, if the config says so), evaluate
         checkpoint
 
-A run that was killed goes on from its last checkpoint when it is started again, with
-the same results: everything random depends on the seed and on counters alone.
+One process at a time works in a folder. SIGTERM, SIGINT and SIGHUP end a run after its
+current step, and the state is saved. A run that was killed goes on from its last
+checkpoint when it is started again, with the same results: everything random depends on
+the seed and on counters alone.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -19,15 +22,19 @@ import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
+from dimat_jax._lock import Lock, held
+from dimat_jax._measuring import Measuring
+from dimat_jax._pauses import RunPauses
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
-from dimat_jax._trainer import Trainer
+from dimat_jax._restored import mend_rows
+from dimat_jax._rounds import Rounds
+from dimat_jax._signals import deferrable
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
 from dimat_jax.errors import NonFiniteError
-from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import refusals_explained
 from dimat_jax.workdir import Results, Workdir, load_agents
@@ -57,58 +64,94 @@ def run(
         The content of `workdir`/summary.json.
 
     Raises:
-        UserError: The config cannot be run, or the folder holds another run.
+        UserError: The config cannot be run, or the folder holds another run, or
+            another process works there.
+        Interrupted: A signal has ended the run. What it has done is saved.
         NonFiniteError: A loss is not finite.
         PlacementError: The devices refuse the layout, or have too little memory.
     """
     folder, log = Workdir(workdir), log if is_main() else _silent
-    _check(config, folder)
+    with deferrable() as signals:
+        _check(config, folder)
+        if (summary := _finished(folder, log)) is not None:
+            return summary
+        with _locked(folder, log) as lock:
+            # Another process may have worked here before the lock was taken.
+            with together():
+                folder.check(config)
+            if (summary := _finished(folder, log)) is not None:
+                return summary
+            experiment = _prepare(config, folder, log)
+            with (
+                refusals_explained(experiment.placement),
+                Results(folder, experiment) as results,
+                _bar(experiment, results, make_bar) as bar,
+            ):
+                every = config.checkpoint.every_minutes
+                pauses = RunPauses(results, every, signals, lock)
+                log = log if bar.disable else bar.write
+                _train(experiment, results, pauses, log, bar.update)
+                return results.summarize()
+
+
+def _train(
+    experiment: Experiment,
+    results: Results,
+    pauses: RunPauses,
+    log: Callable[[str], None],
+    tick: Callable[[int], Any],
+) -> None:
+    """Does what is left of a run: pre-training, and then the rounds."""
+    config, algorithm = experiment.config, experiment.algorithm
+    evaluate = _Evaluations(experiment, results, log)
+    progress, state = results.progress, results.restore()
+    if state is not None:
+        log(f"going on after local step {progress.steps_done}")
+    if state is None or progress.epoch < config.pretrain.epochs:
+        state, metrics = pretrain(experiment, results, state, log, tick, pauses)
+        evaluate("pretrained", 0, state, metrics)
+        results.save(state)
+    messages = algorithm.messages(state)
+    rounds = Rounds(experiment, progress, messages, pauses, tick)
+
+    for number in range(progress.round + 1, config.rounds + 1):
+        pauses.before_round(state)
+        is_last = number == config.rounds
+        evaluates = is_last or number % config.eval.every == 0
+
+        for part in rounds.parts(number):
+            if not rounds.is_begun(part):
+                state, metrics = rounds.communicate(state, part)
+                if evaluates and part.begins_round and part.merge is not None:
+                    changed = bool(messages.round or messages.server)
+                    changed |= experiment.recalibrates == "communication"
+                    evaluate("merged", number, state, metrics, rounds.frames, changed)
+            state = rounds.train(state, part)
+        metrics = rounds.end(number)
+        if evaluates:
+            evaluate("trained", number, state, metrics, rounds.frames)
+        if is_last or number % config.checkpoint.every == 0:
+            results.save(state)
+
+
+def _finished(folder: Workdir, log: Callable[[str], None]) -> dict[str, Any] | None:
+    """The summary of a run that has finished; None if it has not."""
     if (summary := from_main(folder.read_summary())) is not None:
         log(f"{folder.path} holds this run, finished")
-        return summary
-    experiment = _prepare(config, folder, log)
-    algorithm = experiment.algorithm
-    with (
-        refusals_explained(experiment.placement),
-        Results(folder, experiment) as results,
-        _bar(experiment, results, make_bar) as bar,
-    ):
-        log = log if bar.disable else bar.write
-        evaluate = _Evaluations(experiment, results, log)
-        progress, state = results.progress, results.restore()
-        if state is not None:
-            log(f"going on after local step {progress.step}")
-        if state is None or progress.epoch < config.pretrain.epochs:
-            state, metrics = pretrain(experiment, results, state, log, bar.update)
-            evaluate("pretrained", 0, state, metrics)
-            results.save(state)
-        messages, trainer = algorithm.messages(state), _trainer(experiment)
+        if jax.process_count() == 1 and mend_rows(folder.path):
+            log("its rows were damaged, and are restored from its last checkpoint")
+    return summary
 
-        for number in range(progress.round + 1, config.rounds + 1):
-            is_last = number == config.rounds
-            evaluates = is_last or number % config.eval.every == 0
 
-            network, data = experiment.network_at_round(number), experiment.merge_data
-            state, metrics = algorithm.communicate(
-                state, data(number), network, experiment.communication_key(number)
-            )
-            matching = metrics.pop("matching_bytes", None)
-            edges = experiment.links.edges
-            progress.ledger.record_round(messages, network, edges, matching)
-            if evaluates:
-                changed = bool(messages.round or messages.server)
-                evaluate("merged", number, state, metrics, changed)
-
-            steps = experiment.steps_of_round(number)
-            networks = [experiment.network_at_step(step, number) for step in steps]
-            state, metrics = trainer.train(state, steps.start, networks, bar.update)
-            progress.ledger.record_steps(messages, networks)
-            progress.step, progress.round = progress.step + len(steps), number
-            if evaluates:
-                evaluate("trained", number, state, metrics)
-            if is_last or number % config.checkpoint.every == 0:
-                results.save(state)
-        return results.summarize()
+@contextmanager
+def _locked(folder: Workdir, log: Callable[[str], None]) -> Iterator[Lock | None]:
+    """Keeps other runs out of the folder. Process 0 alone has the lock."""
+    lock = None
+    with ExitStack() as stack:
+        with together():
+            if is_main():
+                lock = stack.enter_context(held(folder.path, log))
+        yield lock
 
 
 def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
@@ -148,12 +191,6 @@ def _silent(line: str) -> None:
     del line
 
 
-def _trainer(experiment: Experiment) -> Trainer:
-    """What trains the agents in the rounds."""
-    key = experiment.key("rounds")
-    return Trainer(experiment, experiment.algorithm, experiment.sampler, key)
-
-
 def _bar(
     experiment: Experiment, results: Results, make_bar: Callable[..., tqdm]
 ) -> tqdm:
@@ -161,7 +198,7 @@ def _bar(
     rounds = experiment.config.rounds
     return make_bar(
         total=experiment.pretrain_steps + rounds * experiment.local_steps,
-        initial=results.progress.step,
+        initial=results.progress.steps_done,
         unit="step",
         disable=None if is_main() else True,
     )
@@ -179,11 +216,11 @@ class _Evaluations:
     def __init__(
         self, experiment: Experiment, results: Results, log: Callable[[str], None]
     ):
-        self._experiment = experiment
+        self._measure = Measuring(experiment)
         self._results = results
         self._log = log
-        # The last evaluation, and the number of local steps done before it.
-        self._last: tuple[int, Evaluation] | None = None
+        # What was measured last, and the number of local steps done before it.
+        self._last: tuple[int, dict[str, Any]] | None = None
 
     def __call__(
         self,
@@ -191,6 +228,7 @@ class _Evaluations:
         number: int,
         state: State,
         metrics: dict[str, Any],
+        frames: Any = None,
         changed: bool = True,
     ) -> None:
         """Evaluates the agents.
@@ -200,27 +238,30 @@ class _Evaluations:
             number: The round; 0 before the first one.
             state: The agents' state.
             metrics: Further entries of the row in metrics.jsonl.
+            frames: The agents' frames after the round's communication; None if there
+                was none, or it aligned no agents.
             changed: Whether the agents may have changed since the last local step. If
                 they have not, an evaluation after that step still holds.
 
         Raises:
             NonFiniteError: An agent's test loss is not finite.
         """
-        step = self._results.progress.step
+        step = self._results.progress.steps_done
         if changed or self._last is None or self._last[0] != step:
-            variables = self._experiment.algorithm.variables(state)
-            self._last = step, self._experiment.evaluator(variables)
-        _, evaluation = self._last
-        accuracy, loss, distance = evaluation
+            self._last = step, self._measure(state, frames, number, step)
+        _, measures = self._last
+        loss = measures["test_loss"]
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
             raise NonFiniteError(
                 f"the test loss of agent(s) {agents} is not finite in round {number} "
                 f"(phase {phase!r})"
             )
-        self._results.write(phase, number, evaluation, metrics)
+        self._results.write(phase, number, measures, metrics)
         self._log(
-            f"round {number:3d} {phase:>10}: test accuracy {accuracy.mean():.4f} "
-            f"± {accuracy.std():.4f}, loss {loss.mean():.4f}, consensus distance "
-            f"{distance:.3g}"
+            f"round {number:3d} {phase:>10}: "
+            f"test accuracy {measures['test_accuracy_mean']:.4f} "
+            f"± {measures['test_accuracy_std']:.4f} over agents, "
+            f"loss {measures['test_loss_mean']:.4f}, "
+            f"consensus distance {measures['consensus_distance']:.3g}"
         )

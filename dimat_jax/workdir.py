@@ -4,9 +4,11 @@
     layout.json      how agents share a device, with which the run was started
     partition.json   how many training samples of each class every agent has
     metrics.jsonl    a row for every evaluation
+    metrics.digests  a digest of every row
     events.out.*     the numbers of these rows, for TensorBoard
     checkpoints/     the newest states, from which a run that was killed goes on
     summary.json     the last rows, once the run has finished
+    failure.json     why the run has stopped, if a loss was no longer finite
 
 With several processes, process 0 writes all files but the checkpoints, of which each
 process writes its part. All processes must see the folder.
@@ -16,6 +18,7 @@ A folder with a config.json holds a run; one with a summary.json, a finished one
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +29,13 @@ from jaxtyping import Int64
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._layout_choice import LayoutChoice
-from dimat_jax._metrics import MetricsWriter, read_rows, write_json
+from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
 from dimat_jax._processes import from_main, is_lost, is_main
+from dimat_jax._restored import SAVED_ROWS, restore
 from dimat_jax._run_progress import Progress
-from dimat_jax._slots import refill, with_sharding
-from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import (
+    RENAMED,
     Config,
     ConfigError,
     check,
@@ -43,13 +46,15 @@ from dimat_jax.config import (
     set_if_read,
 )
 from dimat_jax.data.partition import class_counts
-from dimat_jax.evaluate import Evaluation
+from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.mixing import spectral_gap
-from dimat_jax.tree import PyTree
 
-__all__ = ["Progress", "Results", "Workdir", "load_agents"]
+__all__ = ["FAILURE", "Progress", "Results", "Workdir", "load_agents"]
+
+FAILURE = "failure.json"
+"""The file that says why a run has stopped, if a loss was no longer finite."""
 
 _MOST_IN_ROWS = 64
 """Rows have the bytes of every link for at most this number of agents."""
@@ -123,7 +128,7 @@ class Workdir:
         write_json(self.path / "partition.json", partition)
         write_json(self._layout, experiment.layout._asdict())
         # config.json comes last, since it marks the folder as that of a run.
-        write_json(self._config, _as_dict(config))
+        write_json(self._config, json.loads(config.to_json()))
         return counts
 
     def read_config(self) -> Config:
@@ -140,7 +145,11 @@ class Workdir:
             fields = json.loads(self._config.read_text())
             unknown = fields_of(fields).keys() - fields_of(config).keys()
             if unknown:
-                raise ValueError(f"there are no fields {', '.join(sorted(unknown))}")
+                names = [
+                    f"{name} (it is {RENAMED[name]} now)" if name in RENAMED else name
+                    for name in sorted(unknown)
+                ]
+                raise ValueError(f"there are no fields {', '.join(names)}")
             config.update(fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{self._config} cannot be used: {error}") from error
@@ -186,6 +195,10 @@ class Results:
 
     Attributes:
         progress: How far the run has come. The code that does the work updates it.
+        totals: What the steps since the beginning of the round or epoch have added up,
+            in the checkpoint that was restored; None if it was saved between two.
+        saved_at: When the last checkpoint was saved, in seconds of a clock that only
+            this process reads.
     """
 
     def __init__(self, workdir: Workdir, experiment: Experiment):
@@ -199,11 +212,19 @@ class Results:
             self.progress = Progress(Ledger(experiment.placement.n_agents))
         else:
             self.progress = Progress.of(record)
+        self.totals = None
+        self.saved_at = time.monotonic()
+        self._saved = None if record is None else self._done
+        self._number = self._checkpoints.newest()
         self._rows = None
         if is_main():
-            self._rows = MetricsWriter(workdir.path, keep_rows=self.progress.rows)
+            saved = self._checkpoints.read_attached(SAVED_ROWS)
+            self._rows = MetricsWriter(workdir.path, self.progress.rows, saved)
 
     def __enter__(self) -> "Results":
+        if is_main():
+            # The run goes on, so it has not failed yet.
+            (self._workdir.path / FAILURE).unlink(missing_ok=True)
         return self
 
     def __exit__(
@@ -211,6 +232,9 @@ class Results:
     ) -> None:
         if self._rows is not None:
             self._rows.close()
+            if isinstance(error, NonFiniteError):
+                content = {"message": str(error)}
+                write_json(self._workdir.path / FAILURE, content)
         # Several processes finish a checkpoint together. If one of them has died, the
         # others would wait for it.
         if not is_lost(error):
@@ -224,38 +248,32 @@ class Results:
         Returns:
             None if there is no checkpoint.
         """
-        restored = _restore(self._experiment, self._checkpoints)
+        restored = restore(self._experiment, self._checkpoints)
         if restored is None:
             return None
-        _, state = restored
+        _, state, self.totals = restored
         return state
 
     def write(
-        self, phase: str, number: int, evaluation: Evaluation, metrics: dict[str, Any]
+        self, phase: str, number: int, measures: dict[str, Any], metrics: dict[str, Any]
     ) -> None:
         """Adds a row to metrics.jsonl and to TensorBoard's events.
 
         Args:
             phase: "pretrained", "merged" or "trained".
             number: The round; 0 before the first one.
-            evaluation: How good the agents are.
+            measures: How good the agents are.
             metrics: Further entries of the row.
         """
         if self._rows is None:
             return
-        accuracy, loss, distance = evaluation
         progress, ledger = self.progress, self.progress.ledger
         self._rows.write(
             {
                 "round": number,
-                "step": progress.step,
+                "step": progress.steps_done,
                 "phase": phase,
-                "test_accuracy": accuracy,
-                "test_accuracy_mean": accuracy.mean(),
-                "test_accuracy_std": accuracy.std(),
-                "test_loss": loss,
-                "test_loss_mean": loss.mean(),
-                "consensus_distance": distance,
+                **measures,
                 "bytes_sent_total": ledger.bytes_sent,
                 "bytes_sent_by_kind": ledger.by_kind,
                 "bytes_sent_by_agent": ledger.bytes_sent_by_agent,
@@ -274,13 +292,42 @@ class Results:
             return {}
         return {"bytes_sent_by_link": ledger.by_link}
 
-    def save(self, state: State) -> None:
-        """Saves a checkpoint of the agents' state and of the progress."""
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint has all of the progress."""
+        return self._saved == self._done
+
+    @property
+    def _done(self) -> tuple[int, int, int]:
+        return self.progress.epoch, self.progress.round, self.progress.within
+
+    def save(self, state: State, totals: Any | None = None) -> None:
+        """Saves a checkpoint of the agents' state and of the progress.
+
+        Args:
+            state: The state.
+            totals: What the steps of an unfinished round or epoch have added up; None
+                if no step of it has been done.
+        """
         progress = self.progress
+        if totals is None:
+            progress.within = 0
+        attached = {}
         if self._rows is not None:
             progress.rows = self._rows.rows
+            attached[SAVED_ROWS] = self._rows.packed()
+        # Checkpoints within a round come before the one at its end.
         number = progress.epoch + progress.round
-        self._checkpoints.save(number, state, progress.record())
+        if self._number is not None:
+            number = max(number, self._number + 1)
+        self._number = number
+        tree = state if totals is None else {"state": state, "totals": totals}
+        self._checkpoints.save(number, tree, progress.record(), attached)
+        self._saved, self.saved_at = self._done, time.monotonic()
+
+    def wait(self) -> None:
+        """Waits until the checkpoints are on disk."""
+        self._checkpoints.wait()
 
     def summarize(self) -> dict[str, Any]:
         """Writes summary.json: the last rows, and what computed them.
@@ -288,21 +335,28 @@ class Results:
         Returns:
             Its content.
         """
-        # A run with a summary counts as finished, so its checkpoints come first.
+        # A run with a summary counts as finished, so all other files come first.
         self._checkpoints.wait()
+        if self._rows is not None:
+            self._rows.close()
         if is_main():
             write_json(self._workdir.path / "summary.json", self._summary())
         return from_main(self._workdir.read_summary() if is_main() else None)
 
     def _summary(self) -> dict[str, Any]:
         rows = read_rows(self._workdir.path)
+        W = self._experiment.links.mixing_matrix
         return {
             **rows[-1],
             # The last row of each phase. It also shows the agents right after the last
             # merge, before they trained on.
             **{f"last_{row['phase']}": row for row in rows},
-            # This is the gap without faults, over one period of the topology.
-            "spectral_gap": spectral_gap(self._experiment.links.mixing_matrix),
+            **best_rows(rows, "validation"),
+            # These are the gaps without faults: over one period of the topology, and
+            # for a single one of its steps.
+            "spectral_gap": spectral_gap(W),
+            "spectral_gap_per_step": spectral_gap(W, per_step=True),
+            "period": len(W),
             "seconds_total": self.progress.total_seconds,
             "layout": self._experiment.layout._asdict(),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -333,42 +387,11 @@ def load_agents(
     experiment = Experiment(config)
     checkpoints = Checkpoints(folder.path / "checkpoints", create=False)
     try:
-        restored = _restore(experiment, checkpoints)
+        restored = restore(experiment, checkpoints)
     finally:
         checkpoints.close()
     if restored is None:
         raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
-    algorithm, state = restored
+    algorithm, state, _ = restored
     placement = experiment.placement
     return experiment, placement.gather(algorithm.variables(state))
-
-
-def _restore(
-    experiment: Experiment, checkpoints: Checkpoints
-) -> tuple[Algorithm, State] | None:
-    """The newest checkpoint: the algorithm it belongs to, and its state.
-
-    The run may have been saved on another number of devices, so that its arrays had
-    another number of slots. Older versions saved the agents alone.
-    """
-    placement = experiment.placement
-
-    def algorithm_of(record: dict[str, Any]) -> Algorithm:
-        pretraining = record["epoch"] < experiment.config.pretrain.epochs
-        return experiment.pretrain_algorithm if pretraining else experiment.algorithm
-
-    def abstract_state(record: dict[str, Any]) -> PyTree:
-        variables = experiment.abstract_variables()
-        return with_sharding(
-            placement, jax.eval_shape(algorithm_of(record).init, variables)
-        )
-
-    restored = checkpoints.restore(abstract_state, rows=placement.n_agents)
-    if restored is None:
-        return None
-    state, record = restored
-    return algorithm_of(record), refill(placement, state)
-
-
-def _as_dict(config: Config) -> dict[str, Any]:
-    return json.loads(config.to_json())

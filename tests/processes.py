@@ -18,8 +18,8 @@ RUNS: dict[str, dict[str, object]] = {
         "merge.frame": "own",
         "merge.match_data": "own",
         "merge.match_samples": 40,
-        "merge.bn_data": "own",
-        "merge.bn_samples": 40,
+        "batch_norm.data": "own",
+        "batch_norm.samples": 40,
         "model.norm": "batch",
         # Adam's first steps would magnify the rounding of BatchNorm.
         "optimizer.name": "sgd",

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+from configs import cifar100_resnet20, quickstart
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.compression import COMPRESSORS
 from dimat_jax.config import (
@@ -18,6 +19,7 @@ from dimat_jax.config import (
 from dimat_jax.models import MODELS
 from dimat_jax.models.resnet import ResNet
 from dimat_jax.network import Absence, parse_absences
+from dimat_jax.optimizers import LEARNING_RATES, OPTIMIZERS
 
 
 def config_of(**fields: Any):
@@ -101,6 +103,36 @@ def test_every_algorithm_is_itself_by_default(name):
         assert fields["optimizer.name"] == own[name]
     lossless = COMPRESSORS[fields["compression.name"]]().lossless
     assert lossless == (name not in ("choco", "compcga"))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_has_a_learning_rate_that_suits_its_optimizer(name):
+    fields = resolved(fields_of(changed(algorithm=name)))
+    own = LEARNING_RATES[ALGORITHMS[name].optimizer]
+    assert fields["optimizer.learning_rate"] == own > 0
+    # Agents pre-train with Adam.
+    assert fields["pretrain.optimizer.learning_rate"] == 1e-3
+    given = changed(algorithm=name, optimizer__learning_rate=0.7)
+    assert resolved(fields_of(given))["optimizer.learning_rate"] == 0.7
+
+
+def test_every_optimizer_has_a_learning_rate():
+    assert LEARNING_RATES.keys() == OPTIMIZERS.keys()
+    config = changed(pretrain__optimizer__name="sgd", optimizer__name="momentum")
+    fields = resolved(fields_of(config))
+    assert fields["pretrain.optimizer.learning_rate"] == LEARNING_RATES["sgd"]
+    assert fields["optimizer.learning_rate"] == LEARNING_RATES["momentum"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_bundled_configs_give_an_algorithm_a_rate_for_its_optimizer(name):
+    adaptive = ALGORITHMS[name].optimizer in ("adam", "dadam")
+    for config in (
+        quickstart.get_config(name),
+        cifar100_resnet20.get_config(f"paper-{name}"),
+    ):
+        rate = resolved(fields_of(config))["optimizer.learning_rate"]
+        assert rate <= 0.01 if adaptive else rate >= 0.01
 
 
 def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
@@ -191,13 +223,25 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
             "faults.dropout is 0.1, but algorithm='centralized' does not read it$",
         ),
         (
-            {"model__name": "mlp", "merge__bn_samples": 10},
-            "config.merge.bn_samples is 10, but nothing reads it: mlp has no BatchNorm",
+            {"model__name": "mlp", "batch_norm__samples": 10},
+            "config.batch_norm.samples is 10, but nothing reads it: mlp has no Batch",
         ),
         (
-            {"model__norm": "group", "merge__bn_data": "own"},
-            "config.merge.bn_data is 'own', but nothing reads it: resnet20 has "
+            {"algorithm": "cdsgd", "model__norm": "group", "batch_norm__data": "own"},
+            "config.batch_norm.data is 'own', but nothing reads it: resnet20 has "
             "no Batch",
+        ),
+        (
+            {"model__name": "mlp", "batch_norm__when": "evaluation"},
+            "config.batch_norm.when is 'evaluation', but nothing reads it: mlp has no",
+        ),
+        (
+            {"batch_norm__data": "none", "batch_norm__when": "evaluation"},
+            "config.batch_norm.when is 'evaluation', but batch_norm.data='none' does",
+        ),
+        (
+            {"algorithm": "wa", "merge__batch_size": 10},
+            "config.merge.batch_size is 10, but nothing reads merge.match_data",
         ),
         ({"algorithm": "fedavg", "topology": "hypercube"}, "config.topology is 'hyper"),
         ({"algorithm": "local", "mixing": "lazy"}, "config.mixing is 'lazy', but"),
@@ -240,16 +284,17 @@ def test_between_merges_the_inner_algorithms_optimizer_is_the_default():
             "read it; it is read where merge.match_data is one of 'own', 'proxy'",
         ),
         (
-            {"merge__bn_data": "none", "merge__bn_samples": 10},
-            "config.merge.bn_samples is 10, but merge.bn_data='none' does not read it",
+            {"batch_norm__data": "none", "batch_norm__samples": 10},
+            "config.batch_norm.samples is 10, but batch_norm.data='none' does not read",
         ),
         (
             {
                 "algorithm": "wa",
-                "merge__bn_data": "none",
-                "merge__batch_size": 10,
+                "batch_norm__data": "none",
+                "batch_norm__batch_size": 10,
             },
-            "config.merge.batch_size is 10, but merge.bn_data='none' does not read it",
+            "config.batch_norm.batch_size is 10, but batch_norm.data='none' does not "
+            "read it",
         ),
         (
             {"data__name": "digits", "data__dir": "x"},
@@ -296,8 +341,10 @@ def test_what_would_be_ignored_or_cannot_be_is_refused(fields, message):
     "fields",
     [
         {"mixing": "file", "graph__file": "W.npy"},
-        {"model__name": "mlp", "merge__bn_data": "none"},
-        {"model__name": "mlp", "model__norm": "batch", "merge__bn_samples": 10},
+        {"model__name": "mlp", "batch_norm__data": "none"},
+        {"model__name": "mlp", "model__norm": "batch", "batch_norm__samples": 10},
+        {"algorithm": "local", "batch_norm__when": "evaluation"},
+        {"algorithm": "cdsgd", "batch_norm__data": "own", "batch_norm__samples": 10},
         {"topology": "random_regular", "graph__degree": 4},
         {"data__partition": "dirichlet", "data__alpha": 0.1},
         {

@@ -7,7 +7,13 @@ import pytest
 
 from dimat_jax.data.pipeline import Reader, place_pool
 from dimat_jax.data.sources import Split
-from dimat_jax.evaluate import Evaluation, Evaluator
+from dimat_jax.evaluate import (
+    Evaluation,
+    Evaluator,
+    deviation,
+    disagreement,
+    local_accuracy,
+)
 from dimat_jax.placement import Placement, place
 
 N_AGENTS, N_SAMPLES, N_CLASSES = 3, 11, 4
@@ -190,3 +196,71 @@ def test_the_distance_of_complex_params_counts_both_their_parts(placement):
         for variables in (whole, parts)
     )
     assert distance == pytest.approx(expected, rel=1e-6)
+
+
+def test_deviations_are_those_of_samples_and_0_for_a_single_agent():
+    assert deviation(np.array([0.1, 0.4, 0.7])) == pytest.approx(0.3)
+    assert deviation(np.array([0.4])) == 0.0
+
+
+# By class, local, and disagreement
+
+
+def predictions_of(variables: Any) -> np.ndarray:
+    """Returns the agents' predictions on all samples, `[agents, samples]`."""
+    x = (IMAGES.reshape(N_SAMPLES, -1) - MEAN) / STD
+    w, b = (variables["params"][name].astype(np.float64) for name in "wb")
+    return (np.einsum("sd,adc->asc", x, w) + b[:, None]).argmax(axis=-1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_accuracy_by_class_is_of_the_samples_of_a_class(placement, batch_size):
+    variables, samples = agents(), np.flatnonzero(LABELS != 1)
+    result = evaluate(placement, variables, batch_size, samples)
+    correct = (predictions_of(variables) == LABELS)[:, samples]
+    there = np.unique(LABELS[samples])
+    assert len(there) > 1 and 1 not in there
+    for label in range(N_CLASSES):
+        found = result.accuracy_by_class[:, label]
+        if label in there:
+            of_class = correct[:, LABELS[samples] == label]
+            np.testing.assert_allclose(found, of_class.mean(axis=1))
+        else:
+            assert np.isnan(found).all()
+    assert len(np.unique(result.accuracy_by_class[:, there])) > 2
+
+
+def test_local_accuracy_weights_classes_as_the_shard_does():
+    by_class = np.array([[1.0, 0.5, np.nan], [1.0, 0.5, np.nan], [0.0, 0.25, np.nan]])
+    # No agent has images of the last class, so its column is missing.
+    counts = np.array([[3, 1], [0, 5], [2, 2]])
+    np.testing.assert_allclose(local_accuracy(by_class, counts), [0.875, 0.5, 0.125])
+
+
+def test_local_accuracy_leaves_out_classes_without_samples():
+    by_class = np.array([[np.nan, 0.5], [np.nan, 0.5]])
+    local = local_accuracy(by_class, np.array([[9, 1], [4, 0]]))
+    np.testing.assert_array_equal(local, [0.5, np.nan])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_disagreement_is_the_mean_over_all_pairs_of_agents(seed):
+    rng = np.random.default_rng(seed)
+    predictions = rng.integers(0, 3, (2 + seed, 7))
+    pairs = [
+        (predictions[i] != predictions[j]).mean()
+        for i in range(len(predictions))
+        for j in range(i)
+    ]
+    assert disagreement(predictions) == pytest.approx(np.mean(pairs))
+    assert disagreement(np.stack([predictions[0]] * 4)) == 0
+    assert disagreement(predictions[:1]) == 0
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_agents_disagree_as_their_predictions_do(devices):
+    placement = place(N_AGENTS, jax.devices()[:devices])
+    variables = agents()
+    expected = disagreement(predictions_of(variables))
+    assert evaluate(placement, variables).disagreement == pytest.approx(expected)
+    assert 0 < expected < 1

@@ -120,7 +120,7 @@ def not_reading(path: str) -> dict[str, Any] | None:
             continue
         others = [name for name in registry_of(opener) if name not in values]
         if not others:
-            return None  # every entry of the registry reads it
+            return not_reading(opener.path)  # every entry of the registry reads it
         fields.setdefault(opener.path, others[0])
     return fields
 
@@ -308,7 +308,7 @@ def test_a_copy_of_a_config_takes_what_the_config_takes():
 def test_only_matching_takes_a_word_for_the_number_of_samples():
     config = default_config()
     with pytest.raises(TypeError):
-        config.merge.bn_samples = "enough"
+        config.batch_norm.samples = "enough"
     for algorithm in ("wm", "wa"):
         config = default_config()
         config.algorithm, config.merge.match_samples = algorithm, "enough"

@@ -3,6 +3,8 @@
 import json
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from dimat_jax import train
 from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.config import check
+from dimat_jax.data.pipeline import Batch
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.mixing import MixingError, lazy
@@ -183,7 +186,51 @@ def test_options_that_are_out_of_range_are_bad_input():
             UserError, match="gossip.momentum is .*; it must be at least 0 and below 1"
         ):
             Experiment(small("qgm", optimizer__name="", **changes))
-    with pytest.raises(
-        UserError, match="gossip.gamma is 0.0; it must be above 0 and at most 1"
-    ):
-        Experiment(small("choco", gossip__gamma=0.0))
+    for gamma in (-0.1, 1.1):
+        with pytest.raises(
+            UserError, match="gossip.gamma is .*; it must be above 0 and at most 1"
+        ):
+            Experiment(small("choco", gossip__gamma=gamma))
+
+
+def test_a_consensus_step_size_that_must_diverge_is_refused():
+    fields = {"compression__name": "random_k", "compression__fraction": 0.1}
+    with pytest.raises(UserError, match="agents on this network drift apart from 0.15"):
+        Experiment(small("choco", gossip__gamma=0.2, **fields))
+    # On a star most agents give their neighbours little weight.
+    Experiment(small("choco", gossip__gamma=0.2, topology="star", **fields))
+    Experiment(small("choco", **fields))
+
+
+@pytest.mark.parametrize("local_steps", [0, 7])
+def test_by_default_every_agent_takes_every_step_with_a_full_batch(local_steps):
+    fields = {"local_steps": local_steps, "local_epochs": int(not local_steps)}
+    experiment = Experiment(small(data__partition="quantity_skew", **fields))
+    sizes = np.array([len(shard) for shard in experiment.shards])
+    assert sizes.min() < 32 < sizes.max()
+    assert experiment.local_steps == (local_steps or -(-sizes.max() // 32))
+    for step in (*experiment.steps_of_round(1), *experiment.steps_of_round(2)):
+        assert experiment.sampler.batch(step)[1].all()
+    for step in range(experiment.pretrain_steps):
+        assert experiment.pretrain_sampler.batch(step)[1].all()
+
+
+def test_agents_may_count_by_their_images():
+    """Agents with small shards then idle, and batches count with what fills them."""
+    skew = {"data__partition": "quantity_skew", "data__small_shards": "idle"}
+    idle, repeat = Experiment(small("fedavg", **skew)), Experiment(small("fedavg"))
+    assert idle._facts()["examples"] == [len(shard) for shard in idle.shards]
+    assert repeat._facts()["examples"] is None
+    busy = np.mean([idle.sampler.batch(t)[1] for t in range(idle.local_steps)], (0, 2))
+    np.testing.assert_allclose(busy * 32 * idle.local_steps, idle._facts()["examples"])
+
+    variables = idle._init(jax.random.key(0))
+    images = jnp.asarray(idle._example_inputs(4))
+    labels = jnp.asarray(idle.dataset.train.labels[:4])
+    half = Batch(images, labels, jnp.arange(4) < 2)
+    whole = Batch(images[:2], labels[:2], jnp.ones(2, bool))
+    for experiment, share in ((idle, 0.5), (repeat, 1)):
+        loss, (_, metrics) = experiment.task.loss(variables, half, jax.random.key(1))
+        mean, _ = experiment.task.loss(variables, whole, jax.random.key(1))
+        assert float(loss) == pytest.approx(share * float(mean), rel=1e-5)
+        assert float(metrics["loss"]) == pytest.approx(float(mean), rel=1e-5)

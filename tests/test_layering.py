@@ -14,8 +14,17 @@ ROOT = Path(__file__).parents[1]
 # The top floor first. Modules and packages of one floor do not import each other;
 # within a package there is no order, but neither is there a cycle.
 FLOORS = [
-    ["_lazy", "tree", "errors", "_stopwatch", "_jaxprs", "_randomness"],
-    ["options", "_conv_forms", "_processes"],
+    [
+        "_lazy",
+        "tree",
+        "errors",
+        "_stopwatch",
+        "_jaxprs",
+        "_randomness",
+        "_digests",
+        "_events",
+    ],
+    ["options", "_conv_forms", "_processes", "_lock", "_signals"],
     ["_layouts"],
     ["_parts"],
     ["_chunks"],
@@ -36,15 +45,19 @@ FLOORS = [
     ["optimizers", "compression"],
     ["algorithms"],
     ["evaluate"],
+    ["_average"],
     ["_run_options"],
     ["config"],
     ["sweeps"],
-    ["_chosen", "_layout_choice"],
+    ["_chosen", "_division", "_layout_choice"],
+    ["_examples"],
     ["experiment"],
-    ["_trainer", "workdir"],
-    ["_pretrain", "_race"],
+    ["_trainer", "_measuring", "_restored"],
+    ["workdir"],
+    ["_pauses"],
+    ["_pretrain", "_race", "_rounds"],
     ["train"],
-    ["reports", "_merge_models", "_bench", "_sweeping"],
+    ["reports", "_tuning", "_merge_models", "_bench", "_sweeping"],
     ["cli"],
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -88,6 +88,17 @@ def test_the_papers_rounds_are_counted():
     assert ledger.bytes_sent == 500 * 10 * MODEL_BYTES
 
 
+def test_an_answer_is_a_round_of_its_own():
+    """A question and its answer are two latencies, however their bytes are booked."""
+    plain, asking = Ledger(5), Ledger(5)
+    ring = TOPOLOGIES["ring"](5)
+    record_steps(plain, EVERY_STEP, ring, times=3)
+    record_steps(asking, EVERY_STEP._replace(turns=2), ring, times=3)
+    assert (plain.comm_rounds, asking.comm_rounds) == (3 * 2, 3 * 2 * 2)
+    assert asking.by_kind == plain.by_kind
+    np.testing.assert_array_equal(asking.by_link, plain.by_link)
+
+
 def test_on_an_irregular_graph_rounds_are_the_mean_over_agents():
     ledger = Ledger(4)
     record_steps(ledger, EVERY_STEP, from_graph(nx.star_graph(3)))
@@ -383,3 +394,15 @@ def test_the_record_of_many_agents_is_small():
     record_round(ledger, COMPRESSED, TOPOLOGIES["fully_connected"](500))
     assert len(json.dumps(ledger.record())) < 100_000
     assert Ledger.of(ledger.record()) == ledger
+
+
+def test_images_are_on_no_link_and_no_round():
+    ledger = Ledger(3)
+    ledger.record_images(0)
+    assert ledger == Ledger(3)
+    ledger.record_images(500)
+    record_round(ledger, EVERY_ROUND, TOPOLOGIES["ring"](3))
+    assert ledger.by_kind["images"] == ledger.server_bytes == 500
+    assert ledger.comm_rounds == 2
+    assert_adds_up(ledger)
+    assert Ledger.of(json.loads(json.dumps(ledger.record()))) == ledger

@@ -1,5 +1,11 @@
+import gzip
+import itertools
 import json
+import logging
+import os
+import stat
 import struct
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +14,15 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from dimat_jax._metrics import MetricsWriter, read_rows, write_json
+from dimat_jax import _metrics
+from dimat_jax._metrics import (
+    MetricsError,
+    MetricsWriter,
+    best_rows,
+    read_rows,
+    restore_rows,
+    write_json,
+)
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
@@ -172,16 +186,201 @@ def test_a_row_reaches_tensorboard_while_the_run_goes_on(tmp_path):
     writer.close()
 
 
-def test_a_resumed_run_takes_back_what_it_will_write_again(tmp_path):
-    write(tmp_path, row(1, loss=1.0), row(2, loss=0.5), row(3, loss=0.25))
-    write(tmp_path, keep_rows=2)
+def points(workdir: Path) -> list[tuple[str, int, float]]:
+    """Every scalar as often as it is in the files, whatever TensorBoard drops."""
+    return sorted(
+        (value.tag, event.step, value.simple_value)
+        for event in events(workdir)
+        for value in event.summary.value
+    )
+
+
+def test_each_point_is_there_once_after_any_number_of_kills(tmp_path):
+    """The row after a merge has the step of the row before it."""
+    before = row(1, loss=1.0, seconds_total=5.0)
+    merged = {**row(1, loss=0.5, seconds_total=9.0), "phase": "merged"}
+    write(tmp_path, before, merged)
+    for _ in range(4):
+        # The files are not closed, and their ends are lost.
+        writer = MetricsWriter(tmp_path, keep_rows=1)
+        writer.write(merged)
+        for path in tmp_path.glob("events.out.tfevents.*"):
+            path.write_bytes(path.read_bytes()[:-3])
+    write(tmp_path, merged, row(2, loss=0.25, seconds_total=11.0), keep_rows=1)
+    expected = [
+        ("merged/loss", 10, 0.5),
+        ("merged/seconds_total", 10, 9.0),
+        ("trained/loss", 10, 1.0),
+        ("trained/loss", 20, 0.25),
+        ("trained/seconds_total", 10, 5.0),
+        ("trained/seconds_total", 20, 11.0),
+    ]
+    assert points(tmp_path) == expected
+    # A TensorBoard that has shown the older files begins anew, and only once.
     proto: Any = event_pb2
     starts = [
         event.step
         for event in events(tmp_path)
         if event.session_log.status == proto.SessionLog.START
     ]
-    assert starts[-1] == 21  # everything after row 2, at step 20
+    assert starts == [0]
+    write(tmp_path, keep_rows=3)
+    assert points(tmp_path) == expected
+
+
+def test_events_that_are_written_again_keep_their_distances_in_time(tmp_path):
+    rows = [row(n, loss=0.5, seconds_total=100.0 * n) for n in (1, 2, 3)]
+    write(tmp_path, *rows)
+    write(tmp_path, keep_rows=3)
+    times = [event.wall_time for event in events(tmp_path) if event.summary.value]
+    assert np.unique(np.round(times, 3)).tolist() == pytest.approx(
+        [times[-1] - 200, times[-1] - 100, times[-1]], abs=0.01
+    )
+
+
+# Damage
+
+
+def changed(lines: list[bytes]) -> None:
+    lines[1] = lines[1].replace(b"0.5", b"0.7")
+
+
+def removed(lines: list[bytes]) -> None:
+    del lines[1]
+
+
+def doubled(lines: list[bytes]) -> None:
+    lines.insert(2, lines[1])
+
+
+def doubled_at_the_end(lines: list[bytes]) -> None:
+    lines.append(lines[-1])
+
+
+def swapped(lines: list[bytes]) -> None:
+    lines[1:3] = lines[2], lines[1]
+
+
+def cut_off(lines: list[bytes]) -> None:
+    del lines[2:]
+
+
+def emptied(lines: list[bytes]) -> None:
+    lines.clear()
+
+
+def zeroed(lines: list[bytes]) -> None:
+    lines[:] = [bytes(sum(map(len, lines)))]
+
+
+def zeroed_within(lines: list[bytes]) -> None:
+    lines[1] = bytes(len(lines[1]) - 1) + b"\n"
+
+
+DAMAGES = [
+    (changed, "row 2 is damaged, or not in its place"),
+    (removed, "row 2 is damaged, or not in its place"),
+    (doubled, "row 3 is damaged, or not in its place"),
+    (doubled_at_the_end, "row 4 is there twice"),
+    (swapped, "row 2 is damaged, or not in its place"),
+    (cut_off, "the file has 2 rows instead of 3"),
+    (emptied, "the file has 0 rows instead of 3"),
+    (zeroed, "the file has 0 rows instead of 3"),
+    (zeroed_within, "row 2 is damaged, or not in its place"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_rows_are_noticed_and_restored_from_a_checkpoint(
+    tmp_path, caplog, damage, message
+):
+    rows = [row(number, loss=1 / number) for number in (1, 2, 3)]
+    writer = write(tmp_path, *rows)
+    path, saved = tmp_path / "metrics.jsonl", writer.packed()
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    damage(lines)
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(MetricsError) as error:
+        read_rows(tmp_path)
+    assert f"{path}: {message}. " in str(error.value)
+    with caplog.at_level(logging.WARNING):
+        writer = MetricsWriter(tmp_path, 3, saved)
+    # A row that is there once more behind the others is removed like any later row.
+    n_notes = 0 if damage is doubled_at_the_end else 1
+    assert [f"{path} did not hold the rows" in m for m in caplog.messages] == (
+        [True] * n_notes
+    )
+    writer.write(row(4))
+    writer.close()
+    assert read_rows(tmp_path) == [*rows, row(4)]
+    # A run that has finished gets its rows back as well.
+    path.write_bytes(b"".join(lines))
+    restore_rows(tmp_path, saved)
+    assert path.read_bytes() == whole and read_rows(tmp_path) == rows
+
+
+def test_damaged_digests_are_noticed_too(tmp_path):
+    write(tmp_path, row(1), row(2))
+    path = tmp_path / "metrics.digests"
+    path.write_bytes(path.read_bytes().replace(b"a", b"b"))
+    with pytest.raises(MetricsError, match="is damaged"):
+        read_rows(tmp_path)
+
+
+def test_rows_of_older_versions_have_no_digests(tmp_path):
+    rows = [row(1), row(2), row(3)]
+    write(tmp_path, *rows)
+    (tmp_path / "metrics.digests").unlink()
+    assert read_rows(tmp_path) == rows
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"{", b"[", 1))
+    with pytest.raises(MetricsError, match="row 1 is damaged"):
+        read_rows(tmp_path)
+
+
+def test_rows_are_packed_bit_by_bit_and_only_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    parts = []
+    for number in range(4):
+        writer.write(row(number, loss=number / 3))
+        parts.append(writer.packed())
+    assert writer.packed() == parts[-1]
+    writer.close()
+    assert gzip.decompress(parts[-1]) == (tmp_path / "metrics.jsonl").read_bytes()
+    for shorter, longer in itertools.pairwise(parts):
+        assert longer.startswith(shorter)
+    # A run that goes on packs the rows before and after.
+    writer = MetricsWriter(tmp_path, 2, parts[1])
+    writer.write(row(9))
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    assert gzip.decompress(writer.packed()) == path.read_bytes()
+    assert [r["round"] for r in read_rows(tmp_path)] == [0, 1, 9]
+
+
+def test_rows_can_be_read_while_they_are_written_and_replaced(tmp_path):
+    """No reader may take the moment between two files for damage."""
+    saved = write(tmp_path, *(row(n) for n in range(20))).packed()
+    failures, over = [], threading.Event()
+
+    def read_on() -> None:
+        while not over.is_set():
+            try:
+                read_rows(tmp_path)
+            except Exception as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    for _ in range(5):
+        writer = MetricsWriter(tmp_path, 20, saved)
+        for number in range(20, 60):
+            writer.write(row(number))
+        writer.close()
+    over.set()
+    thread.join()
+    assert not failures
 
 
 # Other files
@@ -207,13 +406,56 @@ def test_a_failure_while_dumping_leaves_the_old_file(tmp_path):
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_json(path, {"old": 1})
-    write_text = Path.write_text
 
-    def disk_full(self, text):
-        write_text(self, text[:5])
+    def disk_full(descriptor: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", disk_full)
+    monkeypatch.setattr(_metrics.os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["summary.json"]
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, lasting):
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        calls.append("sync folder" if is_folder else "sync file")
+        fsync(descriptor)
+
+    def note_replace(source: Any, target: Any) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    write_json(tmp_path / "summary.json", {}, lasting)
+    expected = ["sync file", "rename", "sync folder"]
+    assert calls == (expected if lasting else ["rename"])
+
+
+def test_the_best_rows_are_chosen_by_the_named_split_for_each_phase_of_a_round():
+    rows = [
+        row(0, test_accuracy_mean=0.9, validation_accuracy_mean=0.9),
+        row(1, test_accuracy_mean=0.8, validation_accuracy_mean=0.2),
+        row(1, test_accuracy_mean=0.7, validation_accuracy_mean=0.5),
+        row(2, test_accuracy_mean=0.3, validation_accuracy_mean=0.4),
+        row(2, test_accuracy_mean=0.2, validation_accuracy_mean=0.5),
+    ]
+    phases = ("pretrained", "merged", "trained", "merged", "trained")
+    rows = [{**one, "phase": phase} for one, phase in zip(rows, phases, strict=True)]
+    # The first of equally good rounds counts, and pre-training is no round.
+    expected = {"best_merged": rows[3], "best_trained": rows[2]}
+    assert best_rows(rows, "validation") == expected
+    expected = {"best_merged": rows[1], "best_trained": rows[2]}
+    assert best_rows(rows, "test") == expected
+
+
+def test_without_its_split_there_is_no_best_row():
+    assert best_rows([row(1, test_accuracy_mean=0.8)], "validation") == {}
+    # An accuracy that is not finite is null in a file.
+    assert best_rows([row(1, validation_accuracy_mean=None)], "validation") == {}

@@ -317,6 +317,21 @@ def test_the_gap_of_a_changing_topology_is_that_of_a_whole_period(n_agents):
     )
 
 
+def test_the_gap_per_step_has_the_effect_of_a_period_step_for_step():
+    ring = uniform(TOPOLOGIES["ring"](5))
+    for period in (1, 2, 3):
+        stack = np.stack([ring] * period)
+        assert spectral_gap(stack, per_step=True) == pytest.approx(spectral_gap(ring))
+    # Two pairs of agents average. Later the pairs lose half of what still parts them.
+    nothing = np.eye(4)
+    within = (nothing + nothing[[1, 0, 3, 2]]) / 2
+    between = (3 * nothing + nothing[[2, 3, 0, 1]]) / 4
+    stack = np.stack([within, nothing, between, nothing])
+    assert spectral_gap(stack) == pytest.approx(0.5)
+    assert spectral_gap(stack, per_step=True) == pytest.approx(1 - 0.5**0.25)
+    assert spectral_gap(np.ones((1, 1)), per_step=True) == 1
+
+
 def test_the_gap_of_two_separate_rings_is_zero():
     graph = nx.disjoint_union(nx.cycle_graph(3), nx.cycle_graph(4))
     assert spectral_gap(uniform(from_graph(graph))) == pytest.approx(0, abs=1e-9)

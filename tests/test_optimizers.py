@@ -30,10 +30,10 @@ def descend(tx: optax.GradientTransformation, state: Any = None) -> tuple[Any, A
     return params, state
 
 
-def made(name: str, schedule: Any = RATE, weight_decay: float = 0.0):
+def made(name: str, schedule: Any = RATE, weight_decay: float = 0.0, **options: Any):
     record = OPTIMIZERS[name]
     momentum = {"momentum": MOMENTUM} if MOMENTUM_OPTION in record.options else {}
-    return record(schedule, weight_decay=weight_decay, **momentum)
+    return record(schedule, weight_decay=weight_decay, **momentum, **options)
 
 
 def assert_close(tree: Any, expected: Any) -> None:
@@ -74,6 +74,9 @@ def test_a_heavy_ball_keeps_the_rate_at_which_it_learnt():
         params = jax.tree.map(jnp.add, params, velocity)
     assert_close(descend(made("heavy_ball", rate))[0], params)
     assert_close(descend(made("heavy_ball"))[0], descend(made("momentum"))[0])
+    # With a constant rate the form that looks ahead is optax's.
+    ahead = made("heavy_ball", form="nesterov")
+    assert_close(descend(ahead)[0], descend(made("nesterov"))[0])
 
 
 def test_optimizers_differ():

@@ -239,6 +239,32 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
     np.testing.assert_allclose(last["test_loss"], expected["test_loss"], rtol=1e-2)
 
 
+def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
+    """And the run goes on as if it had never been interrupted."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    steps = ("--config.local_epochs=0", "--config.local_steps=300", "--config.rounds=2")
+    for number, victim in ((signal.SIGTERM, 1), (signal.SIGHUP, 0)):
+        command = (*LONG, *steps, f"--workdir={stopped}")
+        processes = start_training(command, command)
+        n_rows = 2 if victim else 4
+        deadline = time.monotonic() + 120
+        while len(read_rows(stopped)) < n_rows and time.monotonic() < deadline:
+            time.sleep(0.02)
+        processes[victim].send_signal(number)
+        results = [ended(process) for process in processes]
+        assert [code for code, _, _ in results] == [128 + number] * 2, results
+        lasts = {err.strip().splitlines()[-1] for _, _, err in results}
+        (last,) = lasts
+        assert f"{number.name}: the run has ended after local step " in last
+        assert "everything is saved" in last
+    command = (*LONG, *steps, f"--workdir={stopped}")
+    others = start_training(*[(*LONG, *steps, f"--workdir={whole}")] * 2)
+    for process in (*start_training(command, command), *others):
+        code, out, err = ended(process)
+        assert code == 0, out + err
+    assert without_times(read_rows(stopped)) == without_times(read_rows(whole))
+
+
 # Bad input ============================================================================
 
 

@@ -123,7 +123,7 @@ def test_the_sdist_and_the_wheel_hold_the_bundled_configs_as_files(built):
         f"dimat_jax/{path.relative_to(ROOT)}"
         for path in (ROOT / "configs").rglob("*.py")
     ]
-    names.append("dimat_jax/py.typed")
+    names += ["dimat_jax/py.typed", "dimat_jax/reports/page.html"]
     with tarfile.open(sdist) as archive:
         files = {m.name.partition("/")[2]: m for m in archive.getmembers()}
         assert all(files[name].isfile() for name in names)
@@ -140,7 +140,8 @@ def test_an_installation_adds_the_package_and_the_command_and_nothing_else(insta
 
 
 def test_in_an_empty_folder_every_command_works(dimat, tmp_path):
-    short = ("--config.rounds=1", "--config.pretrain.epochs=1")
+    # Another seed than that of the sweep, since the report below has both.
+    short = ("--config.rounds=1", "--config.pretrain.epochs=1", "--config.seed=1")
     dimat("train", "--config=quickstart", *short, "--workdir=x")
     assert json.loads((tmp_path / "x" / "summary.json").read_text())["round"] == 1
     (tmp_path / "own.py").write_text(SWEEP)

@@ -13,7 +13,6 @@ from dimat_jax import _run_progress, workdir
 from dimat_jax._metrics import read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax.config import ConfigError
-from dimat_jax.evaluate import Evaluation
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.train import run
@@ -48,7 +47,12 @@ def folder(tmp_path, experiment) -> Workdir:
     return folder
 
 
-EVALUATION = Evaluation(np.array([0.25, 0.5, 0.75]), np.array([1.0, 2.0, 3.0]), 0.5)
+MEASURES: dict[str, Any] = {
+    "test_accuracy": np.array([0.25, 0.5, 0.75]),
+    "test_accuracy_mean": 0.5,
+    "test_loss": np.array([1.0, 2.0, 3.0]),
+    "consensus_distance": 0.5,
+}
 
 
 def assert_same(tree: Any, expected: Any) -> None:
@@ -146,6 +150,10 @@ def test_fields_that_an_older_config_lacks_have_their_defaults(folder):
         ("{", "config.json cannot be used: Expecting"),
         ("[]", "cannot be used"),
         ('{"roundz": 3}', "there are no fields roundz"),
+        (
+            '{"merge": {"bn_data": "own"}}',
+            r"no fields merge.bn_data \(it is batch_norm.data now\)",
+        ),
         ('{"rounds": "many"}', "cannot be used"),
     ],
 )
@@ -196,10 +204,10 @@ def test_a_run_goes_on_from_its_newest_checkpoint(folder, experiment):
         progress = results.progress
         progress.epoch, progress.round, progress.step, progress.seconds = 2, 1, 9, 50
         progress.ledger.by_kind["params"] = 2**60
-        results.write("pretrained", 0, EVALUATION, {})
-        results.write("merged", 1, EVALUATION, {})
+        results.write("pretrained", 0, MEASURES, {})
+        results.write("merged", 1, MEASURES, {})
         results.save(state)
-        results.write("trained", 1, EVALUATION, {})
+        results.write("trained", 1, MEASURES, {})
     # Checkpoints are numbered by what is done: two epochs and one round.
     assert [path.name for path in (folder.path / "checkpoints").iterdir()] == ["3"]
     assert len(read_rows(folder.path)) == 3
@@ -238,7 +246,7 @@ def test_a_row_holds_the_evaluation_and_what_was_sent(folder, experiment):
     with Results(folder, experiment) as results:
         results.progress.step = 7
         results.progress.ledger.by_kind["params"] = 2**60
-        results.write("merged", 1, EVALUATION, {"moved_units": 0.5})
+        results.write("merged", 1, MEASURES, {"moved_units": 0.5})
     (row,) = read_rows(folder.path)
     assert list(row) == [
         "round",
@@ -246,9 +254,7 @@ def test_a_row_holds_the_evaluation_and_what_was_sent(folder, experiment):
         "phase",
         "test_accuracy",
         "test_accuracy_mean",
-        "test_accuracy_std",
         "test_loss",
-        "test_loss_mean",
         "consensus_distance",
         "bytes_sent_total",
         "bytes_sent_by_kind",
@@ -261,7 +267,7 @@ def test_a_row_holds_the_evaluation_and_what_was_sent(folder, experiment):
     ]
     assert (row["round"], row["step"], row["phase"]) == (1, 7, "merged")
     assert row["test_accuracy"] == [0.25, 0.5, 0.75]
-    assert row["test_accuracy_mean"] == 0.5 and row["test_loss_mean"] == 2.0
+    assert row["test_loss"] == [1.0, 2.0, 3.0] and row["consensus_distance"] == 0.5
     assert row["bytes_sent_by_link"] == [[0] * 3] * 3
     assert row["bytes_sent_total"] == row["bytes_sent_by_kind"]["params"] == 2**60
 
@@ -269,7 +275,7 @@ def test_a_row_holds_the_evaluation_and_what_was_sent(folder, experiment):
 def test_rows_leave_out_the_links_of_many_agents(folder, experiment, monkeypatch):
     monkeypatch.setattr(workdir, "_MOST_IN_ROWS", 2)
     with Results(folder, experiment) as results:
-        results.write("merged", 1, EVALUATION, {})
+        results.write("merged", 1, MEASURES, {})
     (row,) = read_rows(folder.path)
     assert "bytes_sent_by_link" not in row
     assert row["bytes_sent_by_agent"] == [0] * 3
@@ -278,7 +284,7 @@ def test_rows_leave_out_the_links_of_many_agents(folder, experiment, monkeypatch
 def test_the_summary_is_the_last_row_of_all_and_of_each_phase(folder, experiment):
     with Results(folder, experiment) as results:
         for phase, number in (("pretrained", 0), ("merged", 1), ("merged", 2)):
-            results.write(phase, number, EVALUATION, {})
+            results.write(phase, number, MEASURES, {})
         summary = results.summarize()
     rows = read_rows(folder.path)
     assert folder.read_summary() == summary
@@ -288,7 +294,23 @@ def test_the_summary_is_the_last_row_of_all_and_of_each_phase(folder, experiment
     )
     assert summary["last_pretrained"] == rows[0] and summary["last_merged"] == rows[2]
     assert summary["spectral_gap"] == pytest.approx(1)
+    assert summary["spectral_gap_per_step"] == pytest.approx(1)
+    assert summary["period"] == 1
     assert summary["versions"]["jax"] == jax.__version__
+
+
+def test_the_summary_has_the_best_round_by_the_validation_images_alone(
+    folder, experiment
+):
+    with Results(folder, experiment) as results:
+        results.write("merged", 1, MEASURES, {})
+        assert "best_merged" not in results.summarize()
+        for number, accuracy in ((2, 0.75), (3, 0.5)):
+            validation = {"validation_accuracy_mean": accuracy}
+            results.write("merged", number, MEASURES | validation, {})
+        summary = results.summarize()
+    assert summary["best_merged"] == read_rows(folder.path)[1]
+    assert summary["last_merged"] == read_rows(folder.path)[2]
 
 
 # Agents

@@ -4,9 +4,8 @@
 
 All runs start from the same five agents, which have trained alone, and go on for 10
 rounds of two epochs. Merging algorithms communicate once a round, and gossip algorithms
-with every step. Each algorithm has one learning rate in all four cells, the one of a
-grid with the best results over these cells (configs/sweeps/learning_rates.py). The 65
-runs take about 6 minutes on 2 CPU cores.
+with every step. Each algorithm has one learning rate in all four cells. The 65 runs
+take about 6 minutes on 2 CPU cores.
 """
 
 from dimat_jax.algorithms import ALGORITHMS
@@ -14,24 +13,9 @@ from dimat_jax.config import drop_unread
 from dimat_jax.configs import quickstart
 from dimat_jax.sweeps import grid
 
-LEARNING_RATES = {
-    "local": 0.1,
-    "centralized": 0.1,
-    "dimat": 0.1,
-    "wm": 0.1,
-    "wa": 0.1,
-    "fedavg": 0.3,
-    "cdsgd": 0.3,
-    "cdmsgd": 0.3,
-    "cdadam": 0.01,
-    "sgp": 0.3,
-    "d2": 0.3,
-    "dsgt": 0.3,
-    "qgm": 0.3,
-    "cga": 0.3,
-    "compcga": 0.1,
-    "choco": 0.3,
-}
+# The algorithms that take Adam in the quickstart take SGD here.
+_WITH_SGD = dict.fromkeys(("local", "centralized", "dimat", "wm", "wa"), 0.1)
+LEARNING_RATES = {**_WITH_SGD, **quickstart.LEARNING_RATES}
 
 
 def get_config(line: str):
@@ -56,7 +40,6 @@ def get_config(line: str):
     return drop_unread(config)
 
 
-# The algorithms whose learning rates come from the grid.
 BASELINES = (
     "fedavg",
     "cdsgd",

@@ -27,8 +27,10 @@ from dimat_jax.algorithms.base import MergeData, Variables
 from dimat_jax.config import Config, fields_of, record_of
 from dimat_jax.data.selection import (
     BATCH_SIZE,
+    BN_BATCH_SIZE,
     BN_DATA,
     BN_SAMPLES,
+    BN_WHEN,
     ENOUGH,
     MATCH_DATA,
     MATCH_SAMPLES,
@@ -99,7 +101,12 @@ def _on_images(experiment: Experiment, match: int | str, recalibrate: int) -> Co
     """Returns the config with shared images: for matching, and for BatchNorm."""
     fields = {MATCH_DATA.path: "proxy", MATCH_SAMPLES.path: match}
     if experiment.task.batch_statistics is not None:
-        fields |= {BN_DATA.path: "proxy", BN_SAMPLES.path: recalibrate}
+        fields |= {
+            BN_DATA.path: "proxy",
+            BN_SAMPLES.path: recalibrate,
+            BN_BATCH_SIZE.path: fields_of(experiment.config)[BATCH_SIZE.path],
+            BN_WHEN.path: "communication",
+        }
     return changed(experiment.config, fields)
 
 

@@ -12,12 +12,13 @@ from dimat_jax._bench._plain import Plain
 from dimat_jax._bench._record import Bench, Settings, table
 from dimat_jax._bench._steps import changed, number_of_agents
 from dimat_jax._bench._timing import Side, Timing, race, ratio, ratio_range
-from dimat_jax.config import Config, fields_of, model_arguments
+from dimat_jax.config import Config, fields_of, model_arguments, resolved
 from dimat_jax.data import sources
 from dimat_jax.models import MODELS
 from dimat_jax.models._settings import DTYPE
 from dimat_jax.models.mlp import MLP
 from dimat_jax.models.resnet import ResNet
+from dimat_jax.optimizers import LEARNING_RATE
 from dimat_jax.placement import AGENTS
 
 __all__ = ["BENCH"]
@@ -157,7 +158,7 @@ def _plain(config: Config) -> Plain | str:
         dataset.n_classes,
         dataset.train.images.shape[1:],
         config.batch_size,
-        config.optimizer.learning_rate,
+        resolved(fields_of(config))[LEARNING_RATE.path],
     )
 
 

@@ -100,7 +100,7 @@ def describe(jobs: Sequence[Job], share: Share, n_jobs: int) -> str:
 def _hours(seconds: float) -> str:
     """The hours as a text. A tenth of an hour or more needs no further digits."""
     hours = seconds / 3600
-    return f"{hours:.1f}" if hours >= 0.1 else f"{hours:.5f}"
+    return f"{hours:.1f}" if hours >= 0.1 else f"{hours:.2g}"
 
 
 def _plans(jobs: Sequence[Job]) -> list[_Plan]:

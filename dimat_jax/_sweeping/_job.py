@@ -2,7 +2,6 @@
 
 run.log         what the process printed; a run that goes on appends to it
 progress.json   how many local steps are done, and how fast; it changes every second
-.running        locked while a process runs the run
 """
 
 import io
@@ -17,10 +16,10 @@ from typing import Any
 
 import jax
 from absl import logging
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dimat_jax import train
+from dimat_jax._lock import LockError, held
 from dimat_jax._metrics import write_json
 from dimat_jax._sweeping._plan import Job
 from dimat_jax.errors import NonFiniteError, UserError, out_of_memory
@@ -30,7 +29,6 @@ __all__ = ["LOG", "PROGRESS", "failure_reason", "inherited_jax_options", "run_jo
 
 LOG = "run.log"
 PROGRESS = "progress.json"
-_LOCK = ".running"
 
 
 def inherited_jax_options() -> dict[str, Any]:
@@ -53,20 +51,30 @@ def run_job(job: Job, jax_options: Mapping[str, Any]) -> str | None:
 
     Returns:
         Why the run has failed; None if it has finished.
+
+    Raises:
+        Interrupted: A signal has ended the run.
     """
-    job.workdir.mkdir(parents=True, exist_ok=True)
-    _print_to(job.workdir / LOG)
+    notes: list[str] = []
+    try:
+        with held(job.workdir, notes.append):
+            _print_to(job.workdir / LOG)
+            print(*notes, sep="\n", end="\n" if notes else "")
+            return _run(job, jax_options)
+    except LockError as error:
+        return failure_reason(error)
+
+
+def _run(job: Job, jax_options: Mapping[str, Any]) -> str | None:
+    """Runs a run in a folder that no other process uses; see `run_job`."""
     # Orbax logs every step of every save at the level below.
     logging.set_verbosity(logging.WARNING)
     try:
         for name, value in jax_options.items():
             jax.config.update(name, value)
         request_cpu_devices(job.config.placement.cpu_devices)
-        with FileLock(job.workdir / _LOCK, timeout=0):
-            make_bar = partial(_ProgressFile, job.workdir / PROGRESS)
-            train.run(job.config, job.workdir, print, make_bar)
-    except Timeout:
-        return f"another process is running it in {job.workdir}"
+        make_bar = partial(_ProgressFile, job.workdir / PROGRESS)
+        train.run(job.config, job.workdir, print, make_bar)
     except Exception as error:
         traceback.print_exc()
         return failure_reason(error)
@@ -124,4 +132,5 @@ class _ProgressFile(tqdm):
         write_json(
             self._path,
             {"step": done["n"], "steps": done["total"], "steps_per_second": rate},
+            lasting=False,
         )

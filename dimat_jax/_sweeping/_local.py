@@ -8,15 +8,15 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from dimat_jax import train
+from dimat_jax import _signals, train
+from dimat_jax._signals import deferrable
 from dimat_jax._sweeping._job import (
     LOG,
     failure_reason,
@@ -26,13 +26,12 @@ from dimat_jax._sweeping._job import (
 from dimat_jax._sweeping._plan import Job, in_order, unfinished
 from dimat_jax._sweeping._progress import View
 from dimat_jax._sweeping._shares import Share, applied
-from dimat_jax.errors import NonFiniteError, UserError
+from dimat_jax.errors import Interrupted, NonFiniteError, UserError
 from dimat_jax.placement import request_cpu_devices
 
 __all__ = [
     "run_here",
     "run_side_by_side",
-    "terminated_like_interrupted",
 ]
 
 # The seconds between two looks at the files of the runs.
@@ -83,9 +82,9 @@ def run_side_by_side(
 ) -> dict[str, str]:
     """Runs as many runs at a time as there are shares, each in its own process.
 
-    A run that fails, or whose process is killed, stops no other run. If this process is
-    interrupted or terminated, it ends the others first. If it is killed, the others
-    notice it and end.
+    A run that fails, or whose process is killed, stops no other run. If this process
+    receives a signal, it ends the others first, which save what they have done. If it
+    is killed, the others notice it and end.
 
     Args:
         jobs: The runs. Those that have finished are left alone.
@@ -94,14 +93,18 @@ def run_side_by_side(
 
     Returns:
         The reasons of the runs that have failed, by name.
+
+    Raises:
+        Interrupted: A signal has ended the runs.
     """
     jobs = in_order(unfinished(jobs))
     waiting, free = deque(jobs), list(shares)
     running: list[_Running] = []
     failures: dict[str, str] = {}
-    with terminated_like_interrupted(), View(jobs, console) as view:
+    with deferrable() as signals, View(jobs, console) as view:
+        signals.defer()
         try:
-            while waiting or running:
+            while (waiting or running) and not signals.number:
                 while waiting and free:
                     running.append(_start(waiting.popleft(), free.pop(0)))
                     view.start(running[-1].job.name)
@@ -120,16 +123,6 @@ def run_side_by_side(
     return failures
 
 
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """Lets SIGTERM raise KeyboardInterrupt, as SIGINT does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _start(job: Job, share: Share) -> _Running:
     """Starts the process of a run."""
     context = multiprocessing.get_context("spawn")
@@ -138,8 +131,14 @@ def _start(job: Job, share: Share) -> _Running:
     process = context.Process(
         target=_child, args=(job, options, from_child), name=job.name
     )
-    with applied(share):
-        process.start()
+    # A process inherits what its parent blocks. Ctrl-C reaches every process of a
+    # terminal, and here the parent decides what happens.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with applied(share):
+            process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     # Only the child may hold this end: reading then ends when the child does.
     from_child.close()
     return _Running(job, share, process, answer)
@@ -147,11 +146,14 @@ def _start(job: Job, share: Share) -> _Running:
 
 def _child(job: Job, jax_options: Mapping[str, Any], answer: Connection) -> None:
     """The program of a run's process."""
-    # Ctrl-C reaches every process of a terminal. The parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _signals.start()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    answer.send(run_job(job, jax_options))
+    try:
+        answer.send(run_job(job, jax_options))
+    except Interrupted as error:
+        print(error)
+        sys.exit(error.exit_code)
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import MetricsError, read_rows
 from dimat_jax._sweeping._job import LOG, PROGRESS
 from dimat_jax._sweeping._plan import Job
 
@@ -42,7 +42,8 @@ class _Watched:
     def __init__(self, job: Job):
         self.job = job
         self.state = "waiting"
-        self.rows = read_rows(job.workdir)
+        self.rows: list[dict[str, Any]] = []
+        self.rows = self._read_rows()
         self.steps = _Steps()
         self._stamp = self._stamp_now()
 
@@ -59,8 +60,15 @@ class _Watched:
         if self._stamp == (stamp := self._stamp_now()):
             return []
         self._stamp, n_before = stamp, len(self.rows)
-        self.rows = read_rows(self._folder)
+        self.rows = self._read_rows()
         return self.rows[n_before:]
+
+    def _read_rows(self) -> list[dict[str, Any]]:
+        """Reads the rows. The run restores damaged ones when it goes on."""
+        try:
+            return read_rows(self._folder)
+        except MetricsError:
+            return self.rows
 
     @property
     def _folder(self) -> Path:

@@ -1,7 +1,7 @@
 """Runs a sweep on a Slurm cluster, through submitit: an array of jobs, one for a run.
 
-A job that is pre-empted, or that reaches its time limit, is put into the queue again by
-submitit, and its run goes on from its last checkpoint.
+A job that is pre-empted, or that reaches its time limit, saves what it has done. Then
+submitit puts it into the queue again, and its run goes on from there.
 """
 
 import time
@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
+from dimat_jax._signals import deferrable
 from dimat_jax._sweeping._job import LOG, inherited_jax_options, run_job
-from dimat_jax._sweeping._local import terminated_like_interrupted
 from dimat_jax._sweeping._plan import Job, in_order, unfinished
 from dimat_jax._sweeping._progress import View
 from dimat_jax.errors import UserError
@@ -109,8 +109,8 @@ def run_on_slurm(
 ) -> dict[str, str]:
     """Runs every run as a job of the cluster, and waits for all of them.
 
-    A run that fails stops no other run. If this process is interrupted or terminated,
-    it cancels the jobs.
+    A run that fails stops no other run. If this process receives a signal, it cancels
+    the jobs.
 
     Args:
         jobs: The runs. Those that have finished are left alone.
@@ -125,12 +125,13 @@ def run_on_slurm(
     if not jobs:
         return failures
     left: list[tuple[Job, Any]] = []
-    with terminated_like_interrupted(), View(jobs, console) as view:
+    with deferrable() as signals, View(jobs, console) as view:
+        signals.defer()
         try:
             call = _Run(inherited_jax_options())
             left += zip(jobs, executor.map_array(call, jobs), strict=True)
             started = set()
-            while left:
+            while left and not signals.number:
                 time.sleep(_INTERVAL)
                 for job, submitted in list(left):
                     is_done = submitted.done()

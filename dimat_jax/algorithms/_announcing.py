@@ -78,6 +78,9 @@ def announcing(
         return as_known(AnnouncingState(state.exact, known))
 
     def communicate(state, data, network, key):
+        if data is None:
+            new, metrics = exact.communicate(state.exact, data, network, key)
+            return state._replace(exact=new), metrics
         key, compression_key = jax.random.split(key)
         views = Views(state.exact, announced_state(state, compression_key))
         views, metrics = merge_round(views, data, network, key)
@@ -88,10 +91,6 @@ def announcing(
         # The estimate is a copy, because a step may reuse the buffers of the params.
         return AnnouncingState(state, jax.tree.map(jnp.copy, params(state)))
 
-    def step(state, batch, network, key):
-        new, metrics = exact.step(state.exact, batch, network, key)
-        return AnnouncingState(new, state.known), metrics
-
     def aligned(state, perms):
         known = exact.aligned(as_known(state), perms)
         return AnnouncingState(exact.aligned(state.exact, perms), params(known))
@@ -101,14 +100,33 @@ def announcing(
         announced = {**sent.round, "params": compressor.message(sent.round["params"])}
         return sent._replace(round=announced, whole=sent.round)
 
-    return Algorithm(
+    return exact._replace(
         init=init,
-        step=step,
+        step=_of_exact(exact.step),
+        ahead=exact.ahead and _of_exact(exact.ahead),
         communicate=communicate,
         variables=lambda state: exact.variables(state.exact),
-        with_variables=lambda state, variables: state._replace(
-            exact=exact.with_variables(state.exact, variables)
-        ),
+        with_variables=_on_exact(exact.with_variables),
+        with_statistics=_on_exact(exact.with_statistics),
         aligned=aligned,
         messages=messages,
     )
+
+
+def _on_exact(replace: Callable[[State, PyTree], State]) -> Callable[..., State]:
+    """Lifts a function that replaces a part of the exact state."""
+
+    def replace_in_exact(state: AnnouncingState, part: PyTree) -> AnnouncingState:
+        return state._replace(exact=replace(state.exact, part))
+
+    return replace_in_exact
+
+
+def _of_exact(step: Callable[..., tuple[State, Metrics]]):
+    """Makes a step on `AnnouncingState`s of one on exact states."""
+
+    def step_of_exact(state: AnnouncingState, batch, network, key):
+        new, metrics = step(state.exact, batch, network, key)
+        return AnnouncingState(new, state.known), metrics
+
+    return step_of_exact

@@ -38,7 +38,16 @@ from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
 from dimat_jax.tree import PyTree, is_inexact
 
-__all__ = ["AS_THEY_ARE", "FRAMES", "Exchanged", "Frame", "Merge", "Views"]
+__all__ = [
+    "AS_THEY_ARE",
+    "FRAMES",
+    "Exchanged",
+    "Frame",
+    "Merge",
+    "StackedPerms",
+    "Views",
+    "to_roots",
+]
 
 
 class Views(NamedTuple):
@@ -91,6 +100,7 @@ class Frame(Record[Merge]):
         joint: whether permutations must agree, that is, whether their product along
             every cycle must be the identity.
         two_way: whether a receiver must be able to answer its sender.
+        moves: whether agents leave their own frames for the frames of roots.
         traffic: the function that counts what finding the permutations sends, beyond
             the weights that are mixed.
     """
@@ -98,6 +108,7 @@ class Frame(Record[Merge]):
     edges: Callable[[Adjacency], Edges]
     joint: bool = False
     two_way: bool = False
+    moves: bool = False
     traffic: Traffic = no_traffic
 
 
@@ -166,7 +177,7 @@ def reference_frame(
 
     def merge(views, perms, W):
         if perms:
-            views = _moved(align, views, _to_roots(perms, len(W)))
+            views = _moved(align, views, to_roots(perms, len(W)))
         return views, mix_in_place(views, W)
 
     return merge
@@ -191,7 +202,7 @@ def joint_frame(inner: Algorithm, exchanged: Exchanged, placement: Placement) ->
     def merge(views, perms, W):
         if not perms:
             return views, mix_in_place(views, W)
-        to_root = _to_roots(perms, len(W))
+        to_root = to_roots(perms, len(W))
         from_root = {group: _inverse(perm) for group, perm in to_root.items()}
         return views, mix_in_frame(views, W, to_root, from_root)
 
@@ -205,7 +216,7 @@ def _moved(align: Callable[..., State], views: Views, perms) -> Views:
     return Views(align(own, perms), announced)
 
 
-def _to_roots(perms: EdgePerms, slots: int) -> StackedPerms:
+def to_roots(perms: EdgePerms, slots: int) -> StackedPerms:
     """Composes the permutations into the roots' frames along spanning trees, stacked.
 
     The root of a connected component is its lowest agent. It has the identity.
@@ -303,6 +314,7 @@ FRAMES: dict[str, Frame] = registry(
         reference_frame,
         edges=spanning_forest,
         two_way=True,
+        moves=True,
         traffic=reference_traffic,
     ),
     Frame(

@@ -36,7 +36,6 @@ from dimat_jax.matching._weight import RESTARTS, match_by_weights
 from dimat_jax.matching._weight_scores import (
     WeightScorer,
     included,
-    not_running_statistics,
 )
 from dimat_jax.permutation import PermutationSpec, group_sizes
 from dimat_jax.placement import Placement
@@ -289,7 +288,7 @@ class WeightMatcher:
         yield WeightScorer(
             self._spec,
             group_sizes(self._spec, one_agent(variables)),
-            included(variables, not_running_statistics),
+            included(variables, self._spec.is_weight),
             edge_waves,
             lift=self._lift,
             pick=self._pick,

@@ -1,4 +1,4 @@
-"""Merging: align the neighbours' networks, average them, recalibrate, train on.
+"""Merging: align the neighbours' networks, average them, train on.
 
     x_i  <-  sum_j W_ij P_ij x_j
 
@@ -18,7 +18,9 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from dimat_jax._stopwatch import Stopwatch
+from dimat_jax.algorithms._ahead import GRADIENT, looking_ahead, stepped
 from dimat_jax.algorithms._announcing import announcing
+from dimat_jax.algorithms._common_frame import CommonFrame, frames_after
 from dimat_jax.algorithms._edges import (
     EdgePerms,
     Edges,
@@ -34,7 +36,6 @@ from dimat_jax.algorithms._frames import (
     Views,
 )
 from dimat_jax.algorithms._matchers import ActivationMatcher, WeightMatcher
-from dimat_jax.algorithms._recalibration import Recalibrator
 from dimat_jax.algorithms._traffic import matching_sizes
 from dimat_jax.algorithms.base import (
     Algorithm,
@@ -46,17 +47,17 @@ from dimat_jax.algorithms.base import (
 )
 from dimat_jax.algorithms.local import LocalState, local_part, with_opt_state
 from dimat_jax.compression import Compressor, none
-from dimat_jax.data.pipeline import Samples
 from dimat_jax.errors import UserError
 from dimat_jax.matching._assignment import STAY
+from dimat_jax.matching._taps import with_last_taps
 from dimat_jax.matching._weight import RESTARTS
 from dimat_jax.network import Network
-from dimat_jax.optimizers import with_clocks_of
+from dimat_jax.optimizers import with_bias, with_clocks_of, without_bias
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.tree import take
 
-__all__ = ["FRAME", "OPT_STATE", "check_moments", "merging"]
+__all__ = ["FRAME", "OPT_STATE", "TAPS", "check_moments", "merging"]
 
 FRAME = Option(
     "merge.frame",
@@ -70,8 +71,17 @@ OPT_STATE = Option(
     "reset",
     'What happens to the optimizer state at a merge. "reset": it starts anew, while '
     'learning-rate schedules go on. "keep": it does not change. "merge": it is '
-    "permuted and averaged like the weights.",
+    "permuted and averaged like the weights. Moments are averaged without their bias, "
+    "so that agents may have taken different numbers of steps.",
     choices=("reset", "keep", "merge"),
+)
+TAPS = Option(
+    "merge.taps",
+    "all",
+    "The taps at which units are matched, if the same units show at several ones, as "
+    "those of a residual stream do: their mean correlation over all taps counts, or "
+    "the one at the last tap, which the published code uses.",
+    choices=("all", "last"),
 )
 
 
@@ -84,6 +94,8 @@ def merging(
     frame: str = FRAME.default,
     stay: float = STAY.default,
     opt_state: str = OPT_STATE.default,
+    gradient: str = GRADIENT.default,
+    taps: str = TAPS.default,
     restarts: int = RESTARTS.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
@@ -100,33 +112,45 @@ def merging(
         frame: the frame in which agents merge: one of `FRAMES`.
         stay: the score that a unit must gain to move; see `STAY`.
         opt_state: the policy for the optimizer state at a merge; see `OPT_STATE`.
+        gradient: where the gradient of the step after a merge is computed; see
+            `GRADIENT`. For "before_merge", `inner` must be `local`.
+        taps: the taps at which units are matched by their activations; see `TAPS`.
         restarts: the number of times that weights are matched; see `RESTARTS`.
         compressor: the compressor of the messages; see `announcing`.
 
     Raises:
-        OptionError: the frame or the policy is unknown, `stay` < 0, or `restarts` < 1.
+        OptionError: a name is unknown, `stay` < 0, or `restarts` < 1.
         UserError: optimizer states are merged although messages are compressed.
     """
     FRAME.check(frame)
     STAY.check(stay)
     OPT_STATE.check(opt_state)
+    GRADIENT.check(gradient)
+    TAPS.check(taps)
     RESTARTS.check(restarts)
     check_moments(opt_state, compressor)
     chosen, matcher = AS_THEY_ARE, None
     # A model without hidden units (a linear one, a convex problem) needs no alignment.
     if match is not None and task.spec.groups:
         chosen = FRAMES[frame]
+        spec = with_last_taps(task.spec) if taps == "last" else task.spec
         matcher = (
-            ActivationMatcher(task.spec, task.activations, placement)
+            ActivationMatcher(spec, task.activations, placement)
             if match == "activations"
             else WeightMatcher(task.spec, placement, restarts)
         )
+    if gradient == "before_merge":
+        inner = looking_ahead(inner, task, placement)
     merge_round = _MergeRound(
         inner, task, placement, chosen, matcher, stay=stay, opt_state=opt_state
     )
     merged = inner._replace(
         communicate=merge_round.communicate, messages=merge_round.messages
     )
+    if matcher is not None:
+        merged = merged._replace(
+            common_frame=CommonFrame(matcher, placement, joint=chosen.joint, stay=stay)
+        )
     if compressor.lossless:
         return merged
     return announcing(merged, placement, merge_round=merge_round, compressor=compressor)
@@ -177,9 +201,6 @@ class _MergeRound:
             inner, Exchanged(self._exchanged, self._with_part), placement
         )
         self._absorb = jax.jit(self._absorbed, out_shardings=placement.sharding)
-        self._measure = None
-        if task.batch_statistics is not None:
-            self._measure = Recalibrator(task.batch_statistics, placement)
 
     def __call__(
         self, views: Views, data: MergeData, network: Network, key: Key[Array, ""]
@@ -195,7 +216,7 @@ class _MergeRound:
         Returns:
             the new views, and host numbers: "moved_units", "match_similarity",
             "matching_bytes" and "merge_seconds"; also "match_samples_used", if units
-            were compared on examples.
+            were compared on examples, and the `Frames`, if units were permuted.
         """
         stopwatch = Stopwatch()
         key, match_key = jax.random.split(key)
@@ -218,7 +239,6 @@ class _MergeRound:
             matched = match(self._inner.variables(views.known), edges)
             views, merged = self._merge(views, matched.perms, network.W)
             state = block(self._absorb(views.own, merged))
-            state = self._recalibrate(state, data.recalibrate, stopwatch)
         metrics = {
             **metrics,
             **self._report(state, matched, edges, active_edges, data),
@@ -236,8 +256,11 @@ class _MergeRound:
     ) -> Metrics:
         """Returns the metrics of the matching, as host numbers."""
         perms, similarity, n_batches = matched
-        if self._matcher is None or not perms:
+        if self._matcher is None:
             return {"moved_units": 0.0}
+        frames = frames_after(self._frame, perms, self._placement.slots)
+        if not perms:
+            return {"moved_units": 0.0, "frames": frames}
         sizes = matching_sizes(
             self._task.spec,
             one_agent(self._inner.variables(state)),
@@ -246,6 +269,7 @@ class _MergeRound:
         if self._matcher.both_ways(data):
             edges = edges[edges[:, 0] < edges[:, 1]]
         report: Metrics = {
+            "frames": frames,
             "moved_units": _share_of_moved_units(perms),
             "match_similarity": similarity,
             "matching_bytes": self._frame.traffic(active_edges, edges, sizes),
@@ -257,43 +281,47 @@ class _MergeRound:
     def _exchanged(self, state: State) -> LocalState:
         """Returns the part of a state that is sent, aligned and averaged."""
         merged = self._opt_state == "merge"
-        optimizer = local_part(state).opt_state if merged else ()
+        optimizer = without_bias(local_part(state).opt_state) if merged else ()
         return LocalState(self._inner.variables(state), optimizer)
 
     def _absorbed(self, state: State, merged: LocalState) -> State:
         """Returns the state with which training goes on after the merge."""
         if self._opt_state == "reset":
-            return with_clocks_of(self._inner.init(merged.variables), state)
-        return self._with_part(state, merged)
+            new = with_clocks_of(self._inner.init(merged.variables), state)
+        else:
+            new = self._with_part(state, merged)
+        # A step that waits is in the frame of `state`, as the merged weights are.
+        return stepped(self._inner, new, state) if self._inner.ahead else new
 
     def _with_part(self, state: State, part: LocalState) -> State:
         """Returns the state with another part that is sent, aligned and averaged."""
         if self._opt_state == "merge":
-            state = with_opt_state(state, part.opt_state)
+            state = with_opt_state(state, with_bias(part.opt_state))
         return self._inner.with_variables(state, part.variables)
 
-    def _recalibrate(
-        self, state: State, samples: Samples | None, stopwatch: Stopwatch
-    ) -> State:
-        """Measures the BatchNorm statistics of a state anew, if there are any."""
-        if self._measure is None or samples is None:
-            return state
-        with stopwatch("recalibration") as block:
-            variables = self._measure(self._inner.variables(state), samples)
-            return block(self._inner.with_variables(state, variables))
-
     def communicate(
-        self, state: State, data: MergeData, network: Network, key: Key[Array, ""]
+        self,
+        state: State,
+        data: MergeData | None,
+        network: Network,
+        key: Key[Array, ""],
     ) -> tuple[State, Metrics]:
         """Runs the round of an algorithm whose messages are not compressed."""
+        if data is None:  # no merge is due
+            return self._inner.communicate(state, data, network, key)
         views, metrics = self(Views(state, None), data, network, key)
         return views.own, metrics
 
     def messages(self, state: State) -> Any:
         """Returns the inner algorithm's messages, and the one of the merge."""
-        variables, optimizer = jax.eval_shape(
-            lambda s: take(self._exchanged(s), 0), state
-        )
+
+        def sent(state):
+            # The bias of moments follows from the count of steps, which is sent too.
+            merged = self._opt_state == "merge"
+            optimizer = local_part(state).opt_state if merged else ()
+            return take((self._inner.variables(state), optimizer), 0)
+
+        variables, optimizer = jax.eval_shape(sent, state)
         whole = {**variables, "optimizer": optimizer}
         return self._inner.messages(state)._replace(round=whole)
 

@@ -28,10 +28,13 @@ def with_absences(algorithm: Algorithm, placement: Placement) -> Algorithm:
 
     keep_absent_jitted = jax.jit(keep_absent, out_shardings=placement.sharding)
 
-    def step(state, batch, network, key):
-        batch = batch._replace(mask=batch.mask & network.present[:, None])
-        new, metrics = algorithm.step(state, batch, network, key)
-        return keep_absent(network, new, state), metrics
+    def among_present(step):
+        def step_of_present(state, batch, network, key):
+            batch = batch._replace(mask=batch.mask & network.present[:, None])
+            new, metrics = step(state, batch, network, key)
+            return keep_absent(network, new, state), metrics
+
+        return step_of_present
 
     def communicate(state, data, network, key):
         new, metrics = algorithm.communicate(state, data, network, key)
@@ -39,4 +42,8 @@ def with_absences(algorithm: Algorithm, placement: Placement) -> Algorithm:
             new = keep_absent_jitted(network, new, state)
         return new, metrics
 
-    return algorithm._replace(step=step, communicate=communicate)
+    return algorithm._replace(
+        step=among_present(algorithm.step),
+        communicate=communicate,
+        ahead=algorithm.ahead and among_present(algorithm.ahead),
+    )

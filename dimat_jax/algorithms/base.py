@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Key
 
@@ -31,6 +32,7 @@ __all__ = [
     "optimizer_step",
     "gradient",
     "keep_idle",
+    "no_alignment",
     "apply_updates",
     "one_agent",
     "permute_opt_state",
@@ -67,15 +69,24 @@ class Task(NamedTuple):
 
 
 class MergeData(NamedTuple):
-    """The examples that merging looks at. A field is None if it needs no examples.
+    """The examples that a communication looks at. A field is None if there are none.
 
     Attributes:
         match: the examples on which units are matched by their activations.
-        recalibrate: the examples on which BatchNorm statistics are measured anew.
+        recalibrate: the examples on which BatchNorm statistics are measured anew after
+            the communication.
     """
 
     match: Samples | None = None
     recalibrate: Samples | None = None
+
+
+def no_alignment(
+    variables: Variables, frames: Any, data: MergeData, key: Key[Array, ""]
+) -> dict[str, np.ndarray]:
+    """Finds no permutations: the agents' units are averaged in the order they have."""
+    del variables, frames, data, key
+    return {}
 
 
 class Algorithm(NamedTuple):
@@ -87,28 +98,48 @@ class Algorithm(NamedTuple):
             with gossip if the algorithm gossips with every step. It is pure and may be
             jitted. Its metrics are stacked.
         communicate: `communicate(state, data, network, key) -> (state, metrics)` is
-            called once a round. It runs on the host and jits its parts. Its metrics are
-            host numbers.
+            called at least once a round. It runs on the host and jits its parts. Its
+            metrics are host numbers. "frames" is one of them if the algorithm aligns
+            agents; only `common_frame` reads it. `data` is None if agents that merge
+            are not to merge this time.
         variables: `variables(state)` returns the variables that are evaluated, matched
             and merged.
         with_variables: `with_variables(state, variables) -> state` is called after a
             merge. It restarts what the merge makes invalid, and keeps the rest.
+        with_statistics: `with_statistics(state, batch_stats) -> state` gives the agents
+            other running statistics, and keeps everything else. Afterwards `variables`
+            returns these statistics.
         aligned: `aligned(state, perms) -> state` permutes every field that is in an
             agent's frame, momenta included. The permutations are stacked too.
         messages: `messages(state) -> Messages` returns what one agent sends to one
             neighbour. Only shapes and dtypes matter, so `state` may consist of
             `jax.ShapeDtypeStruct`s.
+        ahead: `ahead(state, batch, network, key) -> (state, metrics)` computes a local
+            step that the next `communicate` takes, as `step` does otherwise. None if an
+            algorithm takes no step there.
+        common_frame: `common_frame(variables, frames, data, key) -> perms` finds the
+            permutations that align all agents with one of them, on the host and
+            stacked. It is empty if units need no permutation, or the algorithm has
+            none. `frames` is the metric "frames" of the last communication, or None if
+            there is none. It measures, and changes no agent.
     """
 
     init: Callable[[Variables], State]
     step: Callable[[State, Batch, Network, Key[Array, ""]], tuple[State, Metrics]]
     communicate: Callable[
-        [State, MergeData, Network, Key[Array, ""]], tuple[State, Metrics]
+        [State, MergeData | None, Network, Key[Array, ""]], tuple[State, Metrics]
     ]
     variables: Callable[[State], Variables]
     with_variables: Callable[[State, Variables], State]
+    with_statistics: Callable[[State, PyTree], State]
     aligned: Callable[[State, Perms], State]
     messages: Callable[[State], Messages]
+    ahead: (
+        Callable[[State, Batch, Network, Key[Array, ""]], tuple[State, Metrics]] | None
+    ) = None
+    common_frame: Callable[
+        [Variables, Any, MergeData, Key[Array, ""]], dict[str, np.ndarray]
+    ] = no_alignment
 
 
 class Gradient(NamedTuple):

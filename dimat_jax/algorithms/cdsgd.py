@@ -7,7 +7,8 @@
 algorithms differ only in this optimizer:
 
 - CDMSGD (Jiang et al. 2017, Algorithm 2): v_i <- beta v_i - alpha g_i(x_i), u_i = v_i:
-  `OPTIMIZERS["heavy_ball"]`.
+  `OPTIMIZERS["heavy_ball"]`. The code that its authors published steps by
+  u_i = beta v_i - alpha g_i(x_i), with the new v_i: `optimizer.form="nesterov"`.
 - CDAdam (DAdam, Nazari et al. 2022, arXiv 1901.09109, Algorithm 1): a max-type second
   moment and no bias correction: `OPTIMIZERS["dadam"]`.
 
@@ -104,7 +105,8 @@ RECORDS = (
         "cdmsgd",
         cdsgd,
         leads_to=GRAPH,
-        summary="It is CDSGD with a heavy ball (Jiang et al. 2017).",
+        summary="It is CDSGD with a heavy ball, in Polyak's form or in Nesterov's "
+        "(Jiang et al. 2017).",
         network=balanced,
         optimizer="heavy_ball",
         other_optimizers=False,

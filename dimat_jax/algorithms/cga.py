@@ -116,7 +116,8 @@ def cga(
     def messages(state):
         variables = one_agent(state.local.variables)
         gradients = compressor.message(variables["params"])
-        return Messages(step={**variables, "gradients": gradients})
+        # An agent can compute a neighbour's gradient only once it has its model.
+        return Messages(step={**variables, "gradients": gradients}, turns=2)
 
     return remembering(
         local(task, tx, placement),

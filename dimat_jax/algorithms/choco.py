@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dimat_jax.algorithms._consensus_step import check_step, safe_step
 from dimat_jax.algorithms.base import Algorithm, Task, one_agent
 from dimat_jax.algorithms.conditions import symmetric
 from dimat_jax.algorithms.exchange import Exchange
@@ -24,7 +25,8 @@ from dimat_jax.algorithms.memory import MemoryState, remembering
 from dimat_jax.algorithms.record import GRAPH, AlgorithmRecord
 from dimat_jax.compression import COMPRESSOR, Compressor, announce
 from dimat_jax.ledger import Messages
-from dimat_jax.mixing import mix
+from dimat_jax.mixing import MixingMatrix, mix
+from dimat_jax.network import Links
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
@@ -34,11 +36,14 @@ __all__ = ["RECORD", "choco"]
 
 GAMMA = Option(
     "gossip.gamma",
-    1.0,
-    "The consensus step size. The more a compressor loses, the smaller it must be: 1 "
-    "works for int8, while top_k of a tenth needs less than a half.",
+    0.0,
+    "The consensus step size of gossip with compressed messages. It must be smaller if "
+    "a compressor loses more, or if agents give their neighbours more weight. On a "
+    "ring, 1 is safe for int8, and .08 for random_k of a tenth. A value with which "
+    "agents must drift apart is refused.",
     above=0,
     at_most=1,
+    empty="the largest value that is safe with the compressor and the network",
 )
 
 
@@ -49,6 +54,7 @@ def choco(
     *,
     compressor: Compressor,
     lossy_edges: Adjacency | None = None,
+    mixing_matrix: MixingMatrix | None = None,
     gamma: float = GAMMA.default,
 ) -> Algorithm:
     """Gossips compressed params with every local step.
@@ -62,12 +68,17 @@ def choco(
         compressor: the compressor Q.
         lossy_edges: all edges that ever exist, undirected, if a message may be lost or
             the network changes. None if every message always arrives.
+        mixing_matrix: W without faults, or a stack for all times, from which the
+            default of gamma is found. None if it is not known.
         gamma: the consensus step size; see `GAMMA`.
 
     Raises:
-        OptionError: gamma is not above 0 and at most 1.
+        OptionError: gamma is out of range, or gossip with it must diverge.
     """
     GAMMA.check(gamma)
+    if gamma and mixing_matrix is not None and lossy_edges is None:
+        check_step(gamma, compressor, mixing_matrix)
+    gamma = gamma or safe_step(compressor, mixing_matrix)
 
     local_algorithm = local(task, tx, placement)
     if lossy_edges is None:
@@ -165,6 +176,24 @@ def _by_edge(
     return gossip
 
 
+def converging(
+    links: Links,
+    *,
+    compressor: Compressor,
+    gamma: float = GAMMA.default,
+) -> None:
+    """Checks that gossip with gamma does not have to diverge on a network.
+
+    Where agents drop out or links fail, gossip takes fewer and smaller steps. Nothing
+    is known there about gammas that must be too large.
+
+    Raises:
+        OptionError: it must diverge.
+    """
+    if gamma and not links.changes:
+        check_step(gamma, compressor, links.mixing_matrix)
+
+
 RECORD = AlgorithmRecord(
     "choco",
     choco,
@@ -174,5 +203,6 @@ RECORD = AlgorithmRecord(
     network=symmetric,
     optimizer="sgd",
     compressor="int8",
-    facts=frozenset({"compressor", "lossy_edges"}),
+    facts=frozenset({"compressor", "lossy_edges", "mixing_matrix"}),
+    check_together=converging,
 )

@@ -2,11 +2,16 @@
 
     x_i  <-  sum_k (n_k / n) x_k            once a round
 
-The sum is over the present agents, and n_k is the number of agent k's examples. Between
-two averages every agent trains alone (McMahan et al. 2017, arXiv 1602.05629, Algorithm
-1). There is no graph: every agent exchanges messages with the server. An agent that has
-been absent gets the average, and enters the next average after it has trained from this
-one.
+The sum is over the present agents. Between two averages every agent trains alone
+(McMahan et al. 2017, arXiv 1602.05629, Algorithm 1). There is no graph: every agent
+exchanges messages with the server. An agent that has been absent gets the average, and
+enters the next average after it has trained from this one.
+
+In the paper n_k is the number of agent k's examples, and agents take steps in the same
+proportion; `data.small_shards=idle` gives that. Then an agent counts about n_k^2 in the
+objective (Wang et al. 2020, arXiv 2007.07481, section 3). If small shards are repeated,
+all agents take equally many steps and all n_k are equal: every agent counts 1/N, as for
+all other algorithms.
 """
 
 from collections.abc import Sequence
@@ -42,7 +47,7 @@ def fedavg(
         task: the task that the agents learn.
         tx: the local optimizer; the paper uses plain SGD.
         placement: the devices on which the agents live.
-        examples: the number of each agent's examples; None if all have equally many.
+        examples: n_k, the number of each agent's examples; None if all count the same.
     """
     held = jnp.zeros(placement.slots)
     held = held.at[: placement.n_agents].set(

@@ -104,6 +104,9 @@ def local(
         communicate=lambda state, data, network, key: (state, {}),
         variables=lambda state: state.variables,
         with_variables=lambda state, variables: state._replace(variables=variables),
+        with_statistics=lambda state, statistics: state._replace(
+            variables={**state.variables, "batch_stats": statistics}
+        ),
         aligned=placement.per_agent(align),
         messages=lambda state: Messages(),
     )

@@ -82,6 +82,9 @@ def remembering(
         with_variables=lambda state, variables: restarted(
             base.with_variables(state.local, variables), state.marks
         ),
+        with_statistics=lambda state, statistics: state._replace(
+            local=base.with_statistics(state.local, statistics)
+        ),
         aligned=lambda state, perms: MemoryState(
             base.aligned(state.local, perms),
             permute(perms, state.memory),

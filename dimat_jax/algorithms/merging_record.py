@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from dimat_jax.algorithms._ahead import GRADIENT, check_gradient
 from dimat_jax.algorithms._frames import FRAMES
 from dimat_jax.algorithms._merging import FRAME
 from dimat_jax.algorithms.base import Algorithm
@@ -63,6 +64,7 @@ class MergingRecord(AlgorithmRecord):
         """Makes the record of this algorithm with a given algorithm between merges."""
 
         def build(task, tx, placement, **arguments: Any) -> Algorithm:
+            check_gradient(arguments.get("gradient", GRADIENT.default), inner.name)
             own = {k: v for k, v in arguments.items() if k in inner.argument_names}
             rest = {
                 k: v

@@ -6,14 +6,17 @@ and the documentation all read the records; none of them names an algorithm.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import optax
 
 from dimat_jax.algorithms._presence import with_absences
+from dimat_jax.algorithms._recalibration import recalibrating
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.conditions import Condition, anything
-from dimat_jax.compression import COMPRESSORS
+from dimat_jax.compression import COMPRESSORS, Compressor
+from dimat_jax.data._small_shards import SMALL_SHARDS
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
 from dimat_jax.mixing import MIXING
 from dimat_jax.network import ABSENCES, DROPOUT, EDGE_LOSS, Links
@@ -41,6 +44,7 @@ SEVERAL_AGENTS = (
     ABSENCES,
     PARTITION,
     PRETRAIN_PARTITION,
+    SMALL_SHARDS,
 )
 """The options that mean nothing if there is only one agent."""
 
@@ -62,7 +66,12 @@ class AlgorithmRecord(Record[Algorithm]):
         facts: the names of further arguments of `build`, which a run finds out by
             itself: "adjacency" (all edges that ever exist), "lossy_edges" (the same
             edges, or None if the network never changes and every message arrives),
-            "compressor", and "examples" (the number of each agent's examples).
+            "mixing_matrix" (W at all times, without faults), "compressor", and
+            "examples" (the number of each agent's examples, or None if every agent
+            counts the same; see `data.small_shards`).
+        check_together: `check_together(links, compressor=..., **options)` checks
+            options that suit only some networks and compressors. It raises an
+            OptionError. None if there are no such options.
     """
 
     network: Condition = anything
@@ -70,6 +79,7 @@ class AlgorithmRecord(Record[Algorithm]):
     other_optimizers: bool = True
     compressor: str | None = None
     facts: frozenset[str] = frozenset()
+    check_together: Callable[..., None] | None = None
 
     def __call__(
         self,
@@ -78,10 +88,21 @@ class AlgorithmRecord(Record[Algorithm]):
         placement: Placement,
         **arguments: Any,
     ) -> Algorithm:
-        """Builds the algorithm, in which absent agents keep their state."""
-        if "compressor" in self.facts and self.compressor is not None:
-            arguments = {"compressor": COMPRESSORS[self.compressor](), **arguments}
-        return with_absences(self.build(task, tx, placement, **arguments), placement)
+        """Builds the algorithm, with what holds for every algorithm.
+
+        Agents measure their BatchNorm statistics anew after a communication that is
+        given examples for it, and absent agents keep their state.
+        """
+        arguments = {**self._own_compressor, **arguments}
+        algorithm = self.build(task, tx, placement, **arguments)
+        return with_absences(recalibrating(algorithm, task, placement), placement)
+
+    @property
+    def _own_compressor(self) -> dict[str, Compressor]:
+        """The argument that a builder needs if no other compressor is chosen."""
+        if "compressor" not in self.facts or self.compressor is None:
+            return {}
+        return {"compressor": COMPRESSORS[self.compressor]()}
 
     @property
     def title(self) -> str:
@@ -123,10 +144,17 @@ class AlgorithmRecord(Record[Algorithm]):
 
         Args:
             links: the network.
-            arguments: the algorithm's options, by keyword.
+            arguments: the algorithm's options, by keyword, and its compressor if that
+                is not its own.
 
         Raises:
             NetworkError: the theory does not cover it; the message says what is needed.
+            OptionError: an option has a value that does not suit the network.
         """
-        del arguments
         self.network(self.name, links)
+        if self.check_together is not None:
+            known = {**self._own_compressor, **arguments}
+            names = {"compressor", *(option.keyword for option in self.options)}
+            self.check_together(
+                links, **{name: known[name] for name in names & known.keys()}
+            )

@@ -10,6 +10,7 @@ this. The step u is the local optimizer's, taken at z. With momentum it is Algor
 in the paper's appendix.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -84,6 +85,13 @@ def sgp(
         divide = placement.per_agent(lambda x, w: _scaled(x, 1 / w))
         return divide(state.local.variables, state.weight)
 
+    @partial(jax.jit, out_shardings=placement.sharding)
+    def with_statistics(state: SgpState, statistics):
+        # What is pushed is the weight times the statistics, and the weight stays.
+        pushed = placement.per_agent(_scaled)(statistics, state.weight)
+        local_state = local_algorithm.with_statistics(state.local, pushed)
+        return state._replace(local=local_state)
+
     return Algorithm(
         init=lambda variables: restarted(local_algorithm.init(variables)),
         step=step,
@@ -92,6 +100,7 @@ def sgp(
         with_variables=lambda state, variables: restarted(
             state.local._replace(variables=variables)
         ),
+        with_statistics=with_statistics,
         aligned=lambda state, perms: state._replace(
             local=local_algorithm.aligned(state.local, perms)
         ),

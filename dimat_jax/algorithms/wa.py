@@ -7,12 +7,13 @@ This is DIMAT (arXiv 2404.08079) without its permutations, and one of its baseli
 is the mixing matrix.
 """
 
+from dimat_jax.algorithms._ahead import GRADIENT
+from dimat_jax.algorithms._merge_times import EVERY, UNIT
 from dimat_jax.algorithms._merging import OPT_STATE, merging
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.merging_record import MergingRecord
 from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
-from dimat_jax.data.selection import BN_DATA
 from dimat_jax.placement import Placement
 
 __all__ = ["RECORD", "wa"]
@@ -24,6 +25,7 @@ def wa(
     placement: Placement,
     *,
     opt_state: str = OPT_STATE.default,
+    gradient: str = GRADIENT.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
     """Averages networks as they are, once a round.
@@ -33,6 +35,7 @@ def wa(
         task: the task that the agents learn.
         placement: the devices on which the agents live.
         opt_state: the policy for the optimizer state at a merge.
+        gradient: where the gradient of the step after a merge is computed.
         compressor: the compressor of the messages.
 
     Raises:
@@ -44,6 +47,7 @@ def wa(
         placement,
         match=None,
         opt_state=opt_state,
+        gradient=gradient,
         compressor=compressor,
     )
 
@@ -51,8 +55,8 @@ def wa(
 RECORD = MergingRecord(
     "wa",
     wa,
-    (OPT_STATE,),
-    leads_to=(*GRAPH, COMPRESSOR, BN_DATA),
+    (OPT_STATE, GRADIENT),
+    leads_to=(*GRAPH, COMPRESSOR, EVERY, UNIT),
     summary="Neighbours' weights are averaged without matching.",
     compressor="none",
     facts=frozenset({"compressor"}),

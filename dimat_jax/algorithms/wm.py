@@ -9,12 +9,13 @@ inner product of the two networks' weights, by coordinate descent over the layer
 2404.08079). It needs no data. W is the mixing matrix.
 """
 
+from dimat_jax.algorithms._ahead import GRADIENT
+from dimat_jax.algorithms._merge_times import EVERY, UNIT
 from dimat_jax.algorithms._merging import FRAME, OPT_STATE, merging
 from dimat_jax.algorithms.base import Algorithm, Task
 from dimat_jax.algorithms.merging_record import MergingRecord
 from dimat_jax.algorithms.record import GRAPH
 from dimat_jax.compression import COMPRESSOR, Compressor, none
-from dimat_jax.data.selection import BN_DATA
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._weight import RESTARTS
 from dimat_jax.placement import Placement
@@ -30,6 +31,7 @@ def wm(
     frame: str = FRAME.default,
     stay: float = STAY.default,
     opt_state: str = OPT_STATE.default,
+    gradient: str = GRADIENT.default,
     restarts: int = RESTARTS.default,
     compressor: Compressor = none(),  # noqa: B008
 ) -> Algorithm:
@@ -42,6 +44,7 @@ def wm(
         frame: the frame in which agents merge.
         stay: the gain that a unit needs to move, in its share of the weights' cosine.
         opt_state: the policy for the optimizer state at a merge.
+        gradient: where the gradient of the step after a merge is computed.
         restarts: the number of times that weights are matched; the best permutations
             are kept.
         compressor: the compressor of the messages.
@@ -57,6 +60,7 @@ def wm(
         frame=frame,
         stay=stay,
         opt_state=opt_state,
+        gradient=gradient,
         restarts=restarts,
         compressor=compressor,
     )
@@ -65,8 +69,8 @@ def wm(
 RECORD = MergingRecord(
     "wm",
     wm,
-    (FRAME, STAY, OPT_STATE, RESTARTS),
-    leads_to=(*GRAPH, COMPRESSOR, BN_DATA),
+    (FRAME, STAY, OPT_STATE, GRADIENT, RESTARTS),
+    leads_to=(*GRAPH, COMPRESSOR, EVERY, UNIT),
     summary="Neighbours' units are matched by their weights, then averaged.",
     compressor="none",
     facts=frozenset({"compressor"}),

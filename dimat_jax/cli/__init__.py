@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dimat_jax import __version__
+from dimat_jax import __version__, _signals
 from dimat_jax._lazy import public_names
 from dimat_jax.errors import nearest
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "run one config, or go on with an interrupted run",
     "sweep": "run many configs, and report on all of them",
     "report": "write tables and figures of runs",
+    "tune": "choose learning rates, or values of another field, on validation images",
     "merge": "merge models that were trained apart",
     "bench": "measure how long training and merging take",
     "show": "list configs, algorithms, ...; look into a config or a run",
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         message = f"error: there is no command {name!r}; {nearest(name, COMMANDS)}"
         print(message, file=sys.stderr)
         sys.exit(2)
-    # The commands are imported only now: `dimat --help` needs no JAX.
+    # The commands are imported only now: `dimat --help` needs no JAX. A signal within
+    # these seconds ends the program without a traceback.
+    _signals.end_at_once()
     from dimat_jax.cli import _program
 
     module = importlib.import_module(f"dimat_jax.cli._{name}")

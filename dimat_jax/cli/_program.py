@@ -1,8 +1,8 @@
 """Runs the commands of `dimat`: flags, help, error messages and exit codes.
 
 The exit code is 0 after success, 1 if a run's loss was not finite or runs of a sweep
-have failed, and 2 after bad input, with one clear message. Any other error is a bug,
-and shows its traceback.
+have failed, and 2 after bad input, with one clear message. After a signal it is 128 and
+the signal's number. Any other error is a bug, and shows its traceback.
 """
 
 import ast
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from absl import app, flags, logging
 
-from dimat_jax import _processes
+from dimat_jax import _processes, _signals
 from dimat_jax.data._cache import user_cache
-from dimat_jax.errors import NonFiniteError, SweepError, UserError
+from dimat_jax.errors import Interrupted, NonFiniteError, SweepError, UserError
 
 __all__ = ["Command", "expect_no", "run"]
 
@@ -53,6 +53,7 @@ def run(
         called: the words with which the user has called it. By default "dimat NAME".
         arguments: the flags and the other arguments. By default those of this process.
     """
+    _signals.start()
     called = called or f"dimat {command.name}"
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # ml_collections looks for overrides of a config's fields in `sys.argv`.
@@ -77,9 +78,13 @@ def run(
         _end(2, f"error: {error}")
     except (NonFiniteError, SweepError) as error:
         _end(1, f"error: {error}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        if not isinstance(error, Interrupted):
+            error = Interrupted()
         hint = "; the same command goes on from the last checkpoint"
-        _end(130, "interrupted" + (hint if command.resumes else ""))
+        what = str(error) or "interrupted"
+        message = what + (hint if command.resumes else "")
+        _end(error.exit_code, message, error.agreed)
     sys.exit(0)
 
 
@@ -129,6 +134,6 @@ def expect_no(arguments: list[str]) -> None:
         raise UserError(f"expected only flags (--name=value), got {arguments}")
 
 
-def _end(code: int, message: str) -> NoReturn:
+def _end(code: int, message: str, agreed: bool = False) -> NoReturn:
     print(message, file=sys.stderr)
-    _processes.leave(code)
+    _processes.leave(code, agreed)

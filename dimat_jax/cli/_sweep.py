@@ -25,6 +25,7 @@ import jax
 from absl import flags
 
 from dimat_jax import _sweeping
+from dimat_jax._lock import check_free, held
 from dimat_jax.cli import _bundled, _program, _report
 from dimat_jax.errors import SweepError, UserError
 
@@ -82,14 +83,17 @@ def main(arguments: list[str]) -> None:
             n_jobs = given.jobs or len(jobs)
         print(_sweeping.describe(jobs, shares[0], n_jobs))
         return
-    if on_slurm:
-        executor = _sweeping.make_executor(workdir, given.jobs, options, "slurm")
-        failures = _sweeping.run_on_slurm(jobs, executor)
-    elif n_jobs > 1:
-        failures = _sweeping.run_side_by_side(jobs, shares)
-    else:
-        failures = _sweeping.run_here(jobs)
-    _report_on(workdir, len(jobs), failures)
+    with held(workdir, print):
+        for job in jobs:
+            check_free(job.workdir)
+        if on_slurm:
+            executor = _sweeping.make_executor(workdir, given.jobs, options, "slurm")
+            failures = _sweeping.run_on_slurm(jobs, executor)
+        elif n_jobs > 1:
+            failures = _sweeping.run_side_by_side(jobs, shares)
+        else:
+            failures = _sweeping.run_here(jobs)
+        _report_on(workdir, len(jobs), failures)
 
 
 def _report_on(workdir: Path, n_runs: int, failures: Mapping[str, str]) -> None:
@@ -100,7 +104,7 @@ def _report_on(workdir: Path, n_runs: int, failures: Mapping[str, str]) -> None:
         UserError: There is nothing to report on, although no run has failed.
     """
     try:
-        _report.main([str(workdir)])
+        _report.report_on([workdir], workdir)
     except UserError:
         # If every run has failed before its first evaluation, only the failures matter.
         if not failures:

@@ -20,6 +20,7 @@ from absl import flags
 from dimat_jax import reports, train
 from dimat_jax._processes import is_main
 from dimat_jax.cli import _bundled, _multihost, _program
+from dimat_jax.errors import UserError
 from dimat_jax.placement import request_cpu_devices
 
 __all__ = ["COMMAND"]
@@ -40,8 +41,18 @@ def main(arguments: list[str]) -> None:
     with _multihost.joined():
         train.run(config, workdir)
         if is_main():
-            for path in reports.write([workdir], workdir):
-                print(f"wrote {path}")
+            _report_on(workdir)
+
+
+def _report_on(workdir: str) -> None:
+    """Writes the report, unless the run has diverged although its losses are finite."""
+    try:
+        files = reports.write([workdir], workdir)
+    except UserError as error:
+        print(f"there is no report: {error}")
+    else:
+        for path in files:
+            print(f"wrote {path}")
 
 
 COMMAND = _program.Command("train", __doc__, main, define_flags, resumes=True)

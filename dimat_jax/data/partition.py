@@ -18,14 +18,18 @@ __all__ = [
     "PARTITION",
     "PARTITIONS",
     "PRETRAIN_PARTITION",
+    "VALIDATION",
     "PartitionError",
     "class_counts",
     "partition",
+    "set_aside",
+    "spread_over_classes",
     "table",
 ]
 
 Labels = Integer[np.ndarray, " samples"]
-Shard = Int64[np.ndarray, " shard"]
+# Shards have different lengths, so their axis has no name.
+Shard = Int64[np.ndarray, " _"]
 
 # The largest number of classes for which a table has a column for each class. More
 # columns do not fit into a terminal of 80 characters.
@@ -45,6 +49,18 @@ CLASSES = Option(
     "The number of classes that each agent holds.",
     at_least=1,
     unit="classes",
+)
+
+
+VALIDATION = Option(
+    "data.validation",
+    0.0,
+    "The training samples that agents keep back for validation, as a share of each "
+    "agent's samples (below 1) or as a number for all agents together (1 or more). An "
+    "agent keeps back some samples of each of its classes. Nobody trains on them. Tune "
+    "learning rates and other options on their accuracy, and never on test samples.",
+    at_least=0,
+    empty="none",
 )
 
 
@@ -95,6 +111,58 @@ def partition(
             "agents, more samples or another partition"
         )
     return shards
+
+
+def set_aside(
+    shards: Sequence[Shard], labels: Labels, amount: float, *, seed: Sequence[int]
+) -> tuple[list[Shard], list[Shard]]:
+    """Takes a part out of every shard, with the same shares of classes.
+
+    Args:
+        shards: for each agent the indices of its samples.
+        labels: int[samples], the class of every sample.
+        amount: the share of each shard if it is below 1, else the number of samples of
+            all shards together.
+        seed: the seed by which the samples are chosen.
+
+    Returns:
+        for each agent what is left of its shard, and what was taken; both are sorted.
+
+    Raises:
+        PartitionError: nothing would be left.
+    """
+    total = sum(map(len, shards))
+    share = amount if amount < 1 else amount / total
+    if share >= 1:
+        raise PartitionError(
+            f"{VALIDATION.path} is {amount:g}, but there are only {total} samples, and "
+            "agents need some of them to train on"
+        )
+    left, taken = [], []
+    for agent, shard in enumerate(shards):
+        # A small shard gives one sample, and keeps one.
+        size = max(round(share * len(shard)), 1) if share > 0 else 0
+        size = min(size, len(shard) - 1)
+        order = shard[spread_over_classes(labels[shard], [*seed, agent])]
+        taken.append(np.sort(order[:size]))
+        left.append(np.sort(order[size:]))
+    return left, taken
+
+
+def spread_over_classes(labels: Labels, seed: Sequence[int]) -> Shard:
+    """Orders samples at random so that each first part has about the same classes.
+
+    Returns:
+        the positions of all samples, int64[samples]. A class with a share of the
+        samples has about the same share of any of the first ones.
+    """
+    labels = np.asarray(labels)
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    places = np.empty(len(labels))
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels[shuffled] == label)
+        places[of_class] = (np.arange(len(of_class)) + 0.5) / len(of_class)
+    return shuffled[np.argsort(places, kind="stable")]
 
 
 def iid(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
 
+from dimat_jax.data._small_shards import SMALL_SHARDS, WAYS
 from dimat_jax.data.sources import Split
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
@@ -172,23 +173,45 @@ def _within(positions: Array, size: int) -> Array:
 class Sampler:
     """Chooses each agent's examples at each step, from the seed and the step alone.
 
-    In an epoch every agent uses each example of its own shard once, in an order of its
-    own. Agents with smaller shards finish early. They then idle, with an all-False
-    mask, until the agent with the largest shard finishes.
+    An epoch has as many steps as the largest shard needs, which is the number of its
+    examples divided by the batch size, rounded up. All orders are random, and every
+    agent and epoch has its own. What agents with smaller shards do in the meantime
+    decides which objective the agents minimise together:
+
+    - "repeat": they go round their shards again, and all batches are full. Every agent
+      counts 1/N, and all examples of an agent count the same.
+    - "idle": they have seen each example once, and have all-False masks until the end
+      of the epoch. If a batch then counts with its share of unmasked examples, every
+      example counts the same, and an agent counts by the size of its shard.
 
     Args:
         shards: for each agent, the indices of its examples.
         batch_size: the number of examples for each agent and step.
         seed: the seed of the orders.
+        small_shards: "repeat" or "idle".
+
+    Attributes:
+        batch_size: the number of examples for each agent and step.
+        steps_per_epoch: the number of steps in an epoch.
+
+    Raises:
+        ValueError: the batch size is below 1.
+        OptionError: `small_shards` has another value.
     """
 
     def __init__(
-        self, shards: Sequence[np.ndarray], batch_size: int, seed: Sequence[int]
+        self,
+        shards: Sequence[np.ndarray],
+        batch_size: int,
+        seed: Sequence[int],
+        small_shards: str = SMALL_SHARDS.default,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        SMALL_SHARDS.check(small_shards)
         self._shards = list(shards)
         self._seed = seed
+        self._spend = WAYS[small_shards]
         self.batch_size = batch_size
         self.steps_per_epoch = max(-(-len(shard) // batch_size) for shard in shards)
         self._epoch = lru_cache(maxsize=1)(self._draw_epoch)
@@ -200,17 +223,13 @@ class Sampler:
         return indices[:, position], mask[:, position]
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        orders = [
-            np.random.default_rng([*self._seed, agent, epoch]).permutation(shard)
-            for agent, shard in enumerate(self._shards)
-        ]
-        indices, mask = zip(
-            *(
-                chunked(order, self.batch_size, self.steps_per_epoch)
-                for order in orders
-            ),
-            strict=True,
-        )
+        n = self.steps_per_epoch * self.batch_size
+        batches = []
+        for agent, shard in enumerate(self._shards):
+            rng = np.random.default_rng([*self._seed, agent, epoch])
+            seen = self._spend(shard, n, rng)
+            batches.append(chunked(seen, self.batch_size, self.steps_per_epoch))
+        indices, mask = zip(*batches, strict=True)
         return np.stack(indices), np.stack(mask)
 
 
@@ -249,6 +268,8 @@ class Samples:
         mask: False for entries that only fill up a batch; of the shape of `indices`.
         shared: whether all agents use the same examples.
         as_needed: whether to read only as many batches as it takes.
+        load_own: makes a batch from indices and a mask, both `[agents, batch]`; None if
+            the examples cannot be divided among the agents.
     """
 
     load: Callable[[np.ndarray, np.ndarray], Batch]
@@ -256,11 +277,33 @@ class Samples:
     mask: np.ndarray
     shared: bool
     as_needed: bool = False
+    load_own: Callable[[np.ndarray, np.ndarray], Batch] | None = None
 
     def n_examples(self, n_batches: int) -> float:
         """Counts the examples of the first batches; of own ones, the mean of agents."""
         n_readers = 1 if self.shared else self.mask.shape[1]
         return float(self.mask[:n_batches].sum() / n_readers)
+
+    def divided(self, n_agents: int, batch_size: int | None = None) -> "Samples":
+        """Divides shared examples among the agents, each of which gets other batches.
+
+        Args:
+            n_agents: the number of agents.
+            batch_size: the number of examples in a batch. None: the batches stay as
+                they are. Some agents may get a batch without examples.
+
+        Raises:
+            ValueError: the examples are not shared, or cannot be divided.
+        """
+        if not self.shared or self.load_own is None:
+            raise ValueError("only examples of a pool that agents share can be divided")
+        size = batch_size or self.indices.shape[1]
+        indices = self.indices[self.mask]
+        # Every agent gets the same number of batches.
+        n_each = -(-len(indices) // (size * n_agents))
+        batches = chunked(indices, size, n_each * n_agents)
+        indices, mask = (x.reshape(n_each, n_agents, size) for x in batches)
+        return Samples(self.load_own, indices, mask, shared=False)
 
     def __iter__(self) -> Iterator[Batch]:
         for indices, mask in zip(self.indices, self.mask, strict=True):
@@ -301,7 +344,12 @@ class Reader:
 
     def shared(self, indices: np.ndarray, batch_size: int) -> Samples:
         """Makes samples that all agents share. `indices` are int[samples]."""
-        return Samples(self._load_shared, *chunked(indices, batch_size), shared=True)
+        return Samples(
+            self._load_shared,
+            *chunked(indices, batch_size),
+            shared=True,
+            load_own=self._load_own,
+        )
 
     def own(self, indices: Sequence[np.ndarray], batch_size: int) -> Samples:
         """Makes samples of each agent's own. `indices[agent]` are int[samples]."""

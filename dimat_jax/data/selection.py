@@ -1,8 +1,10 @@
-"""Selects the training examples that merging looks at.
+"""Selects the training examples that matching and BatchNorm look at.
 
 They are an agent's own, a shared sample, or all. A config makes this choice twice: for
 the examples on which units are matched by their activations, and for those on which
-BatchNorm statistics are measured anew.
+BatchNorm statistics are measured anew. The second choice is the same for all
+algorithms. Examples that agents share have to be sent to them, and the ledger books
+them.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +16,20 @@ from dimat_jax.data.partition import Shard
 from dimat_jax.data.pipeline import Samples, draw_own
 from dimat_jax.options import Option, Record, registry
 
-__all__ = ["BN_DATA", "BN_SAMPLES", "MATCH_DATA", "MATCH_SAMPLES", "Available"]
+__all__ = [
+    "BATCH_NORM",
+    "BATCH_SIZE",
+    "BN_BATCH_SIZE",
+    "BN_DATA",
+    "BN_SAMPLES",
+    "BN_WHEN",
+    "HELD_OUT",
+    "MATCH",
+    "MATCH_DATA",
+    "MATCH_SAMPLES",
+    "Available",
+    "Choice",
+]
 
 ENOUGH = "enough"
 """The value of `MATCH_SAMPLES` with which matching looks at as many images as it takes.
@@ -28,8 +43,9 @@ class Available(NamedTuple):
         read_own: makes samples of each agent's own images.
         shards: for each agent the positions of its own images on its device.
         seed: the seed by which an agent chooses among its own images in this round.
-        share: `share(size)` makes samples of `size` training images (0: all), the same
-            ones for all agents and in every round.
+        share: `share(size)` makes samples of `size` images that agents train on (0:
+            all), the same ones for all agents and in every round.
+        share_held_out: the same for images that no agent trains on.
         batch_size: the number of images in a batch of an agent's own.
     """
 
@@ -37,6 +53,7 @@ class Available(NamedTuple):
     shards: Sequence[Shard]
     seed: Sequence[int]
     share: Callable[[int], Samples]
+    share_held_out: Callable[[int], Samples]
     batch_size: int
 
 
@@ -55,8 +72,14 @@ def own(available: Available, size: Size) -> Samples:
 
 
 def proxy(available: Available, size: Size) -> Samples:
-    """All agents use the same sample of the training images, in every round."""
+    """All agents use the same sample of all agents' images, in every round."""
     samples = available.share(_at_most(size))
+    return replace(samples, as_needed=size == ENOUGH)
+
+
+def held_out(available: Available, size: Size) -> Samples:
+    """All agents use the same sample of images that no agent trains on."""
+    samples = available.share_held_out(_at_most(size))
     return replace(samples, as_needed=size == ENOUGH)
 
 
@@ -75,10 +98,18 @@ def nothing(available: Available, size: Size) -> None:
     del available, size
 
 
+HELD_OUT = Option(
+    "data.held_out",
+    1000,
+    "The number of training images that belong to no agent, equally many of each "
+    "class. They are taken out before the others are split among the agents.",
+    at_least=1,
+    unit="images",
+)
 BATCH_SIZE = Option(
     "merge.batch_size",
     100,
-    "The number of images in a batch of the examples that merging looks at.",
+    "The number of images in a batch of the examples on which units are matched.",
     at_least=1,
     unit="images",
 )
@@ -94,8 +125,16 @@ MATCH_SAMPLES = Option(
     unit="images",
     empty="all of them",
 )
+BN_BATCH_SIZE = Option(
+    "batch_norm.batch_size",
+    100,
+    "The number of images in a batch of the examples on which BatchNorm statistics are "
+    "measured anew. The statistics are means over batches.",
+    at_least=1,
+    unit="images",
+)
 BN_SAMPLES = Option(
-    "merge.bn_samples",
+    "batch_norm.samples",
     1000,
     "The number of images on which BatchNorm statistics are measured anew. It counts "
     "each agent's own images, or those of the sample that all agents share.",
@@ -103,29 +142,69 @@ BN_SAMPLES = Option(
     unit="images",
     empty="all of them",
 )
+BN_WHEN = Option(
+    "batch_norm.when",
+    "communication",
+    "When BatchNorm statistics are measured anew. communication: once a round, after "
+    "the agents have communicated, and training goes on with the new statistics. An "
+    "algorithm that gossips with every step, or never communicates, does it at the "
+    "same point of a round. evaluation: before every evaluation, and for the "
+    "evaluation alone, so that training goes on as if nothing had been measured.",
+    choices=("communication", "evaluation"),
+)
 
 
 def _selections(
-    size: Option, *others: Record[Samples | None]
+    size: Option, *leads_to: Option, others: tuple[Record[Samples | None], ...] = ()
 ) -> dict[str, Record[Samples | None]]:
-    """The selections by name; `size` is the option that holds the number of images."""
+    """The selections by name.
+
+    Args:
+        size: the option that holds the number of images.
+        leads_to: the other options that are read if any images are used.
+        others: further selections, which use no images.
+    """
     return registry(
-        Record("own", own, (size,), leads_to=(BATCH_SIZE,)),
-        Record("proxy", proxy, (size,), leads_to=(BATCH_SIZE,)),
-        Record("global", everything, leads_to=(BATCH_SIZE,)),
+        Record("own", own, (size,), leads_to=leads_to),
+        Record("proxy", proxy, (size,), leads_to=leads_to),
+        Record("held_out", held_out, (size,), leads_to=(*leads_to, HELD_OUT)),
+        Record("global", everything, leads_to=leads_to),
         *others,
     )
 
 
 MATCH_DATA = Option(
     "merge.match_data",
-    "proxy",
+    "own",
     "The images on which units are matched by their activations.",
-    choices=_selections(MATCH_SAMPLES),
+    choices=_selections(MATCH_SAMPLES, BATCH_SIZE),
 )
 BN_DATA = Option(
-    "merge.bn_data",
+    "batch_norm.data",
     "proxy",
-    "The images on which BatchNorm statistics are measured anew after a merge.",
-    choices=_selections(BN_SAMPLES, Record("none", nothing)),
+    "The images on which BatchNorm statistics are measured anew, whatever the "
+    "algorithm is.",
+    choices=_selections(
+        BN_SAMPLES, BN_BATCH_SIZE, BN_WHEN, others=(Record("none", nothing),)
+    ),
 )
+
+
+class Choice(NamedTuple):
+    """The options that choose examples for one purpose.
+
+    Attributes:
+        data: the option that says whose examples are used.
+        samples: the option that says how many are used.
+        batch_size: the option that says how many are in a batch.
+    """
+
+    data: Option
+    samples: Option
+    batch_size: Option
+
+
+MATCH = Choice(MATCH_DATA, MATCH_SAMPLES, BATCH_SIZE)
+"""The examples on which units are matched by their activations."""
+BATCH_NORM = Choice(BN_DATA, BN_SAMPLES, BN_BATCH_SIZE)
+"""The examples on which BatchNorm statistics are measured anew."""

@@ -28,7 +28,7 @@ from dimat_jax.matching._activation import Activations, match_activations
 from dimat_jax.matching._assignment import STAY, solve_assignment
 from dimat_jax.matching._descent import PairPerms, Pairs, Solver, total_score
 from dimat_jax.matching._weight import RESTARTS, match_weights
-from dimat_jax.matching._weight_scores import Include, not_running_statistics
+from dimat_jax.matching._weight_scores import Include
 from dimat_jax.permutation import Perms, PermutationSpec, identity
 from dimat_jax.tree import PyTree
 
@@ -88,7 +88,7 @@ def joint_weight_matching(
     key: Key[Array, ""],
     restarts: int = RESTARTS.default,
     stay: float = STAY.default,
-    include: Include = not_running_statistics,
+    include: Include | None = None,
 ) -> list[Perms]:
     """Finds permutations that bring networks into the first one's frame, all at once.
 
@@ -101,7 +101,7 @@ def joint_weight_matching(
         key: draws the order of the groups; consumed.
         restarts: the number of orders to try; the best permutations win.
         stay: a unit moves only if its mean score gains more than this.
-        include: which leaves count, by path.
+        include: which leaves count, by path; see `weight_matching`.
 
     Returns:
         as `joint_activation_matching`.
@@ -122,7 +122,7 @@ def joint_weight_matching(
             [f"network {i}" for i in range(len(models))],
             key=key,
             restarts=restarts,
-            include=include,
+            include=include or spec.is_weight,
         ),
     )
 

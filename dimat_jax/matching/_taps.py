@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from dimat_jax.matching._blocks import cut_blocks
 from dimat_jax.permutation import PermutationSpec, PermutationSpecError
 
-__all__ = ["Activations", "check_taps", "tap_units"]
+__all__ = ["Activations", "check_taps", "tap_units", "with_last_taps"]
 
 Activations = Mapping[str, Array]
 """The activations of a batch of inputs: one array for each tap's name."""
@@ -21,6 +21,22 @@ def check_taps(spec: PermutationSpec) -> None:
             raise PermutationSpecError(
                 f"group {group!r} has no tap, so its activations cannot be matched"
             )
+
+
+class _LastTaps(PermutationSpec):
+    """A spec in which every group is observed at its last tap alone."""
+
+    def taps_of(self, group: str) -> list[str]:
+        return super().taps_of(group)[-1:]
+
+
+def with_last_taps(spec: PermutationSpec) -> PermutationSpec:
+    """Returns the spec in which only the last tap of each group shows its units.
+
+    Taps are in the order of `spec.taps`, which is that of the network's layers in the
+    bundled models and in derived specs.
+    """
+    return _LastTaps(spec.axes, spec.taps, spec.sizes)
 
 
 def tap_units(

@@ -32,7 +32,6 @@ from dimat_jax.matching._weight_scores import (
     WeightScorer,
     dot,
     included,
-    not_running_statistics,
 )
 from dimat_jax.options import Option
 from dimat_jax.permutation import Perms, PermutationSpec, group_sizes, validate
@@ -69,7 +68,7 @@ def weight_matching(
     key: Key[Array, ""],
     restarts: int = RESTARTS.default,
     stay: float = STAY.default,
-    include: Include = not_running_statistics,
+    include: Include | None = None,
 ) -> Perms:
     """Finds the permutations of a network's units that bring its weights nearest.
 
@@ -86,7 +85,9 @@ def weight_matching(
         restarts: the number of orders to try; the best permutations win.
         stay: a unit moves only if its score, scaled so that the mean over a group's
             units lies in [-1, 1], gains more than this.
-        include: which leaves count, by path; leaves that are not floating never do.
+        include: which leaves count, by path; leaves that are not floating never do. By
+            default all but the spec's running statistics do, since these follow from
+            weights and data.
 
     Returns:
         perms, such that `permutation.apply(spec, perms, permutee)` is aligned with
@@ -105,13 +106,13 @@ def weight_matching(
         ["the reference", "the permutee"],
         key=key,
         restarts=restarts,
-        include=include,
+        include=include or spec.is_weight,
     )
     return {group: jnp.asarray(perm[0]) for group, perm in perms.items()}
 
 
 def weight_similarity(
-    reference: PyTree, permutee: PyTree, *, include: Include = not_running_statistics
+    reference: PyTree, permutee: PyTree, *, include: Include = lambda path: True
 ) -> Float[Array, ""]:
     """The cosine of the angle between two networks' weights, over all leaves.
 
@@ -119,7 +120,8 @@ def weight_similarity(
         reference: any pytree of arrays.
         permutee: the other network, shaped like `reference`. It is compared as it is;
             apply its permutations first to compare aligned networks.
-        include: as in `weight_matching`.
+        include: which leaves count, by path; leaves that are not floating never do.
+            `weight_matching` counts those for which `spec.is_weight` holds.
 
     Returns:
         within [-1, 1]; 0 if a network has no weights but zeros.

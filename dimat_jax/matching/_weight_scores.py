@@ -22,15 +22,10 @@ from dimat_jax.matching._descent import MatchedGroups, PairPerms, Pairs
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.tree import PyTree, flatten, take
 
-__all__ = ["Include", "WeightScorer", "dot", "included", "not_running_statistics"]
+__all__ = ["Include", "WeightScorer", "dot", "included"]
 
 Include = Callable[[str], bool]
 """A function that says whether the leaf with a path counts."""
-
-
-def not_running_statistics(path: str) -> bool:
-    """Leaves out BatchNorm's running statistics, which follow from weights and data."""
-    return path.split("/")[0] != "batch_stats"
 
 
 class _Term(NamedTuple):

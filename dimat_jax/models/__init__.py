@@ -7,6 +7,7 @@ options an architecture reads.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from dimat_jax.models import mlp, resnet, vgg, vit
 from dimat_jax.models._settings import ModelError
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.permutation import PermutationSpec
+from dimat_jax.permutation._layers import statistics
 
 __all__ = [
     "MODEL",
@@ -47,7 +49,8 @@ def permutation_spec(model: nn.Module) -> PermutationSpec:
     Raises:
         KeyError: `model` is not one of the bundled modules.
     """
-    return _SPECS[type(model)](model)
+    spec = _SPECS[type(model)](model)
+    return replace(spec, statistics=statistics(spec.axes))
 
 
 if TYPE_CHECKING:

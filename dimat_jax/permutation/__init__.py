@@ -18,11 +18,14 @@ from dimat_jax.permutation._actions import (
     random,
 )
 from dimat_jax.permutation._derive import derive
+from dimat_jax.permutation._explain import AxisExplanation, Explanation, explain
+from dimat_jax.permutation._json import spec_from_json, spec_to_json
 from dimat_jax.permutation._spec import (
     Axis,
     Concat,
     PermutationSpec,
     PermutationSpecError,
+    PermutationSpecWarning,
     Product,
     group_sizes,
     validate,
@@ -31,19 +34,25 @@ from dimat_jax.permutation._verify import verify
 
 __all__ = [
     "Axis",
+    "AxisExplanation",
     "Concat",
+    "Explanation",
     "PermutationSpec",
     "PermutationSpecError",
+    "PermutationSpecWarning",
     "Perms",
     "Product",
     "apply",
     "compose",
     "derive",
+    "explain",
     "group_sizes",
     "identity",
     "invert",
     "permute_leaf",
     "random",
+    "spec_from_json",
+    "spec_to_json",
     "validate",
     "verify",
 ]

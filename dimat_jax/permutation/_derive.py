@@ -6,33 +6,25 @@ Units that inputs or outputs share cannot be permuted. All other units form the 
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import Literal, overload
 
 import jax
 from jaxtyping import Array
 
-from dimat_jax._jaxprs import ClosedJaxpr
-from dimat_jax.permutation._declare import declare, fix_undeclarable, name_groups
-from dimat_jax.permutation._jaxpr import shape_of
+from dimat_jax.permutation._outputs import ChooseOutputs, Forward
+from dimat_jax.permutation._reading import read_model
 from dimat_jax.permutation._run_jaxpr import run_and_record
-from dimat_jax.permutation._spec import PermutationSpec, PermutationSpecError
-from dimat_jax.permutation._taps import Tap, choose_taps, read_tap
-from dimat_jax.permutation._trace import Trace, Value, constant
-from dimat_jax.permutation._units import (
-    ArrayUnits,
-    AxisUnits,
-    Units,
-    fix,
-    fixed_axes,
-    unknown,
+from dimat_jax.permutation._spec import (
+    PermutationSpec,
+    PermutationSpecError,
+    PermutationSpecWarning,
 )
-from dimat_jax.tree import PyTree, flatten
+from dimat_jax.permutation._taps import read_tap
+from dimat_jax.tree import PyTree
 
 __all__ = ["derive"]
 
-Forward = Callable[[PyTree, PyTree], PyTree]
 Activations = Callable[[PyTree, PyTree], dict[str, Array]]
 
 
@@ -42,6 +34,8 @@ def derive(
     variables: PyTree,
     inputs: PyTree,
     *,
+    outputs: ChooseOutputs | None = ...,
+    is_statistic: Callable[[str], bool] | None = ...,
     strict: bool = ...,
     with_activations: Literal[False] = ...,
 ) -> PermutationSpec: ...
@@ -53,6 +47,8 @@ def derive(
     variables: PyTree,
     inputs: PyTree,
     *,
+    outputs: ChooseOutputs | None = ...,
+    is_statistic: Callable[[str], bool] | None = ...,
     strict: bool = ...,
     with_activations: Literal[True],
 ) -> tuple[PermutationSpec, Activations]: ...
@@ -63,16 +59,24 @@ def derive(
     variables: PyTree,
     inputs: PyTree,
     *,
+    outputs: ChooseOutputs | None = None,
+    is_statistic: Callable[[str], bool] | None = None,
     strict: bool = False,
     with_activations: bool = False,
 ) -> PermutationSpec | tuple[PermutationSpec, Activations]:
     """Finds a model's permutation symmetry by tracing it.
 
     Derive follows weights and activations through contractions, convolutions,
-    elementwise operations, reductions, reshapes, concatenations and control flow. An
-    operation that it does not know fixes the axes that it touches; a warning names
-    these axes. The derived symmetry holds for every value of the weights. `verify`
-    checks a symmetry on some values.
+    elementwise operations, reductions, reshapes, concatenations, control flow and
+    collectives over a vmapped axis. Code on which no output depends is left out. An
+    operation that derive does not know fixes the axes that it touches, and an array
+    that `forward` captures is fixed whatever it contains. The derived symmetry holds
+    for every value of the weights. `verify` checks a symmetry on some values, and
+    `explain` tells for each axis why it is fixed.
+
+    A warning (a `PermutationSpecWarning`) names the axes that operations without a rule
+    have fixed, and the layers that look permutable but are fixed, with the reason and
+    what may be done. It also tells if there is no group at all.
 
     Args:
         forward: `forward(variables, inputs) -> outputs`. JAX must be able to trace it.
@@ -81,8 +85,15 @@ def derive(
             off all leaves that are not arrays first (e.g. by `equinox.partition`).
         inputs: an example, or a batch of examples, as `forward` takes it. Only shapes
             matter. Use sizes above 1, because an axis of size 1 tells little.
-        strict: raise an error instead of a warning if an operation without a rule
-            fixes an axis.
+        outputs: chooses the outputs that count from what `forward` returns, for
+            example `lambda out: out[0]`. By default all outputs count, except updated
+            variables beside them: what Flax returns with `mutable=` (captured
+            intermediates too), the new state of variables `(params, state)`, or the
+            state of an NNX module. Updated variables are permuted like the variables.
+        is_statistic: whether the leaf with a path is a running statistic. By default
+            these are the updated variables, and the leaves that normalise as BatchNorm
+            does in evaluation mode: `(x - mean) * rsqrt(variance + epsilon)`.
+        strict: raise an error if an operation without a rule has cost a symmetry.
         with_activations: also return a function that returns the activations of the
             groups' units, for models that have no such function of their own.
 
@@ -94,21 +105,23 @@ def derive(
         it should be jitted.
 
     Raises:
-        PermutationSpecError: a leaf is not an array, or, if strict, an operation
-            without a rule fixes an axis. `activations` raises it if the model has
-            other units with its inputs than with those given here.
+        PermutationSpecError: a leaf is not an array, `outputs` cannot choose from what
+            `forward` returns, or, if strict, an operation without a rule fixes an axis.
+            `activations` raises it if the model has other units with its inputs than
+            with those given here.
     """
-    reading = _read(forward, variables, inputs)
-    if message := reading.missing_rules():
-        if strict:
-            raise PermutationSpecError(message)
-        warnings.warn(message, stacklevel=2)
+    reading = read_model(forward, variables, inputs, outputs, is_statistic)
+    missing = reading.missing_rules()
+    if missing and strict:
+        raise PermutationSpecError(missing)
+    if doubts := [text for text in (missing, reading.pinned()) if text]:
+        warnings.warn("; ".join(doubts), PermutationSpecWarning, stacklevel=2)
     if not with_activations:
         return reading.spec({})
     spec = reading.spec(reading.taps())
 
     def activations(variables, inputs):
-        again = _read(forward, variables, inputs)
+        again = read_model(forward, variables, inputs, outputs, is_statistic)
         taps = again.taps()
         if again.spec(taps) != spec:
             raise PermutationSpecError(
@@ -122,103 +135,3 @@ def derive(
         return {name: read_tap(tap, recorded[tap.place]) for name, tap in taps.items()}
 
     return spec, activations
-
-
-class _Reading(NamedTuple):
-    """What tracing a model has told about it.
-
-    Attributes:
-        jaxpr: the model's jaxpr.
-        trace: the trace through the jaxpr.
-        axes: by each leaf's path, the units along its axes.
-        names: the name of each group.
-    """
-
-    jaxpr: ClosedJaxpr
-    trace: Trace
-    axes: dict[str, ArrayUnits]
-    names: dict[Units, str]
-
-    def spec(self, taps: Mapping[str, Tap]) -> PermutationSpec:
-        """The spec of the model, with these taps."""
-        axes = {
-            path: tuple(declare(axis, self.names) for axis in axes)
-            for path, axes in self.axes.items()
-        }
-        # A spec gives a group's size only if the group has no axis to itself.
-        plain = {axis for leaf_axes in axes.values() for axis in leaf_axes}
-        sizes = {n: atom.size for atom, n in self.names.items() if n not in plain}
-        return PermutationSpec(axes, {t: tap.axes for t, tap in taps.items()}, sizes)
-
-    def taps(self) -> dict[str, Tap]:
-        """The taps of the model, by name."""
-        return choose_taps(
-            self.trace,
-            self.names.values(),
-            partial(declare, names=self.names),
-            _source_of_inputs(self.axes),
-        )
-
-    def missing_rules(self) -> str:
-        """A message that names the axes fixed only by operations without a rule.
-
-        The message is empty if there are no such axes.
-        """
-        costs: dict[str, list[str]] = {}
-        for path, axes in self.axes.items():
-            for d, axis in enumerate(axes):
-                reasons = axis.root().fixed if axis is not None else frozenset()
-                if reasons and reasons <= self.trace.without_rule:
-                    for name in reasons:
-                        costs.setdefault(name, []).append(f"{path!r} axis {d}")
-        return "; ".join(
-            f"derive does not know the operation {name!r}, and fixes what it touches: "
-            f"{', '.join(sorted(axes))}"
-            for name, axes in sorted(costs.items())
-        )
-
-
-def _source_of_inputs(leaves: Collection[str]) -> int:
-    """The source bit that all inputs share (see `Value`): the bit after the leaves'."""
-    return 1 << len(leaves)
-
-
-def _read(forward: Forward, variables: PyTree, inputs: PyTree) -> _Reading:
-    """Traces a model. Raises a PermutationSpecError for a leaf that is not an array."""
-    leaves = flatten(variables)
-    for path, leaf in leaves.items():
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise PermutationSpecError(
-                f"the leaf {path!r} is no array, but {type(leaf).__name__}; split the "
-                "variables from what is not traced first"
-            )
-    closed = jax.make_jaxpr(forward)(variables, inputs)
-    axes = {p: [unknown(size) for size in leaf.shape] for p, leaf in leaves.items()}
-    arguments = [Value(axes[path], 1 << n) for n, path in enumerate(leaves)] + [
-        Value(fixed_axes(shape_of(var), "an input"), _source_of_inputs(leaves))
-        for var in closed.jaxpr.invars[len(leaves) :]
-    ]
-    trace = Trace()
-    outputs = trace.read(closed.jaxpr, [*map(constant, closed.consts), *arguments])
-    output_sources = 0
-    for value in outputs:
-        output_sources |= value.sources
-        _fix_all(value.axes, "an output")
-    for n, path in enumerate(leaves):
-        # The outputs tell nothing about a leaf on which no output depends.
-        if not output_sources >> n & 1:
-            _fix_all(axes[path], "unused")
-    for leaf_axes in axes.values():
-        for axis in leaf_axes:
-            fix_undeclarable(axis)
-
-    used = [list(leaves)[n] for n in trace.first_used if n < len(leaves)]
-    # Groups are named after kernels rather than biases: a kernel's name says more.
-    used.sort(key=lambda path: len(axes[path]) < 2)
-    names = name_groups({path: axes[path] for path in [*used, *leaves]})
-    return _Reading(closed, trace, axes, names)
-
-
-def _fix_all(axes: Sequence[AxisUnits], reason: str) -> None:
-    for axis in axes:
-        fix(axis, reason)

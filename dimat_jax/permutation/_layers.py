@@ -16,7 +16,11 @@ __all__ = [
     "flattened",
     "group_norm",
     "layer_norm",
+    "statistics",
 ]
+
+# The collection in which Flax Linen keeps running statistics.
+_STATISTICS = "batch_stats/"
 
 
 def dense(
@@ -47,9 +51,14 @@ def conv(
 def batch_norm(path: str, units: Axis) -> dict[str, Axes]:
     """The axes of an `nn.BatchNorm`: scale, bias, running mean and running variance."""
     return layer_norm(path, units) | {
-        f"batch_stats/{path}/mean": (units,),
-        f"batch_stats/{path}/var": (units,),
+        f"{_STATISTICS}{path}/mean": (units,),
+        f"{_STATISTICS}{path}/var": (units,),
     }
+
+
+def statistics(axes: Iterable[str]) -> frozenset[str]:
+    """The running statistics among the leaves that have axes: those of batch norms."""
+    return frozenset(path for path in axes if path.startswith(_STATISTICS))
 
 
 def layer_norm(path: str, units: Axis) -> dict[str, Axes]:

@@ -320,6 +320,9 @@ RULES: dict[str, Rule] = {
         ],
         _reduce,
     ),
+    # `vmap` turns a collective over its named axis into a reduction of a dimension. (It
+    # turns other collectives into slices, reshapes and broadcasts.)
+    **dict.fromkeys(["psum", "psum_invariant", "pmax", "pmin"], _reduce),
     **dict.fromkeys(["argmax", "argmin"], _arg_reduce),
     **dict.fromkeys(
         ["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"], _along_axis

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.tree import PyTree, flatten
@@ -13,6 +13,7 @@ __all__ = [
     "Concat",
     "PermutationSpec",
     "PermutationSpecError",
+    "PermutationSpecWarning",
     "Product",
     "axis_groups",
     "group_sizes",
@@ -22,6 +23,10 @@ __all__ = [
 
 class PermutationSpecError(UserError):
     """A spec does not fit its model. The message names the leaf and the group."""
+
+
+class PermutationSpecWarning(UserWarning):
+    """A model may have more symmetry than a derived spec. The message tells why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +97,27 @@ class PermutationSpec:
             groups, on axes of their own or as factors of a `Product`.
         sizes: the sizes of groups that cannot be inferred from the axes, as those of
             `Product("a", "b")`.
+        statistics: the paths of the leaves that are running statistics. They are
+            permuted, but by default matching by weights does not compare them.
     """
 
     axes: Mapping[str, Axes]
     taps: Mapping[str, str | Axes] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    statistics: Collection[str] = frozenset()
+
+    def __post_init__(self):
+        object.__setattr__(self, "statistics", frozenset(self.statistics))
+
+    def __hash__(self) -> int:
+        # Equal mappings may have different orders.
+        axes = frozenset((leaf, tuple(axes)) for leaf, axes in self.axes.items())
+        sizes = frozenset(self.sizes.items())
+        return hash((axes, frozenset(self.taps.items()), sizes, self.statistics))
+
+    def is_weight(self, path: str) -> bool:
+        """Whether a leaf is something else than a running statistic."""
+        return path not in self.statistics
 
     @property
     def groups(self) -> dict[str, list[tuple[str, int]]]:
@@ -159,6 +180,12 @@ def validate(spec: PermutationSpec, variables: PyTree) -> None:
     """
     group_sizes(spec, variables)
     groups = spec.groups
+    for leaf in sorted(spec.statistics):
+        if leaf not in spec.axes:
+            raise PermutationSpecError(
+                f"the spec names the statistic {leaf!r}, which the variables do not "
+                f"have; {nearest(leaf, spec.axes)}"
+            )
     for tap, axes in spec.taps.items():
         axes = (axes,) if isinstance(axes, str) else axes
         shown = _axes_groups(axes)

@@ -1,27 +1,25 @@
 """Follows the axes of a model's variables through its jaxpr."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.extend as jex
 import jax.numpy as jnp
-import numpy as np
 
 from dimat_jax._jaxprs import Atom, ClosedJaxpr, Equation, Jaxpr, called_by
+from dimat_jax.permutation._causes import Cause
 from dimat_jax.permutation._jaxpr import Place, shape_of
 from dimat_jax.permutation._rules import RULES
 from dimat_jax.permutation._units import (
     ArrayUnits,
-    atoms,
     fix,
     fixed,
     fixed_axes,
     same,
     unknown,
 )
+from dimat_jax.permutation._unknown import UnknownOperations
 
 __all__ = ["Trace", "Value", "constant"]
 
@@ -48,14 +46,16 @@ class Trace:
         operands: the operands of all contractions, with their places.
         values: all computed values, with their places.
         first_used: the numbers of the arguments, in the order of their first use.
-        without_rule: the names of the operations that have no rule.
+        contractions: all contractions, with their operands and their results.
+        unknown: the operations without a rule.
     """
 
     def __init__(self):
         self.operands: list[tuple[Place, Value]] = []
         self.values: list[tuple[Place, Value]] = []
         self.first_used: list[int] = []
-        self.without_rule: set[str] = set()
+        self.contractions: list[tuple[Equation, list[Value], list[Value]]] = []
+        self.unknown = UnknownOperations()
         # By id(value). It holds the values too, so that no id is used a second time.
         self._seen_operands: dict[int, Value] = {}
 
@@ -111,7 +111,10 @@ class Trace:
         rule = RULES.get(eqn.primitive.name, self._no_rule)
         sources = _union(inputs)
         results = rule(eqn, [list(value.axes) for value in inputs])
-        return [Value(axes, sources) for axes in results]
+        outputs = [Value(axes, sources) for axes in results]
+        if eqn.primitive.name in _CONTRACTIONS:
+            self.contractions.append((eqn, inputs, outputs))
+        return outputs
 
     def _note_use(self, value: Value) -> None:
         if value.sources.bit_count() == 1:
@@ -128,19 +131,11 @@ class Trace:
                 self.operands.append(((*place, n), value))
 
     def _no_rule(self, eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
-        name = eqn.primitive.name
-        self.without_rule.add(name)
         touched = [axis for axis in itertools.chain(*inputs) if axis is not None]
-        # An operation on axes that were fixed before costs no symmetry. Its results
-        # are then fixed for the earlier reasons, too, and no warning names it.
-        reasons = {name}
-        if not any(any(atoms(axis)) for axis in touched):
-            reasons = reasons.union(*(axis.root().fixed for axis in touched))
-        results = [fixed_axes(shape_of(atom), name) for atom in eqn.outvars]
-        for axis in itertools.chain(touched, *results):
-            for reason in reasons:
-                fix(axis, reason)
-        return results
+        of_touched, of_result = self.unknown.add(eqn.primitive.name, touched)
+        for axis in touched:
+            fix(axis, of_touched)
+        return [fixed_axes(shape_of(atom), of_result) for atom in eqn.outvars]
 
     def _scan(
         self, eqn: Equation, inputs: list[Value], place: Place | None
@@ -188,20 +183,12 @@ class Trace:
 def constant(array: Any) -> Value:
     """The value of an array that a model has captured.
 
-    Axes along which the array is not uniform are fixed.
+    All of its axes are fixed, even if its entries are alike today: the captured array
+    of a trained model, as running statistics, may differ from unit to unit.
     """
     shape = jnp.shape(array)
-    if math.prod(shape) <= 1:
-        return Value([None] * len(shape), 0)
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return Value(fixed_axes(shape, "captured"), 0)
-    array = np.asarray(array)
-    uniform = [(array == array.take([0], axis=d)).all() for d in range(array.ndim)]
-    axes = [
-        None if same_all_along else fixed(size, "captured")
-        for same_all_along, size in zip(uniform, shape, strict=True)
-    ]
-    return Value(axes, 0)
+    cause = Cause("captured", f"{getattr(array, 'dtype', '')}{list(shape)}")
+    return Value(fixed_axes(shape, cause), 0)
 
 
 def _union(values: Sequence[Value]) -> int:

@@ -16,6 +16,8 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Optional
 
+from dimat_jax.permutation._causes import Reason
+
 __all__ = [
     "ArrayUnits",
     "AxisUnits",
@@ -58,7 +60,7 @@ class Units:
         size: int,
         kind: Literal["atom", "product", "concat"] = "atom",
         parts: tuple["Units", ...] = (),
-        fixed: frozenset[str] = frozenset(),
+        fixed: frozenset[Reason] = frozenset(),
     ):
         self.size = size
         self.kind = kind
@@ -97,19 +99,19 @@ def atoms(units: AxisUnits) -> Iterator[Units]:
             yield from atoms(part)
 
 
-def fix(units: AxisUnits, reason: str) -> None:
+def fix(units: AxisUnits, reason: Reason) -> None:
     """Marks units as units that cannot be permuted."""
     if units is not None:
         _fix(units.root(), frozenset([reason]))
 
 
-def _fix(node: Units, reasons: frozenset[str]) -> None:
+def _fix(node: Units, reasons: frozenset[Reason]) -> None:
     node.fixed |= reasons
     for part in node.parts:
         _fix(part.root(), reasons)
 
 
-def fixed(size: int, reason: str, *touched: AxisUnits) -> AxisUnits:
+def fixed(size: int, reason: Reason, *touched: AxisUnits) -> AxisUnits:
     """New units that cannot be permuted. Fixes all `touched` units as well."""
     units = unknown(size)
     for axis in (units, *touched):
@@ -117,7 +119,7 @@ def fixed(size: int, reason: str, *touched: AxisUnits) -> AxisUnits:
     return units
 
 
-def fixed_axes(shape: Sequence[int], reason: str) -> ArrayUnits:
+def fixed_axes(shape: Sequence[int], reason: Reason) -> ArrayUnits:
     """The axes of an array none of whose axes can be permuted."""
     return [fixed(size, reason) for size in shape]
 
@@ -233,9 +235,9 @@ def _split(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits] | None:
     if units is None:
         return [None for _ in sizes]
     node = units.root()
-    if node.fixed:
-        return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
     large = [size for size in sizes if size > 1]
+    if node.fixed and len(large) > 1:
+        return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
     pieces: list[AxisUnits] | None = None
     match node.kind:
         case _ if len(large) == 1:
@@ -296,7 +298,7 @@ def _cut(units: AxisUnits, sizes: Sequence[int]) -> list[AxisUnits] | None:
     if units is None:
         return [None for _ in sizes]
     node = units.root()
-    if node.fixed:
+    if node.fixed and len(sizes) > 1:
         return [Units(s, fixed=node.fixed) if s > 1 else None for s in sizes]
     pieces: list[AxisUnits] | None = None
     match node.kind:

@@ -1,7 +1,6 @@
 """Verifies a declared symmetry: permutes the units and compares the outputs."""
 
-import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 
 import jax
@@ -9,9 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from dimat_jax.permutation._actions import Perms, apply, identity, random
-from dimat_jax.permutation._derive import derive
+from dimat_jax.permutation._actions import (
+    Perms,
+    apply,
+    identity,
+    invert,
+    permute_leaf,
+    random,
+)
 from dimat_jax.permutation._mistakes import Mistake, correct_spec, find_mistakes
+from dimat_jax.permutation._outputs import (
+    ChooseOutputs,
+    Forward,
+    ForwardOutputs,
+    call_forward,
+)
+from dimat_jax.permutation._reading import read_model
 from dimat_jax.permutation._spec import (
     PermutationSpec,
     PermutationSpecError,
@@ -23,8 +35,6 @@ from dimat_jax.tree import PyTree, flatten, is_inexact
 
 __all__ = ["verify"]
 
-Forward = Callable[[PyTree, PyTree], PyTree]
-
 
 def verify(
     spec: PermutationSpec,
@@ -33,6 +43,7 @@ def verify(
     inputs: PyTree,
     key: Key[Array, ""],
     *,
+    outputs: ChooseOutputs | None = None,
     tolerance: float = 1e-4,
 ) -> None:
     """Checks that random permutations leave a network's outputs unchanged.
@@ -51,6 +62,9 @@ def verify(
         variables: one network's variables, initial or trained.
         inputs: a few examples. BatchNorm over too few examples magnifies rounding.
         key: the key for the random values and permutations. It is consumed.
+        outputs: chooses the outputs that must not change, as in `derive`. By default
+            these are all but updated variables, which must be permuted like the
+            variables.
         tolerance: the largest change of an output that is allowed, relative to the
             largest absolute output.
 
@@ -63,7 +77,8 @@ def verify(
     """
     validate(spec, variables)
     noise_key, perm_key = jax.random.split(key)
-    check = _Check(forward, _without_constants(variables, noise_key), inputs, tolerance)
+    variables = _without_constants(variables, noise_key)
+    check = _Check(forward, variables, inputs, tolerance, outputs)
     perms = _without_identities(random(spec, variables, perm_key))
     change = check.output_change(spec, perms)
     if change <= tolerance:
@@ -83,32 +98,45 @@ class _Check:
     """Measures how far permuted variables change the outputs."""
 
     def __init__(
-        self, forward: Forward, variables: PyTree, inputs: PyTree, tolerance: float
+        self,
+        forward: Forward,
+        variables: PyTree,
+        inputs: PyTree,
+        tolerance: float,
+        choose: ChooseOutputs | None,
     ):
         self.variables = variables
         self._inputs = inputs
         self._tolerance = tolerance
         self._eager = forward
+        self._choose = choose
         # It is compiled because the search for a wrong leaf takes many evaluations.
-        self._forward = jax.jit(forward)
-        self._outputs = self._run(variables)
-        if not self._outputs:
+        self._forward = jax.jit(lambda v, x: call_forward(forward, v, x, choose))
+        result = self._run(variables)
+        if not jax.tree.leaves(result.counted):
             raise PermutationSpecError("forward returned no arrays; nothing to verify")
+        self._outputs = _as_float32(result)
         if not all(np.isfinite(output).all() for output in self._outputs):
             raise PermutationSpecError("the outputs are not finite; nothing to verify")
 
-    def _run(self, variables: PyTree) -> list[np.ndarray]:
+    def _run(self, variables: PyTree) -> ForwardOutputs:
         # With reduced precision, rounding alone would change the outputs.
         with jax.default_matmul_precision("highest"):
-            outputs = self._forward(variables, self._inputs)
-        return [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(outputs)]
+            return self._forward(variables, self._inputs)
 
     def output_change(self, spec: PermutationSpec, perms: Perms) -> float:
         """The largest change of an output, relative to the largest absolute output.
 
-        It is infinite if an output is no longer finite.
+        It is infinite if an output is no longer finite. Updated variables are permuted
+        back before they are compared.
         """
-        outputs = self._run(apply(spec, perms, self.variables))
+        counted, updates = self._run(apply(spec, perms, self.variables))
+        back = invert(perms)
+        restored = {
+            path: permute_leaf(spec.axes[path], back, leaf)
+            for path, leaf in updates.items()
+        }
+        outputs = _as_float32(ForwardOutputs(counted, restored))
         if not all(np.isfinite(output).all() for output in outputs):
             return np.inf
         return max(
@@ -127,13 +155,16 @@ class _Check:
         if derive knows all operations.
         """
         arguments = (self._eager, self.variables, self._inputs)
-        try:
-            return derive(*arguments, strict=True), ""
-        except PermutationSpecError as doubt:
-            with warnings.catch_warnings():
-                # The error message of `verify` repeats the warning.
-                warnings.simplefilter("ignore")
-                return derive(*arguments), str(doubt)
+        reading = read_model(*arguments, self._choose)
+        return reading.spec({}), reading.missing_rules()
+
+
+def _as_float32(outputs: PyTree) -> list[np.ndarray]:
+    def plain(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    return [np.asarray(plain(leaf), np.float32) for leaf in jax.tree.leaves(outputs)]
 
 
 def _find_cause(

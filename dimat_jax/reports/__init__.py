@@ -17,7 +17,10 @@ from dimat_jax._lazy import importer, public_names
 if TYPE_CHECKING:
     from dimat_jax.reports._figures import accuracy_figure as accuracy_figure
     from dimat_jax.reports._figures import bytes_figure as bytes_figure
-    from dimat_jax.reports._figures import partition_figure as partition_figure
+    from dimat_jax.reports._figures import curves_figure as curves_figure
+    from dimat_jax.reports._maps import agents_figure as agents_figure
+    from dimat_jax.reports._maps import classes_figure as classes_figure
+    from dimat_jax.reports._maps import partition_figure as partition_figure
     from dimat_jax.reports._runs import Partition as Partition
     from dimat_jax.reports._runs import Runs as Runs
     from dimat_jax.reports._runs import describe as describe
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     from dimat_jax.reports._write import write as write
 else:
     _HOMES = {
-        "_figures": ["accuracy_figure", "bytes_figure", "partition_figure"],
+        "_figures": ["accuracy_figure", "bytes_figure", "curves_figure"],
+        "_maps": ["agents_figure", "classes_figure", "partition_figure"],
         "_runs": ["Partition", "Runs", "describe", "load"],
         "_tables": ["tables"],
         "_write": ["write"],

@@ -1,233 +1,204 @@
-"""The figures of a report: accuracy over rounds and over bytes, and partitions.
+"""The figures of a report whose curves compare algorithms.
 
 They are made without pyplot, which would choose a backend for the whole process.
 """
 
-from collections.abc import Callable, Sequence
+import textwrap
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-import pandas as pd
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from dimat_jax.reports._runs import PHASES, DataFrame, Partition, Runs, describe
+from dimat_jax.reports._curves import Chart, Curve, Line, chart
+from dimat_jax.reports._looks import look
+from dimat_jax.reports._runs import Runs
 
-__all__ = ["accuracy_figure", "bytes_figure", "partition_figure"]
+__all__ = ["accuracy_figure", "bytes_figure", "captioned", "curves_figure", "finished"]
 
-# Ten bright colours, and the same ten darkened.
-_BRIGHT = matplotlib.colormaps["tab10"](range(10))[:, :3]
-_COLORS = [tuple(color) for color in np.concatenate([_BRIGHT, 0.55 * _BRIGHT])]
-# The style changes after ten lines, when the bright colours are used up. Plain dashes
-# are not among the styles: they are for lines that send nothing.
-_DASHES = ("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-# With more lines than these, a legend inside a panel would hide some of them, and bands
-# would hide all of them.
-_FEW = 6
-# With more agents or more classes than these, a cell has no room for its number.
-_NUMBERED = (12, 20)
-# The map begins at a visible blue, so that a single sample does not look like none.
-_BLUES = LinearSegmentedColormap.from_list(
-    "counts", matplotlib.colormaps["Blues"](np.linspace(0.12, 0.95, 256))
-).with_extremes(bad="white")
+# Bands of more lines than these would hide each other.
+_MOST_BANDS = 6
+# A legend has at most this number of lines in a column.
+_MOST_IN_A_COLUMN = 40
+# A label that is longer goes on in the next line of the legend.
+_LABEL_WIDTH = 44
+# The size of a panel in inches, and how many panels are side by side.
+_PANEL = (5.2, 3.4)
+_MOST_BESIDE = 2
+# A curve has about this number of marks.
+_MARKS = 12
 
 
 def accuracy_figure(runs: Runs, path: str | Path | None = None) -> Figure:
-    """Draws accuracy over local training.
-
-    A merge is a vertical step, with a mark at its end. Where lines are few, a band
-    reaches from the worst agent to the best.
+    """Draws accuracy over the rounds: `curves_figure` with its defaults.
 
     Args:
         runs: the runs to compare.
         path: the file to write, if any.
     """
-    fig = _figure(runs, _draw_rounds, "rounds of local training")
-    return _finished(fig, path)
+    return curves_figure(runs, path)
 
 
 def bytes_figure(runs: Runs, path: str | Path | None = None) -> Figure:
     """Draws accuracy over the bytes that all agents together have sent.
 
-    A line begins with the first bytes that are sent. The final accuracy of agents that
-    never send anything is a dashed horizontal line.
-
     Args:
         runs: the runs to compare. Some of them must have sent something.
         path: the file to write, if any.
     """
-    fig = _figure(runs, _draw_bytes, "MB sent")
-    axis = fig.axes[0]  # the others share its scale
-    axis.set_xscale("log")
-    least, most = axis.get_xlim()
-    steps = (1, 2, 5) if most < 50 * least else (1,)
-    axis.xaxis.set_major_locator(LogLocator(subs=steps))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    return _finished(fig, path)
+    return curves_figure(runs, path, against="bytes")
 
 
-def _figure(runs: Runs, draw: Callable[..., Any], x_label: str) -> Figure:
-    """Draws a panel for each problem, and one legend.
-
-    A line looks the same in all panels.
-    """
-    lines = runs.evaluations.groupby(runs.lines, sort=False)
-    names = [name for name, _ in lines]
-    panels: list[tuple[Any, DataFrame]] = [((), runs.evaluations)]
-    if runs.panels:
-        panels = list(runs.evaluations.groupby(runs.panels, sort=False))
-    beside = len(names) > _FEW
-    n_columns = min(len(panels), 2)
-    n_rows = -(-len(panels) // n_columns)
-    fig = Figure(
-        figsize=(
-            5.2 * n_columns + 2.4 * beside,
-            max(3.4 * n_rows, 0.19 * len(names) * beside),
-        ),
-        layout="constrained",
-    )
-    axes = fig.subplots(n_rows, n_columns, sharex=True, squeeze=False)
-    drawn = {}
-    for axis, (values, panel) in zip(axes.flat, panels, strict=False):
-        for name, line in panel.groupby(runs.lines, sort=False):
-            number = names.index(name)
-            style = {
-                "color": _COLORS[number % len(_COLORS)],
-                "linestyle": _DASHES[number // 10 % len(_DASHES)],
-                "label": describe(runs.lines, name),
-                "lw": 1.4,
-            }
-            drawn[name] = draw(axis, line, style, not beside)
-        axis.set_title(describe(runs.panels, values), fontsize=10)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis in axes[-1]:
-        axis.set_xlabel(x_label)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("test accuracy (%)")
-    handles = [drawn[name] for name in names]
-    if beside:
-        fig.legend(handles=handles, loc="outside right center", frameon=False)
-    else:
-        axes[0, 0].legend(handles=handles, frameon=False)
-    return fig
-
-
-def _draw_rounds(axis, line: DataFrame, style: dict[str, Any], few: bool) -> Any:
-    # A merge comes before the local training of its round.
-    mean = _means(line.assign(x=line["round"] - (line.phase == "merged")))
-    if few:
-        axis.fill_between(
-            mean.x, mean.low, mean.high, color=style["color"], alpha=0.12, lw=0
-        )
-    return _draw(axis, mean, style)
-
-
-def _draw_bytes(axis, line: DataFrame, style: dict[str, Any], few: bool) -> Any:
-    del few  # there are no bands
-    mean = _means(line.assign(x=line.bytes_sent_total / 1e6))
-    sent = mean[mean.x > 0]  # 0 has no logarithm
-    if sent.empty:
-        style = {**style, "linestyle": "--"}
-        return axis.axhline(mean.accuracy.iloc[-1], **style)
-    return _draw(axis, sent, style)
-
-
-def _draw(axis, mean: DataFrame, style: dict[str, Any]) -> Any:
-    (drawn,) = axis.plot(mean.x, mean.accuracy, **style)
-    merged = mean[mean.phase == "merged"]
-    axis.plot(merged.x, merged.accuracy, ".", color=style["color"], ms=6)
-    return drawn
-
-
-def _means(line: DataFrame) -> DataFrame:
-    """The means over seeds of x and of accuracies in %, in the order of evaluation."""
-    table: DataFrame = pd.DataFrame(
-        {
-            "round": line["round"],
-            "phase": pd.Categorical(line.phase, PHASES),
-            "x": line.x,
-            "accuracy": 100 * line.test_accuracy_mean,
-            "low": 100 * line.test_accuracy.map(min),
-            "high": 100 * line.test_accuracy.map(max),
-        }
-    )
-    return table.groupby(["round", "phase"], observed=True).mean().reset_index()
-
-
-def partition_figure(
-    partitions: Sequence[Partition], path: str | Path | None = None, note: str = ""
+def curves_figure(
+    runs: Runs,
+    path: str | Path | None = None,
+    *,
+    measure: str = "accuracy",
+    against: str = "rounds",
 ) -> Figure:
-    """Draws which agent holds how many samples of which class.
+    """Draws curves that compare the algorithms, in a panel for each problem.
 
-    A cell is the darker the more samples it stands for, and white if there are none.
+    An algorithm has one curve with marks: the values right after each communication,
+    as means over the agents and the seeds. A lighter curve has the values after the
+    local training of each round. Where lines are few, a band is one sample standard
+    deviation over the seeds wide on both sides. The text below says all of this. The
+    legend is beside the panels, and the figure is as large as it takes.
+
+    A curve over bytes begins with the first bytes that are sent. The final value of
+    agents that never send anything is a dashed horizontal line.
 
     Args:
-        partitions: at least one; each has a panel.
+        runs: the runs to compare.
         path: the file to write, if any.
-        note: a line of text above all panels.
+        measure: "accuracy", "loss", "consensus" (the consensus distance), "aligned"
+            (the same after alignment), "disagreement", "average" (the accuracy of the
+            average model) or "local" (that on test images like an agent's own).
+        against: "rounds", "bytes" or "seconds".
     """
-    n_columns = min(len(partitions), 2)
-    n_rows = -(-len(partitions) // n_columns)
-    shapes = np.asarray([np.shape(partition.counts) for partition in partitions])
-    n_agents, n_classes = shapes.max(axis=0)
-    width, height = np.clip(0.45 * n_classes, 4, 8), np.clip(0.3 * n_agents, 1.5, 6)
-    fig = Figure(
-        figsize=((width + 1.2) * n_columns, (height + 1) * n_rows + 0.3),
-        layout="constrained",
-    )
-    axes = fig.subplots(n_rows, n_columns, squeeze=False)
-    for axis, partition in zip(axes.flat, partitions, strict=False):
-        _draw_partition(axis, partition)
-    for axis in axes.flat[len(partitions) :]:
+    content = chart(runs, measure, against)
+    n_columns = min(len(content.panels), _MOST_BESIDE)
+    n_rows = -(-len(content.panels) // n_columns)
+    fig = Figure(layout="constrained")
+    axes = fig.subplots(n_rows, n_columns, sharex=True, squeeze=False)
+    bands = content.has_bands and len(content.labels) <= _MOST_BANDS
+    for axis, panel in zip(axes.flat, content.panels, strict=False):
+        for line in panel.lines:
+            _draw(axis, line, content.logarithmic, bands)
+        axis.set_title(panel.title, fontsize=10)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(content.panels) :]:
         axis.set_visible(False)
-    fig.suptitle(note, fontsize=10)
-    return _finished(fig, path)
+    _label(axes, content, integers=against == "rounds")
+    legend = _legend(fig, content)
+    size = (_PANEL[0] * n_columns, _PANEL[1] * n_rows)
+    captioned(fig, content.caption(bands), size, legend)
+    return finished(fig, path)
 
 
-def _draw_partition(axis, partition: Partition) -> None:
-    counts = np.asarray(partition.counts)
-    (n_agents, n_classes), most = counts.shape, max(counts.max(), 1)
-    image = axis.imshow(
-        np.ma.masked_equal(counts, 0), cmap=_BLUES, aspect="auto", vmin=1, vmax=most
+def _draw(axis: Any, line: Line, logarithmic: bool, bands: bool) -> None:
+    style = look(line.number)
+    if line.silent and logarithmic:
+        level = line.communicated.y[-1:] or [float("nan")]
+        axis.axhline(level[0], color=style.color, ls="--", lw=1.4, label=line.label)
+        return
+    curve = line.communicated
+    if bands and line.n_seeds > 1:
+        low, high = _band(curve)
+        axis.fill_between(curve.x, low, high, color=style.color, alpha=0.15, lw=0)
+    trained = line.trained
+    axis.plot(trained.x, trained.y, color=style.color, alpha=0.4, lw=0.8)
+    axis.plot(
+        curve.x,
+        curve.y,
+        color=style.color,
+        linestyle=style.dash,
+        marker=style.mark,
+        markevery=max(1, len(curve.x) // _MARKS),
+        ms=4,
+        lw=1.5,
+        label=line.label,
     )
-    bar = axis.figure.colorbar(image, ax=axis, pad=0.02)
-    bar.set_label("samples", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_linewidth(0.4)
-    rooms = zip(counts.shape, _NUMBERED, strict=True)
-    if all(size <= room for size, room in rooms):
-        for agent, label in np.argwhere(counts):
-            count = counts[agent, label]
-            color = "white" if count > 0.6 * most else "black"
-            axis.text(
-                label, agent, count, color=color, ha="center", va="center", fontsize=7
+
+
+def _band(curve: Curve) -> tuple[list[float], list[float]]:
+    """One deviation below and above a curve."""
+    pairs = list(zip(curve.y, curve.deviation, strict=True))
+    return [y - d for y, d in pairs], [y + d for y, d in pairs]
+
+
+def _label(axes: Any, content: Chart, integers: bool) -> None:
+    """Names the axes, and chooses their scales."""
+    first = axes[0, 0]  # the others share its horizontal scale
+    if integers:
+        first.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if content.logarithmic:
+        first.set_xscale("log")
+        least, most = first.get_xlim()
+        steps = (1, 2, 5) if most < 50 * least else (1,)
+        first.xaxis.set_major_locator(LogLocator(subs=steps))
+        first.xaxis.set_major_formatter("{x:g}")
+        first.xaxis.set_minor_formatter(NullFormatter())
+    for axis in axes[-1]:
+        axis.set_xlabel(content.x_label)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(content.y_label)
+
+
+def _legend(fig: Figure, content: Chart) -> Any:
+    """The legend of all panels, beside them. A line looks the same in each of them."""
+    silent = {line.label for line in content.lines if line.silent}
+    handles = []
+    for number, label in content.labels.items():
+        style = look(number)
+        flat = content.logarithmic and label in silent
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=style.color,
+                linestyle="--" if flat else style.dash,
+                marker="" if flat else style.mark,
+                ms=4,
+                lw=1.5,
+                label=textwrap.fill(label, _LABEL_WIDTH),
             )
-    # Lines between the cells.
-    axis.set_xticks(np.arange(n_classes - 1) + 0.5, minor=True)
-    axis.set_yticks(np.arange(n_agents - 1) + 0.5, minor=True)
-    axis.grid(which="minor", color="0.9", lw=0.4)
-    axis.tick_params(which="both", length=0, labelsize=8)
-    axis.spines[:].set_color("0.8")
-    axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    if partition.classes is None or n_classes > _NUMBERED[1]:
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    else:
-        tilted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-        long = max(map(len, partition.classes)) > 3
-        axis.set_xticks(range(n_classes), partition.classes, **(tilted if long else {}))
-    axis.set_xlabel("class", fontsize=9)
-    axis.set_ylabel("agent", fontsize=9)
-    axis.set_title(partition.title, fontsize=10)
+        )
+    return fig.legend(
+        handles=handles,
+        loc="outside right upper",
+        frameon=False,
+        fontsize=9,
+        handlelength=3,
+        ncols=-(-len(handles) // _MOST_IN_A_COLUMN),
+    )
 
 
-def _finished(fig: Figure, path: str | Path | None) -> Figure:
+def captioned(
+    fig: Figure, caption: str, size: tuple[float, float], legend: Any = None
+) -> None:
+    """Writes a text below all panels, and makes the figure as large as it takes.
+
+    Args:
+        fig: a figure with constrained layout.
+        caption: the text.
+        size: the width and the height of all panels together, in inches.
+        legend: the legend beside the panels, if any.
+    """
+    width, height = size
+    if legend is not None:
+        box = legend.get_window_extent()
+        width += box.width / fig.dpi + 0.2
+        height = max(height, box.height / fig.dpi)
+    # A letter of this size is about 1/14 inch wide, and a line 1/7 inch high.
+    text = textwrap.fill(caption, max(40, int(14 * width)))
+    fig.supxlabel(text, fontsize=8, color="0.3", x=0.01, ha="left")
+    fig.set_size_inches(width, height + (text.count("\n") + 1) / 7 + 0.2)
+
+
+def finished(fig: Figure, path: str | Path | None) -> Figure:
+    """Writes a figure if there is a path."""
     if path is not None:
         fig.savefig(path, dpi=150)
     return fig

@@ -1,20 +1,29 @@
-"""Reads runs, and finds the config fields in which they differ."""
+"""The runs of a report, and the config fields in which they differ."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from dimat_jax._metrics import read_rows
-from dimat_jax.config import ROOT, default_config, fields_of, fields_read
-from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION
-from dimat_jax.data.sources import SOURCE, TRAIN_SIZE
+from dimat_jax.config import ROOT
+from dimat_jax.data.partition import (
+    PARTITION,
+    PARTITIONS,
+    PRETRAIN_PARTITION,
+    VALIDATION,
+)
+from dimat_jax.data.selection import HELD_OUT
+from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
 from dimat_jax.errors import UserError
+from dimat_jax.evaluate import SAMPLES
 from dimat_jax.options import SEED, Option, every
 from dimat_jax.placement import AGENTS
+from dimat_jax.reports._read import FoundRun, find_runs
 from dimat_jax.topology import TOPOLOGY
 
 __all__ = [
@@ -45,10 +54,27 @@ def _paths(*roots: Option) -> tuple[str, ...]:
     return tuple(option.path for option in every(roots) if option is not SEED)
 
 
-# Where these fields differ, figures have panels; where others do, lines.
-_PANELS = _paths(TOPOLOGY, PARTITION, PRETRAIN_PARTITION)
-# The fields in which two partitions of the same name can differ.
-_SPLIT_BY = (SOURCE.path, TRAIN_SIZE.path, AGENTS.path, *_paths(PARTITION)[1:])
+# Where these fields differ, figures have panels; where others do, lines. The first ones
+# say which images the agents learn and are measured on.
+_PANELS = _paths(
+    SOURCE,
+    TRAIN_SIZE,
+    TEST_SIZE,
+    VALIDATION,
+    HELD_OUT,
+    SAMPLES,
+    TOPOLOGY,
+    PARTITION,
+    PRETRAIN_PARTITION,
+)
+# The options of a graph and of a partition, by path, with the option that opens them.
+_OPENED_BY = {
+    path: root.path for root in (TOPOLOGY, PARTITION) for path in _paths(root)[1:]
+}
+# The fields in which two partitions of the same name and options can differ.
+_SPLIT_BY = (SOURCE.path, TRAIN_SIZE.path, AGENTS.path)
+# How many runs a message lists at most.
+_MOST_LISTED = 10
 
 
 class Partition(NamedTuple):
@@ -69,17 +95,26 @@ class Runs(NamedTuple):
     """Runs to be compared.
 
     Attributes:
-        evaluations: the metrics of all evaluations (bytes of each kind as
-            "bytes_sent.KIND"), with the run's folder as "run", its seed, and `fields`.
-            An evaluation has a row for each panel that shows its run. This is one
-            panel, or several if the run does not read a panel's field.
+        evaluations: the metrics of all evaluations of the finished runs (bytes of each
+            kind as "bytes_sent.KIND"), with the run's folder as "run", its seed, and
+            `fields`. An evaluation has a row for each panel that shows its run. This is
+            one panel, or several if the run does not read a panel's field.
+            "communicated" says whether an evaluation comes right after a communication.
+            "test_accuracy_std" is the sample standard deviation over the agents.
         panels: the config fields that vary and that say which problem is solved, on
-            which graph. In a figure, each of their combinations has a panel.
+            which data and on which graph. In a figure, each of their combinations has a
+            panel.
         lines: the algorithm, and the other config fields that vary among the runs of an
             algorithm. A field is blank for an algorithm that does not read it.
         settings: a row for each algorithm, and a column for each field that varies
             with the algorithm alone.
         partitions: all different ones; those of further seeds come last.
+        started: a row for each run and each panel that shows it, also for the runs that
+            are left out, but not for copies: "run", its seed, `fields`, and whether the
+            run is counted.
+        left_out: a row for each run that is not counted: "run", its "state", the
+            "reason", the mean test accuracy of its last evaluation in %, its seed, and
+            `fields`.
     """
 
     evaluations: DataFrame
@@ -87,6 +122,8 @@ class Runs(NamedTuple):
     lines: list[str]
     settings: DataFrame
     partitions: list[Partition]
+    started: DataFrame
+    left_out: DataFrame
 
     @property
     def fields(self) -> list[str]:
@@ -113,14 +150,22 @@ def describe(fields: Sequence[str], values: Sequence[Any]) -> str:
 
 
 def load(directories: str | Path | Sequence[str | Path]) -> Runs:
-    """Reads all runs in or below a folder, or several, finished or not.
+    """Reads all runs in or below a folder, or several.
+
+    Runs that have not finished, have diverged or are copies of other runs are listed in
+    `left_out`, and nothing else is computed from them.
 
     Raises:
-        UserError: a folder that does not exist, or that holds no run.
+        UserError: a folder does not exist or holds no run, no run has finished, or two
+            finished runs have the same config and the same seed.
     """
     if isinstance(directories, (str, Path)):
         directories = [directories]
-    evaluations, read = _read(directories)
+    found = find_runs(directories)
+    evaluations = _evaluations_of([run for run in found if run.counts], found)
+    # The others may be copies, or their configs cannot be read.
+    started = [run for run in found if run.fields and run.state != "copy"]
+    read = _configs(started)
     panels, lines, settings = _varying(read)
     fields = [*panels, *lines]
     short = _short_names([*fields, *settings])
@@ -128,50 +173,68 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
     # A field is missing for the runs that do not read it; in a report it is blank.
     described = described.fillna("").rename(columns=short)
     by_algorithm = read.groupby("algorithm", sort=False)[settings].first()
+    counts = pd.Series({run.folder: run.counts for run in started}, name="counted")
     return Runs(
         evaluations.join(described, on="run"),
         [short[field] for field in panels],
         [short[field] for field in lines],
         by_algorithm.fillna("").rename(columns=short),
-        _partitions(read),
+        _partitions(read[read.index.map(counts)]),
+        described.join(counts).rename_axis("run").reset_index(),
+        _left_out(found, [*fields, _REPEATS], short),
     )
 
 
-def _read(directories: Sequence[str | Path]) -> tuple[DataFrame, DataFrame]:
-    """All evaluations, and the configs: a row for each run, a column for each field.
+def _evaluations_of(counted: Sequence[FoundRun], found: Sequence[FoundRun]) -> Any:
+    """All evaluations of the runs that are counted.
 
-    The configs' values are text. A field is missing for the runs that do not read it.
-    A field that an older run's config lacks has its default.
+    Raises:
+        UserError: no run is counted.
     """
-    frames, configs = [], {}
-    defaults = fields_of(default_config())
-    for directory in map(Path, directories):
-        runs = [
-            path.parent
-            for path in directory.rglob("metrics.jsonl")
-            if path.with_name("config.json").exists()
-        ]
-        if not runs:
-            raise UserError(f"no run (no metrics.jsonl) in or below {directory}")
-        # A sweep writes its configs one after the other: this order is its own.
-        for run in sorted(runs, key=lambda run: (run / "config.json").stat().st_mtime):
-            if rows := read_rows(run):  # a run that has just started has none
-                config = json.loads((run / "config.json").read_text())
-                fields = fields_read(defaults | fields_of(config))
-                configs[str(run)] = {name: str(value) for name, value in fields.items()}
-                frames.append(_evaluations(rows).assign(run=str(run)))
-    if not frames:
-        raise UserError(
-            f"no run in {', '.join(map(str, directories))} got anywhere yet"
-        )
+    if not counted:
+        lines = [f"{run.folder} is {run.state}: {run.reason}" for run in found]
+        more = len(lines) - _MOST_LISTED
+        lines[_MOST_LISTED:] = [f"and {more} more"] if more > 0 else []
+        raise UserError("no run has finished\n    " + "\n    ".join(lines))
+    frames = [_evaluations(run.rows).assign(run=run.folder) for run in counted]
     evaluations: DataFrame = pd.concat(frames, ignore_index=True)
     sent = evaluations.filter(like=SENT)
     # Where the kinds that a run counts sum up to its total, it sent nothing of other
     # kinds. Older runs did not count kinds.
     complete = sent.sum(axis=1) == evaluations.bytes_sent_total
     evaluations[list(sent)] = sent.mask(sent.isna() & complete.to_frame().to_numpy(), 0)
+    return evaluations
+
+
+def _configs(runs: Sequence[FoundRun]) -> DataFrame:
+    """A row for each run, a column for each field that at least one of them reads.
+
+    A field is missing for the runs that do not read it. A field that an older run's
+    config lacks has its default.
+    """
+    configs = {run.folder: run.fields for run in runs}
     read: DataFrame = pd.DataFrame.from_dict(configs, orient="index")
-    return evaluations, read[[o.path for o in every(ROOT) if o.path in read]]
+    return read[[option.path for option in every(ROOT) if option.path in read]]
+
+
+def _left_out(
+    found: Sequence[FoundRun], fields: list[str], short: dict[str, str]
+) -> DataFrame:
+    """The runs that are not counted, with the reasons."""
+    rows = []
+    for run in found:
+        if not run.counts:
+            last = run.rows[-1].get("test_accuracy_mean") if run.rows else None
+            rows.append(
+                {
+                    "run": run.folder,
+                    "state": run.state,
+                    "reason": run.reason,
+                    "last accuracy (%)": "" if last is None else f"{100 * last:.2f}",
+                    **{short.get(f, f): run.fields.get(f, "") for f in fields},
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def _evaluations(rows: list[dict[str, Any]]) -> DataFrame:
@@ -180,7 +243,34 @@ def _evaluations(rows: list[dict[str, Any]]) -> DataFrame:
     nested = ["bytes_sent_by_kind", "bytes_sent_by_link"]
     kinds = pd.DataFrame([row.get("bytes_sent_by_kind", {}) for row in rows])
     frame = pd.DataFrame(rows).drop(columns=nested, errors="ignore")
+    frame["test_accuracy_std"] = frame.test_accuracy.map(_deviation)
+    frame["communicated"] = _communicated(frame)
     return frame.join(kinds.add_prefix(SENT))
+
+
+def _deviation(accuracies: list[float]) -> float:
+    """The sample standard deviation (n - 1) over the agents; NaN for one agent.
+
+    Deviations over seeds have the same convention.
+    """
+    return float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan
+
+
+def _communicated(rows: DataFrame) -> Any:
+    """Whether each row of a run is an evaluation right after a communication.
+
+    Some agents communicate before the local training of a round, others with every
+    step of it. Which of them these are follows from when their bytes were counted.
+    Agents that never send anything count as if they communicated while they train.
+    """
+    # Bytes alone do not tell: agents may share data before the first round.
+    totals = rows[["bytes_sent_total", "comm_rounds_total"]]
+    sent = (totals.diff() > 0).all(axis=1)
+    merged = sent & (rows.phase == "merged")
+    if (sent & (rows.phase == "trained")).any():
+        # What was sent since the last row may be that of rounds without an evaluation.
+        merged &= rows["round"].diff() == 1
+    return rows.phase == ("merged" if merged.any() else "trained")
 
 
 def _in_every_panel(described: DataFrame, panels: list[str]) -> DataFrame:
@@ -221,7 +311,7 @@ def _varying(read: DataFrame) -> tuple[list[str], list[str], list[str]]:
     panels, lines, settings = [], ["algorithm"], []
     values = read.groupby("algorithm").nunique()
     for field in read.columns.difference(["algorithm", _REPEATS], sort=False):
-        if read[field].nunique() < 2:
+        if not _varies(read, field):
             continue
         if field in _PANELS:
             # Most runs pre-train on the partition on which they train later. The two
@@ -233,6 +323,18 @@ def _varying(read: DataFrame) -> tuple[list[str], list[str], list[str]]:
         else:
             lines.append(field)
     return panels, lines, settings
+
+
+def _varies(read: DataFrame, field: str) -> bool:
+    """Whether a field makes a difference between runs.
+
+    It does so if it has several values. A partition or a graph also differs from the
+    others by an option that only it has, such as alpha.
+    """
+    if read[field].nunique() > 1:
+        return True
+    opener = _OPENED_BY.get(field)
+    return opener in read and read[field][read[opener].notna()].nunique(False) > 1
 
 
 def _short_names(fields: Sequence[str]) -> dict[str, str]:
@@ -256,7 +358,6 @@ def _partitions(configs: DataFrame) -> list[Partition]:
     """The partitions in the runs' partition.json, each once; older runs have none."""
     known = configs.columns.intersection(_SPLIT_BY)
     varying = [field for field in known if configs[field].nunique() > 1]
-    fields = ["partition", *_short_names(varying).values()]
     found: dict[str, tuple[Partition, str]] = {}
     for run, config in configs.iterrows():
         path = Path(run) / "partition.json"
@@ -265,8 +366,15 @@ def _partitions(configs: DataFrame) -> list[Partition]:
         content = json.loads(path.read_text())
         counts = content["counts"]
         if len(counts) > 1:  # a single agent has everything: nothing is divided
+            name = content["partition"]
+            # The options of the partition, for example its alpha, are always shown.
+            reads = PARTITIONS[name].reads if name in PARTITIONS else ()
+            own = [option.path for option in reads]
+            shown = [f for f in (*own, *varying) if f in config and f != _REPEATS]
+            names = _short_names(["data.partition", *shown])
             title = describe(
-                fields, [content["partition"], *config[varying].fillna("")]
+                [names[field] for field in ("data.partition", *shown)],
+                [name, *config[shown].fillna("")],
             )
             partition = Partition(title, counts, content["classes"])
             found.setdefault(json.dumps(counts), (partition, config[_REPEATS]))

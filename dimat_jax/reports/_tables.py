@@ -5,9 +5,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dimat_jax.reports._runs import PHASES, SENT, DataFrame, Runs, describe
+from dimat_jax.reports._runs import SENT, DataFrame, Runs, describe
 
-__all__ = ["tables"]
+__all__ = ["CONVENTION", "tables"]
+
+CONVENTION = (
+    "Accuracies are means over the agents, and then over the seeds. n is the number of "
+    "seeds whose run has finished; n=3 of 5 means that the runs of 2 more seeds have "
+    "begun and are not counted. What follows ± is the standard deviation over the "
+    "seeds. All deviations, over seeds and over agents, are sample deviations: "
+    "they divide by the number minus one."
+)
+"""What the numbers of all tables and figures mean."""
 
 # More rounds than these would make a table too wide.
 _MOST_ROUNDS = 20
@@ -18,31 +27,24 @@ _EMPTY: DataFrame = pd.DataFrame()
 def tables(runs: Runs) -> dict[str, DataFrame]:
     """The tables of a report, by title.
 
-    Accuracies are in %, and are means over the agents and over the seeds. A table that
-    would be empty is left out.
+    Accuracies are in %, and are means over the agents and over the seeds. Each cell
+    with a mean, or its row, has the number n of seeds. A table that would be empty is
+    left out.
     """
-    evaluations, fields = runs.evaluations, runs.fields
-    last_round = evaluations.groupby("run")["round"].transform("max")
-    last = evaluations[evaluations["round"] == last_round]
-    names = {phase: f"{phase} (last round)" for phase in ("merged", "trained")}
-    start = evaluations[evaluations.phase == "pretrained"]
-    final = _by_phase(start, fields).join(
-        _by_phase(last[last.phase != "pretrained"], fields).rename(columns=names),
-        how="left",
-    )
-    totals = last[last.phase == "trained"].groupby(fields, sort=False)
-    final["MB sent"] = totals.bytes_sent_total.mean() / 1e6
-    final["comm rounds"] = totals.comm_rounds_total.mean()
-    final["seconds"] = totals.seconds_total.mean()
-    at_the_end = _grid(runs, "trained")
-    after_merge = _grid(runs, "merged")
-    if after_merge.equals(at_the_end):
-        after_merge = _EMPTY
+    at_the_end = _grid(runs, runs.evaluations.phase == "trained")
+    communicated = _grid(runs, runs.evaluations.communicated)
+    if communicated.equals(at_the_end):
+        communicated = _EMPTY
+    left_out = runs.left_out
+    if len(left_out):
+        left_out = left_out.set_index("run")
     result = {
-        "Mean test accuracy of the agents (%)": final.round(2),
+        "Runs that are not counted": left_out,
+        "Mean test accuracy of the agents (%)": _overview(runs),
         "Mean test accuracy at the end (%), and MB sent": at_the_end,
-        "Right after the last communication (%), and MB sent": after_merge,
-        "Right after the merge, by round (%)": _by_round(runs),
+        "Right after the last communication (%), and MB sent": communicated,
+        "Right after each communication, by round (%)": _by_round(runs),
+        "The agents at the end": _agents(runs),
         "MB sent, by kind": _by_kind(runs),
         "Agents that were away, in the rounds evaluated": _absences(runs),
         "Settings by algorithm": runs.settings,
@@ -50,38 +52,80 @@ def tables(runs: Runs) -> dict[str, DataFrame]:
     return {title: table for title, table in result.items() if table.size}
 
 
-def _by_phase(evaluations: DataFrame, fields: list[str]) -> DataFrame:
-    """Accuracies, in a table that has a column for each phase."""
-    groups = evaluations.groupby([*fields, "phase"], sort=False)
-    table = _over_seeds(groups.test_accuracy_mean, 2).unstack("phase")
-    return table[[phase for phase in PHASES if phase in table]]
+def _overview(runs: Runs) -> DataFrame:
+    """A row for each line of each panel, also where no run has finished."""
+    evaluations, fields = runs.evaluations, runs.fields
+    last = _last(runs, evaluations.phase == "trained")
+    communicated = _last(runs, evaluations.communicated)
+    columns = {
+        "pretrained": evaluations[evaluations.phase == "pretrained"],
+        "after the last communication": communicated,
+        "trained (last round)": last,
+    }
+    average = "test_accuracy_average_model"
+    if average in communicated:
+        rows = communicated.assign(test_accuracy_mean=communicated[average])
+        rows = rows.dropna(subset="test_accuracy_mean")
+        columns["the average model, after the last communication"] = rows
+    begun = _numbers(runs)
+    final = pd.DataFrame(index=begun.index)
+    for name, rows in columns.items():
+        if rows.empty:
+            continue
+        groups = rows.groupby(fields, sort=False)
+        final[name] = _with_numbers(_over_seeds(groups, 2), begun)
+    totals = last.groupby(fields, sort=False)
+    final["MB sent"] = (totals.bytes_sent_total.mean() / 1e6).round(2)
+    final["comm rounds"] = totals.comm_rounds_total.mean().round(2)
+    final["seconds"] = totals.seconds_total.mean().round(2)
+    return final
+
+
+def _last(runs: Runs, chosen: Any) -> DataFrame:
+    """The last of the chosen evaluations of each run, in each panel that shows it."""
+    return runs.evaluations[chosen].groupby(["run", *runs.panels]).tail(1)
+
+
+def _numbers(runs: Runs) -> Any:
+    """The number of seeds of each line of each panel, e.g. "n=3" or "n=3 of 5"."""
+    groups = runs.started.groupby(runs.fields, sort=False)
+    counted, begun = groups.counted.sum(), groups.seed.nunique()
+    return pd.Series(
+        [f"n={n}" + f" of {m}" * (m > n) for n, m in zip(counted, begun, strict=True)],
+        index=counted.index,
+    )
+
+
+def _with_numbers(cells: Any, numbers: Any, more: Any = "") -> Any:
+    """Cells with their numbers of seeds, also where no run has finished."""
+    cells = cells.reindex(numbers.index)
+    full = (cells + " (" + numbers + more + ")").fillna("")
+    return full.where(~numbers.str.startswith("n=0"), "none (" + numbers + ")")
 
 
 def _over_seeds(groups: Any, digits: int) -> Any:
     """Grouped accuracies as text: the mean in %, ± the deviation over several seeds."""
+    accuracies = groups.test_accuracy_mean
     mean, deviation = (
         # An empty column of numbers would stay numeric and could not be joined as text.
         (100 * numbers).map(f"{{:.{digits}f}}".format).astype(object)
-        for numbers in (groups.mean(), groups.std())
+        for numbers in (accuracies.mean(), accuracies.std())
     )
     return mean.where(groups.size() == 1, mean + " ± " + deviation)
 
 
-def _grid(runs: Runs, phase: str) -> DataFrame:
-    """Each run's last evaluation of a phase: a row for each line, a column per panel.
+def _grid(runs: Runs, chosen: Any) -> DataFrame:
+    """Each run's last chosen evaluation: a row for each line, a column for each panel.
 
     The table is empty if there is only one panel.
     """
     if not runs.panels:
         return _EMPTY
-    evaluations = runs.evaluations
-    found = evaluations[evaluations.phase == phase]
-    # A run that is shown in several panels has a last evaluation in each of them.
-    last = found.groupby(["run", *runs.panels]).tail(1)
-    groups = last.groupby([*runs.lines, *runs.panels], sort=False)
-    accuracy = _over_seeds(groups.test_accuracy_mean, 1)
-    sent = (groups.bytes_sent_total.mean() / 1e6).map(_megabytes)
-    grid = (accuracy + " (" + sent + ")").unstack(runs.panels).fillna("")
+    groups = _last(runs, chosen).groupby(runs.fields, sort=False)
+    begun = _numbers(runs)
+    sent = "; " + (groups.bytes_sent_total.mean() / 1e6).map(_megabytes)
+    cells = _with_numbers(_over_seeds(groups, 1), begun, sent.reindex(begun.index))
+    grid = cells.unstack(runs.panels).fillna("")
     panels = grid.columns.to_frame().itertuples(index=False)
     return grid.set_axis([describe(runs.panels, values) for values in panels], axis=1)
 
@@ -91,16 +135,50 @@ def _megabytes(number: float) -> str:
 
 
 def _by_round(runs: Runs) -> DataFrame:
-    """Accuracies after the merge, with a column for each round.
+    """Accuracies right after a communication, with a column for each round.
 
-    If there are many rounds, only some of them, evenly spaced, have a column.
+    If there are many rounds, only some of them, evenly spaced, have a column. A cell is
+    empty if not all seeds have an evaluation in that round.
     """
-    merged = runs.evaluations[runs.evaluations.phase == "merged"]
-    groups = merged.groupby([*runs.fields, "round"], sort=False).test_accuracy_mean
+    rows = runs.evaluations[runs.evaluations.communicated]
+    groups = rows.groupby([*runs.fields, "round"], sort=False).test_accuracy_mean
     table = (100 * groups.mean()).unstack("round").sort_index(axis=1).round(1)
     n_shown = min(len(table.columns), _MOST_ROUNDS)
     shown = np.linspace(0, len(table.columns) - 1, n_shown).round().astype(int)
-    return table.iloc[:, shown]
+    return _numbered(runs, table.iloc[:, shown])
+
+
+def _numbered(runs: Runs, table: DataFrame) -> DataFrame:
+    """A table with a first column for the number of seeds."""
+    numbers = _numbers(runs).str.removeprefix("n=").reindex(table.index)
+    table.insert(0, "n", numbers)
+    return table
+
+
+def _agents(runs: Runs) -> DataFrame:
+    """How the agents of a run differ at the end, as means over the seeds."""
+    last = _last(runs, runs.evaluations.phase == "trained")
+    last = last[last.test_accuracy.map(len) > 1]
+    if last.empty:
+        return _EMPTY
+    columns = {
+        "lowest accuracy (%)": 100 * last.test_accuracy.map(min),
+        "highest accuracy (%)": 100 * last.test_accuracy.map(max),
+        "deviation over the agents (%)": 100 * last.test_accuracy_std,
+    }
+    measures = {
+        "test_disagreement": ("disagreement (%)", 100),
+        "test_loss_mean": ("loss", 1),
+        "consensus_distance": ("consensus distance", 1),
+        "consensus_distance_aligned": ("consensus distance, aligned", 1),
+    }
+    for name, (title, scale) in measures.items():
+        if name in last:
+            columns[title] = scale * last[name]
+    fields = {field: last[field] for field in runs.fields}
+    values: DataFrame = pd.DataFrame({**fields, **columns})
+    means = values.groupby(runs.fields, sort=False)[list(columns)].mean()
+    return _numbered(runs, means.round(2))
 
 
 def _by_kind(runs: Runs) -> DataFrame:
@@ -114,7 +192,8 @@ def _by_kind(runs: Runs) -> DataFrame:
     if len(kinds.columns) < 2:
         return _EMPTY
     sent = last.groupby(runs.fields, sort=False)[list(kinds)].mean() / 1e6
-    return sent.round(3).rename(columns=lambda kind: kind.removeprefix(SENT))
+    sent = sent.round(3).rename(columns=lambda kind: kind.removeprefix(SENT))
+    return _numbered(runs, sent)
 
 
 def _absences(runs: Runs) -> DataFrame:

@@ -16,6 +16,7 @@ from dimat_jax.algorithms import (
     Algorithm,
     AlgorithmRecord,
     MergeData,
+    Task,
     algorithm_record,
 )
 from dimat_jax.algorithms.base import State
@@ -50,6 +51,7 @@ class Case(NamedTuple):
         inner: the algorithm that runs between merges.
         examples: the number of each agent's examples; () if all have equally many.
         changing: whether the network may change.
+        of_optimizer: the optimizer's options that are not their defaults.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Case(NamedTuple):
     inner: str = "local"
     examples: tuple[int, ...] = ()
     changing: bool = True
+    of_optimizer: tuple[tuple[str, Any], ...] = ()
 
     @property
     def record(self) -> AlgorithmRecord:
@@ -193,18 +196,24 @@ def make(
     placement: Placement,
     schedule: Any,
     topology: str = "fully_connected",
+    task: Task | None = None,
 ) -> Algorithm:
-    """Builds a case on a problem, for graphs that are parts of a topology."""
-    tx = OPTIMIZERS[optimizer_name(case)](schedule)
+    """Builds a case on a problem, for graphs that are parts of a topology.
+
+    A task replaces the problem's own.
+    """
+    tx = OPTIMIZERS[optimizer_name(case)](schedule, **dict(case.of_optimizer))
     edges = TOPOLOGIES[topology](placement.n_agents)
     facts = {
         "compressor": COMPRESSORS[compressor_name(case)](),
         "adjacency": edges,
         "lossy_edges": edges if case.changing else None,
+        # On other graphs agents give their neighbours less weight.
+        "mixing_matrix": MIXINGS["uniform"](edges),
         "examples": case.examples or None,
     }
     return case.record(
-        PROBLEMS[problem].task,
+        task or PROBLEMS[problem].task,
         tx,
         placement,
         **case.arguments,

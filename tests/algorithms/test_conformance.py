@@ -306,6 +306,22 @@ def test_what_is_evaluated_is_what_was_put_in(name):
 
 
 @every(EVERYONE)
+def test_other_running_statistics_change_nothing_else(name):
+    subject = built(name)
+    state = subject.run(VARIABLES, CONVEX.batches(subject.placement, 3), links("ring"))
+    before = subject.variables(state)
+    other = convex_variables(START[::-1])["batch_stats"]
+    replace = subject.algorithm.with_statistics
+    replaced = replace(state, subject.placement.put(other))
+    assert signature(replaced) == signature(state)
+    after = subject.variables(replaced)
+    assert_close(after["batch_stats"], other, rtol=1e-6)
+    assert_equal(after["params"], before["params"])
+    restored = replace(replaced, subject.placement.put(before["batch_stats"]))
+    assert_close(restored, state, rtol=1e-6)
+
+
+@every(EVERYONE)
 def test_a_merge_restarts_all_but_optimizers_and_what_others_know(name):
     subject = built(name)
     state = subject.run(VARIABLES, CONVEX.batches(subject.placement, 3), links("ring"))
@@ -467,6 +483,8 @@ def test_messages_are_what_is_sent_measured_by_shapes_alone(name):
     if case.per_step in COMPRESSED_KIND:
         steps[COMPRESSED_KIND[case.per_step]] = COMPRESSED[compressor]
     assert sizes(messages.step) == steps
+    # Only a gradient answers another message.
+    assert messages.turns == (2 if "gradients" in steps else 1)
     rounds = dict(VARIABLES_SENT) if case.merging else {}
     if case.merging and compressor != "none":
         rounds["params"] = COMPRESSED[compressor]

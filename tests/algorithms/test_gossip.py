@@ -86,8 +86,13 @@ def test_cdsgd_goes_on_among_those_who_are_there(faults):
 
 @pytest.mark.parametrize("graph", BALANCED)
 def test_cdmsgd_is_its_papers_also_as_the_rate_decays(graph):
-    expected = reference.cdmsgd(gradient, matrices(links(graph)), START, RATES, 0.9)
+    W = matrices(links(graph))
+    expected = reference.cdmsgd(gradient, W, START, RATES, 0.9)
     assert_runs_as(expected, CASES["cdmsgd"], links(graph), ALPHA, DECAY)
+    ahead = reference.cdmsgd_nesterov(gradient, W, START, RATES, 0.9)
+    case = Case("cdmsgd", of_optimizer=(("form", "nesterov"),))
+    assert_runs_as(ahead, case, links(graph), ALPHA, DECAY)
+    assert np.abs(ahead[-1] - expected[-1]).max() > 0.01
 
 
 @pytest.mark.parametrize("graph", BALANCED)

@@ -1,6 +1,7 @@
 """Tests the merging of networks whose units are shuffled, in every frame."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,8 +12,9 @@ from dimat_jax.algorithms import (
     MergeData,
     Task,
 )
+from dimat_jax.data.pipeline import Batch, Samples
 from dimat_jax.network import Absence, Faults, Network
-from dimat_jax.optimizers import with_clocks_of
+from dimat_jax.optimizers import OPTIMIZERS, with_clocks_of
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.topology import components
 from dimat_jax.tree import PyTree, stack, take
@@ -203,3 +205,43 @@ def test_matching_without_examples_says_so():
     state = algorithm.init(PLACEMENT.put(DEEP.variables(N_AGENTS)))
     with pytest.raises(ValueError, match="MergeData.match"):
         algorithm.communicate(state, MergeData(), now("ring"), KEY)
+
+
+@pytest.mark.parametrize("taps", ["all", "last"])
+def test_the_taps_at_which_units_are_matched_are_an_option(taps):
+    """Three taps show the same units; at the last one they are in another order."""
+    rng = np.random.default_rng(0)
+    early, late = rng.permutation(6), rng.permutation(6)
+    weights = rng.standard_normal((3, 20, 6)).astype(np.float32)
+    others = weights[..., early].copy()
+    others[2] = weights[2][:, late]
+    inputs = jnp.asarray(rng.standard_normal((200, 20)), jnp.float32)
+    task = Task(
+        PROBLEMS["convex"].task.loss,
+        PermutationSpec(
+            {"params/w": (None, None, "units")}, dict.fromkeys("abc", "units")
+        ),
+        lambda variables, x: {
+            tap: x @ variables["params"]["w"][i] for i, tap in enumerate("abc")
+        },
+    )
+    placement = placed(Layout(2))
+    algorithm = ALGORITHMS["dimat"](
+        task, OPTIMIZERS["sgd"](0.1), placement, frame="own", taps=taps
+    )
+    both = {"params": {"w": np.stack([weights, others])}}
+    state = algorithm.init(placement.put(both))
+    indices = np.arange(200).reshape(2, 100)
+    data = MergeData(
+        match=Samples(
+            lambda i, mask: Batch(inputs[i], jnp.zeros(len(i), int), jnp.asarray(mask)),
+            indices,
+            np.ones_like(indices, bool),
+            shared=True,
+        )
+    )
+    network = links("fully_connected", n_agents=2).at_round(1, 2)
+    state, _ = algorithm.communicate(state, data, network, KEY)
+    merged = np.asarray(algorithm.variables(state)["params"]["w"])
+    kept = [np.allclose(merged[0, i], weights[i], atol=1e-6) for i in range(3)]
+    assert kept == ([False, False, True] if taps == "last" else [True, True, False])

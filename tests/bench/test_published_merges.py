@@ -23,6 +23,7 @@ def experiment_of(**changes) -> Experiment:
         "merge.frame": "own",
         "merge.stay": 0.0,
         "merge.opt_state": "reset",
+        "merge.match_data": "proxy",
         "merge.match_samples": 50,
         "merge.batch_size": 20,
     }
@@ -36,7 +37,9 @@ def experiment_of(**changes) -> Experiment:
 def test_the_published_schedule_merges_to_the_same(norm, topology):
     changes = {"model__norm": norm, "topology": topology}
     if norm == "batch":
-        changes |= {"merge__bn_data": "proxy", "merge__bn_samples": 50}
+        # The published schedule has the same batches for both.
+        changes |= {"batch_norm__data": "proxy", "batch_norm__samples": 50}
+        changes |= {"batch_norm__batch_size": 20}
     experiment = experiment_of(**changes)
     data, network = experiment.merge_data(1), experiment.network_at_round(1)
     assert data.match is not None

@@ -84,10 +84,11 @@ def test_every_command_has_help(name):
     flags = {
         "train": ("--config\n", "--workdir\n"),
         "sweep": ("--sweep\n", "--workdir\n", "--data_dir\n"),
-        "report": (),
+        "report": ("--out\n",),
         "merge": ("--out\n", "--samples\n", "Default: 1000."),
         "bench": ("--out\n", "--repeats\n", "--steps\n", "Default: 3."),
         "show": (),
+        "tune": ("--field\n", "--phase\n", "Default: optimizer.learning_rate."),
     }[name]
     for flag in flags:
         assert flag in result.stdout

@@ -64,7 +64,8 @@ def finished(tmp_path_factory, environment) -> tuple[Path, str]:
 def test_train_prints_a_line_for_every_evaluation_and_names_its_files(finished):
     workdir, printed = finished
     assert printed.count("test accuracy") == 1 + 2 * 3
-    tables, figures = ("md", "csv"), ("accuracy", "bytes", "partition")
+    tables = ("md", "html", "tex", "csv")
+    figures = ("accuracy", "loss", "consensus", "bytes", "agents", "partition")
     for name in (*(f"report.{t}" for t in tables), *(f"{f}.png" for f in figures)):
         assert f"wrote {workdir / name}" in printed
         assert (workdir / name).stat().st_size > 0
@@ -175,10 +176,11 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
     assert len(list((workdir / "pretrained").glob("[!.]*"))) == 2
     runs = reports.load([workdir])
     assert runs.fields == ["algorithm"]
-    summary, by_round, by_kind = reports.tables(runs).values()
+    summary, by_round, _, by_kind = reports.tables(runs).values()
     assert list(summary.index) == ["dimat", "wa"]
     assert list(by_kind.matching > 0) == [True, False]
-    assert all("±" in cell for cell in summary["trained (last round)"])
+    cells = summary["trained (last round)"]
+    assert all("±" in cell and cell.endswith("(n=2)") for cell in cells)
     evaluations = runs.evaluations
     mean = evaluations[
         (evaluations.algorithm == "wa")
@@ -189,7 +191,7 @@ def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environme
     assert "nothing" not in result.stdout
 
     again = run(environment, "sweep", *arguments)
-    assert again.returncode == 0 and again.stdout.count("finished") == 4
+    assert again.returncode == 0 and again.stdout.count("this run, finished") == 4
 
 
 def test_report_refuses_a_folder_without_runs(tmp_path, environment):

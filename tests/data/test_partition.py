@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat_jax.data.partition import (
@@ -8,6 +8,7 @@ from dimat_jax.data.partition import (
     PartitionError,
     class_counts,
     partition,
+    set_aside,
 )
 from dimat_jax.errors import UserError
 
@@ -232,3 +233,45 @@ def test_an_option_that_makes_no_partition_says_why(name, options, message):
     labels = np.tile(np.arange(4), 10)
     with pytest.raises(UserError, match=message):
         partition(name, labels, 3, seed=0, **options)
+
+
+# Setting aside =======================================================================
+
+
+@given(
+    n_agents=st.integers(1, 6),
+    amount=st.one_of(st.floats(0.02, 0.6), st.integers(1, 40)),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=50)
+def test_what_is_set_aside_is_like_each_shard_and_nobody_has_it(n_agents, amount, seed):
+    labels = np.random.default_rng(seed).integers(4, size=120)
+    shards = partition("dirichlet", labels, n_agents, seed=seed, alpha=1.0)
+    left, taken = set_aside(shards, labels, amount, seed=[seed])
+    share = amount if amount < 1 else amount / 120
+    for shard, kept, out in zip(shards, left, taken, strict=True):
+        np.testing.assert_array_equal(np.sort(np.concatenate([kept, out])), shard)
+        assert (np.diff(kept) > 0).all() and (np.diff(out) > 0).all()
+        assert len(kept) >= 1
+        assert len(out) >= min(1, len(shard) - 1)
+        assert abs(len(out) - share * len(shard)) <= 1
+        for label in range(4):
+            of_class = (labels[shard] == label).sum()
+            assert abs((labels[out] == label).sum() - share * of_class) <= 2
+
+
+def test_without_an_amount_nothing_is_set_aside():
+    shards = partition("iid", np.arange(20) % 4, 2, seed=0)
+    left, taken = set_aside(shards, np.arange(20) % 4, 0.0, seed=[0])
+    assert [shard.tolist() for shard in left] == [shard.tolist() for shard in shards]
+    assert [len(out) for out in taken] == [0, 0]
+
+
+def test_an_agent_keeps_something_to_train_on():
+    shards = [np.arange(10), np.array([10])]
+    labels = np.zeros(11, int)
+    left, taken = set_aside(shards, labels, 0.3, seed=[0])
+    assert [len(shard) for shard in left] == [7, 1]
+    assert [len(out) for out in taken] == [3, 0]
+    with pytest.raises(PartitionError, match="is 11, but there are only 11 samples"):
+        set_aside(shards, labels, 11, seed=[0])

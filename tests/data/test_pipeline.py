@@ -20,6 +20,7 @@ from dimat_jax.data.pipeline import (
     place_pool,
 )
 from dimat_jax.data.sources import Split
+from dimat_jax.options import OptionError
 from dimat_jax.placement import Placement, place
 
 # The shards have different sizes and no index in common, as those of a partition.
@@ -42,32 +43,80 @@ def epoch_of(sampler: Sampler, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(indices, axis=1), np.stack(mask, axis=1)
 
 
+both_choices = pytest.mark.parametrize("small_shards", ["repeat", "idle"])
+
+
+@both_choices
 @settings(deadline=None)
 @given(shards=shards_of, batch_size=batch_sizes, epoch=st.integers(0, 3))
-def test_in_an_epoch_every_agent_sees_exactly_its_own_shard_once(
-    shards, batch_size, epoch
+def test_an_epoch_has_the_steps_of_the_largest_shard_whose_agent_sees_it_all(
+    small_shards, shards, batch_size, epoch
 ):
-    sampler = Sampler(shards, batch_size, seed=[0])
+    sampler = Sampler(shards, batch_size, [0], small_shards)
     assert sampler.steps_per_epoch == -(-max(map(len, shards)) // batch_size)
     indices, mask = epoch_of(sampler, epoch)
     assert indices.dtype == np.int32 and mask.dtype == np.bool_
     assert indices.shape == mask.shape
     assert indices.shape == (len(shards), sampler.steps_per_epoch, batch_size)
-    for shard, own, seen in zip(shards, indices, mask, strict=True):
-        np.testing.assert_array_equal(np.sort(own[seen]), np.sort(shard))
+    largest = max(range(len(shards)), key=lambda agent: len(shards[agent]))
+    seen = indices[largest].ravel()[: len(shards[largest])]
+    np.testing.assert_array_equal(np.sort(seen), np.sort(shards[largest]))
+    for shard, own in zip(shards, indices, strict=True):
         # The indices that fill up batches are never those of another agent.
         assert np.isin(own, shard).all()
 
 
 @settings(deadline=None)
+@given(shards=shards_of, batch_size=batch_sizes, epoch=st.integers(0, 3))
+def test_small_shards_go_round_again_and_every_batch_is_full(shards, batch_size, epoch):
+    indices, mask = epoch_of(Sampler(shards, batch_size, seed=[0]), epoch)
+    assert mask.all()
+    for shard, own in zip(shards, indices.reshape(len(shards), -1), strict=True):
+        whole = len(own) // len(shard) * len(shard)
+        for turn in own[:whole].reshape(-1, len(shard)):
+            np.testing.assert_array_equal(np.sort(turn), np.sort(shard))
+        assert len(np.unique(own[whole:])) == len(own) - whole
+
+
+def test_each_turn_has_an_order_of_its_own_and_what_is_seen_once_more_is_random():
+    sampler = Sampler([np.arange(11), np.arange(11, 71)], 10, seed=[0])
+    epochs = [epoch_of(sampler, epoch)[0][0].ravel() for epoch in range(2000)]
+    first, starts = epochs[:99], range(0, 55, 11)
+    turns = {tuple(epoch[i : i + 11]) for epoch in first for i in starts}
+    assert len(turns) == 5 * len(first)
+    # 60 places are 5 turns and 5 examples more, so an example is seen 60 / 11 times.
+    times = np.bincount(np.concatenate(epochs), minlength=11) / len(epochs)
+    deviation = np.sqrt(5 / 11 * 6 / 11 / len(epochs))
+    np.testing.assert_allclose(times, 60 / 11, atol=5 * deviation)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 20), batches=st.integers(1, 4), epoch=st.integers(0, 3))
+def test_equal_shards_that_fill_their_batches_are_seen_alike_by_both(n, batches, epoch):
+    shards = np.split(np.arange(3 * n * batches), 3)
+    repeat, idle = (
+        epoch_of(Sampler(shards, n, [4], choice), epoch)
+        for choice in ("repeat", "idle")
+    )
+    for x, y in zip(repeat, idle, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@settings(deadline=None)
 @given(shards=shards_of, batch_size=batch_sizes)
-def test_agents_with_small_shards_finish_early_and_idle(shards, batch_size):
-    _, mask = epoch_of(Sampler(shards, batch_size, seed=[0]), 0)
-    for shard, seen in zip(shards, mask, strict=True):
+def test_agents_with_small_shards_may_idle(shards, batch_size):
+    indices, mask = epoch_of(Sampler(shards, batch_size, [0], "idle"), 0)
+    for shard, own, seen in zip(shards, indices, mask, strict=True):
+        np.testing.assert_array_equal(np.sort(own[seen]), np.sort(shard))
         in_order = np.arange(seen.size) < len(shard)
         np.testing.assert_array_equal(seen.ravel(), in_order)
         busy = seen.any(axis=1)
         assert busy.sum() == -(-len(shard) // batch_size)
+
+
+def test_a_choice_for_small_shards_that_does_not_exist_is_refused():
+    with pytest.raises(OptionError, match="small_shards is 'drop'; allowed: "):
+        Sampler([np.arange(3)], 1, [0], "drop")
 
 
 @settings(deadline=None)
@@ -236,6 +285,30 @@ def test_own_samples_fill_all_slots(pool):
         [[0, 1], [2, 2], [3, 3]],
         [[True, True], [True, False], [True, False]],
     )
+
+
+def test_agents_share_out_the_batches_of_shared_samples(placement, pool):
+    """Five examples are three batches for three agents, each of which gets one."""
+    reader = Reader(pool, placement)
+    samples = reader.shared(np.array([9, 1, 5, 0, 11]), batch_size=2).divided(3)
+    assert not samples.shared
+    (batch,) = samples
+    assert_examples(
+        batch,
+        [[9, 1], [5, 0], [11, 9]],
+        [[True, True], [True, True], [True, False]],
+    )
+    # Other batches are smaller, and here the last agent gets none in the second turn.
+    samples = reader.shared(np.array([9, 1, 5, 0, 11]), batch_size=2).divided(3, 1)
+    first, second = samples
+    assert_examples(first, [[9], [1], [5]], [[True]] * 3)
+    assert_examples(second, [[0], [11], [9]], [[True], [True], [False]])
+
+
+def test_examples_of_each_agents_own_cannot_be_divided(placement, pool):
+    own = Reader(pool, placement).own([np.arange(2)] * 3, batch_size=2)
+    with pytest.raises(ValueError, match="only examples of a pool that agents share"):
+        own.divided(3)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -25,6 +25,7 @@ from dimat_jax.matching._descent import (
     every_pair_alone,
     two_networks,
 )
+from dimat_jax.matching._taps import with_last_taps
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import activations, forward, init, loss
 from dimat_jax.permutation import Perms, PermutationSpec, PermutationSpecError
@@ -422,3 +423,39 @@ def test_a_network_without_hidden_units_has_nothing_to_match():
         spec, lambda v, x: {}, variables, variables, [np.zeros((4, 2))]
     )
     assert found == {}
+
+
+def test_with_last_taps_only_the_last_tap_of_each_group_counts():
+    """Three taps show the same units; at the last one they are in another order."""
+    rng = np.random.default_rng(0)
+    early, late = rng.permutation(6), rng.permutation(6)
+    weights = rng.standard_normal((3, 20, 6)).astype(np.float32)
+    shuffled = np.stack(
+        [weights[0][:, early], weights[1][:, early], weights[2][:, late]]
+    )
+    spec = PermutationSpec(
+        {"w": (None, None, "units")}, taps=dict.fromkeys(["a", "b", "c"], "units")
+    )
+
+    def activations(variables, inputs):
+        return {tap: inputs @ variables["w"][i] for i, tap in enumerate("abc")}
+
+    batches = [jnp.asarray(rng.standard_normal((200, 20)), jnp.float32)]
+    found = {}
+    for name, used in (("all", spec), ("last", with_last_taps(spec))):
+        assert used.taps_of("units") == (["c"] if name == "last" else ["a", "b", "c"])
+        perms = activation_matching(
+            used, activations, {"w": weights}, {"w": shuffled}, batches
+        )
+        found[name] = np.asarray(perms["units"])
+    np.testing.assert_array_equal(found["last"], np.argsort(late))
+    np.testing.assert_array_equal(found["all"], np.argsort(early))
+
+
+def test_a_tap_may_be_the_last_one_of_one_group_alone():
+    spec = PermutationSpec(
+        {"w": ("a", "b")}, taps={"first": "a", "both": ("a", "b"), "end": "b"}
+    )
+    last = with_last_taps(spec)
+    assert last.taps_of("a") == ["both"] and last.taps_of("b") == ["end"]
+    assert last.tap_axes("both", 3) == spec.tap_axes("both", 3)

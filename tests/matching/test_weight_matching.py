@@ -290,7 +290,8 @@ def test_networks_that_are_alike_already_are_left_as_they_are():
 
 def test_groups_of_which_nothing_counts_are_left_as_they_are():
     spec = PermutationSpec(
-        {"params/w": (None, "a"), "batch_stats/mean": ("b",), "params/count": ("c",)}
+        {"params/w": (None, "a"), "batch_stats/mean": ("b",), "params/count": ("c",)},
+        statistics={"batch_stats/mean"},
     )
 
     def variables(seed: int) -> PyTree:
@@ -310,16 +311,13 @@ def test_groups_of_which_nothing_counts_are_left_as_they_are():
 
 
 def test_running_statistics_have_no_say_unless_they_are_included():
-    spec = PermutationSpec({"params/w": (None, "a"), "batch_stats/mean": ("a",)})
+    spec = PermutationSpec({"w": (None, "a"), "mean": ("a",)}, statistics={"mean"})
     one = {
-        "params": {"w": np.array([[1, 2, 3]], np.float32)},
-        "batch_stats": {"mean": np.array([90, 80, 70], np.float32)},
+        "w": np.array([[1, 2, 3]], np.float32),
+        "mean": np.array([90, 80, 70], np.float32),
     }
     weights, statistics = np.array([1, 2, 0]), np.array([2, 0, 1])
-    other = {
-        "params": {"w": one["params"]["w"][:, weights]},
-        "batch_stats": {"mean": one["batch_stats"]["mean"][statistics]},
-    }
+    other = {"w": one["w"][:, weights], "mean": one["mean"][statistics]}
     by_weights = weight_matching(spec, one, other, key=KEY)["a"]
     np.testing.assert_array_equal(weights[by_weights], np.arange(3))
     by_all = weight_matching(spec, one, other, key=KEY, include=lambda path: True)["a"]

@@ -5,7 +5,9 @@ not tell axes apart. The derived symmetry must hold for the outputs of the progr
 the taps must show it.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +20,13 @@ from hypothesis import strategies as st
 from jax import lax
 
 from dimat_jax import permutation
-from dimat_jax.permutation import derive, permute_leaf
+from dimat_jax.permutation import (
+    PermutationSpecError,
+    PermutationSpecWarning,
+    derive,
+    explain,
+    permute_leaf,
+)
 
 SIZES = (2, 4)
 
@@ -223,6 +231,24 @@ def branches(seen, weight, rng):
     return lax.cond(x.sum() > 0, lambda: x * scale, lambda: jnp.ones_like(x))
 
 
+def unknown(seen, weight, rng):
+    """Operations for which `derive` has no rule."""
+    x, d = seen[-1], an_axis(seen[-1], rng)
+    functions = (
+        lambda: jnp.fft.fft(x, axis=d).real,
+        lambda: x + jnp.fft.fft(jnp.tanh(x), axis=d).imag,
+        lambda: lax.fori_loop(0, 2, lambda _, c: jnp.fft.fft(c, axis=d).real, x),
+    )
+    return jnp.tanh(functions[rng.integers(len(functions))]())
+
+
+def captured(seen, weight, rng):
+    """Arrays that the program captures. Some of them are uniform today."""
+    x = seen[-1]
+    array = np.ones(x.shape[-1]) if rng.random() < 0.5 else rng.random(x.shape)
+    return x * array.astype(np.float32)
+
+
 BLOCKS: dict[str, Block] = {
     block.__name__: block
     for block in (
@@ -230,6 +256,7 @@ BLOCKS: dict[str, Block] = {
         attention,
         bias,
         branches,
+        captured,
         concatenation,
         conv,
         dense,
@@ -250,6 +277,7 @@ BLOCKS: dict[str, Block] = {
         residual,
         softmax,
         transposition,
+        unknown,
     )
 }
 
@@ -296,9 +324,20 @@ def subject(program: Program, shape: Sequence[int]) -> Subject:
     variables: dict[str, Any] = {}
     jax.eval_shape(partial(run, program, variables), x)
     forward = partial(run, program)
-    spec, activations = derive(
-        forward, variables, x, strict=True, with_activations=True
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        # Many programs fix layers that look permutable.
+        warnings.simplefilter("always", PermutationSpecWarning)
+        spec, activations = derive(forward, variables, x, with_activations=True)
+        announced = any("not know the operation" in str(w.message) for w in caught)
+        try:
+            assert derive(forward, variables, x, strict=True) == replace(spec, taps={})
+            raised = False
+        except PermutationSpecError:
+            raised = True
+    assert raised == announced
+    for row in explain(forward, variables, x).rows:
+        assert row.axis is not None or row.reasons
+        assert not announced or "unknown" in dict(program)
     return Subject(forward, variables, x, spec, activations)
 
 

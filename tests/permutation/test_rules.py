@@ -5,6 +5,7 @@ that its weights must have. A rule that allows more groups would be wrong, and a
 that allows fewer groups would lose a symmetry.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,14 @@ import pytest
 from jax import lax
 
 from dimat_jax import permutation
-from dimat_jax.permutation import Axis, Concat, PermutationSpec, Product, derive
+from dimat_jax.permutation import (
+    Axis,
+    Concat,
+    PermutationSpec,
+    PermutationSpecWarning,
+    Product,
+    derive,
+)
 from dimat_jax.permutation._rules import RULES
 from dimat_jax.permutation._spec import Axes
 from tests.reference.symmetry import differences
@@ -83,6 +91,14 @@ def outer(h):
     return h[:, :, None] * h[:, None, :]
 
 
+def over_batch(fn, name: str = "n"):
+    return jax.vmap(fn, axis_name=name)
+
+
+def over_units(fn):
+    return jax.vmap(fn, in_axes=1, out_axes=1, axis_name="n")
+
+
 ROWS = {
     # Elementwise
     "relu": Row(jax.nn.relu, *one_group()),
@@ -107,7 +123,14 @@ ROWS = {
         *one_group(),
     ),
     "captured numbers": Row(lambda h: h * ROW, *STAYS),
-    "captured numbers, all alike": Row(lambda h: h * np.full(UNITS, 2.0), *one_group()),
+    # The numbers that a trained model captures need not be alike.
+    "captured numbers, all alike": Row(lambda h: h * np.full(UNITS, 2.0), *STAYS),
+    "captured numbers, alike for all units": Row(
+        lambda h: h * np.full((BATCH, 1), 2.0), *one_group()
+    ),
+    "numbers made within, all alike": Row(
+        lambda h: h * jnp.full(UNITS, 2.0), *one_group()
+    ),
     "counted places": Row(lambda h: h * jnp.arange(UNITS), *STAYS),
     "the identity matrix": Row(lambda h: h @ jnp.eye(UNITS), *STAYS),
     # Reductions
@@ -372,6 +395,56 @@ ROWS = {
     "pooled over the units": Row(
         lambda h: lax.reduce_window(h, 0.0, lax.add, (1, 2), (1, 1), "SAME"), *STAYS
     ),
+    # Collectives
+    "mean over a vmapped axis": Row(
+        over_batch(lambda r: r - lax.pmean(r, "n")), *one_group()
+    ),
+    "maximum over a vmapped axis": Row(
+        over_batch(lambda r: r / (1 + lax.pmax(r, "n") - lax.pmin(r, "n"))),
+        *one_group(),
+    ),
+    "sum over two vmapped axes": Row(
+        lambda h: over_batch(over_batch(lambda r: r - lax.psum(r, ("n", "m")), "m"))(
+            h.reshape(2, 2, UNITS)
+        ),
+        (None, None, "a"),
+        "a",
+    ),
+    "gathered over a vmapped axis": Row(
+        over_batch(lambda r: lax.all_gather(r, "n") - r), (None, None, "a"), "a"
+    ),
+    "gathered in a row over a vmapped axis": Row(
+        over_batch(lambda r: lax.all_gather(r, "n", tiled=True)),
+        ("b", Product(BATCH, "a")),
+        "a",
+    ),
+    "scattered over a vmapped axis": Row(
+        over_batch(lambda r: r[:, None] * lax.psum_scatter(r[:BATCH], "n")),
+        (None, Concat((None, BATCH), ("a", 2)), None),
+        Concat((None, BATCH), ("a", 2)),
+    ),
+    "passed on along a vmapped axis": Row(
+        over_batch(lambda r: lax.ppermute(r, "n", [(0, 1), (1, 2), (2, 3), (3, 0)])),
+        *one_group(),
+    ),
+    "numbered along a vmapped axis": Row(
+        over_batch(lambda r: r * lax.axis_index("n")), *one_group()
+    ),
+    "mean over vmapped units": Row(
+        over_units(lambda c: c - lax.pmean(c, "n")), *one_group()
+    ),
+    "gathered over vmapped units": Row(
+        over_units(lambda c: lax.all_gather(c, "n").max(0) * c), *one_group()
+    ),
+    "numbered along vmapped units": Row(
+        over_units(lambda c: c * lax.axis_index("n")), *STAYS
+    ),
+    "passed on along vmapped units": Row(
+        over_units(
+            lambda c: lax.ppermute(c, "n", [(n, (n + 1) % UNITS) for n in range(UNITS)])
+        ),
+        *STAYS,
+    ),
     # Loops and calls
     "a loop from zeros": Row(
         lambda h, b: loop(h, lambda c: jnp.tanh(c + h) * b),
@@ -475,7 +548,10 @@ def network(row: Row, x: jax.Array):
 def test_an_operation_allows_just_what_leaves_the_outputs_alone(name, x):
     row = ROWS[name]
     forward, variables = network(row, x)
-    spec = derive(forward, variables, x)
+    with warnings.catch_warnings():
+        # Many rows fix all units on purpose.
+        warnings.simplefilter("ignore", PermutationSpecWarning)
+        spec = derive(forward, variables, x, strict=True)
     axes = {"w": (None, row.w), "u": row.u}
     axes |= {f"more{n}": axes for n, axes in enumerate(row.axes_of_more)}
     expected = PermutationSpec(axes, sizes=row.sizes)

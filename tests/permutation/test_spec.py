@@ -318,3 +318,78 @@ def test_a_spec_without_groups_is_fine():
     assert permutation.random(spec, variables, jax.random.key(0)) == {}
     permuted = permutation.apply(spec, {}, variables)
     np.testing.assert_array_equal(permuted["weight"], variables["weight"])
+
+
+# Specs as keys and as text ============================================================
+
+WHOLE = PermutationSpec(
+    {
+        "a": (None, "u", Product(None, "u")),
+        "b": (Concat(("u", 2), (Product(3, "v"), 6), (None, 1)),),
+        "mean": ("v",),
+    },
+    {"plain": "u", "axes": (None, Product("u", "v"))},
+    {"v": 2},
+    {"mean"},
+)
+
+
+def test_equal_specs_have_equal_hashes():
+    other = dataclasses.replace(
+        WHOLE,
+        axes={leaf: WHOLE.axes[leaf] for leaf in sorted(WHOLE.axes, reverse=True)},
+        taps={tap: WHOLE.taps[tap] for tap in sorted(WHOLE.taps)},
+        statistics=["mean"],
+    )
+    assert other == WHOLE
+    assert hash(other) == hash(WHOLE)
+    assert {WHOLE: 1}[other] == 1
+    for changes in (
+        {"axes": {**WHOLE.axes, "mean": (None,)}},
+        {"taps": {}},
+        {"sizes": {"v": 3}},
+        {"statistics": ()},
+    ):
+        assert dataclasses.replace(WHOLE, **changes) not in {WHOLE}
+
+
+def test_a_spec_can_be_a_static_argument_of_a_compiled_function():
+    spec = PermutationSpec(AXES)
+    compiled = jax.jit(permutation.apply, static_argnums=0)
+    perms = permutation.random(spec, VARIABLES, jax.random.key(0))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        compiled(spec, perms, VARIABLES),
+        permutation.apply(spec, perms, VARIABLES),
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", [WHOLE, PermutationSpec({}), PermutationSpec(AXES, {"relu": "units"})]
+)
+def test_a_spec_comes_back_from_json_as_it_was(spec):
+    text = permutation.spec_to_json(spec)
+    again = permutation.spec_from_json(text)
+    assert again == spec
+    assert list(again.groups) == list(spec.groups)  # in the same order
+    assert permutation.spec_to_json(again) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"axes": {"a": 1}}',
+        '{"axes": {"a": [1]}}',
+        '{"axes": {"a": [{"sum": ["u"]}]}}',
+        '{"axes": {"a": [{"product": [null, null]}]}}',
+        '{"axes": {"a": [{"product": [1.5]}]}}',
+        '{"axes": {"a": [{"concat": ["u"]}]}}',
+        '{"axes": {"a": ["u"]}, "sizes": {"u": "many"}}',
+    ],
+)
+def test_text_that_is_no_spec_is_refused(text):
+    with pytest.raises(PermutationSpecError):
+        permutation.spec_from_json(text)

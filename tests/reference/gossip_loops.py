@@ -43,6 +43,16 @@ def cdmsgd(gradient, W, x, alpha, beta):
     return path
 
 
+def cdmsgd_nesterov(gradient, W, x, alpha, beta):
+    """CDMSGD as its authors' code steps (Nesterov momentum); alpha may change."""
+    path, v = [x], np.zeros_like(x)
+    for mixing, rate in zip(W, alpha, strict=True):
+        g = gradients(gradient, path[-1])
+        v = beta * v - rate * g
+        path.append(mixing @ path[-1] + beta * v - rate * g)
+    return path
+
+
 def cdadam(gradient, W, x, alpha, b1=0.9, b2=0.999, eps=1e-8):
     """Nazari et al. 2022, Algorithm 1, with beta_3 = 0."""
     path = [x]

@@ -1,8 +1,6 @@
 """Tests reports on made-up runs: their comparisons, tables and figures."""
 
-import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,93 +13,22 @@ from matplotlib.figure import Figure
 from dimat_jax import reports
 from dimat_jax.configs import quickstart
 from dimat_jax.data.partition import PARTITIONS
+from dimat_jax.data.sources import SOURCES
 from dimat_jax.experiment import Experiment
 from dimat_jax.reports import Partition, Runs, _runs, describe, load
 from dimat_jax.topology import TOPOLOGIES
 from dimat_jax.workdir import Workdir
+from tests.reports.made_up import add_to_rows, by_class, write_run
 
 ROOT = Path(__file__).parents[2]
 END, AFTER, BY_ROUND, BY_KIND, AWAY, SETTINGS = (
     "Mean test accuracy at the end (%), and MB sent",
     "Right after the last communication (%), and MB sent",
-    "Right after the merge, by round (%)",
+    "Right after each communication, by round (%)",
     "MB sent, by kind",
     "Agents that were away, in the rounds evaluated",
     "Settings by algorithm",
 )
-
-
-# Files that are written in the same instant have the same time.
-SECONDS = itertools.count(1_700_000_000)
-
-
-def nested(fields: dict[str, Any]) -> dict[str, Any]:
-    config: dict[str, Any] = {}
-    for path, value in fields.items():
-        *sections, name = path.split(".")
-        section = config
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = value
-    return config
-
-
-def evaluation(
-    number: int, phase: str, accuracy: float, sent: dict[str, int] | None, **metrics
-) -> dict[str, Any]:
-    row = {
-        "round": number,
-        "phase": phase,
-        "test_accuracy": [accuracy - 0.125, accuracy + 0.125],
-        "test_accuracy_mean": accuracy,
-        "bytes_sent_total": sum((sent or {}).values()),
-        "comm_rounds_total": 2.0 * number,
-        "seconds_total": 1.0,
-        **metrics,
-    }
-    if sent is not None:
-        row["bytes_sent_by_kind"] = sent
-        row["bytes_sent_by_link"] = [[0, 7], [7, 0]]
-    return row
-
-
-def write_run(
-    folder: Path,
-    *,
-    accuracy: float = 0.5,
-    rounds: int = 2,
-    sent: dict[str, int] | None = None,
-    present: list[list[bool]] | None = None,
-    partition: dict[str, Any] | None = None,
-    **fields: Any,
-) -> None:
-    """Writes a run that sends `sent` bytes in a round, and gains 1/100 by training.
-
-    In the names of config fields, double underscores stand for dots.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = {name.replace("__", "."): value for name, value in fields.items()}
-    config = folder / "config.json"
-    config.write_text(json.dumps(nested(fields)))
-    time = next(SECONDS)
-    os.utime(config, (time, time))
-    kinds = sent or {}
-    rows = [evaluation(0, "pretrained", 0.25, dict.fromkeys(kinds, 0))]
-    for number in range(1, rounds + 1):
-        total = {kind: number * size for kind, size in kinds.items()}
-        extra = {"present": present[number - 1]} if present else {}
-        rows += [
-            evaluation(number, "merged", accuracy, total, **extra),
-            evaluation(number, "trained", accuracy + 0.01, total, **extra),
-        ]
-    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (folder / "metrics.jsonl").write_text(lines)
-    if partition is not None:
-        (folder / "partition.json").write_text(json.dumps(partition))
-
-
-def by_class(*counts: list[int], name: str = "by_class") -> dict[str, Any]:
-    return {"partition": name, "classes": None, "counts": list(counts)}
 
 
 @pytest.fixture
@@ -236,10 +163,25 @@ def test_partitions_and_graphs_make_panels_with_their_parameters(tmp_path):
     runs = load([tmp_path])
     assert (runs.panels, runs.lines) == (["partition", "alpha"], ["algorithm"])
     assert list(reports.tables(runs)[END].iloc[0].items()) == [
-        ("iid", "31.0 (0 MB)"),
-        ("dirichlet, alpha 0.1", "41.0 (0 MB)"),
-        ("dirichlet, alpha 10.0", "61.0 (0 MB)"),
+        ("iid", "31.0 (n=1; 0 MB)"),
+        ("dirichlet, alpha 0.1", "41.0 (n=1; 0 MB)"),
+        ("dirichlet, alpha 10.0", "61.0 (n=1; 0 MB)"),
     ]
+
+
+def test_a_partition_has_its_alpha_in_its_panel_also_where_it_is_the_only_one(
+    tmp_path,
+):
+    for name in ("iid", "dirichlet"):
+        fields: dict[str, Any] = {"data__partition": name}
+        if name == "dirichlet":
+            fields["data__alpha"] = 0.25
+        write_run(tmp_path / name, algorithm="wa", **fields)
+    write_run(tmp_path / "all", algorithm="centralized")
+    assert set(reports.tables(load([tmp_path]))[END]) == {
+        "iid",
+        "dirichlet, alpha 0.25",
+    }
 
 
 @pytest.mark.parametrize(
@@ -299,15 +241,17 @@ def test_a_run_is_repeated_only_in_the_panels_that_fit_it(tmp_path):
     assert len(one) == 2 * len(one.drop_duplicates(["round", "phase"]))
 
 
-def test_every_option_of_a_graph_or_a_partition_makes_panels():
+def test_every_option_of_the_data_a_graph_or_a_partition_makes_panels():
     read = {
         option.path
-        for registry in (TOPOLOGIES, PARTITIONS)
+        for registry in (SOURCES, TOPOLOGIES, PARTITIONS)
         for record in registry.values()
         for option in record.reads
     }
-    panels = {"topology", "data.partition", "pretrain.partition", *read} - {"seed"}
-    assert set(_runs._PANELS) == panels
+    images = {"data.name", "data.train_size", "data.test_size", "eval.samples"}
+    images |= {"data.validation", "data.held_out"}
+    panels = {"topology", "data.partition", "pretrain.partition", *images, *read}
+    assert set(_runs._PANELS) == panels - {"seed"}
 
 
 def test_the_partition_for_pretraining_is_told_where_it_is_not_always_the_same(
@@ -336,7 +280,7 @@ def test_a_short_name_that_two_fields_share_is_written_out(tmp_path):
     for number in (1, 2):
         write_run(
             tmp_path / str(number),
-            algorithm="wm",
+            algorithm="dimat",
             pretrain__optimizer__learning_rate=number / 10,
             merge__batch_size=number,
             eval__batch_size=number,
@@ -373,10 +317,10 @@ def test_the_grid_has_a_row_for_each_line_and_a_column_for_each_panel(tmp_path):
                 )
     tables = reports.tables(load([tmp_path]))
     assert tables[END].to_dict("index") == {
-        "wa": {"ring": "51.0 (2.48 MB)", "star": "51.0 (300 MB)"},
-        "dimat": {"ring": "76.0 (2.48 MB)", "star": ""},
+        "wa": {"ring": "51.0 (n=1; 2.48 MB)", "star": "51.0 (n=1; 300 MB)"},
+        "dimat": {"ring": "76.0 (n=1; 2.48 MB)", "star": ""},
     }
-    assert tables[AFTER].loc["wa", "ring"] == "50.0 (2.48 MB)"
+    assert tables[AFTER].loc["wa", "ring"] == "50.0 (n=1; 2.48 MB)"
 
 
 def test_the_grid_tells_how_far_seeds_deviate(tmp_path):
@@ -391,8 +335,33 @@ def test_the_grid_tells_how_far_seeds_deviate(tmp_path):
             )
     write_run(tmp_path / "one", algorithm="local", topology="ring")
     grid = reports.tables(load([tmp_path]))[END]
-    assert grid.loc["wa", "star"] == "56.0 ± 7.1 (0 MB)"
-    assert grid.loc["local", "ring"] == "51.0 (0 MB)"
+    assert grid.loc["wa", "star"] == "56.0 ± 7.1 (n=2; 0 MB)"
+    assert grid.loc["local", "ring"] == "51.0 (n=1; 0 MB)"
+
+
+def test_the_average_model_and_the_disagreement_of_agents_are_in_the_tables(tmp_path):
+    for seed in (0, 1):
+        folder = tmp_path / f"new{seed}"
+        write_run(folder, algorithm="wa", seed=seed, sent={"params": 1})
+        add_to_rows(
+            folder,
+            test_accuracy_average_model=lambda row, seed=seed: (
+                seed / 10 + (0.8 if row["phase"] == "merged" else 0.3)
+            ),
+            test_disagreement=0.25,
+            consensus_distance_aligned=lambda row: row["round"],
+        )
+    write_run(tmp_path / "old", algorithm="local")
+    tables = reports.tables(load(tmp_path))
+    average = tables["Mean test accuracy of the agents (%)"].filter(like="average")
+    assert average.squeeze().to_dict() == {
+        "wa": "85.00 ± 7.07 (n=2)",
+        "local": "",
+    }
+    agents = tables["The agents at the end"]
+    assert agents.loc["wa", "disagreement (%)"] == 25
+    assert agents.loc["wa", "consensus distance, aligned"] == 2
+    assert np.isnan(agents.loc["local", "disagreement (%)"])
 
 
 def test_there_is_no_grid_of_a_single_panel(tmp_path):
@@ -406,6 +375,7 @@ def test_of_a_hundred_rounds_twenty_are_shown_the_first_and_the_last_among_them(
 ):
     write_run(tmp_path, algorithm="wa", rounds=100)
     shown = list(reports.tables(load([tmp_path]))[BY_ROUND])
+    assert shown.pop(0) == "n"
     assert len(shown) == 20 and shown[0] == 1 and shown[-1] == 100
     assert set(np.diff(shown)) == {5, 6}
 
@@ -421,9 +391,9 @@ def test_bytes_by_kind_are_columns_and_a_table(tmp_path):
     assert kinds.notna().to_numpy().all()
     assert not [name for name in runs.evaluations if "link" in name]
     assert reports.tables(runs)[BY_KIND].to_dict("index") == {
-        "dimat": {"params": 2.0, "matching": 0.5},
-        "wa": {"params": 2.0, "matching": 0.0},
-        "local": {"params": 0.0, "matching": 0.0},
+        "dimat": {"n": "1", "params": 2.0, "matching": 0.5},
+        "wa": {"n": "1", "params": 2.0, "matching": 0.0},
+        "local": {"n": "1", "params": 0.0, "matching": 0.0},
     }
 
 
@@ -441,7 +411,8 @@ def test_kinds_are_missing_where_an_older_run_does_not_tell_them(tmp_path):
         del row["bytes_sent_by_kind"], row["bytes_sent_by_link"]
     metrics.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     table = reports.tables(load([tmp_path]))[BY_KIND]
-    assert table.loc["wm"].isna().all() and table.loc["wa"].notna().all()
+    sizes = table.drop(columns="n")
+    assert sizes.loc["wm"].isna().all() and sizes.loc["wa"].notna().all()
 
 
 def test_missed_agent_rounds_are_counted_once_a_round(tmp_path):
@@ -485,6 +456,24 @@ def test_equal_partitions_are_shown_once_and_those_of_further_seeds_last(tmp_pat
     ]
 
 
+def test_a_partition_is_shown_with_its_options_also_where_all_have_the_same(tmp_path):
+    for name, fields in {
+        "dirichlet": {"data__alpha": 0.25},
+        "classes_per_agent": {"data__classes": 3},
+    }.items():
+        write_run(
+            tmp_path / name,
+            algorithm="wa",
+            data__partition=name,
+            partition=by_class([len(name), 0], [0, 9], name=name),
+            **fields,
+        )
+    assert [partition.title for partition in load(tmp_path).partitions] == [
+        "dirichlet, alpha 0.25",
+        "classes_per_agent, classes 3",
+    ]
+
+
 def test_what_one_agent_has_alone_is_no_partition(tmp_path):
     write_run(tmp_path, algorithm="centralized", partition=by_class([5, 5]))
     assert not load([tmp_path]).partitions
@@ -523,7 +512,7 @@ def test_a_small_partition_has_numbers_and_white_where_there_is_nothing(
 
 def test_the_names_of_a_runs_classes_reach_its_picture(tmp_path, drawn):
     config = quickstart.get_config("wa")
-    config.data.train_size, config.data.test_size = 50, 20
+    config.data.train_size, config.data.test_size, config.rounds = 50, 20, 2
     experiment = Experiment(config)
     names = tuple(f"digit {label}" for label in range(10))
     experiment.dataset = experiment.dataset._replace(class_names=names)
@@ -561,8 +550,8 @@ def test_who_sends_nothing_is_a_dashed_line_at_its_end(tmp_path, drawn):
     reports.bytes_figure(load([tmp_path]), tmp_path / "bytes.png")
     axis = drawn[0].axes[0]
     wa, local = lines_of(axis)["wa"], lines_of(axis)["local"]
-    assert list(wa.get_xdata()) == [3, 3, 6, 6]  # MB; the agents alone sent nothing
-    np.testing.assert_allclose(wa.get_ydata(), [50, 51, 50, 51])
+    assert list(wa.get_xdata()) == [3, 6]  # MB; the agents alone sent nothing
+    np.testing.assert_allclose(wa.get_ydata(), [50, 50])
     assert wa.get_linestyle() == "-" and local.get_linestyle() == "--"
     np.testing.assert_allclose(local.get_ydata(), 71)
     assert axis.get_xscale() == "log"
@@ -581,9 +570,9 @@ def test_a_line_is_the_mean_over_seeds(tmp_path, drawn):
     reports.bytes_figure(runs, tmp_path / "bytes.png")
     reports.accuracy_figure(runs, tmp_path / "accuracy.png")
     over_bytes, over_rounds = (lines_of(figure.axes[0])["wa"] for figure in drawn)
-    assert list(over_bytes.get_xdata()) == [2, 2, 4, 4]
-    assert list(over_rounds.get_xdata()) == [0, 0, 1, 1, 2]
-    np.testing.assert_allclose(over_rounds.get_ydata(), [25, 55, 56, 55, 56])
+    assert list(over_bytes.get_xdata()) == [2, 4]
+    assert list(over_rounds.get_xdata()) == [0, 1, 2]
+    np.testing.assert_allclose(over_rounds.get_ydata(), [25, 55, 55])
 
 
 def test_a_line_looks_the_same_in_every_panel_and_both_figures(tmp_path, drawn):
@@ -604,26 +593,6 @@ def test_a_line_looks_the_same_in_every_panel_and_both_figures(tmp_path, drawn):
         assert len({lines_of(panel)[name].get_color() for panel in panels}) == 1
 
 
-@pytest.mark.parametrize(("n_lines", "beside"), [(6, False), (7, True), (25, True)])
-def test_lines_differ_and_many_have_their_legend_beside(
-    tmp_path, drawn, n_lines, beside
-):
-    for number in range(n_lines):
-        write_run(tmp_path / str(number), algorithm="wa", mixing=f"rule{number}")
-    reports.accuracy_figure(load([tmp_path]), tmp_path / "accuracy.png")
-    axis = drawn[0].axes[0]
-    looks = {
-        (line.get_color(), str(line.get_linestyle()))
-        for line in lines_of(axis).values()
-    }
-    assert len(looks) == n_lines
-    assert bool(drawn[0].legends) == beside
-    assert (axis.get_legend() is None) == beside
-    legend = drawn[0].legends[0] if beside else axis.get_legend()
-    texts = [text.get_text() for text in legend.get_texts()]
-    assert texts == [f"wa, rule{number}" for number in range(n_lines)]
-
-
 # --- The files ------------------------------------------------------------------------
 
 
@@ -636,14 +605,22 @@ def test_a_report_has_the_figures_that_there_is_something_to_show_in(tmp_path):
         sent={"params": 1},
         partition=by_class([1, 0], [0, 1]),
     )
-    always = ["report.md", "report.csv", "accuracy.png"]
+    texts = {f"report.{ending}" for ending in ("md", "html", "tex", "csv")}
+    always = texts | {f"{name}.png" for name in ("accuracy", "seconds", "agents")}
     for folder, names in (
         (silent, always),
-        (talking, [*always, "bytes.png", "partition.png"]),
+        (talking, always | {"bytes.png", "partition.png"}),
     ):
         files = reports.write([folder], folder)
-        assert [path.name for path in files] == names
+        assert {path.name for path in files} == names
         assert all(path.stat().st_size > 0 for path in files)
+
+
+def test_runs_without_rounds_have_a_report_of_how_they_start(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), algorithm="wa", seed=seed, rounds=0)
+    files = reports.write([tmp_path], tmp_path / "report")
+    assert "| wa          | 25.00 ± 0.00 (n=2) |" in files[0].read_text()
 
 
 def test_a_value_that_does_not_speak_for_itself_has_its_name_before_it():

@@ -67,6 +67,7 @@ def test_runs_that_have_been_timed_are_the_measure(tmp_path):
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (made[0].workdir / "metrics.jsonl").write_text(text)
+    (made[0].workdir / "metrics.digests").unlink()
     made[1].workdir.mkdir()
     (made[1].workdir / "metrics.jsonl").write_text(text)
     before = sorted(tmp_path.rglob("*"))
@@ -74,7 +75,7 @@ def test_runs_that_have_been_timed_are_the_measure(tmp_path):
     text = describe(made, WHOLE, 1)
     assert sorted(tmp_path.rglob("*")) == before
     shown = cells(text)
-    assert shown["finished"] == ["finished", "3", "done", "2 x 4", "0.00000"]
+    assert shown["finished"] == ["finished", "3", "done", "2 x 4", "0"]
     # 199 rounds of 4 steps are left.
     assert shown["begun"] == ["in round 1", "3", "done", "200 x 4", "19.9"]
     assert shown["new"] == ["new", "3", "agents are there", "100 x 4", "10.0"]

@@ -52,8 +52,8 @@ def _experiment(settings: Settings, width: float, images: int, log: Log) -> Expe
             topology="ring",
             merge__match_data="proxy",
             merge__match_samples=images,
-            merge__bn_data="proxy",
-            merge__bn_samples=images,
+            batch_norm__data="proxy",
+            batch_norm__samples=images,
         )
     )
 

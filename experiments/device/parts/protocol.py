@@ -77,8 +77,8 @@ def _config(settings: Settings, epochs: int, fields: dict[str, Any]) -> Config:
         "checkpoint.every": _ROUNDS,
         "merge.match_data": "proxy",
         "merge.match_samples": 5000,
-        "merge.bn_data": "proxy",
-        "merge.bn_samples": 5000,
+        "batch_norm.data": "proxy",
+        "batch_norm.samples": 5000,
         **layout_fields(best_layout(layouts, "resnet20", width, _AGENTS)),
     }
     if settings.tiny:
@@ -92,7 +92,7 @@ def _config(settings: Settings, epochs: int, fields: dict[str, Any]) -> Config:
             "data.test_size": 100,
             "merge.batch_size": 50,
             "merge.match_samples": 100,
-            "merge.bn_samples": 100,
+            "batch_norm.samples": 100,
             "eval.batch_size": 50,
         }
     config.update_from_flattened_dict(common | fields)

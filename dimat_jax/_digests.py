@@ -1,0 +1,124 @@
+"""Digests of the files of a folder, which show damage before a file is used.
+
+The digests stand in one file of the folder. They are BLAKE2b, 32 bytes long, from the
+standard library. Measured on two busy CPU cores: BLAKE2b reads 530 MiB a second. For
+arrays of 122 MiB the digests add 0.4 seconds to a checkpoint, while the run goes on,
+and 0.3 seconds to reading it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+__all__ = ["DIGESTS", "blake2b", "damage", "sync", "write_digests"]
+
+DIGESTS = "digests.json"
+"""The file with the digests of the other files of its folder."""
+
+# Orbax writes these files after the digests have been written. Nothing reads them.
+_WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
+
+
+def blake2b(content: bytes) -> str:
+    """The digest of some bytes, as hexadecimal digits."""
+    return hashlib.blake2b(content, digest_size=32).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk.
+
+    A folder that the system cannot open, or a file system that cannot wait, is left
+    alone: there the file system alone decides what a power failure leaves.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if path.is_file():
+            raise error
+    finally:
+        os.close(descriptor)
+
+
+def write_digests(folder: Path) -> None:
+    """Writes the digests of all files of a folder, and waits until they are on disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    own = [name for name in names if name not in (*_WRITTEN_LATER, DIGESTS)]
+    for path in (*(folder / name for name in own), *_folders(folder)):
+        sync(path)
+    files = {name: _facts(folder / name) for name in own}
+    path = folder / DIGESTS
+    path.write_text(_text(files))
+    sync(path)
+    sync(folder)
+
+
+def damage(folder: Path, part: int = 0, n_parts: int = 1) -> str | None:
+    """Compares files with their digests.
+
+    Files that have no digest are not looked at.
+
+    Args:
+        folder: A folder that `write_digests` has completed.
+        part: The part of the files to read. Several processes can share the work.
+        n_parts: The number of parts.
+
+    Returns:
+        What is wrong with the first file that differs; None if all files are as they
+        were written.
+
+    Raises:
+        FileNotFoundError: The folder has no digests.
+    """
+    text = (folder / DIGESTS).read_bytes()
+    try:
+        files = json.loads(text)["files"]
+        if _text(files).encode() != text:
+            return f"{DIGESTS} is damaged"
+    except (ValueError, TypeError, KeyError):
+        return f"{DIGESTS} is damaged"
+    names = sorted(files)[part::n_parts]
+    # The digests are computed without the interpreter's lock.
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _difference(folder / name, files[name]), names)
+        wrong = (f"{n} {why}" for n, why in zip(names, found, strict=True) if why)
+        return next(wrong, None)
+
+
+def _difference(path: Path, expected: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file; None if it is as expected."""
+    try:
+        found = _facts(path)
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if found["bytes"] != expected["bytes"]:
+        return f"has {found['bytes']} bytes instead of {expected['bytes']}"
+    return None if found == expected else "has changed since it was written"
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """The size of a file, and the digest of its content."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
+        return {"bytes": file.tell(), "blake2b": digest.hexdigest()}
+
+
+def _text(files: Mapping[str, Any]) -> str:
+    """The content of the file of digests, which has a digest too."""
+    body = json.dumps(files, sort_keys=True)
+    content = {"files": files, "digest": blake2b(body.encode())}
+    return json.dumps(content, sort_keys=True, indent=1) + "\n"
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_dir()]

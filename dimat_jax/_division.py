@@ -1,0 +1,138 @@
+"""Divides the training images of a run: to train on, to tune on, and to hold out."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dimat_jax import _randomness
+from dimat_jax.config import ConfigError, fields_read, record_of
+from dimat_jax.data.partition import (
+    PARTITION,
+    PRETRAIN_PARTITION,
+    VALIDATION,
+    Labels,
+    Shard,
+    partition,
+    set_aside,
+    spread_over_classes,
+)
+from dimat_jax.data.selection import (
+    BN_DATA,
+    BN_SAMPLES,
+    HELD_OUT,
+    MATCH_DATA,
+    MATCH_SAMPLES,
+)
+from dimat_jax.evaluate import SAMPLES
+from dimat_jax.options import SEED, Option, arguments
+
+__all__ = ["Division", "check_samples", "divide"]
+
+Fields = Mapping[str, Any]
+"""The values of a config's fields, by dotted path; empty ones are resolved."""
+
+
+class Division(NamedTuple):
+    """Who gets which training images. All are sorted indices, int64.
+
+    Attributes:
+        shards: for each agent, the images that it trains on in the rounds.
+        pretrain_shards: for each agent, the images that it trains on before.
+        validation: for each agent, images like its own that nobody trains on. They may
+            be empty.
+        held_out: images that belong to no agent; empty unless the config reads them.
+    """
+
+    shards: list[Shard]
+    pretrain_shards: list[Shard]
+    validation: list[Shard]
+    held_out: Shard
+
+    @property
+    def trained_on(self) -> Shard:
+        """The images that some agent trains on."""
+        return np.sort(np.concatenate(self.shards))
+
+
+def divide(labels: Labels, n_agents: int, fields: Fields) -> Division:
+    """Divides the training images as a config says.
+
+    Args:
+        labels: the classes of the images.
+        n_agents: the number of agents.
+        fields: the config's values.
+
+    Raises:
+        ConfigError: more images are held out than there are.
+        UserError: a partition leaves an agent without images, or validation does.
+    """
+    seed = fields[SEED.path]
+    held_out = _held_out(labels, fields)
+    rest = np.setdiff1d(np.arange(len(labels)), held_out)
+
+    def shards_of(option: Option) -> list[Shard]:
+        if record_of(fields).single:
+            return [rest]
+        given = arguments(option.entry(fields[option.path]), fields)
+        shards = partition(fields[option.path], labels[rest], n_agents, **given)
+        return [rest[shard] for shard in shards]
+
+    shards, validation = set_aside(
+        shards_of(PARTITION),
+        labels,
+        fields[VALIDATION.path],
+        seed=_randomness.seeds(seed, "validation"),
+    )
+    kept_back = np.concatenate(validation)
+    pretrain_shards = [
+        np.setdiff1d(shard, kept_back) for shard in shards_of(PRETRAIN_PARTITION)
+    ]
+    return Division(shards, pretrain_shards, validation, held_out)
+
+
+def _held_out(labels: Labels, fields: Fields) -> Shard:
+    """Draws the images that no agent gets, equally many of each class."""
+    size = fields_read(fields).get(HELD_OUT.path, 0)
+    if size >= len(labels):
+        raise ConfigError(
+            f"config.{HELD_OUT.path} is {size}, but there are only {len(labels)} "
+            "training images, and agents need some of them"
+        )
+    seeds = _randomness.seeds(fields[SEED.path], "held_out")
+    return np.sort(spread_over_classes(labels, seeds)[:size])
+
+
+def check_samples(
+    fields: Fields, division: Division, n_test: int, *, has_statistics: bool = True
+) -> None:
+    """Refuses samples that are larger than the data.
+
+    An agent may own fewer images than the config names: it then uses all of them. A
+    shared sample must have the size that the config says.
+
+    Args:
+        fields: the config's values.
+        division: who gets which training images.
+        n_test: the number of test images.
+        has_statistics: whether the model has BatchNorm statistics, for which a sample
+            is needed.
+
+    Raises:
+        ConfigError: a sample is too large.
+    """
+    sizes = {"proxy": len(division.trained_on), "held_out": len(division.held_out)}
+    available = {SAMPLES.path: n_test}
+    choices = [(MATCH_DATA, MATCH_SAMPLES)]
+    if has_statistics:
+        choices.append((BN_DATA, BN_SAMPLES))
+    for choice, option in choices:
+        if fields[choice.path] in sizes:
+            available[option.path] = sizes[fields[choice.path]]
+    read = fields_read(fields)
+    for path in available.keys() & read.keys():
+        if isinstance(read[path], int) and read[path] > available[path]:
+            raise ConfigError(
+                f"config.{path} is {read[path]}, but there are only {available[path]} "
+                "images"
+            )

@@ -1,0 +1,137 @@
+"""What a run measures of its agents at an evaluation, under the names of its rows."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from dimat_jax._average import Average, AverageModel
+from dimat_jax.algorithms._recalibration import Recalibrator
+from dimat_jax.algorithms.base import MergeData, State, Variables
+from dimat_jax.data import selection
+from dimat_jax.data.partition import class_counts
+from dimat_jax.evaluate import Evaluation, deviation, local_accuracy
+from dimat_jax.experiment import Experiment
+from dimat_jax.models import classifier
+
+__all__ = ["Measuring", "row_fields"]
+
+_MOST_BY_CLASS = 20_000
+"""Rows have the accuracies by class if they are at most so many numbers."""
+
+
+class Measuring:
+    """Measures the agents of a run, and the average of their models.
+
+    Args:
+        experiment: the run's parts.
+    """
+
+    def __init__(self, experiment: Experiment):
+        self._experiment = experiment
+        self._average_model = AverageModel(
+            classifier.forward(experiment.model),
+            experiment.task,
+            experiment.test_samples,
+            experiment.placement,
+        )
+        self._recalibrate = None
+        statistics = experiment.task.batch_statistics
+        if statistics is not None and experiment.recalibrates == "evaluation":
+            self._recalibrate = Recalibrator(statistics, experiment.placement)
+        labels = experiment.dataset.train.labels
+        self._counts = class_counts(labels, experiment.shards)
+
+    def __call__(self, state: State, frames: Any, number: int, step: int) -> dict:
+        """Measures the agents.
+
+        Everything that is drawn depends on the round or on the step alone, so that a
+        run that resumes measures the same.
+
+        Args:
+            state: the agents' state.
+            frames: the metric "frames" of the round's communication; None before the
+                first round, and for algorithms that align no agents.
+            number: the round; 0 before the first one.
+            step: the number of local steps done. Evaluations after the same step look
+                at the same images for BatchNorm.
+
+        Returns:
+            the fields of a row; see `row_fields`.
+        """
+        experiment = self._experiment
+        variables = self._evaluated(state, step)
+        evaluation = experiment.evaluator(variables)
+        perms = experiment.algorithm.common_frame(
+            variables,
+            frames,
+            MergeData(match=experiment.match_samples(number)),
+            jax.random.fold_in(experiment.key("align"), number),
+        )
+        calibration = None
+        if experiment.recalibrates:
+            calibration = experiment.examples.choose_shared(selection.BATCH_NORM)
+        average = self._average_model(variables, perms, calibration)
+        return {
+            **row_fields("test", evaluation, average, self._counts),
+            **self._validated(variables),
+        }
+
+    def _validated(self, variables: Variables) -> dict[str, Any]:
+        """Evaluates the agents on validation images; empty if the run has none."""
+        validator = self._experiment.validator
+        if validator is None:
+            return {}
+        accuracy, loss, *_ = validator(variables)
+        return {
+            "validation_accuracy": accuracy,
+            "validation_accuracy_mean": accuracy.mean(),
+            "validation_loss_mean": loss.mean(),
+        }
+
+    def _evaluated(self, state: State, step: int) -> Variables:
+        """Returns the variables with which the agents are evaluated."""
+        experiment = self._experiment
+        variables = experiment.algorithm.variables(state)
+        if self._recalibrate is None:
+            return variables
+        samples = experiment.examples.choose(
+            selection.BATCH_NORM, "own_for_evaluation", step
+        )
+        assert samples is not None  # otherwise nothing is recalibrated
+        return self._recalibrate(variables, samples)
+
+
+def row_fields(
+    split: str, evaluation: Evaluation, average: Average, counts: np.ndarray
+) -> dict[str, Any]:
+    """Names the results of an evaluation as they stand in a row.
+
+    Args:
+        split: the name of the evaluated samples, with which the names begin.
+        evaluation: the results of the agents.
+        average: the results of the average model.
+        counts: the number of each agent's training images of each class.
+    """
+    accuracy, loss, by_class, disagreement, distance = evaluation
+    local = local_accuracy(by_class, counts)
+    known = local[~np.isnan(local)]
+    fields = {
+        "accuracy": accuracy,
+        "accuracy_mean": accuracy.mean(),
+        "accuracy_std": deviation(accuracy),
+        "accuracy_local": local,
+        "accuracy_local_mean": known.mean() if len(known) else np.nan,
+        "accuracy_average_model": average.accuracy,
+        "loss": loss,
+        "loss_mean": loss.mean(),
+        "loss_average_model": average.loss,
+        "disagreement": disagreement,
+    }
+    if by_class.size <= _MOST_BY_CLASS:
+        fields["accuracy_by_class"] = by_class
+    return {
+        **{f"{split}_{name}": value for name, value in fields.items()},
+        "consensus_distance": distance,
+        "consensus_distance_aligned": average.consensus_distance,
+    }

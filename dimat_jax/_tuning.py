@@ -1,0 +1,248 @@
+"""Tunes a config field: which of its values does best on validation images.
+
+Every line, which is an algorithm with its settings, gets the value whose runs have the
+best validation accuracy: the mean over the agents, then over the cells (the problems
+and graphs), then over the seeds. Nothing here reads what was measured on test images.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tabulate import tabulate
+
+from dimat_jax._metrics import read_rows
+from dimat_jax.algorithms import ALGORITHM
+from dimat_jax.config import default_config, fields_of, fields_read
+from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
+from dimat_jax.errors import UserError
+from dimat_jax.options import SEED, every
+from dimat_jax.topology import TOPOLOGY
+
+__all__ = ["MEASURE", "Tuned", "Tuning", "tune"]
+
+MEASURE = "validation_accuracy_mean"
+"""The column of metrics.jsonl by which values are compared."""
+
+# Runs that differ in these fields alone solve other problems, or the same on other
+# graphs. One value of the tuned field is chosen for all of them.
+_CELLS = frozenset(
+    option.path
+    for option in every((TOPOLOGY, PARTITION, PRETRAIN_PARTITION))
+    if option is not SEED
+)
+
+Cell = tuple[tuple[str, Any], ...]
+"""The fields of `_CELLS` that a run reads, with their values, sorted by path."""
+
+
+class Tuned(NamedTuple):
+    """What was found for one line.
+
+    Attributes:
+        line: the fields that tell the line from the others, in words.
+        scores: for each value the mean validation accuracy (0 to 1); NaN if a run with
+            this value did not finish, e.g. because its loss was not finite.
+        deviations: for each value the standard deviation over seeds, ddof 1; NaN for
+            one seed.
+        best: the value with the largest score.
+        inside: whether smaller and larger values were tried too.
+    """
+
+    line: str
+    scores: dict[Any, float]
+    deviations: dict[Any, float]
+    best: Any
+    inside: bool
+
+
+class Tuning(NamedTuple):
+    """A tuned field, and on what it was tuned.
+
+    Attributes:
+        field: the path of the field.
+        phase: the phase of the last evaluation that counts: "merged" or "trained".
+        validation: the value of data.validation.
+        seeds: the seeds of the runs.
+        n_cells: the number of problems and graphs, of the line with the most of them.
+        lines: what was found for each line.
+    """
+
+    field: str
+    phase: str
+    validation: float
+    seeds: list[int]
+    n_cells: int
+    lines: list[Tuned]
+
+    def report(self) -> str:
+        """Says which field was tuned on what, with a table of all values, in Markdown.
+
+        A chosen value is bold; a star marks one at the end of its grid.
+        """
+        values = sorted({value for tuned in self.lines for value in tuned.scores})
+        rows = [
+            [tuned.line, *(_cell(tuned, value) for value in values), tuned.best]
+            for tuned in self.lines
+        ]
+        return (
+            f"`{self.field}` was tuned on `{MEASURE}` (%), the accuracy on images that "
+            f"no agent trains on ({VALIDATION.path}={self.validation:g}), at the last "
+            f"evaluation of the phase `{self.phase}`: means over the agents, over "
+            f"{self.n_cells} cell(s) and over the seed(s) "
+            f"{', '.join(map(str, self.seeds))}, ± the deviation over seeds. No test "
+            "image was looked at. A star marks a choice at an end of its grid.\n\n"
+            + tabulate(rows, ["", *values, "chosen"], "pipe")
+            + "\n"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The same as JSON content."""
+        lines = [tuned._asdict() for tuned in self.lines]
+        # JSON's keys are texts.
+        for line in lines:
+            for name in ("scores", "deviations"):
+                line[name] = {str(value): x for value, x in line[name].items()}
+        return {**self._asdict(), "measure": MEASURE, "lines": lines}
+
+
+def _cell(tuned: Tuned, value: Any) -> str:
+    if value not in tuned.scores:
+        return ""
+    if np.isnan(tuned.scores[value]):
+        return "failed"
+    text = f"{100 * tuned.scores[value]:.1f}"
+    if not np.isnan(tuned.deviations[value]):
+        text += f" ± {100 * tuned.deviations[value]:.1f}"
+    if value != tuned.best:
+        return text
+    return f"**{text}**" + ("" if tuned.inside else " *")
+
+
+def tune(
+    directories: Sequence[str | Path], field: str, *, phase: str = "merged"
+) -> Tuning:
+    """Finds the best value of a field for every line of a sweep.
+
+    Args:
+        directories: the folders of the runs.
+        field: the path of the tuned field, e.g. "optimizer.learning_rate".
+        phase: the phase of the last evaluation that counts: "merged", right after a
+            communication, or "trained", after local training.
+
+    Raises:
+        UserError: there are no runs or no validation images, the field has one value
+            only, or the values of a line were not tried in the same cells with the
+            same seeds.
+    """
+    runs = _read(directories, phase)
+    if len({run.fields.get(field) for run in runs}) < 2:
+        raise UserError(f"the runs have no different values of {field}")
+    validation = {run.fields[VALIDATION.path] for run in runs}
+    if len(validation) > 1 or not all(validation):
+        raise UserError(
+            f"runs to be compared set aside the same part of their images, but "
+            f"{VALIDATION.path} is {', '.join(f'{v:g}' for v in sorted(validation))} "
+            "here; options are not tuned on test images"
+        )
+    lines = _lines(runs, field)
+    return Tuning(
+        field,
+        phase,
+        validation.pop(),
+        sorted({run.fields[SEED.path] for run in runs}),
+        max(len({_cell_of(run) for run in line}) for line in lines.values()),
+        [_tuned(words, line, field) for words, line in lines.items()],
+    )
+
+
+class _Run(NamedTuple):
+    """A run: the fields that it reads, and its score; NaN if it did not finish."""
+
+    fields: Mapping[str, Any]
+    score: float
+
+
+def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
+    """Reads all runs in or below some folders, in the order in which they began."""
+    defaults = fields_of(default_config())
+    paths = {
+        path
+        for directory in directories
+        for path in Path(directory).rglob("config.json")
+        if path.with_name("metrics.jsonl").exists()
+    }
+    if not paths:
+        raise UserError(f"no run in or below {', '.join(map(str, directories))}")
+    runs = []
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime):
+        fields = fields_read(defaults | fields_of(json.loads(path.read_text())))
+        rows = [row for row in read_rows(path.parent) if row["phase"] == phase]
+        finished = path.with_name("summary.json").exists() and rows
+        score = rows[-1].get(MEASURE) if finished else None
+        runs.append(_Run(fields, np.nan if score is None else float(score)))
+    return runs
+
+
+def _lines(runs: Sequence[_Run], field: str) -> dict[str, list[_Run]]:
+    """Sorts runs into lines: the algorithm, and what else varies among its runs."""
+    by_algorithm: dict[str, list[_Run]] = defaultdict(list)
+    for run in runs:
+        by_algorithm[run.fields[ALGORITHM.path]].append(run)
+    lines: dict[str, list[_Run]] = defaultdict(list)
+    for algorithm, its_runs in by_algorithm.items():
+        paths = sorted(set().union(*(run.fields for run in its_runs)))
+        varying = [
+            path
+            for path in paths
+            if len({str(run.fields.get(path)) for run in its_runs}) > 1
+            and path not in _CELLS | {field, SEED.path}
+        ]
+        for run in its_runs:
+            settings = [
+                f"{_short(path)} {run.fields[path]}"
+                for path in varying
+                if path in run.fields
+            ]
+            lines[", ".join([algorithm, *settings])].append(run)
+    return lines
+
+
+def _short(path: str) -> str:
+    """The last part of a path, unless it would be "name"."""
+    last = path.rpartition(".")[2]
+    return path if last == "name" else last
+
+
+def _cell_of(run: _Run) -> Cell:
+    return tuple(sorted((p, v) for p, v in run.fields.items() if p in _CELLS))
+
+
+def _tuned(line: str, runs: Sequence[_Run], field: str) -> Tuned:
+    """Compares the values of the field on one line."""
+    by_value: dict[Any, dict[tuple[Cell, int], float]] = defaultdict(dict)
+    for run in runs:
+        place = _cell_of(run), run.fields[SEED.path]
+        by_value[run.fields[field]][place] = run.score
+    everywhere = set().union(*by_value.values())
+    for value, found in by_value.items():
+        if len(found) < len(everywhere):
+            raise UserError(
+                f"{line}: {field}={value} was run in {len(found)} of "
+                f"{len(everywhere)} cells and seeds; values are compared in the same"
+            )
+    scores, deviations = {}, {}
+    for value in sorted(by_value):
+        by_seed: dict[int, list[float]] = defaultdict(list)
+        for (_, seed), score in by_value[value].items():
+            by_seed[seed].append(score)
+        means = [float(np.mean(of_seed)) for of_seed in by_seed.values()]
+        scores[value] = float(np.mean(means))
+        deviations[value] = float(np.std(means, ddof=1)) if len(means) > 1 else np.nan
+    if np.isnan(list(scores.values())).all():
+        raise UserError(f"{line}: no value of {field} has finished runs only")
+    best = max(scores, key=lambda value: np.nan_to_num(scores[value], nan=-1))
+    return Tuned(line, scores, deviations, best, min(scores) < best < max(scores))

@@ -1,0 +1,162 @@
+"""Who gets which training images, and what images that all agents need cost."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dimat_jax import train
+from dimat_jax._metrics import read_rows
+from dimat_jax.config import ConfigError
+from dimat_jax.errors import UserError
+from dimat_jax.experiment import Experiment
+from tests.sweeping.small import small
+
+PIXELS = 64  # bytes of a digit, one for each pixel
+HELD_OUT = {"merge__match_data": "held_out", "data__held_out": 40}
+
+
+def own(**changes):
+    """A config that matches units by activations, without a shared sample."""
+    return small("dimat", merge__match_samples=30, **changes)
+
+
+def images_of(experiment: Experiment) -> set[int]:
+    """All images that the devices hold for training."""
+    return set(np.concatenate(experiment._holdings.of_device).tolist())
+
+
+@pytest.mark.parametrize("partition", ["iid", "by_class", "dirichlet"])
+def test_every_image_has_one_use(partition):
+    experiment = Experiment(
+        own(
+            data__partition=partition,
+            pretrain__partition="iid",
+            data__validation=0.2,
+            **HELD_OUT,
+        )
+    )
+    division = experiment.division
+    parts = [*division.shards, *division.validation, division.held_out]
+    assert sorted(itertools.chain(*map(np.ndarray.tolist, parts))) == list(range(300))
+    assert len(division.held_out) == 40
+    trained_on = set(np.concatenate(division.shards).tolist())
+    # Pre-training divides the images anew, and does not train on others.
+    alone = np.concatenate(division.pretrain_shards).tolist()
+    assert set(alone) == trained_on == images_of(experiment)
+    assert len(alone) == len(trained_on)
+    assert experiment.sampler.steps_per_epoch == -(
+        -max(map(len, division.shards)) // experiment.config.batch_size
+    )
+
+
+def test_validation_images_are_divided_like_the_others():
+    experiment = Experiment(own(data__partition="by_class", data__validation=60))
+    labels = experiment.dataset.train.labels
+    division = experiment.division
+    for shard, kept_back in zip(division.shards, division.validation, strict=True):
+        assert set(labels[kept_back]) == set(labels[shard])
+    assert sum(map(len, division.validation)) == pytest.approx(60, abs=2)
+
+
+def test_held_out_images_have_all_classes_equally_often():
+    experiment = Experiment(own(data__partition="by_class", **HELD_OUT))
+    labels = experiment.dataset.train.labels[experiment.division.held_out]
+    assert np.bincount(labels).tolist() == [4] * 10
+
+
+def test_without_options_all_images_are_trained_on():
+    division = Experiment(own()).division
+    assert len(division.trained_on) == 300 and not len(division.held_out)
+    assert not any(map(len, division.validation))
+
+
+def test_more_images_than_there_are_cannot_be_held_out():
+    with pytest.raises(ConfigError, match="held_out is 300, but there are only 300 tr"):
+        Experiment(own(merge__match_data="held_out", data__held_out=300))
+    with pytest.raises(ConfigError, match="match_samples is 50, but there are only 40"):
+        Experiment(small("dimat", merge__match_samples=50, **HELD_OUT))
+    with pytest.raises(UserError, match="validation is 300, but there are only 300 sa"):
+        Experiment(own(data__validation=300))
+
+
+@pytest.mark.parametrize(
+    ("changes", "images"),
+    [
+        ({}, 0),  # of their own
+        # Each of three agents lacks what is not in its own shard.
+        ({"merge__match_data": "proxy"}, 2 * 30),
+        ({"merge__match_data": "global", "merge__match_samples": 1000}, 2 * 300),
+        (HELD_OUT, 3 * 30),
+        ({"algorithm": "wm"}, 0),
+        ({"algorithm": "wa"}, 0),
+    ],
+)
+def test_shared_images_are_booked_once(tmp_path, changes, images):
+    fields = {"merge__match_samples": 30, "checkpoint__every": 1, **changes}
+    config = small(fields.pop("algorithm", "dimat"), **fields)
+    train.run(config, tmp_path, lambda line: None)
+    booked = [row["bytes_sent_by_kind"].get("images", 0) for row in read_rows(tmp_path)]
+    assert booked == [0] + [images * PIXELS] * 4
+    for row in read_rows(tmp_path):
+        by_link = sum(row["bytes_sent_by_agent"])
+        assert row["bytes_sent_total"] - by_link == row["bytes_sent_by_kind"].get(
+            "images", 0
+        )
+
+
+def test_a_run_that_resumes_does_not_book_images_again(tmp_path):
+    config = small("dimat", merge__match_data="proxy", merge__match_samples=30)
+
+    class Killed(Exception):
+        pass
+
+    def die(line: str) -> None:
+        if "round   2     merged" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train.run(config, tmp_path, die)
+    summary = train.run(config, tmp_path, lambda line: None)
+    assert summary["bytes_sent_by_kind"]["images"] == 2 * 30 * PIXELS
+
+
+def test_a_proxy_is_drawn_from_images_that_agents_train_on():
+    experiment = Experiment(own(merge__match_data="proxy", data__validation=0.3))
+    samples = experiment.merge_data(1).match
+    (chosen,) = experiment.examples._sent.values()
+    assert samples is not None
+    assert set(chosen) <= set(experiment.division.trained_on)
+    assert samples.shared and samples.n_examples(10) == 30
+
+
+def test_validation_accuracy_is_that_of_validation_images(tmp_path):
+    config = small("local", data__validation=0.25)
+    train.run(config, tmp_path, lambda line: None)
+    experiment, agents = train.load_agents(tmp_path)
+    assert experiment.validator is not None
+    last = read_rows(tmp_path)[-1]
+    images = experiment.dataset.train
+    chosen = np.concatenate(experiment.division.validation)
+    inputs = (images.images[chosen].astype(np.float32) - experiment.dataset.mean) / (
+        experiment.dataset.std
+    )
+    for agent in range(3):
+        variables = {
+            "params": {
+                layer: {name: leaf[agent] for name, leaf in weights.items()}
+                for layer, weights in agents["params"].items()
+            }
+        }
+        logits = experiment.model.apply(variables, jnp.asarray(inputs), train=False)
+        accuracy = np.mean(np.asarray(logits).argmax(axis=1) == images.labels[chosen])
+        assert last["validation_accuracy"][agent] == pytest.approx(accuracy, abs=1e-6)
+    mean = np.mean(last["validation_accuracy"])
+    assert last["validation_accuracy_mean"] == pytest.approx(mean)
+    assert "validation_loss_mean" in last
+
+
+def test_without_validation_images_no_such_column_is_written(tmp_path):
+    train.run(small("local", rounds=1), tmp_path, lambda line: None)
+    assert not [c for row in read_rows(tmp_path) for c in row if "validation" in c]

@@ -1,0 +1,143 @@
+"""Tuning a field on validation images: who wins, and what the report says."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dimat_jax import train
+from dimat_jax._metrics import read_rows
+from dimat_jax._tuning import tune
+from dimat_jax.config import default_config, drop_unread
+from dimat_jax.errors import UserError
+from dimat_jax.sweeps import grid
+from tests.sweeping.small import small
+
+RATE = "optimizer.learning_rate"
+
+
+def write_run(folder: Path, score: float | None, **fields: Any) -> None:
+    """Writes what a run leaves behind; without a score it did not finish."""
+    config = default_config()
+    given = {"data.validation": 0.2, "algorithm": "cdsgd"}
+    given |= {name.replace("__", "."): value for name, value in fields.items()}
+    config.update_from_flattened_dict(given)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(drop_unread(config).to_json())
+    accuracy = 0.0 if score is None else score
+    rows = [
+        {
+            "phase": phase,
+            "round": 1,
+            "validation_accuracy_mean": accuracy + shift,
+            # What was measured on test images would choose the other way round.
+            "test_accuracy_mean": 1 - accuracy,
+        }
+        for phase, shift in (("pretrained", 0.5), ("merged", 0.0), ("trained", -0.1))
+    ]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    if score is not None:
+        (folder / "summary.json").write_text("{}")
+
+
+def write_sweep(
+    folder: Path, scores: Mapping[float, Sequence[float | None]], **fields: Any
+) -> None:
+    """Writes the runs of some values of the learning rate, one for each seed."""
+    for rate, by_seed in scores.items():
+        for seed, score in enumerate(by_seed):
+            name = "-".join(map(str, [*fields.values(), rate, seed]))
+            write_run(
+                folder / name, score, optimizer__learning_rate=rate, seed=seed, **fields
+            )
+
+
+def test_the_best_mean_over_seeds_wins_by_validation_images(tmp_path):
+    write_sweep(tmp_path, {0.01: [0.5, 0.7], 0.1: [0.9, 0.5], 0.3: [0.55, 0.6]})
+    tuning = tune([tmp_path], RATE)
+    (line,) = tuning.lines
+    assert (line.line, line.best, line.inside) == ("cdsgd", 0.1, True)
+    assert line.scores == pytest.approx({0.01: 0.6, 0.1: 0.7, 0.3: 0.575})
+    assert line.deviations[0.1] == pytest.approx(0.4 / math.sqrt(2))
+    report = tuning.report()
+    for said in (
+        "`optimizer.learning_rate` was tuned on `validation_accuracy_mean`",
+        "no agent trains on (data.validation=0.2)",
+        "`merged`",
+        "1 cell(s)",
+        "seed(s) 0, 1",
+        "No test image was looked at",
+        "**70.0 ± 28.3**",
+    ):
+        assert said in report
+
+
+def test_one_value_is_chosen_for_all_cells_of_a_line(tmp_path):
+    ring = {0.1: [0.9], 0.3: [0.6]}
+    star = {0.1: [0.2], 0.3: [0.8]}
+    write_sweep(tmp_path, ring, topology="ring")
+    write_sweep(tmp_path, star, topology="star")
+    write_sweep(tmp_path, {0.1: [0.4], 0.3: [0.3]}, algorithm="local")
+    write_sweep(tmp_path, {0.1: [0.4], 0.3: [0.5]}, algorithm="wa", merge__inner="d2")
+    write_sweep(tmp_path, {0.1: [0.6], 0.3: [0.5]}, algorithm="wa")
+    tuning = tune([tmp_path], RATE)
+    assert tuning.n_cells == 2
+    assert {line.line: line.best for line in tuning.lines} == {
+        "cdsgd": 0.3,
+        "local": 0.1,
+        "wa, inner d2, optimizer.name sgd": 0.3,
+        "wa, inner local, optimizer.name adam": 0.1,
+    }
+    assert all(not line.inside for line in tuning.lines)
+    assert tuning.report().count("** *") == 4
+
+
+def test_the_phase_can_be_chosen(tmp_path):
+    write_sweep(tmp_path, {0.1: [0.5], 0.3: [0.4]})
+    (line,) = tune([tmp_path], RATE, phase="trained").lines
+    assert line.scores == pytest.approx({0.1: 0.4, 0.3: 0.3})
+
+
+def test_a_value_with_a_run_that_failed_is_never_chosen(tmp_path):
+    write_sweep(tmp_path, {0.1: [0.3, 0.3], 0.3: [0.99, None]})
+    tuning = tune([tmp_path], RATE)
+    assert tuning.lines[0].best == 0.1
+    assert "failed" in tuning.report()
+    json.dumps(tuning.record())
+
+
+@pytest.mark.parametrize(
+    ("sweep", "fields", "message"),
+    [
+        ({0.1: [0.3], 0.3: [0.5]}, {"data__validation": 0.0}, "not tuned on test"),
+        ({0.1: [0.3, 0.4], 0.3: [0.5]}, {}, "0.3 was run in 1 of 2 cells and seeds"),
+        ({0.1: [0.3]}, {}, "no different values of optimizer.learning_rate"),
+        ({0.1: [None], 0.3: [None]}, {}, "has finished runs only"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, sweep, fields, message):
+    write_sweep(tmp_path, sweep, **fields)
+    with pytest.raises(UserError, match=message):
+        tune([tmp_path], RATE)
+
+
+def test_without_runs_there_is_one_message(tmp_path):
+    with pytest.raises(UserError, match="no run in or below"):
+        tune([tmp_path], RATE)
+
+
+def test_real_runs_are_tuned(tmp_path):
+    choices = {RATE: (0.3, 1e-6)}
+    config = small("cdsgd", rounds=1, data__validation=0.25, pretrain__epochs=0)
+    for name, run in grid(choices, {"cdsgd": config}).items():
+        train.run(run, tmp_path / name, lambda line: None)
+    (line,) = tune([tmp_path], RATE, phase="trained").lines
+    assert line.best == 0.3
+    last = read_rows(tmp_path / "0.3-cdsgd")[-1]
+    assert line.scores[0.3] == last["validation_accuracy_mean"]
+    assert len(last["validation_accuracy"]) == 3
+    assert last["validation_accuracy"] != last["test_accuracy"]
