@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,13 @@ if _COMPILED not in os.environ:
     os.environ[_COMPILED] = _folder.name
 jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# The workers of pytest-xdist ignore SIGINT, and nohup ignores SIGHUP. Programs that
+# tests start would inherit that. A handler that does nothing has the same effect here,
+# and is not inherited.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, lambda number, frame: None)
 
 # A broadcast over a missing axis, or a dtype that JAX chose, is more often a mistake
 # than a wish. In the tests, the package has to write down what it means.

@@ -80,6 +80,7 @@ def test_two_jobs_write_the_same_rows_as_one_and_both_tell_what_failed(tmp_path)
     ("arguments", "message"),
     [
         (["--jobs=0"], "--jobs=0"),
+        (["--seeds=0"], "--seeds=0"),
         (["--jobs=9999"], "--jobs=9999 needs as many CPU cores"),
         (["--launcher=pbs"], "value should be one of <local|slurm>"),
         (["--slurm=time=60"], "--slurm has no effect without --launcher=slurm"),
