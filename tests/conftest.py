@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -28,6 +29,10 @@ from tests import promotion  # noqa: E402
 
 # Before JAX starts: tests lay agents out over 1, 2 and 5 devices.
 request_cpu_devices(5)
+
+# No test measures time: the first example compiles, and the machine may be busy.
+hypothesis.settings.register_profile("dimat_jax", deadline=None)
+hypothesis.settings.load_profile("dimat_jax")
 
 # Many tests run the same small programs; each is compiled once in a session, whose
 # worker processes inherit the environment of the one that removes the folder.
