@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,21 +60,46 @@ promotion.allow_in_flax_and_optax()
 
 # The files that take longest.
 _FIRST = (
-    "test_processes.py",
-    "test_examples.py",
     "test_train.py",
-    "test_every_model.py",
-    "test_programs.py",
-    "test_merge_round.py",
+    "test_processes.py",
     "test_model_conformance.py",
-    "test_faults.py",
+    "test_examples.py",
+    "test_programs.py",
     "test_conformance.py",
+    "test_batch_norm.py",
+    "test_small_shards.py",
+    "test_ending.py",
+    "test_verify.py",
+    "test_derive.py",
+    "test_interruptions.py",
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # The slow cases are deselected after this.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts long files first: processes that share the files then end together."""
+    """Marks slow cases, and puts long files first.
+
+    Processes that share the files end together if the long ones come first.
+    """
+    n_cases: Counter[tuple[Path, str]] = Counter()
+    for item in items:
+        sampled = item.get_closest_marker("every_nth")
+        if sampled is not None:
+            test = (item.path, item.name.partition("[")[0])
+            if n_cases[test] % sampled.args[0]:
+                item.add_marker(pytest.mark.slow)
+            n_cases[test] += 1
     items.sort(key=lambda item: item.path.name not in _FIRST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_end_with_their_module() -> Iterator[None]:
+    """Frees the programs that a module's tests have compiled.
+
+    Thousands of them would need gigabytes, and more mappings than a process may have.
+    """
+    yield
+    jax.clear_caches()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -91,6 +91,7 @@ def times(folder: Path) -> dict[Path, int]:
     }
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_run_within_seconds_and_nothing_is_lost(
     tmp_path, start, number
@@ -191,6 +192,7 @@ def refused(start, command: Sequence[str], first: subprocess.Popen[str]) -> None
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_changes_nothing(tmp_path, start):
     workdir = tmp_path / "run"
     first = start(*train(workdir, "--config.rounds=1000"))

@@ -76,6 +76,7 @@ def test_two_jobs_write_the_same_rows_as_one_and_both_tell_what_failed(tmp_path)
         assert summary["round"] == 2
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,6 +108,7 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tmp_path):
     workdir = tmp_path / "out"
     process = start(tmp_path, LONG, f"--workdir={workdir}", "--jobs=2")
