@@ -122,6 +122,7 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("evaluations", [0, 1, 2, 3, 4])
 def test_an_interrupted_run_resumes_with_the_same_results(
     tmp_path, finished, monkeypatch, evaluations
@@ -238,6 +239,7 @@ def test_agents_that_do_not_communicate_are_evaluated_once_between_trainings(
     assert losses[0] != losses[1] != losses[2] == losses[3] != losses[4]
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_changes_nothing(tmp_path, finished):
     expected = read_rows(finished)
     for devices in (2, 3):
@@ -356,6 +358,7 @@ def test_matching_works_on_every_policy_of_data(tmp_path, policy):
     assert 0 < summary["last_merged"]["moved_units"] <= 1
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("policy", ["own", "proxy"])
 def test_a_run_matches_on_as_many_images_as_it_takes(tmp_path, policy):
     changes = {
@@ -588,6 +591,7 @@ def untrained(algorithm: str, **changes):
 EVERY_STEP = {"merge__unit": "steps", "merge__gradient": "before_merge"}
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize(
     ("algorithm", "changes"), [("wa", {}), ("dimat", {"merge__stay": 3.0})]
 )

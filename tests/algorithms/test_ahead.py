@@ -139,6 +139,7 @@ def assert_close(one: PyTree, other: PyTree, atol: float = 1e-5) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), one, other)
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("frame", ["own", "reference", "joint"])
 @pytest.mark.parametrize("name", ["dimat", "wm"])
 def test_a_step_that_waits_moves_with_the_frame_of_its_agent(name, frame):

@@ -118,6 +118,7 @@ def alone(name: str, data: list[Batch], agent: int) -> PyTree:
     return {"params": {"x": x}, "batch_stats": statistics}
 
 
+@pytest.mark.every_nth(3)
 @every(ON_GRAPHS)
 def test_without_neighbours_agents_train_as_each_would_alone(name):
     subject = built(name)
@@ -508,6 +509,7 @@ def test_optimizers_that_are_merged_are_sent():
 # Frames ===============================================================================
 
 
+@pytest.mark.every_nth(3)
 @every(name for name in EVERYONE - RANDOM if "with adam" not in name)
 def test_training_commutes_with_permuting_the_agents_frames(name):
     """This includes momenta: if `aligned` forgot a field, the results would differ.

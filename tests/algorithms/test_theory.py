@@ -142,6 +142,7 @@ def test_a_constant_step_ends_in_its_fixed_point_off_by_the_order_of_the_step(
         assert 0.1 < distance(ends[1]) / distance(ends[0]) < 0.35
 
 
+@pytest.mark.every_nth(3)
 @ON_GRAPHS
 def test_a_decaying_step_ends_at_the_optimum(name, graph):
     case, share, update = BIASED[name]
