@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 
 from dimat_jax._metrics import read_rows
 from dimat_jax._run_options import ROUNDS
+from dimat_jax.algorithms._merge_times import EVERY as MERGE_EVERY
+from dimat_jax.algorithms._merge_times import UNIT as MERGE_UNIT
+from dimat_jax.algorithms._merge_times import begins_with_merge
 from dimat_jax.config import default_config, fields_of, fields_read
 from dimat_jax.errors import UserError
 from dimat_jax.evaluate import EVERY
-from dimat_jax.options import SEED
+from dimat_jax.options import SEED, Option
 from dimat_jax.workdir import FAILURE
 
 __all__ = ["FoundRun", "find_runs"]
@@ -135,18 +138,28 @@ def _state(
         loss = row.get("test_loss_mean", 0)
         if loss > _LARGEST_LOSS:
             return "diverged", f"the mean test loss is {loss:.3g} {where}"
+    if any(row["round"] > 0 and "communicated" not in row for row in rows):
+        return "damaged", "its rows do not say which of them follow a communication"
     twice = [key for key, times in there.items() if times > 1]
     if twice:
         number, phase = min(twice)
         return "damaged", f"it has several rows of round {number}, phase {phase!r}"
     evaluated = {n for n in range(1, n_rounds + 1) if n % every == 0 or n == n_rounds}
-    expected = {(n, phase) for n in evaluated for phase in ("merged", "trained")}
+    merge_every, unit = int(_value(fields, MERGE_EVERY)), _value(fields, MERGE_UNIT)
+    expected = {(n, "trained") for n in evaluated} | {
+        (n, "merged") for n in evaluated if begins_with_merge(merge_every, unit, n)
+    }
     missing = {number for number, _ in expected - there.keys()}
     if not rows or (missing and min(missing) >= reached):
         return "unfinished", _how_far(folder, bool(rows), reached, n_rounds)
     if missing:
         return "damaged", f"it lacks evaluations of round {min(missing)}"
     return "finished", ""
+
+
+def _value(fields: dict[str, str], option: Option) -> str:
+    """The value of an option, as text; its default if the run does not read it."""
+    return fields.get(option.path, str(option.default))
 
 
 def _is_finite(value: Any) -> bool:
