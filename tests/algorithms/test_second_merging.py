@@ -35,13 +35,14 @@ def model(images=None) -> Model:
 def shuffled_copies() -> np.ndarray:
     """Makes agents that are noisy copies of one network, with units in any order.
 
-    The best permutations are then clear. The biases keep all units alive.
+    The best permutations are then clear, but those of some pairs of agents contradict
+    each other: see below. The biases keep all units alive.
     """
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(2)
     parts = [rng.standard_normal(shape) for shape in model().shapes]
     parts[2] = np.ones(UNITS)
     one = np.concatenate([part.ravel() for part in parts])
-    noisy = one + 0.1 * rng.standard_normal((N_AGENTS, len(one)))
+    noisy = one + 0.7 * rng.standard_normal((N_AGENTS, len(one)))
     return np.stack([model().permute(rng.permutation(UNITS), x) for x in noisy])
 
 
@@ -143,3 +144,20 @@ def test_both_implementations_agree(name, scenario):
 def test_every_algorithm_that_aligns_is_compared():
     aligning = {name for name, record in ALGORITHMS.items() if record.aligns}
     assert aligning == {variant.case.name for variant in VARIANTS.values()}
+
+
+@pytest.mark.parametrize("images", [OWN, [SHARED] * N_AGENTS, None])
+def test_permutations_of_pairs_need_not_agree_on_cycles(images):
+    """Otherwise nothing would tell a joint frame from the agents' own frames."""
+    agents = dict(enumerate(shuffled_copies()))
+    graph = np.argwhere(SCENARIOS["full batches"].adjacency[0])
+    pairs = [(i, j) for i, j in graph.tolist()]
+    network = model(images)
+    to_root = network.together(agents, pairs)
+    assert any(
+        (
+            network.best(network.scores(agents, i, j))
+            != to_root[j][to_root[i].argsort()]
+        ).any()
+        for i, j in pairs
+    )
