@@ -13,7 +13,8 @@ from configs.sweeps import algorithms as every_algorithm
 from configs.sweeps import compression, faults, graphs, learning_rates
 from dimat_jax import train
 from dimat_jax._metrics import read_rows
-from dimat_jax.algorithms import ALGORITHMS
+from dimat_jax.algorithms import ALGORITHMS, AlgorithmRecord, Task
+from dimat_jax.algorithms.local import local
 from dimat_jax.config import check
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.errors import UserError
@@ -234,3 +235,46 @@ def test_agents_may_count_by_their_images():
         mean, _ = experiment.task.loss(variables, whole, jax.random.key(1))
         assert float(loss) == pytest.approx(share * float(mean), rel=1e-5)
         assert float(metrics["loss"]) == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_the_learning_rate_may_change_by_rounds(tmp_path):
+    """After the first of two rounds there is nothing left of the rate."""
+    fields = {
+        "optimizer__name": "sgd",
+        "optimizer__learning_rate": 0.1,
+        "optimizer__schedule": "exponential",
+        "optimizer__decay": 1e-9,
+        "optimizer__unit": "rounds",
+        "local_epochs": 0,
+        "local_steps": 3,
+    }
+    train.run(small("local", **fields), tmp_path, lambda line: None)
+    before, first, second = (
+        row["test_loss"] for row in read_rows(tmp_path) if row["phase"] != "merged"
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-6)
+    assert np.abs(np.subtract(before, first)).min() > 1e-4
+
+
+def test_each_phase_has_its_own_clipping(monkeypatch):
+    tasks, build = [], AlgorithmRecord.__call__
+
+    def noted(build):
+        def noting(*args, **kwargs):
+            tasks.extend(arg for arg in args if isinstance(arg, Task))
+            return build(*args, **kwargs)
+
+        return noting
+
+    monkeypatch.setattr("dimat_jax.experiment.local", noted(local))
+    monkeypatch.setattr(AlgorithmRecord, "__call__", noted(build))
+    fields = {"optimizer__clip_norm": 2.0, "pretrain__optimizer__clip_norm": 3.0}
+    Experiment(small("cdsgd", **fields))
+    assert [task.clip_norm for task in tasks] == [3.0, 2.0]
+
+
+def test_pre_training_has_no_rounds_to_count_by():
+    fields = {"pretrain__optimizer__warmup": 2}
+    Experiment(small(**fields, pretrain__optimizer__warmup_unit="epochs"))
+    with pytest.raises(UserError, match="warmup_unit is 'rounds'; allowed: epochs, st"):
+        Experiment(small(**fields, pretrain__optimizer__warmup_unit="rounds"))

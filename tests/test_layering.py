@@ -42,6 +42,7 @@ FLOORS = [
     ["data"],
     ["models"],
     ["matching"],
+    ["_schedules"],
     ["optimizers", "compression"],
     ["algorithms"],
     ["evaluate"],

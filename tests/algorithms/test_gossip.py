@@ -15,12 +15,16 @@ from tests.algorithms.cases import (
     CASES,
     STEPS,
     Case,
+    Layout,
     built,
     case_of,
     links,
+    make,
+    placed,
     trajectory,
 )
 from tests.algorithms.problems import (
+    CONVEX,
     N_AGENTS,
     START,
     convex_variables,
@@ -213,6 +217,40 @@ def test_gradient_tracking_goes_on_where_an_agent_has_no_more_examples():
     tracked = received - np.asarray(old["gradient"]["x"][1])
     np.testing.assert_allclose(new["tracker"]["x"][1], tracked, atol=1e-6)
     assert np.abs(tracked).max() > 0.01
+
+
+def clipped(agent, x):
+    """The gradient of an agent, of length 1 at most."""
+    exact = gradient(agent, x)
+    return exact / max(1, np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (CASES["dsgt"], lambda W: reference.dsgt(clipped, W, START, ALPHA)),
+        (
+            case_of("qgm", momentum=0.8),
+            lambda W: reference.qgm(clipped, W, START, ALPHA, 0.8),
+        ),
+    ],
+)
+def test_gradients_are_clipped_before_an_algorithm_uses_them(case, expected):
+    """Clipping what the optimizer gets would clip trackers and momenta instead."""
+    network, placement = links("ring"), placed(Layout())
+    task = CONVEX._replace(clip_norm=1.0)
+    algorithm = make(case, "convex", placement, ALPHA, task=task)
+    step, batch = jax.jit(algorithm.step), whole_batch(placement)
+    state = algorithm.init(placement.put(convex_variables(START)))
+    path = expected(matrices(network))
+    for number, x in enumerate(path[1:6]):
+        key, now = jax.random.key(number), network.at_step(number, 1, N_AGENTS)
+        state, _ = step(state, batch, now, key)
+        np.testing.assert_allclose(
+            algorithm.variables(state)["params"]["x"], x, rtol=0, atol=1e-5
+        )
+    norms = [np.linalg.norm(gradient(i, START[i])) for i in range(N_AGENTS)]
+    assert max(norms) > 2
 
 
 # Once a round =========================================================================
