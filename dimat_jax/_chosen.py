@@ -8,7 +8,7 @@ import optax
 from dimat_jax._schedules import WARMUP, WARMUP_UNIT, warmed_up
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.config import Config, fields_of, record_of, resolved
-from dimat_jax.mixing import FROM_FILE, MIXING, uniform
+from dimat_jax.mixing import MIXING, WHOLE, uniform
 from dimat_jax.network import FAULTS, Links, faults
 from dimat_jax.optimizers import LEARNING_RATE, OPTIMIZER, SCHEDULE
 from dimat_jax.options import Option, arguments
@@ -55,9 +55,9 @@ def _links(fields: Fields) -> Links:
         return Links(TOPOLOGIES["disconnected"](n_agents), uniform, failing)
     adjacency = build_chosen(TOPOLOGY, fields, n_agents)
     rule = MIXING.entry(fields[MIXING.path])
-    if rule is FROM_FILE:
-        # A matrix from a file is for the whole graph. Unlike a rule, it cannot be
-        # applied anew to the agents that are present.
+    if fields[MIXING.path] in WHOLE:
+        # Unlike a rule, such a matrix cannot be applied anew to the agents that are
+        # present.
         return Links(adjacency, build_chosen(MIXING, fields, adjacency), failing)
     return Links(adjacency, rule, failing)
 

@@ -26,6 +26,7 @@ from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.conditions import no_negative_weights
 from dimat_jax.algorithms.local import local
+from dimat_jax.algorithms.server import SERVER_OPTIMIZER
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.config import (
     Config,
@@ -193,6 +194,7 @@ class Experiment:
             "lossy_edges": lambda: links.edges if links.changes else None,
             "mixing_matrix": lambda: links.mixing_matrix,
             "compressor": lambda: build_chosen(COMPRESSOR, self._fields),
+            "server": lambda: build_chosen(SERVER_OPTIMIZER, self._fields),
             "examples": lambda: sizes if self._small_shards.examples_count else None,
         }
         return {name: facts[name]() for name in self.record.facts}

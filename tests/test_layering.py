@@ -31,6 +31,7 @@ FLOORS = [
     ["_option_facts", "_passing", "_devices"],
     ["placement"],
     ["_slots"],
+    ["_connectivity", "_peer_graphs"],
     ["topology"],
     ["_spectrum", "_fastest_mixing"],
     ["mixing"],

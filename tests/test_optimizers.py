@@ -196,6 +196,7 @@ def test_warm_up_reaches_the_rate_of_the_schedule_in_equal_parts(unit, size):
 
 def test_without_warm_up_a_schedule_stays_what_it_is():
     assert warmed_up(RATE, steps_per_epoch=4) == RATE
+    wrong: Any
     for wrong in ({"warmup": -1}, {"warmup": 1, "warmup_unit": "years"}):
         with pytest.raises(OptionError, match="warmup"):
             warmed_up(RATE, steps_per_epoch=4, **wrong)

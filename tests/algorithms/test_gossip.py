@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dimat_jax.algorithms import MergeData
 from dimat_jax.algorithms.cga import project
+from dimat_jax.algorithms.server import SERVER_OPTIMIZERS
 from dimat_jax.mixing import uniform
 from dimat_jax.network import Absence, Faults, Links
 from tests.algorithms.cases import (
@@ -199,6 +200,19 @@ def test_choco_without_compression_is_adapt_then_combine():
     assert_runs_as(expected, case, links("ring"))
 
 
+@pytest.mark.parametrize("graph", ["path", "star", "binary_tree"])
+@pytest.mark.parametrize("faults", [Faults(), LOSSY])
+def test_relaysgd_is_its_papers(graph, faults):
+    network = links(graph, "uniform", faults)
+    edges = [
+        np.argwhere(network.at_step(t, 1, N_AGENTS).active_edges.T).tolist()
+        for t in range(N_STEPS)
+    ]
+    assert CASES["relaysgd"].accepts(network)
+    expected = reference.relaysgd(gradient, edges, START, ALPHA)
+    assert_runs_as(expected, CASES["relaysgd"], network)
+
+
 def test_gradient_tracking_goes_on_where_an_agent_has_no_more_examples():
     subject = built("dsgt")
     batch, slots = whole_batch(subject.placement), subject.placement.slots
@@ -256,12 +270,60 @@ def test_gradients_are_clipped_before_an_algorithm_uses_them(case, expected):
 # Once a round =========================================================================
 
 
+# Nobody who has trained from the server's model is there in the third round.
+ALONE = Faults(absences=(Absence(0, 2, 3), *(Absence(i, 3, 4) for i in range(1, 5))))
+AT_SERVER = pytest.mark.parametrize("faults", [Faults(), AWAY, ALONE])
+
+
+def at_server(faults: Faults) -> tuple[Links, list[np.ndarray]]:
+    """Returns agents without a graph, and who is present in each round."""
+    network = links("disconnected", faults=faults)
+    return network, [network.present(n) for n in range(1, 1 + N_STEPS // STEPS)]
+
+
+@AT_SERVER
 @pytest.mark.parametrize("examples", [(), (1, 2, 3, 4, 10)])
-def test_fedavg_is_its_papers_whatever_the_graph(examples):
-    case = Case("fedavg", examples=examples)
+def test_fedavg_is_its_papers_whatever_the_graph(examples, faults):
+    network, present = at_server(faults)
     shares = examples or np.ones(N_AGENTS)
-    expected = reference.fedavg(gradient, shares, START, ALPHA, STEPS, 3)
-    assert_runs_as(expected, case, links("disconnected"))
+    expected = reference.fedavg(gradient, shares, START, ALPHA, STEPS, present)
+    assert_runs_as(expected, Case("fedavg", examples=examples), network)
+
+
+@AT_SERVER
+def test_fedprox_is_its_papers(faults):
+    network, present = at_server(faults)
+    expected = reference.fedprox(gradient, START, ALPHA, 2.0, STEPS, present)
+    assert_runs_as(expected, case_of("fedprox", proximal=2.0), network)
+
+
+@AT_SERVER
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_scaffold_is_its_papers(eta, faults):
+    network, present = at_server(faults)
+    expected = reference.scaffold(gradient, START, ALPHA, eta or 1, STEPS, present)
+    assert_runs_as(expected, case_of("scaffold", learning_rate=eta), network)
+
+
+SERVERS = {
+    "momentum": lambda: reference.server_momentum(1.0, 0.9),
+    **{
+        name: lambda name=name: reference.adaptive_server(name, 0.01, 0.9, 0.99, 1e-3)
+        for name in ("adagrad", "adam", "yogi")
+    },
+}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_servers_optimizers_are_their_papers(name):
+    network, present = at_server(AWAY)
+    assert {"average", *SERVERS} == SERVER_OPTIMIZERS.keys()
+    expected = reference.fedopt(
+        gradient, None, START, ALPHA, STEPS, present, SERVERS[name]()
+    )
+    assert_runs_as(expected, Case("fedavg", server=name), network)
+    plain = reference.fedavg(gradient, None, START, ALPHA, STEPS, present)
+    assert np.abs(plain[-1] - expected[-1]).max() > 0.01
 
 
 def test_fedavg_weighs_those_who_are_there():

@@ -177,6 +177,27 @@ def test_gradient_tracking_and_d2_reach_the_optimum_with_a_constant_step(name, n
     assert error(x) < 1e-5 and consensus_distance(x) < 1e-5
 
 
+def test_control_variates_reach_the_optimum_with_a_constant_step():
+    network = links("disconnected")
+    biased = trajectory(CASES["fedavg"], network, 800, 0.1)[-1]
+    assert error(biased) > 0.05 and consensus_distance(biased) > 0.05
+    x = trajectory(CASES["scaffold"], network, 800, 0.1)[-1]
+    assert error(x) < 1e-5 and consensus_distance(x) < 1e-5
+
+
+@pytest.mark.parametrize("graph", ["path", "star", "binary_tree"])
+def test_relayed_models_reach_the_optimum_with_a_constant_step(graph):
+    x = trajectory(CASES["relaysgd"], links(graph), 800, 0.1)[-1]
+    assert error(x) < 1e-5 and consensus_distance(x) < 1e-5
+
+
+def test_without_gradients_agents_that_relay_the_same_model_keep_it():
+    """This holds at every step, however few models have arrived."""
+    start = np.tile(START[0], (N_AGENTS, 1))
+    path = trajectory(CASES["relaysgd"], links("path"), 8, 0.0, start=start)
+    np.testing.assert_allclose(path, np.broadcast_to(start, path.shape), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dsgt", "d2"])
 def test_gradient_tracking_and_d2_forget_rounding(name):
     # If rounding in float32 moved the mean with every step, the error would be 0.1.

@@ -189,6 +189,25 @@ def choco_by_edge(gradient, W, x, alpha, gamma, compress):
     return path
 
 
+def relaysgd(gradient, edges, x, alpha):
+    """Vogels et al. 2021, Algorithm 1. `edges[t]` are the pairs (i, j) of step t.
+
+    A message from i to j that does not arrive is 0, and contains 0 models.
+    """
+    path, agents = [x], range(len(x))
+    m, c = np.zeros((len(x), len(x), x.shape[1])), np.zeros((len(x), len(x)))
+    for links in edges:
+        half = path[-1] - alpha * gradients(gradient, path[-1])
+        new_m, new_c = np.zeros_like(m), np.zeros_like(c)
+        for i, j in links:
+            others = [k for k in agents if k != j]
+            new_m[i, j] = half[i] + sum(m[k, i] for k in others)
+            new_c[i, j] = 1 + sum(c[k, i] for k in others)
+        m, c = new_m, new_c
+        path.append((half + m.sum(axis=0)) / (1 + c.sum(axis=0))[:, None])
+    return path
+
+
 # Once a round =========================================================================
 
 
@@ -203,17 +222,106 @@ def by_rounds(communicate, gradient, x, alpha, steps, n_rounds):
     return path
 
 
-def fedavg(gradient, examples, x, alpha, steps, n_rounds):
-    """McMahan et al. 2017, Algorithm 1, with all agents present."""
-    shares = np.asarray(examples) / np.sum(examples)
-    return by_rounds(
-        lambda number, x: np.tile(shares @ x, (len(x), 1)),
-        gradient,
+def with_server(step, train, x, steps, present, count=None):
+    """Rounds with a server, whose model is z.
+
+    Args:
+        step: `step(z, changes, shares)` returns the server's next model; row k of
+            `changes` is how agent k's model differs from z.
+        train: `train(x, z)` is a local step of all agents.
+        steps: the number of local steps in a round.
+        present: `present[r]` marks the agents that take part in round r.
+        count: the number of each agent's examples; None if all count the same.
+    """
+    path, z, first = [x], x[0], True
+    count = np.ones(len(x)) if count is None else np.asarray(count, float)
+    fresh = np.ones(len(x), bool)  # has trained from z
+    for here in present:
+        heard = here & fresh
+        if heard.any():
+            shares = heard * count / (heard * count).sum()
+            z, first = shares @ x if first else step(z, x - z, shares), False
+        x, fresh = np.where(here[:, None], z, x), here
+        for _ in range(steps):
+            x = np.where(here[:, None], train(x, z), x)
+            path.append(x)
+    return path
+
+
+def fedavg(gradient, examples, x, alpha, steps, present):
+    """McMahan et al. 2017, Algorithm 1, among the agents that are present."""
+    return fedopt(gradient, examples, x, alpha, steps, present, lambda change: change)
+
+
+def fedprox(gradient, x, alpha, mu, steps, present):
+    """Li et al. 2020, Algorithm 2, with gradient steps as the inexact solver."""
+    return with_server(
+        lambda z, changes, shares: z + shares @ changes,
+        lambda x, z: x - alpha * (gradients(gradient, x) + mu * (x - z)),
         x,
-        alpha,
         steps,
-        n_rounds,
+        present,
     )
+
+
+def fedopt(gradient, examples, x, alpha, steps, present, server):
+    """Reddi et al. 2021, Algorithm 1; `server(change)` is the server's step."""
+    return with_server(
+        lambda z, changes, shares: z + server(shares @ changes),
+        lambda x, z: x - alpha * gradients(gradient, x),
+        x,
+        steps,
+        present,
+        examples,
+    )
+
+
+def server_momentum(eta, beta):
+    """FedAvgM, Hsu et al. 2019."""
+    v = 0.0
+
+    def step(change):
+        nonlocal v
+        v = beta * v + change
+        return eta * v
+
+    return step
+
+
+def adaptive_server(name, eta, beta1, beta2, tau):
+    """Reddi et al. 2021, Algorithm 2, with v_{-1} = tau^2."""
+    m, v = 0.0, tau**2
+
+    def step(change):
+        nonlocal m, v
+        m = beta1 * m + (1 - beta1) * change
+        if name == "adagrad":
+            v = v + change**2
+        elif name == "yogi":
+            v = v - (1 - beta2) * change**2 * np.sign(v - change**2)
+        else:
+            v = beta2 * v + (1 - beta2) * change**2
+        return eta * m / (np.sqrt(v) + tau)
+
+    return step
+
+
+def scaffold(gradient, x, alpha, eta, steps, present):
+    """Karimireddy et al. 2020, Algorithm 1, with option II."""
+    c, control = np.zeros(x.shape[1]), np.zeros_like(x)
+
+    def step(z, changes, shares):
+        nonlocal c, control
+        heard = (shares > 0)[:, None]
+        new = control - c + -changes / (steps * alpha)
+        new = np.where(heard, new, control)
+        c, control = c + (new - control).sum(axis=0) / len(x), new
+        return z + eta * shares @ changes
+
+    def train(x, z):
+        return x - alpha * (gradients(gradient, x) - control + c)
+
+    return with_server(step, train, x, steps, present)
 
 
 def weight_averaging(gradient, W, x, alpha, steps):
