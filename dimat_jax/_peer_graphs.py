@@ -21,7 +21,7 @@ PEERS = Option(
 )
 PERIOD = Option(
     "graph.period",
-    64,
+    16,
     "The number of times for which random peers are drawn. Then the same peers come "
     "again, in the same order.",
     at_least=1,

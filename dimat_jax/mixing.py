@@ -181,14 +181,13 @@ def from_file(adjacency: Adjacency | Schedule, *, file: str) -> MixingMatrix:
     return check_mixing_matrix(matrix, adjacency)
 
 
-def finite_time(adjacency: Schedule, *, peers: int = PEERS.default) -> MixingMatrix:
+def finite_time(adjacency: Schedule | Adjacency, *, peers: int) -> MixingMatrix:
     """The weights with which base_k_plus_1 graphs reach exact consensus in a period.
 
     They are float64, symmetric and doubly stochastic (Takezawa et al. 2023).
 
     Raises:
-        OptionError: `peers` is below 1.
-        MixingError: the graph is not base_k_plus_1 with as many peers.
+        OptionError, MixingError: `peers` is below 1, or is not the graph's.
     """
     PEERS.check(peers)
     matrix = finite_time_weights(adjacency.shape[-1], peers)

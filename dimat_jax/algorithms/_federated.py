@@ -120,7 +120,7 @@ def turn_of(
     any_heard = heard.any()
     shares = jnp.where(heard, counts, 0)
     shares = shares / jnp.maximum(shares.sum(), jnp.finfo(shares.dtype).tiny)
-    shares = jnp.where(any_heard, shares, slots == holder)
+    shares = jnp.where(any_heard, shares, (slots == holder).astype(shares.dtype))
     return Turn(
         heard,
         any_heard,

@@ -15,7 +15,7 @@ weighted mean. A message that does not arrive counts as 0, with c = 0: the avera
 then of fewer models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -72,7 +72,7 @@ def relaysgd(
     """
     exchange = Exchange.over(adjacency, placement.slots)
     columns = range(exchange.neighbours.shape[1])
-    local_algorithm = local(task, tx, placement)
+    local_algorithm, relay = local(task, tx, placement), _relay(exchange, placement)
 
     def restarted(local_state: LocalState) -> RelayState:
         nothing = jax.tree.map(jnp.zeros_like, local_state.variables)
@@ -84,21 +84,8 @@ def relaysgd(
         (own, opt_state), metrics = local_algorithm.step(
             state.local, batch, network, key
         )
-        total, count = _sum(own, state.received), 1 + state.counts.sum(axis=1)
-        # What a neighbour has sent itself does not go back to it.
-        relayed = [_map(jnp.subtract, total, m) for m in state.received]
-        counts = count[:, None] - state.counts
-        arrives = exchange.active(network.active_edges)
-        received = [
-            _only(arrives[:, k], exchange.answers(relayed, k, placement))
-            for k in columns
-        ]
-        counts = jnp.where(arrives, counts[exchange.neighbours, exchange.place], 0)
-        count = 1 + counts.sum(axis=1)
-        average = placement.per_agent(
-            lambda total, n: _map(lambda x: (x / n).astype(x.dtype), total)
-        )
-        variables = average(_sum(own, received), count)
+        active = exchange.active(network.active_edges)
+        variables, received, counts = relay(own, state.received, state.counts, active)
         return RelayState(LocalState(variables, opt_state), received, counts), metrics
 
     @placement.per_agent
@@ -121,11 +108,38 @@ def relaysgd(
             received=permuted(state, perms),
         ),
         messages=lambda state: Messages(
-            step=one_agent(
-                {**state.local.variables, "relay_count": state.counts[:, :1]}
-            )
+            step={
+                **one_agent(state.local.variables),
+                "relay_count": jax.ShapeDtypeStruct((), state.counts.dtype),
+            }
         ),
     )
+
+
+def _relay(exchange: Exchange, placement: Placement) -> Callable[..., tuple]:
+    """Makes the function by which agents relay models and average them.
+
+    `relay(own, received, counts, active) -> (average, received, counts)` takes the
+    agents' variables, the messages of the last step, the numbers of models in them, and
+    which messages arrive now, bool `[agents, most]`.
+    """
+    average = placement.per_agent(
+        lambda total, n: _map(lambda x: x / n.astype(x.dtype), total)
+    )
+
+    def relay(own, received, counts, active):
+        total, count = _sum(own, received), 1 + counts.sum(axis=1)
+        # What a neighbour has sent itself does not go back to it.
+        relayed = [_map(jnp.subtract, total, message) for message in received]
+        counts = count[:, None] - counts
+        received = [
+            _only(active[:, k], exchange.answers(relayed, k, placement))
+            for k in range(len(relayed))
+        ]
+        counts = jnp.where(active, counts[exchange.neighbours, exchange.place], 0)
+        return average(_sum(own, received), 1 + counts.sum(axis=1)), received, counts
+
+    return relay
 
 
 def _map(fn, tree: PyTree, *rest: PyTree) -> PyTree:

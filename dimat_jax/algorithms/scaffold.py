@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Bool, Float
 
 from dimat_jax.algorithms._federated import (
     Averages,
@@ -92,26 +93,7 @@ def scaffold(
         return placement.per_agent(train)(state, batch, placement.keys(key))
 
     def meet(state: MemoryState, present):
-        heard = turn_of(state.marks["turn"], present, counts).heard
-        counted = state.marks["counted"]
-        W = jnp.where(present[:, None], counts / counts.sum(), jnp.eye(len(heard)))
-
-        @placement.per_agent
-        def controls(heard, counted, control, total):
-            known = heard & (counted > 0)
-            mean = jax.tree.map(lambda g: g / jnp.where(known, counted, 1), total)
-            return jax.tree.map(lambda m, c: jnp.where(known, m, c), mean, control)
-
-        memory = state.memory
-        control = controls(heard, counted, memory["control"], memory["gradients"])
-        memory = {
-            **memory,
-            "control": control,
-            "server_control": mix(W, control, placement),
-            "gradients": jax.tree.map(jnp.zeros_like, control),
-        }
-        marks = {**state.marks, "counted": jnp.zeros_like(counted)}
-        return averages(state._replace(memory=memory, marks=marks), present)
+        return averages(_exchanged(state, present, counts, placement), present)
 
     communicating = jax.jit(meet, out_shardings=placement.sharding)
 
@@ -133,6 +115,41 @@ def scaffold(
         ),
     )
     return corrected._replace(communicate=communicate)
+
+
+def _exchanged(
+    state: MemoryState,
+    present: Bool[Array, " slots"],
+    counts: Float[Array, " slots"],
+    placement: Placement,
+) -> MemoryState:
+    """Returns the states with new control variates, and with no gradients counted.
+
+    Args:
+        state: the agents' states before the server averages their models.
+        present: the present agents.
+        counts: what each agent counts; 0 for slots that only fill up devices.
+        placement: the devices on which the agents live.
+    """
+    heard = turn_of(state.marks["turn"], present, counts).heard
+    counted, memory = state.marks["counted"], state.memory
+
+    @placement.per_agent
+    def controls(heard, counted, control, total):
+        known = heard & (counted > 0)
+        mean = jax.tree.map(lambda g: g / jnp.where(known, counted, 1), total)
+        return jax.tree.map(lambda m, c: jnp.where(known, m, c), mean, control)
+
+    control = controls(heard, counted, memory["control"], memory["gradients"])
+    W = jnp.where(present[:, None], counts / counts.sum(), jnp.eye(len(present)))
+    memory = {
+        **memory,
+        "control": control,
+        "server_control": mix(W, control, placement),
+        "gradients": jax.tree.map(jnp.zeros_like, control),
+    }
+    marks = {**state.marks, "counted": jnp.zeros_like(counted)}
+    return state._replace(memory=memory, marks=marks)
 
 
 RECORD = AlgorithmRecord(

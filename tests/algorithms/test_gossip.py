@@ -349,6 +349,16 @@ def test_where_nothing_permutes_merging_is_a_weighted_average(name, graph):
     assert_runs_as(expected, Case(name, "sgd"), network)
 
 
+def test_averaging_with_random_peers_is_epidemic_learning():
+    """de Vos et al. 2023: a receiver averages its own model and all that arrive."""
+    network = links("random_peers", "row_stochastic", peers=2, seed=3)
+    sent = network.adjacency[:3] | np.eye(N_AGENTS, dtype=bool)
+    assert (sent.sum(axis=1) == 3).all() and len(set(sent.sum(axis=2).ravel())) > 2
+    W = list(sent / sent.sum(axis=2, keepdims=True))
+    expected = reference.weight_averaging(gradient, W, START, ALPHA, STEPS)
+    assert_runs_as(expected, Case("wa", "sgd"), network)
+
+
 def test_merging_takes_the_mean_of_what_arrives_where_columns_sum_to_one():
     network = links("path", "column_stochastic")
     W = np.asarray(network.at_round(1, N_AGENTS).W, np.float64)

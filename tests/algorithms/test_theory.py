@@ -13,9 +13,9 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from dimat_jax.mixing import column_stochastic, row_stochastic
+from dimat_jax.mixing import column_stochastic, finite_time, row_stochastic
 from dimat_jax.network import Absence, Faults, Links
-from dimat_jax.topology import from_graph
+from dimat_jax.topology import base_k_plus_1, from_graph
 from tests.algorithms.cases import CASES, STEPS, Case, case_of, links, trajectory
 from tests.algorithms.problems import (
     DIM,
@@ -220,6 +220,16 @@ def test_among_those_who_are_there_all_are_heard_in_the_long_run(name):
     # Absent agents have not received the latest messages, so they may lag behind.
     present = network.present(N_STEPS // STEPS)
     assert error(path[-1][present]) < 0.1
+
+
+def test_gossip_over_a_base_graph_agrees_exactly_after_one_period():
+    graph = base_k_plus_1(N_AGENTS)
+    network = Links(graph, finite_time(graph))
+    assert CASES["cdsgd"].accepts(network)
+    path = trajectory(CASES["cdsgd"], network, 2 * STEPS, 0.0)
+    assert consensus_distance(path[len(graph) - 1]) > 0.1
+    mean = np.tile(START.mean(axis=0), (N_AGENTS, 1))
+    np.testing.assert_allclose(path[len(graph)], mean, rtol=0, atol=1e-6)
 
 
 # Push-sum =============================================================================
