@@ -121,7 +121,7 @@ CASES: dict[str, Case] = {
         if found.other_optimizers and found.optimizer != "adam"
     },
     "cdsgd, adapt then combine": case_of("cdsgd", order="adapt_then_combine"),
-    "fedavg, adam": Case("fedavg", server="adam"),
+    "fedavg, adagrad": Case("fedavg", server="adagrad"),
     "choco, top_k": Case("choco", compressor="top_k"),
     "choco, reliable": Case("choco", compressor="top_k", changing=False),
     "dimat over cdsgd": Case("dimat", inner="cdsgd"),

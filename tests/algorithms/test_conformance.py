@@ -134,7 +134,9 @@ def test_without_neighbours_agents_train_as_each_would_alone(name):
 
 # FedProx draws an agent to its own past, and an adaptive server shortens its steps.
 @every(
-    name for name in EVERYONE - {"fedprox", "fedavg, adam"} if "with adam" not in name
+    name
+    for name in EVERYONE - {"fedprox", "fedavg, adagrad"}
+    if "with adam" not in name
 )
 def test_one_agent_trains_alone(name):
     subject = built(name, layout=Layout(n_agents=1))
@@ -169,8 +171,7 @@ def drawing_the_same(name: str) -> Built:
     [
         (name, topology)
         for name in sorted(EVERYONE)
-        for topology in ("ring", "fully_connected", "one_peer_exponential", "path")
-        if (topology == "path") == (CASES[name].per_step == "relaysgd")
+        for topology in ("ring", "fully_connected", "one_peer_exponential")
         if CASES[name].accepts(links(topology))
     ],
 )
@@ -272,7 +273,7 @@ def test_push_sum_preserves_the_weighted_mean_on_any_graph(name, topology):
     np.testing.assert_allclose(w.sum(), N_AGENTS, rtol=1e-6)
     np.testing.assert_allclose(w @ z, VARIABLES["params"]["x"].sum(axis=0), atol=5e-6)
     irregular = {"path", "star", "binary_tree", "bipartite", "file", "erdos_renyi"}
-    irregular = topology in irregular | {"base_k_plus_1", "random_peers"}
+    irregular = topology in {*irregular, "random_peers"}
     assert (np.abs(w - 1).max() > 0.1) == irregular
 
 
@@ -548,6 +549,10 @@ def test_training_commutes_with_permuting_the_agents_frames(name):
     first, *others = problem.batches(placement, 3)
     state = algorithm.init(placement.put(problem.variables(N_AGENTS)))
     state, _ = subject.step(state, first, network, KEY)
+    # All agents have one frame yet, so that a server can fill its memories.
+    for _ in range(2 * CASES[name].served):
+        state, _ = algorithm.communicate(state, MergeData(), network, KEY)
+        state, _ = subject.step(state, first, network, KEY)
     ways = []
     for before in (True, False):
         way = subject.aligned(state, perms) if before else state

@@ -46,6 +46,7 @@ def cases():
     for name, algorithm in ALGORITHMS.items():
         for batching in [layout for layout in LAYOUTS if layout != "unroll"]:
             quick = batching == "chunks" or name in ("cdsgd", "wm")
+            quick &= name != "fedprox"  # It has the programs of fedavg.
             marks = () if quick else pytest.mark.slow
             if not algorithm.single:
                 yield pytest.param(name, batching, marks=marks, id=f"{name}-{batching}")
