@@ -46,12 +46,12 @@ def cases():
     for name, algorithm in ALGORITHMS.items():
         for batching in [layout for layout in LAYOUTS if layout != "unroll"]:
             quick = batching == "chunks" or name in ("cdsgd", "wm")
-            quick &= name != "fedprox"  # It has the programs of fedavg.
             marks = () if quick else pytest.mark.slow
             if not algorithm.single:
                 yield pytest.param(name, batching, marks=marks, id=f"{name}-{batching}")
 
 
+@pytest.mark.every_nth(5)
 @pytest.mark.parametrize(("name", "batching"), list(cases()))
 def test_every_algorithm_computes_the_same_in_every_layout(name, batching):
     expected = trained(name, "unroll")

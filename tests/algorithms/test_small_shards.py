@@ -6,7 +6,6 @@ every agent counts the same, and to the mean of all labels if every image does.
 """
 
 import functools
-from itertools import product
 from typing import NamedTuple
 
 import jax
@@ -159,22 +158,15 @@ def run(
 
 every_batch_size = pytest.mark.parametrize("batch_size", BATCH_SIZES)
 all_agents = pytest.mark.parametrize("agents", SHARDS)
-# Most runs of these algorithms are left to the slow tests.
-SELDOM = {"fedprox", "scaffold", "relaysgd"}
 # Agents alone do not agree, CGA stops where agents disagree, and the agents' moments
 # weigh them in DAdam: see the tests below.
 AGREEING = sorted(ALGORITHMS.keys() - {"local", "cga", "compcga", "cdadam"})
 
 
-def agreeing():
-    """Yields algorithms, agents and batch sizes."""
-    for name, agents, batch_size in product(AGREEING, SHARDS, BATCH_SIZES):
-        quick = name not in SELDOM or (agents, batch_size) == ("three on a path", 30)
-        marks = () if quick else pytest.mark.slow
-        yield pytest.param(name, agents, batch_size, marks=marks)
-
-
-@pytest.mark.parametrize(("name", "agents", "batch_size"), list(agreeing()))
+@pytest.mark.every_nth(7)
+@every_batch_size
+@all_agents
+@pytest.mark.parametrize("name", AGREEING)
 def test_if_small_shards_repeat_every_agent_counts_the_same(name, agents, batch_size):
     found = SHARDS[agents]
     weights = found.sizes if name == "centralized" else np.ones(len(found.sizes))
@@ -184,7 +176,10 @@ def test_if_small_shards_repeat_every_agent_counts_the_same(name, agents, batch_
     assert x == pytest.approx(found.optimum(weights), abs=tolerance)
 
 
-@pytest.mark.parametrize(("name", "agents", "batch_size"), list(agreeing()))
+@pytest.mark.every_nth(7)
+@every_batch_size
+@all_agents
+@pytest.mark.parametrize("name", AGREEING)
 def test_if_small_shards_idle_every_image_counts_the_same(name, agents, batch_size):
     found = SHARDS[agents]
     # FedAvg's server weighs the agents by their images once more, as its paper says.
@@ -224,6 +219,7 @@ def test_if_small_shards_repeat_adaptive_and_cross_gradients_are_their_papers(
     np.testing.assert_allclose(x, np.stack(expected)[1:, :, 0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.every_nth(3)
 @every_batch_size
 @pytest.mark.parametrize("small_shards", ["repeat", "idle"])
 @pytest.mark.parametrize("name", ["cga", "compcga", "cdadam"])
