@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import quickstart
 from configs.sweeps import algorithms as every_algorithm
 from configs.sweeps import compression, faults, graphs, learning_rates
 from dimat_jax import train
+from dimat_jax._chosen import build_optimizer
 from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHMS, AlgorithmRecord, Task
 from dimat_jax.algorithms.local import local
@@ -175,9 +177,10 @@ def test_a_sweeps_runs_can_be_run(sweep):
 def test_the_sweep_over_all_algorithms_leaves_none_out():
     runs = every_algorithm.get_runs()
     # There is one run with all data, one for each of two partitions without a graph,
-    # and one for each of the four combinations.
+    # and one for each of the four combinations, on trees too.
     without = {"local", "fedavg", "fedprox", "scaffold"}
-    graphs = set(every_algorithm.LINES) - {"centralized", *without}
+    graphs = {*every_algorithm.LINES, *every_algorithm.ON_TREES}
+    graphs -= {"centralized", *without}
     assert len(runs) == 1 + 2 * len(without) + 4 * len(graphs)
     assert {config.algorithm for config in runs.values()} == ALGORITHMS.keys()
 
@@ -238,23 +241,35 @@ def test_agents_may_count_by_their_images():
         assert float(metrics["loss"]) == pytest.approx(float(mean), rel=1e-5)
 
 
-def test_the_learning_rate_may_change_by_rounds(tmp_path):
-    """After the first of two rounds there is nothing left of the rate."""
+def test_the_learning_rate_may_change_by_rounds_and_warm_up(monkeypatch):
+    optimizers = []
+
+    def noting(fields, **steps):
+        optimizers.append((build_optimizer(fields, **steps), steps))
+        return optimizers[-1][0]
+
+    monkeypatch.setattr("dimat_jax.experiment.build_optimizer", noting)
     fields = {
         "optimizer__name": "sgd",
         "optimizer__learning_rate": 0.1,
         "optimizer__schedule": "exponential",
-        "optimizer__decay": 1e-9,
+        "optimizer__decay": 0.5,
         "optimizer__unit": "rounds",
+        "optimizer__warmup": 2,
         "local_epochs": 0,
         "local_steps": 3,
     }
-    train.run(small("local", **fields), tmp_path, lambda line: None)
-    before, first, second = (
-        row["test_loss"] for row in read_rows(tmp_path) if row["phase"] != "merged"
-    )
-    np.testing.assert_allclose(first, second, rtol=1e-6)
-    assert np.abs(np.subtract(before, first)).min() > 1e-4
+    experiment = Experiment(small("local", **fields))
+    (_, alone), (tx, steps) = optimizers
+    epoch = experiment.pretrain_sampler.steps_per_epoch
+    assert alone == {"steps_per_epoch": epoch, "total_steps": epoch}
+    assert (steps["steps_per_round"], steps["total_steps"]) == (3, 6)
+    params = {"x": jnp.zeros(1)}
+    state, rates = tx.init(params), []
+    for _ in range(6):
+        updates, state = tx.update({"x": jnp.ones(1)}, state, params)
+        rates.append(-float(optax.tree.sum(updates)))
+    np.testing.assert_allclose(rates, [0.05, 0.1, 0.1, 0.05, 0.05, 0.05], rtol=1e-6)
 
 
 def test_each_phase_has_its_own_clipping(monkeypatch):
