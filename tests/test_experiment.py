@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from configs import quickstart
@@ -268,7 +267,7 @@ def test_the_learning_rate_may_change_by_rounds_and_warm_up(monkeypatch):
     state, rates = tx.init(params), []
     for _ in range(6):
         updates, state = tx.update({"x": jnp.ones(1)}, state, params)
-        rates.append(-float(optax.tree.sum(updates)))
+        rates.append(-float(jnp.ravel(jax.tree.leaves(updates)[0])[0]))
     np.testing.assert_allclose(rates, [0.05, 0.1, 0.1, 0.05, 0.05, 0.05], rtol=1e-6)
 
 

@@ -225,7 +225,7 @@ def test_among_those_who_are_there_all_are_heard_in_the_long_run(name):
 
 def test_gossip_over_a_base_graph_agrees_exactly_after_one_period():
     graph = base_k_plus_1(N_AGENTS)
-    network = Links(graph, finite_time(graph))
+    network = Links(graph, finite_time(graph, peers=1))
     assert CASES["cdsgd"].accepts(network)
     path = trajectory(CASES["cdsgd"], network, 2 * STEPS, 0.0)
     assert consensus_distance(path[len(graph) - 1]) > 0.1
