@@ -15,8 +15,8 @@ from dimat_jax.config import default_config, drop_unread
 # others take Adam, at its own rate.
 LEARNING_RATES = {
     "fedavg": 0.3,
-    "fedprox": 0.3,
-    "scaffold": 0.3,
+    "fedprox": 0.1,
+    "scaffold": 0.1,
     "cdsgd": 0.3,
     "cdmsgd": 0.3,
     "cdadam": 0.01,
