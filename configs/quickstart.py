@@ -15,6 +15,8 @@ from dimat_jax.config import default_config, drop_unread
 # others take Adam, at its own rate.
 LEARNING_RATES = {
     "fedavg": 0.3,
+    "fedprox": 0.1,
+    "scaffold": 0.1,
     "cdsgd": 0.3,
     "cdmsgd": 0.3,
     "cdadam": 0.01,
@@ -25,6 +27,7 @@ LEARNING_RATES = {
     "cga": 0.3,
     "compcga": 0.1,
     "choco": 0.3,
+    "relaysgd": 0.3,
 }
 
 
@@ -37,6 +40,8 @@ def get_config(algorithm: str = "dimat"):
     config.batch_size = 32
     config.data.name = "digits"
     config.model.name = "mlp"
+    if config.algorithm == "relaysgd":
+        config.topology = "path"  # It relays models along a tree.
     config.optimizer.learning_rate = LEARNING_RATES.get(config.algorithm, 0.0)
     config.pretrain.epochs = 30
     config.pretrain.batch_size = 32

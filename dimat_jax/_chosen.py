@@ -1,17 +1,27 @@
-"""What a config chooses by name, built: the network, and entries of registries."""
+"""What a config chooses by name, built: the network, optimizers, other entries."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import optax
+
+from dimat_jax._schedules import WARMUP, WARMUP_UNIT, warmed_up
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.config import Config, fields_of, record_of, resolved
-from dimat_jax.mixing import FROM_FILE, MIXING, uniform
+from dimat_jax.mixing import MIXING, WHOLE, uniform
 from dimat_jax.network import FAULTS, Links, faults
+from dimat_jax.optimizers import LEARNING_RATE, OPTIMIZER, SCHEDULE
 from dimat_jax.options import Option, arguments
 from dimat_jax.placement import AGENTS
 from dimat_jax.topology import TOPOLOGIES, TOPOLOGY
 
-__all__ = ["Fields", "build_chosen", "check_network", "number_of_agents"]
+__all__ = [
+    "Fields",
+    "build_chosen",
+    "build_optimizer",
+    "check_network",
+    "number_of_agents",
+]
 
 Fields = Mapping[str, Any]
 """The values of a config's fields, by dotted path; empty ones are resolved."""
@@ -45,9 +55,9 @@ def _links(fields: Fields) -> Links:
         return Links(TOPOLOGIES["disconnected"](n_agents), uniform, failing)
     adjacency = build_chosen(TOPOLOGY, fields, n_agents)
     rule = MIXING.entry(fields[MIXING.path])
-    if rule is FROM_FILE:
-        # A matrix from a file is for the whole graph. Unlike a rule, it cannot be
-        # applied anew to the agents that are present.
+    if fields[MIXING.path] in WHOLE:
+        # Unlike a rule, such a matrix cannot be applied anew to the agents that are
+        # present.
         return Links(adjacency, build_chosen(MIXING, fields, adjacency), failing)
     return Links(adjacency, rule, failing)
 
@@ -56,3 +66,25 @@ def build_chosen(choice: Option, fields: Fields, *args: Any, **kwargs: Any) -> A
     """Builds the entry of a registry that an option chooses, with its own options."""
     record = choice.entry(fields[choice.path])
     return record(*args, **kwargs, **arguments(record, fields))
+
+
+def build_optimizer(
+    fields: Fields,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    steps_per_round: int = 0,
+) -> optax.GradientTransformation:
+    """Builds the local optimizer of a phase, with its learning-rate schedule.
+
+    Args:
+        fields: the fields of the section "optimizer", without the section of the phase.
+        total_steps: the number of steps of the phase.
+        steps_per_epoch: the number of steps in an epoch.
+        steps_per_round: the number of steps in a round; 0 if there are no rounds.
+    """
+    parts = {"steps_per_epoch": steps_per_epoch, "steps_per_round": steps_per_round}
+    rate = fields[LEARNING_RATE.path]
+    schedule = build_chosen(SCHEDULE, fields, rate, total_steps=total_steps, **parts)
+    rising = {option.keyword: fields[option.path] for option in (WARMUP, WARMUP_UNIT)}
+    return build_chosen(OPTIMIZER, fields, warmed_up(schedule, **parts, **rising))

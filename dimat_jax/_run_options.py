@@ -1,9 +1,11 @@
 """The options that say how long a run trains, alone and in rounds."""
 
 import dataclasses
+from collections.abc import Mapping
 
+from dimat_jax._schedules import WARMUP
 from dimat_jax.data.partition import PRETRAIN_PARTITION
-from dimat_jax.optimizers import LEARNING_RATE, OPTIMIZER, SCHEDULE
+from dimat_jax.optimizers import CLIP_NORM, LEARNING_RATE, OPTIMIZER, SCHEDULE
 from dimat_jax.options import Option
 
 __all__ = [
@@ -47,10 +49,31 @@ LOCAL_STEPS = Option(
     unit="steps",
     empty="local_epochs says how long a round is",
 )
+
+
+def _without_rounds(option: Option) -> Option:
+    """Returns a copy of an option whose units of time do not include rounds."""
+    choices = option.choices
+    if isinstance(choices, Mapping):
+        choices = {
+            name: dataclasses.replace(
+                record, options=tuple(map(_without_rounds, record.options))
+            )
+            for name, record in choices.items()
+        }
+    elif choices is not None:
+        choices = tuple(name for name in choices if name != "rounds")
+    opens = tuple(map(_without_rounds, option.opens))
+    return dataclasses.replace(option, choices=choices, opens=opens)
+
+
+# There are no rounds in pre-training.
 PRETRAIN_OPTIMIZER = (
     dataclasses.replace(OPTIMIZER.under("pretrain"), default="adam", empty=""),
     LEARNING_RATE.under("pretrain"),
-    SCHEDULE.under("pretrain"),
+    _without_rounds(SCHEDULE).under("pretrain"),
+    _without_rounds(WARMUP).under("pretrain"),
+    CLIP_NORM.under("pretrain"),
 )
 PRETRAIN_EPOCHS = Option(
     "pretrain.epochs",

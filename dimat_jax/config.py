@@ -23,6 +23,7 @@ from dimat_jax._run_options import (
     PRETRAIN_EPOCHS,
     ROUNDS,
 )
+from dimat_jax._schedules import WARMUP
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
 from dimat_jax.algorithms._ahead import GRADIENT, check_gradient
 from dimat_jax.algorithms._merging import OPT_STATE, check_moments
@@ -36,7 +37,13 @@ from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODEL, MODELS, ModelError, classifier
 from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, NetworkError, faults
-from dimat_jax.optimizers import LEARNING_RATE, LEARNING_RATES, OPTIMIZER, SCHEDULE
+from dimat_jax.optimizers import (
+    CLIP_NORM,
+    LEARNING_RATE,
+    LEARNING_RATES,
+    OPTIMIZER,
+    SCHEDULE,
+)
 from dimat_jax.options import (
     SEED,
     Option,
@@ -110,6 +117,8 @@ ROOT = (
     OPTIMIZER,
     LEARNING_RATE,
     SCHEDULE,
+    WARMUP,
+    CLIP_NORM,
     PRETRAIN_EPOCHS,
     evaluate.EVERY,
     evaluate.SAMPLES,

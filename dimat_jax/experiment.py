@@ -10,7 +10,12 @@ import optax
 from jaxtyping import Array, Key
 
 from dimat_jax import _randomness, models, permutation
-from dimat_jax._chosen import build_chosen, check_network, number_of_agents
+from dimat_jax._chosen import (
+    build_chosen,
+    build_optimizer,
+    check_network,
+    number_of_agents,
+)
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
 from dimat_jax._division import check_samples, divide
@@ -21,6 +26,7 @@ from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.algorithms.conditions import no_negative_weights
 from dimat_jax.algorithms.local import local
+from dimat_jax.algorithms.server import SERVER_OPTIMIZER
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.config import (
     Config,
@@ -38,11 +44,6 @@ from dimat_jax.data.pipeline import Sampler, Samples, share
 from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier
 from dimat_jax.network import Network, networks_kept
-from dimat_jax.optimizers import (
-    LEARNING_RATE,
-    OPTIMIZER,
-    SCHEDULE,
-)
 from dimat_jax.options import arguments
 from dimat_jax.placement import place
 
@@ -160,16 +161,21 @@ class Experiment:
     def _build_algorithms(self) -> None:
         """Builds the algorithms of both phases."""
         self.pretrain_algorithm = local(
-            self.task,
+            self.task._replace(clip_norm=self.config.pretrain.optimizer.clip_norm),
             self._optimizer(
-                "pretrain.", self.pretrain_sampler.steps_per_epoch, self.pretrain_steps
+                "pretrain.",
+                steps_per_epoch=self.pretrain_sampler.steps_per_epoch,
+                total_steps=self.pretrain_steps,
             ),
             self.placement,
         )
         self.algorithm: Algorithm = self.record(
-            self.task,
+            self.task._replace(clip_norm=self.config.optimizer.clip_norm),
             self._optimizer(
-                "", self.sampler.steps_per_epoch, self.config.rounds * self.local_steps
+                "",
+                steps_per_epoch=self.sampler.steps_per_epoch,
+                steps_per_round=self.local_steps,
+                total_steps=self.config.rounds * self.local_steps,
             ),
             self.placement,
             **arguments(self.record, self._fields),
@@ -188,27 +194,19 @@ class Experiment:
             "lossy_edges": lambda: links.edges if links.changes else None,
             "mixing_matrix": lambda: links.mixing_matrix,
             "compressor": lambda: build_chosen(COMPRESSOR, self._fields),
+            "server": lambda: build_chosen(SERVER_OPTIMIZER, self._fields),
             "examples": lambda: sizes if self._small_shards.examples_count else None,
         }
         return {name: facts[name]() for name in self.record.facts}
 
-    def _optimizer(
-        self, section: str, steps_per_epoch: int, total_steps: int
-    ) -> optax.GradientTransformation:
+    def _optimizer(self, section: str, **steps: int) -> optax.GradientTransformation:
         """Builds the optimizer of a section: "" for the rounds, or "pretrain."."""
         fields = {
             path.removeprefix(section): value
             for path, value in self._fields.items()
             if path.startswith(f"{section}optimizer.")
         }
-        schedule = build_chosen(
-            SCHEDULE,
-            fields,
-            fields[LEARNING_RATE.path],
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-        )
-        return build_chosen(OPTIMIZER, fields, schedule)
+        return build_optimizer(fields, **steps)
 
     def network_at_round(self, round_number: int) -> Network:
         """Returns the network of a round's communication. Rounds count from 1."""

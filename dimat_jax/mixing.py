@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from dimat_jax._fastest_mixing import MixingError, edge_weights
 from dimat_jax._passing import weighted_sums
+from dimat_jax._peer_graphs import PEERS, finite_time_weights
 from dimat_jax._spectrum import second_modulus
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.placement import Placement
@@ -29,11 +30,11 @@ from dimat_jax.topology import (
 from dimat_jax.tree import PyTree, exact_dtype, is_inexact
 
 __all__ = [
-    "FROM_FILE",
     "MIXING",
     "MIXINGS",
     "MixingError",
     "MixingMatrix",
+    "WHOLE",
     "check_mixing_matrix",
     "column_stochastic",
     "columns_sum_to_one",
@@ -82,9 +83,10 @@ def uniform(adjacency: Adjacency) -> MixingMatrix:
     if (received != sent).any():
         agent = int(np.argmax(received != sent))
         raise MixingError(
-            f"uniform weights need agents that send to as many as they receive from, "
-            f"but agent {agent} receives from {received[agent]} and sends to "
-            f"{sent[agent]}; column_stochastic weights (with push-sum) do not need that"
+            "uniform, max_degree and lazy weights need agents that send to as many as "
+            f"they receive from, but agent {agent} receives from {received[agent]} and "
+            f"sends to {sent[agent]}; column_stochastic weights (for sgp) and "
+            "row_stochastic ones (for algorithms that merge) do not need that"
         )
     return _with_remainder_on_diagonal(adjacency / (received.max(initial=0) + 1))
 
@@ -177,6 +179,21 @@ def from_file(adjacency: Adjacency | Schedule, *, file: str) -> MixingMatrix:
     """
     matrix = read_matrix(file, adjacency.shape[-1])
     return check_mixing_matrix(matrix, adjacency)
+
+
+def finite_time(adjacency: Schedule | Adjacency, *, peers: int) -> MixingMatrix:
+    """The weights with which base_k_plus_1 graphs reach exact consensus in a period.
+
+    They are float64, symmetric and doubly stochastic (Takezawa et al. 2023).
+
+    Raises:
+        OptionError, MixingError: `peers` is below 1, or is not the graph's.
+    """
+    PEERS.check(peers)
+    matrix = finite_time_weights(adjacency.shape[-1], peers)
+    if not np.array_equal(matrix * (1 - np.eye(len(matrix[0]))) > 0, adjacency):
+        raise MixingError(f"finite_time weights need base_k_plus_1 of {peers} peer(s)")
+    return matrix
 
 
 def _with_remainder_on_diagonal(weights: MixingMatrix) -> MixingMatrix:
@@ -368,12 +385,15 @@ MIXINGS: dict[str, Record[MixingMatrix]] = registry(
 )
 """`MIXINGS[name](adjacency)` applies a rule. It returns a mixing matrix, or a stack."""
 
-FROM_FILE = Record("file", from_file, (MATRIX_FILE,))
-"""The record of a matrix from a file. It is no rule, so `MIXINGS` does not hold it."""
+WHOLE: dict[str, Record[MixingMatrix]] = registry(
+    Record("file", from_file, (MATRIX_FILE,)),
+    Record("finite_time", finite_time, (PEERS,)),
+)
+"""Matrices for a whole graph. They are no rules, so `MIXINGS` does not hold them."""
 
 MIXING = Option(
     "mixing",
     "uniform",
     "The rule that gives the edges of the graph their weights.",
-    choices={**MIXINGS, FROM_FILE.name: FROM_FILE},
+    choices={**MIXINGS, **WHOLE},
 )

@@ -1,4 +1,4 @@
-"""Local optimizers and learning-rate schedules, by name.
+"""Local optimizers, by name, and what happens to their gradients and their states.
 
 All of them are made of optax's parts, except for DAdam's step, which is written here.
 Learning rates are scheduled over the steps since the beginning of the phase. The clock
@@ -6,7 +6,6 @@ of a schedule does not go back if a merge resets an agent's optimizer, and it go
 while an agent is idle because it has no data: see `with_clocks_of`.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,23 +14,24 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from dimat_jax._schedules import SCHEDULE, SCHEDULES, Schedule
 from dimat_jax.options import Option, Record, registry
 from dimat_jax.tree import PyTree
 
 __all__ = [
+    "CLIP_NORM",
     "LEARNING_RATE",
     "LEARNING_RATES",
     "OPTIMIZER",
     "OPTIMIZERS",
     "SCHEDULE",
     "SCHEDULES",
+    "clipped",
     "scale_by_dadam",
     "with_bias",
     "with_clocks_of",
     "without_bias",
 ]
-
-Schedule = Callable[[Any], Any] | float
 
 # The decay rates of the first and of the second moment of adam and adamw.
 B1, B2 = 0.9, 0.999
@@ -75,11 +75,13 @@ WEIGHT_DECAY = Option(
     "it; adamw applies it to the weights themselves (decoupled).",
     at_least=0,
 )
-DECAY = Option(
-    "optimizer.decay",
-    0.981,
-    "The factor by which the learning rate changes after every epoch.",
+CLIP_NORM = Option(
+    "optimizer.clip_norm",
+    0.0,
+    "The largest norm of an agent's gradient over all params. A longer gradient is "
+    "scaled to it, before an algorithm uses or sends it and before weight decay.",
     at_least=0,
+    empty="gradients are not clipped",
 )
 
 
@@ -214,28 +216,12 @@ def _decayed(
     return optax.chain(optax.add_decayed_weights(weight_decay), tx)
 
 
-def constant(rate: float, *, steps_per_epoch: int, total_steps: int) -> Schedule:
-    """The same learning rate at every step."""
-    del steps_per_epoch, total_steps
-    return rate
-
-
-def exponential(
-    rate: float,
-    *,
-    steps_per_epoch: int,
-    total_steps: int,
-    decay: float = DECAY.default,
-) -> Schedule:
-    """The learning rate changes by a factor after every epoch."""
-    del total_steps
-    return optax.exponential_decay(rate, steps_per_epoch, decay, staircase=True)
-
-
-def cosine(rate: float, *, steps_per_epoch: int, total_steps: int) -> Schedule:
-    """The learning rate falls to 0 over all steps, along half a cosine wave."""
-    del steps_per_epoch
-    return optax.cosine_decay_schedule(rate, max(total_steps, 1))
+def clipped(gradient: PyTree, clip_norm: float) -> PyTree:
+    """Scales one agent's gradient to a norm of at most `clip_norm`; 0 leaves it."""
+    if clip_norm == 0:
+        return gradient
+    clip = optax.clip_by_global_norm(clip_norm)
+    return clip.update(gradient, clip.init(gradient))[0]
 
 
 def with_clocks_of(state: PyTree, other: PyTree) -> PyTree:
@@ -356,24 +342,10 @@ OPTIMIZERS: dict[str, Record[optax.GradientTransformation]] = registry(
 )
 """`OPTIMIZERS[name](schedule, **options)` builds an optax optimizer."""
 
-SCHEDULES: dict[str, Record[Schedule]] = registry(
-    Record("constant", constant),
-    Record("exponential", exponential, (DECAY,)),
-    Record("cosine", cosine),
-)
-"""`SCHEDULES[name](rate, steps_per_epoch=..., total_steps=..., **options)` builds a
-schedule."""
-
 OPTIMIZER = Option(
     "optimizer.name",
     "",
     "The local optimizer.",
     choices=OPTIMIZERS,
     empty="the algorithm's own",
-)
-SCHEDULE = Option(
-    "optimizer.schedule",
-    "constant",
-    "How the learning rate changes over the steps of a phase.",
-    choices=SCHEDULES,
 )

@@ -16,8 +16,24 @@ from pathlib import Path
 
 import networkx as nx
 import numpy as np
-from jaxtyping import Bool
 
+from dimat_jax._connectivity import (
+    Adjacency,
+    Schedule,
+    Tree,
+    components,
+    is_connected,
+    is_undirected,
+    schedule,
+    spanning_trees,
+    union,
+)
+from dimat_jax._peer_graphs import (
+    PEERS,
+    PERIOD,
+    finite_time_weights,
+    random_receivers,
+)
 from dimat_jax.errors import UserError
 from dimat_jax.options import SEED, Option, Record, registry
 
@@ -38,11 +54,6 @@ __all__ = [
     "spanning_trees",
     "union",
 ]
-
-Adjacency = Bool[np.ndarray, "agents agents"]
-Schedule = Bool[np.ndarray, "period agents agents"]
-Tree = list[tuple[int, int]]
-"""The edges (parent, child) of a tree."""
 
 # A random graph is drawn this many times before the search for a connected one ends.
 _DRAWS = 1000
@@ -107,6 +118,11 @@ def star(n_agents: int) -> Adjacency:
     return from_graph(nx.star_graph(_at_least_one(n_agents) - 1))
 
 
+def binary_tree(n_agents: int) -> Adjacency:
+    """Agent i is connected with agents 2 i + 1 and 2 i + 2, its children."""
+    return from_graph(nx.full_rary_tree(2, _at_least_one(n_agents)))
+
+
 def bipartite(n_agents: int) -> Adjacency:
     """Every agent is connected with two hubs, 0 and 1; the hubs are not connected."""
     hubs = min(2, _at_least_one(n_agents) - 1)
@@ -162,6 +178,44 @@ def one_peer_exponential(n_agents: int) -> Schedule:
     hops = [2**k for k in range(max((n_agents - 1).bit_length(), 1))]
     offset = (agents[:, None] - agents) % n_agents
     return np.stack([(offset == hop % n_agents) & (offset > 0) for hop in hops])
+
+
+def random_peers(
+    n_agents: int,
+    *,
+    peers: int = PEERS.default,
+    period: int = PERIOD.default,
+    seed: int = SEED.default,
+) -> Schedule:
+    """Every agent sends to a few agents at a time, which it draws at random.
+
+    The graph is directed, and drawn anew for every time of the period. An agent sends
+    to `peers` agents, all different, but may receive from more, fewer or none. So no
+    weights are doubly stochastic: row_stochastic weights are for algorithms that merge,
+    and are doubly stochastic in expectation; column_stochastic ones are for sgp. (This
+    is EL-Local of epidemic learning, de Vos et al. 2023, arXiv 2310.01972.)
+
+    Raises:
+        OptionError: `peers` or `period` is below 1.
+    """
+    PEERS.check(peers)
+    PERIOD.check(period)
+    return random_receivers(_at_least_one(n_agents), peers, period, seed)
+
+
+def base_k_plus_1(n_agents: int, *, peers: int = PEERS.default) -> Schedule:
+    """Agents that average along one period of this graph reach exact consensus.
+
+    Each agent has at most k = `peers` neighbours at a time, and the period is at most
+    about 2 log_(k+1)(n) + 2 (the Base-(k+1) Graph, Takezawa et al. 2023, arXiv
+    2305.11420). It takes the weights `mixing=finite_time`. The graph is undirected.
+
+    Raises:
+        OptionError: `peers` is below 1.
+    """
+    PEERS.check(peers)
+    weights = finite_time_weights(_at_least_one(n_agents), peers)
+    return (weights > 0) & ~np.eye(n_agents, dtype=bool)
 
 
 def random_regular(
@@ -259,73 +313,6 @@ def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
     return matrix
 
 
-def schedule(adjacency: np.ndarray) -> np.ndarray:
-    """Makes a stack `[period, agents, agents]`; a single matrix has the period 1."""
-    return adjacency if adjacency.ndim == 3 else adjacency[None]
-
-
-def union(adjacency: Adjacency | Schedule) -> Adjacency:
-    """Returns all edges that exist at any time."""
-    return np.asarray(schedule(adjacency).any(axis=0))
-
-
-def components(adjacency: Adjacency | Schedule) -> list[list[int]]:
-    """Returns the (weakly) connected components.
-
-    Each component is a sorted list of agents. The components are sorted by their lowest
-    agent.
-    """
-    return [
-        sorted([root, *(child for _, child in tree)])
-        for root, tree in spanning_trees(adjacency).items()
-    ]
-
-
-def spanning_trees(adjacency: Adjacency | Schedule) -> dict[int, Tree]:
-    """Returns a tree in each (weakly) connected component, breadth first, by its root.
-
-    The root is the component's lowest agent. Parents come before their children, and
-    the children of an agent are sorted.
-    """
-    edges = union(adjacency)
-    linked, unseen = edges | edges.T, np.ones(len(edges), bool)
-    # Each tree removes its agents from `unseen`.
-    return {
-        root: _breadth_first(linked, root, unseen)
-        for root in range(len(edges))
-        if unseen[root]
-    }
-
-
-def _breadth_first(linked: Adjacency, root: int, unseen: np.ndarray) -> Tree:
-    """Finds a tree of the unseen agents that a root is linked with, and marks them."""
-    # A graph object with millions of edges would take gigabytes. A row of the matrix is
-    # read at once, so that this takes milliseconds.
-    unseen[root] = False
-    queue, tree = [root], []
-    for parent in queue:
-        children = np.flatnonzero(linked[parent] & unseen).tolist()
-        unseen[children] = False
-        queue += children
-        tree += [(parent, child) for child in children]
-    return tree
-
-
-def is_connected(adjacency: Adjacency | Schedule) -> bool:
-    """Whether information from every agent reaches every other agent at some time."""
-    edges = union(adjacency)
-    others = len(edges) - 1
-    return all(
-        len(_breadth_first(direction, 0, np.ones(len(edges), bool))) == others
-        for direction in (edges, edges.T)
-    )
-
-
-def is_undirected(adjacency: Adjacency | Schedule) -> bool:
-    """Whether every edge exists in both directions, at all times."""
-    return bool((adjacency == np.swapaxes(adjacency, -1, -2)).all())
-
-
 def _at_least_one(n_agents: int) -> int:
     if n_agents < 1:
         raise TopologyError(f"expected at least 1 agent, got {n_agents}")
@@ -348,11 +335,14 @@ TOPOLOGIES: dict[str, Record[Adjacency | Schedule]] = registry(
     Record("ring", ring),
     Record("path", path),
     Record("star", star),
+    Record("binary_tree", binary_tree),
     Record("bipartite", bipartite),
     Record("torus", torus),
     Record("hypercube", hypercube),
     Record("exponential", exponential),
     Record("one_peer_exponential", one_peer_exponential),
+    Record("base_k_plus_1", base_k_plus_1, (PEERS,)),
+    Record("random_peers", random_peers, (PEERS, PERIOD, SEED)),
     Record("random_regular", random_regular, (DEGREE, SEED)),
     Record("erdos_renyi", erdos_renyi, (EDGE_PROBABILITY, SEED)),
     Record("disconnected", disconnected),

@@ -12,8 +12,10 @@ from configs import quickstart
 from configs.sweeps import algorithms as every_algorithm
 from configs.sweeps import compression, faults, graphs, learning_rates
 from dimat_jax import train
+from dimat_jax._chosen import build_optimizer
 from dimat_jax._metrics import read_rows
-from dimat_jax.algorithms import ALGORITHMS
+from dimat_jax.algorithms import ALGORITHMS, AlgorithmRecord, Task
+from dimat_jax.algorithms.local import local
 from dimat_jax.config import check
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.errors import UserError
@@ -174,9 +176,11 @@ def test_a_sweeps_runs_can_be_run(sweep):
 def test_the_sweep_over_all_algorithms_leaves_none_out():
     runs = every_algorithm.get_runs()
     # There is one run with all data, one for each of two partitions without a graph,
-    # and one for each of the four combinations.
-    graphs = set(every_algorithm.LINES) - {"centralized", "local", "fedavg"}
-    assert len(runs) == 1 + 2 + 2 + 4 * len(graphs)
+    # and one for each of the four combinations, on trees too.
+    without = {"local", "fedavg", "fedprox", "scaffold"}
+    graphs = {*every_algorithm.LINES, *every_algorithm.ON_TREES}
+    graphs -= {"centralized", *without}
+    assert len(runs) == 1 + 2 * len(without) + 4 * len(graphs)
     assert {config.algorithm for config in runs.values()} == ALGORITHMS.keys()
 
 
@@ -234,3 +238,58 @@ def test_agents_may_count_by_their_images():
         mean, _ = experiment.task.loss(variables, whole, jax.random.key(1))
         assert float(loss) == pytest.approx(share * float(mean), rel=1e-5)
         assert float(metrics["loss"]) == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_the_learning_rate_may_change_by_rounds_and_warm_up(monkeypatch):
+    optimizers = []
+
+    def noting(fields, **steps):
+        optimizers.append((build_optimizer(fields, **steps), steps))
+        return optimizers[-1][0]
+
+    monkeypatch.setattr("dimat_jax.experiment.build_optimizer", noting)
+    fields = {
+        "optimizer__name": "sgd",
+        "optimizer__learning_rate": 0.1,
+        "optimizer__schedule": "exponential",
+        "optimizer__decay": 0.5,
+        "optimizer__unit": "rounds",
+        "optimizer__warmup": 2,
+        "local_epochs": 0,
+        "local_steps": 3,
+    }
+    experiment = Experiment(small("local", **fields))
+    (_, alone), (tx, steps) = optimizers
+    epoch = experiment.pretrain_sampler.steps_per_epoch
+    assert alone == {"steps_per_epoch": epoch, "total_steps": epoch}
+    assert (steps["steps_per_round"], steps["total_steps"]) == (3, 6)
+    params = {"x": jnp.zeros(1)}
+    state, rates = tx.init(params), []
+    for _ in range(6):
+        updates, state = tx.update({"x": jnp.ones(1)}, state, params)
+        rates.append(-float(jnp.ravel(jax.tree.leaves(updates)[0])[0]))
+    np.testing.assert_allclose(rates, [0.05, 0.1, 0.1, 0.05, 0.05, 0.05], rtol=1e-6)
+
+
+def test_each_phase_has_its_own_clipping(monkeypatch):
+    tasks, build = [], AlgorithmRecord.__call__
+
+    def noted(build):
+        def noting(*args, **kwargs):
+            tasks.extend(arg for arg in args if isinstance(arg, Task))
+            return build(*args, **kwargs)
+
+        return noting
+
+    monkeypatch.setattr("dimat_jax.experiment.local", noted(local))
+    monkeypatch.setattr(AlgorithmRecord, "__call__", noted(build))
+    fields = {"optimizer__clip_norm": 2.0, "pretrain__optimizer__clip_norm": 3.0}
+    Experiment(small("cdsgd", **fields))
+    assert [task.clip_norm for task in tasks] == [3.0, 2.0]
+
+
+def test_pre_training_has_no_rounds_to_count_by():
+    fields: dict[str, Any] = {"pretrain__optimizer__warmup": 2}
+    Experiment(small(**fields, pretrain__optimizer__warmup_unit="epochs"))
+    with pytest.raises(UserError, match="warmup_unit is 'rounds'; allowed: epochs, st"):
+        Experiment(small(**fields, pretrain__optimizer__warmup_unit="rounds"))

@@ -36,11 +36,10 @@ SYMMETRIC = {
     name: MIXINGS[name] for name in ("uniform", "max_degree", "metropolis_hastings")
 }
 all_mixings = pytest.mark.parametrize("mixing", SYMMETRIC.values(), ids=SYMMETRIC)
-UNDIRECTED = [
-    name
-    for name in TOPOLOGIES
-    if name not in ("exponential", "one_peer_exponential", "hypercube", "file")
-]
+# Base graphs change over time.
+OTHERS = {"base_k_plus_1", "exponential", "file", "hypercube"}
+OTHERS |= {"one_peer_exponential", "random_peers"}
+UNDIRECTED = [name for name in TOPOLOGIES if name not in OTHERS]
 
 
 @st.composite

@@ -7,8 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+from dimat_jax._schedules import warmed_up
 from dimat_jax.optimizers import MOMENTUM as MOMENTUM_OPTION
-from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, with_clocks_of
+from dimat_jax.optimizers import OPTIMIZERS, SCHEDULES, clipped, with_clocks_of
+from dimat_jax.options import OptionError
 
 N_STEPS = 5
 RATE, MOMENTUM, DECAY = 0.1, 0.8, 0.05
@@ -159,6 +161,63 @@ def test_a_cosine_rate_falls_to_zero_over_all_steps_and_stays_there():
     expected = [RATE * (1 + np.cos(np.pi * step / 20)) / 2 for step in range(21)]
     np.testing.assert_allclose(rates("cosine", range(21)), expected, atol=1e-7)
     assert rates("cosine", range(21, 30, 4)) == [0.0] * 3
+
+
+ROUND = 5  # steps
+
+
+@pytest.mark.parametrize(("unit", "size"), [("steps", 1), ("epochs", 4), ("rounds", 5)])
+def test_a_schedule_may_change_the_rate_after_every_step_epoch_or_round(unit, size):
+    changes = {"unit": unit, "steps_per_round": ROUND}
+    first = np.arange(20) // size * size
+    found = rates("cosine", range(20), **changes)
+    expected = RATE * (1 + np.cos(np.pi * first / 20)) / 2
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    found = rates("exponential", range(20), **changes)
+    expected = RATE * 0.5 ** (np.arange(20) // size)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def warming_up(schedule: Any, warmup: int, unit: str) -> list[float]:
+    rising: Any = warmed_up(
+        schedule, steps_per_epoch=4, steps_per_round=5, warmup=warmup, warmup_unit=unit
+    )
+    return np.asarray(jax.vmap(rising)(jnp.arange(20))).tolist()
+
+
+@pytest.mark.parametrize(("unit", "size"), [("steps", 1), ("epochs", 4), ("rounds", 5)])
+def test_warm_up_reaches_the_rate_of_the_schedule_in_equal_parts(unit, size):
+    share = np.minimum((np.arange(20) // size + 1) / 3, 1)
+    np.testing.assert_allclose(warming_up(RATE, 3, unit), share * RATE, rtol=1e-6)
+    falling = SCHEDULES["cosine"](RATE, steps_per_epoch=4, total_steps=20)
+    expected = share * rates("cosine", range(20))
+    np.testing.assert_allclose(warming_up(falling, 3, unit), expected, atol=1e-7)
+
+
+def test_without_warm_up_a_schedule_stays_what_it_is():
+    assert warmed_up(RATE, steps_per_epoch=4) == RATE
+    wrong: Any
+    for wrong in ({"warmup": -1}, {"warmup": 1, "warmup_unit": "years"}):
+        with pytest.raises(OptionError, match="warmup"):
+            warmed_up(RATE, steps_per_epoch=4, **wrong)
+
+
+def test_a_reset_does_not_warm_up_again():
+    tx = OPTIMIZERS["adam"](warmed_up(RATE, steps_per_epoch=1, warmup=4))
+    _, old = descend(tx)
+    state = with_clocks_of(tx.init(PARAMS), old)
+    assert clocks(state) == [N_STEPS]
+    updates, _ = tx.update(gradients(0), state, PARAMS)
+    # Adam's first step is one learning rate long.
+    expected = jax.tree.map(lambda g: -RATE * jnp.sign(g), gradients(0))
+    jax.tree.map(lambda u, e: np.testing.assert_allclose(u, e, 1e-4), updates, expected)
+
+
+def test_a_long_gradient_is_clipped_to_the_norm_over_all_params():
+    tree = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    assert_close(clipped(tree, 2.0), jax.tree.map(lambda x: x * 2 / 5, tree))
+    for norm in (0.0, 5.1):
+        assert_close(clipped(tree, norm), tree)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -3,7 +3,15 @@ import json
 import networkx as nx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from dimat_jax.mixing import (
+    MixingError,
+    finite_time,
+    is_doubly_stochastic,
+    spectral_gap,
+)
 from dimat_jax.options import OptionError
 from dimat_jax.topology import (
     TOPOLOGIES,
@@ -24,6 +32,9 @@ DEGREES = {
     "ring": lambda n: [min(2, n - 1)] * n,
     "path": lambda n: [1, 1] + [2] * (n - 2) if n > 1 else [0],
     "star": lambda n: [1] * (n - 1) + [n - 1],
+    "binary_tree": lambda n: sorted(
+        (i > 0) + (2 * i + 1 < n) + (2 * i + 2 < n) for i in range(n)
+    ),
     "bipartite": lambda n: (
         sorted([2] * (n - 2) + [n - 2] * 2) if n > 2 else [n - 1] * n
     ),
@@ -32,7 +43,8 @@ DEGREES = {
     "random_regular": lambda n: [min(3 + n % 2, n - 1)] * n,
     "disconnected": lambda n: [0] * n,
 }
-DIRECTED = {"exponential", "one_peer_exponential"}
+DIRECTED = {"exponential", "one_peer_exponential", "random_peers"}
+CHANGING = {"one_peer_exponential", "random_peers", "base_k_plus_1"}
 BUILT = [name for name in TOPOLOGIES if name != "file"]
 
 every_topology = pytest.mark.parametrize("name", BUILT)
@@ -46,7 +58,8 @@ def build(name, n_agents):
 
 
 def test_what_every_topology_promises_is_known_here():
-    assert {*DEGREES, *DIRECTED, "erdos_renyi", "file"} == TOPOLOGIES.keys()
+    others = {"erdos_renyi", "file", *CHANGING}
+    assert {*DEGREES, *DIRECTED, *others} == TOPOLOGIES.keys()
 
 
 @every_topology
@@ -109,7 +122,11 @@ def test_one_period_of_a_one_peer_exponential_graph_averages_powers_of_two(n_age
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("random_regular", {"degree": 4}), ("erdos_renyi", {"edge_probability": 0.4})],
+    [
+        ("random_regular", {"degree": 4}),
+        ("erdos_renyi", {"edge_probability": 0.4}),
+        ("random_peers", {"peers": 3}),
+    ],
 )
 def test_random_graphs_are_decided_by_their_seed(name, options):
     first, again, other = (TOPOLOGIES[name](11, seed=s, **options) for s in (0, 0, 1))
@@ -135,6 +152,57 @@ def test_a_random_graph_that_is_never_connected_is_given_up():
     message = "edge_probability is 1.5; it must be at least 0 and at most 1"
     with pytest.raises(OptionError, match=message):
         TOPOLOGIES["erdos_renyi"](5, edge_probability=1.5)
+
+
+@pytest.mark.parametrize("peers", [1, 3, 20])
+def test_random_peers_are_others_and_drawn_evenly_and_anew(peers):
+    n_agents, period = 8, 400
+    stack = TOPOLOGIES["random_peers"](n_agents, peers=peers, period=period, seed=1)
+    sent = min(peers, n_agents - 1)
+    np.testing.assert_array_equal(stack.sum(axis=1), sent)
+    # Every pair is drawn with the same probability. The bounds are five deviations.
+    share, others = sent / (n_agents - 1), ~np.eye(n_agents, dtype=bool)
+    deviation = np.sqrt(share * (1 - share) / period)
+    found = stack.mean(axis=0)[others]
+    np.testing.assert_allclose(found, share, rtol=0, atol=5 * deviation + 1e-12)
+    if peers < n_agents - 1:
+        assert len({graph.tobytes() for graph in stack}) > period / 2
+        # A receiver may get more messages than it sends, or none.
+        assert len(set(stack.sum(axis=2).ravel())) > 3
+
+
+@settings(deadline=None, max_examples=100)
+@given(n_agents=st.integers(1, 60), peers=st.integers(1, 7))
+def test_one_period_of_a_base_graph_averages_any_number_of_agents(n_agents, peers):
+    """The length is at most 2 log_(k+1)(n) + 2 (Takezawa et al. 2023)."""
+    stack = TOPOLOGIES["base_k_plus_1"](n_agents, peers=peers)
+    assert is_undirected(stack) and stack.sum(axis=2).max() <= peers
+    weights = finite_time(stack, peers=peers)
+    product = np.eye(n_agents)
+    for W in weights:
+        assert is_doubly_stochastic(W)
+        product = W @ product
+    np.testing.assert_allclose(product, 1 / n_agents, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(weights, weights.swapaxes(1, 2))
+    assert len(stack) <= 2 * np.log(n_agents) / np.log(peers + 1) + 2
+
+
+def test_base_graphs_are_no_longer_than_they_need_to_be():
+    """If n is a power of k + 1, log_(k+1)(n) exchanges are enough."""
+    lengths = {(8, 1): 3, (9, 2): 2, (27, 2): 3, (25, 4): 2, (5, 1): 5, (6, 1): 4}
+    for (n_agents, peers), length in lengths.items():
+        assert len(TOPOLOGIES["base_k_plus_1"](n_agents, peers=peers)) == length
+
+
+def test_weights_for_finite_time_consensus_need_their_graph():
+    stack = TOPOLOGIES["base_k_plus_1"](6, peers=2)
+    for other in (TOPOLOGIES["ring"](6), TOPOLOGIES["base_k_plus_1"](6)):
+        with pytest.raises(MixingError, match=r"need base_k_plus_1 of 2 peer\(s\)"):
+            finite_time(other, peers=2)
+    assert spectral_gap(finite_time(stack, peers=2)) == pytest.approx(1)
+    for name in ("base_k_plus_1", "random_peers"):
+        with pytest.raises(OptionError, match="peers is 0; it must be at least 1"):
+            TOPOLOGIES[name](6, peers=0)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".npy"])

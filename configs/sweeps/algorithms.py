@@ -4,8 +4,9 @@
 
 All runs start from the same five agents, which have trained alone, and go on for 10
 rounds of two epochs. Merging algorithms communicate once a round, and gossip algorithms
-with every step. Each algorithm has one learning rate in all four cells. The 65 runs
-take about 6 minutes on 2 CPU cores.
+with every step. Each algorithm has one learning rate in all four cells. RelaySGD runs
+on a path and on a star, which are trees. The 73 runs take about 6 minutes on 2 CPU
+cores.
 """
 
 from dimat_jax.algorithms import ALGORITHMS
@@ -42,6 +43,8 @@ def get_config(line: str):
 
 BASELINES = (
     "fedavg",
+    "fedprox",
+    "scaffold",
     "cdsgd",
     "cdmsgd",
     "cdadam",
@@ -63,12 +66,16 @@ LINES = (
     *BASELINES,
     "dimat-cdsgd",
 )
+# A ring is no tree, and neither are agents that are all connected.
+ON_TREES = ("relaysgd",)
 
 
 def get_runs():
     """Returns the configs of all runs, by name."""
-    choices = {
-        "data.partition": ("iid", "by_class"),
-        "topology": ("ring", "fully_connected"),
+    lines = {line: get_config(line) for line in LINES}
+    trees = {line: get_config(line) for line in ON_TREES}
+    partitions = {"data.partition": ("iid", "by_class")}
+    return {
+        **grid({**partitions, "topology": ("ring", "fully_connected")}, lines),
+        **grid({**partitions, "topology": ("path", "star")}, trees),
     }
-    return grid(choices, {line: get_config(line) for line in LINES})

@@ -19,6 +19,8 @@ from dimat_jax.algorithms import (
     fedavg,
     local,
     qgm,
+    relaysgd,
+    scaffold,
     sgp,
     wa,
     wm,
@@ -52,6 +54,7 @@ BETWEEN_MERGES: dict[str, AlgorithmRecord] = registry(
     qgm.RECORD,
     *cga.RECORDS,
     choco.RECORD,
+    relaysgd.RECORD,
 )
 """The algorithms that agents can run between merges.
 
@@ -100,7 +103,8 @@ def _with_inner(merging: MergingRecord) -> _OverAny:
 
 ALGORITHMS: dict[str, AlgorithmRecord] = registry(
     local.CENTRALIZED,
-    fedavg.RECORD,
+    *fedavg.RECORDS,
+    scaffold.RECORD,
     *BETWEEN_MERGES.values(),
     *(_with_inner(merging) for merging in MERGING.values()),
 )

@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 from dimat_jax.data.pipeline import Batch, Samples
 from dimat_jax.ledger import Messages
 from dimat_jax.network import Network
-from dimat_jax.optimizers import with_clocks_of
+from dimat_jax.optimizers import CLIP_NORM, clipped, with_clocks_of
 from dimat_jax.permutation import Perms, PermutationSpec, permute_leaf
 from dimat_jax.tree import PyTree, map_with_path, take
 
@@ -60,12 +60,14 @@ class Task(NamedTuple):
             called if the spec has no groups.
         batch_statistics: `batch_statistics(variables, inputs, mask)` returns the
             batch_stats of that batch alone; None for a model without BatchNorm.
+        clip_norm: the largest norm of an agent's gradient; 0 if it has no limit.
     """
 
     loss: Callable[[Variables, Batch, Key[Array, ""]], tuple[Array, tuple]]
     spec: PermutationSpec
     activations: Callable[[Variables, Array], dict[str, Array]] = lambda v, x: {}
     batch_statistics: Callable[[Variables, Array, Array], PyTree] | None = None
+    clip_norm: float = CLIP_NORM.default
 
 
 class MergeData(NamedTuple):
@@ -162,7 +164,9 @@ def gradient(
 ) -> Gradient:
     """Computes one agent's gradient with respect to its params. The key is consumed.
 
-    If the batch holds no example, the gradient is 0 and no collection is updated.
+    The gradient is clipped to the task's `clip_norm`. Every algorithm computes its
+    gradients here, so memories such as trackers are made of clipped gradients too. If
+    the batch holds no example, the gradient is 0 and no collection is updated.
     """
 
     def loss(params):
@@ -171,6 +175,7 @@ def gradient(
     (_, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(
         variables["params"]
     )
+    grads = clipped(grads, task.clip_norm)
     idle = jax.tree.map(jnp.zeros_like, grads), {k: variables[k] for k in model_state}
     grads, model_state = keep_idle(batch, (grads, model_state), idle)
     return Gradient(grads, model_state, {**metrics, "examples": batch.mask.sum()})

@@ -19,6 +19,7 @@ __all__ = [
     "no_negative_weights",
     "pushing",
     "symmetric",
+    "tree",
     "two_way",
     "undirected",
 ]
@@ -105,6 +106,22 @@ def two_way(name: str, links: Links) -> None:
         raise NetworkError(
             f"{name} needs an undirected network: every receiver must be able to "
             "answer its sender"
+        )
+
+
+def tree(name: str, links: Links) -> None:
+    """The graph is a tree: there is exactly one way from an agent to another one.
+
+    W does not matter. A network without any edge is allowed too, as a control.
+    """
+    connected(name, links)
+    two_way(name, links)
+    n_links = np.count_nonzero(links.edges) // 2
+    if n_links and n_links != len(links.edges) - 1:
+        raise NetworkError(
+            f"{name} needs a tree: path, star, binary_tree, or another connected graph "
+            f"with one link less than agents. This one has {n_links} links between "
+            f"{len(links.edges)} agents"
         )
 
 

@@ -7,6 +7,14 @@ The sum is over the present agents. Between two averages every agent trains alon
 exchanges messages with the server. An agent that has been absent gets the average, and
 enters the next average after it has trained from this one.
 
+The server may make more of the average; see `algorithms.server`.
+
+FedProx draws local training to the server's model x: every agent descends on
+
+    F_k(x_k) + mu / 2 |x_k - x|^2
+
+(Li et al. 2020, arXiv 1812.06127, Algorithm 2).
+
 In the paper n_k is the number of agent k's examples, and agents take steps in the same
 proportion; `data.small_shards=idle` gives that. Then an agent counts about n_k^2 in the
 objective (Wang et al. 2020, arXiv 2007.07481, section 3). If small shards are repeated,
@@ -18,18 +26,32 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from dimat_jax.algorithms._federated import (
+    Averages,
+    counted_examples,
+    no_turns,
+    trained,
+)
 from dimat_jax.algorithms.base import Algorithm, Task, one_agent
 from dimat_jax.algorithms.local import local
 from dimat_jax.algorithms.memory import MemoryState, remembering
 from dimat_jax.algorithms.record import AlgorithmRecord
+from dimat_jax.algorithms.server import SERVER_OPTIMIZER, ServerOptimizer, average
 from dimat_jax.ledger import Messages
-from dimat_jax.mixing import mix
+from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 
-__all__ = ["RECORD", "fedavg"]
+__all__ = ["RECORDS", "fedavg", "fedprox"]
+
+PROXIMAL = Option(
+    "server.proximal",
+    0.1,
+    "The weight mu with which local training is drawn to the server's model: half the "
+    "squared distance from it, times mu, is added to the loss.",
+    above=0,
+)
 
 
 def fedavg(
@@ -38,6 +60,7 @@ def fedavg(
     placement: Placement,
     *,
     examples: Sequence[int] | None = None,
+    server: ServerOptimizer = average(),  # noqa: B008
 ) -> Algorithm:
     """Trains locally, and takes a weighted average once a round.
 
@@ -48,59 +71,97 @@ def fedavg(
         tx: the local optimizer; the paper uses plain SGD.
         placement: the devices on which the agents live.
         examples: n_k, the number of each agent's examples; None if all count the same.
+        server: what the server makes of the average.
     """
-    held = jnp.zeros(placement.slots)
-    held = held.at[: placement.n_agents].set(
-        jnp.ones(placement.n_agents)
-        if examples is None
-        else jnp.asarray(examples, jnp.float32)
-    )
+    return _federated(task, tx, placement, examples, server, proximal=0.0)
 
-    local_algorithm = local(task, tx, placement)
 
-    @partial(jax.jit, out_shardings=placement.sharding)
-    def average(state: MemoryState, present):
-        # An agent's turn counts the averages up to the last one that it has received.
-        # Agents with a smaller turn have missed the latest one, and do not count.
-        turn = state.marks["turn"]
-        latest = jnp.where(present, turn, -1).max()
-        shares = jnp.where(present & (turn == latest), held, 0)
-        shares = shares / jnp.maximum(shares.sum(), 1)
-        # An absent agent receives nothing, and keeps its variables.
-        W = jnp.where(present[:, None], shares[None, :], jnp.eye(placement.slots))
-        variables = mix(W, state.local.variables, placement)
-        return state._replace(
-            local=local_algorithm.with_variables(state.local, variables),
-            marks={"turn": jnp.where(present, latest + 1, turn)},
-        )
+def fedprox(
+    task: Task,
+    tx: optax.GradientTransformation,
+    placement: Placement,
+    *,
+    examples: Sequence[int] | None = None,
+    server: ServerOptimizer = average(),  # noqa: B008
+    proximal: float = PROXIMAL.default,
+) -> Algorithm:
+    """Trains locally, drawn to the server's model, and averages once a round.
+
+    Args:
+        task: the task that the agents learn.
+        tx: the local optimizer. The paper asks for any inexact solver; SGD here.
+        placement: the devices on which the agents live.
+        examples: n_k, the number of each agent's examples; None if all count the same.
+        server: what the server makes of the average.
+        proximal: the weight mu; see `PROXIMAL`.
+
+    Raises:
+        OptionError: mu is not above 0.
+    """
+    PROXIMAL.check(proximal)
+    return _federated(task, tx, placement, examples, server, proximal)
+
+
+def _federated(
+    task: Task,
+    tx: optax.GradientTransformation,
+    placement: Placement,
+    examples: Sequence[int] | None,
+    server: ServerOptimizer,
+    proximal: float,
+) -> Algorithm:
+    """Builds FedProx, or FedAvg if `proximal` is 0."""
+
+    def correct(grads, memory):
+        if proximal == 0:
+            return grads
+        return jax.tree.map(lambda g, d: g + proximal * d, grads, memory["change"])
+
+    def train(state: MemoryState, batch, key):
+        state, _, metrics = trained(task, tx, state, batch, key, correct)
+        return state, metrics
+
+    def step(state, batch, network, key):
+        del network
+        return placement.per_agent(train)(state, batch, placement.keys(key))
+
+    averages = Averages(placement, counted_examples(placement, examples), server)
+    average = jax.jit(averages, out_shardings=placement.sharding)
 
     def communicate(state, data, network, key):
         del data, key
         return average(state, network.present), {}
 
-    def step(state: MemoryState, batch, network, key):
-        local_state, metrics = local_algorithm.step(state.local, batch, network, key)
-        return state._replace(local=local_state), metrics
-
-    def turns():
-        return {"turn": jnp.zeros(placement.slots, int, device=placement.sharding)}
-
     federated = remembering(
-        local_algorithm,
+        local(task, tx, placement),
         task,
         placement,
-        memories=[],
+        memories=["change", *server.moments],
         step=step,
-        marks=turns,
+        marks=partial(no_turns, placement),
         messages=lambda state: Messages(server=one_agent(state.local.variables)),
     )
     return federated._replace(communicate=communicate)
 
 
-RECORD = AlgorithmRecord(
-    "fedavg",
-    fedavg,
-    summary="A server averages all agents once a round (McMahan et al. 2017).",
-    optimizer="sgd",
-    facts=frozenset({"examples"}),
+RECORDS = (
+    AlgorithmRecord(
+        "fedavg",
+        fedavg,
+        leads_to=(SERVER_OPTIMIZER,),
+        summary="A server averages all agents once a round (McMahan et al. 2017), or "
+        "takes a step towards the average (FedAvgM, FedAdagrad, FedAdam, FedYogi).",
+        optimizer="sgd",
+        facts=frozenset({"examples", "server"}),
+    ),
+    AlgorithmRecord(
+        "fedprox",
+        fedprox,
+        (PROXIMAL,),
+        leads_to=(SERVER_OPTIMIZER,),
+        summary="It is fedavg, but local training is drawn to the server's model (Li "
+        "et al. 2020).",
+        optimizer="sgd",
+        facts=frozenset({"examples", "server"}),
+    ),
 )

@@ -66,9 +66,10 @@ class AlgorithmRecord(Record[Algorithm]):
         facts: the names of further arguments of `build`, which a run finds out by
             itself: "adjacency" (all edges that ever exist), "lossy_edges" (the same
             edges, or None if the network never changes and every message arrives),
-            "mixing_matrix" (W at all times, without faults), "compressor", and
-            "examples" (the number of each agent's examples, or None if every agent
-            counts the same; see `data.small_shards`).
+            "mixing_matrix" (W at all times, without faults), "compressor", "server"
+            (what a server makes of an average; see `algorithms.server`), and "examples"
+            (the number of each agent's examples, or None if every agent counts the
+            same; see `data.small_shards`).
         check_together: `check_together(links, compressor=..., **options)` checks
             options that suit only some networks and compressors. It raises an
             OptionError. None if there are no such options.

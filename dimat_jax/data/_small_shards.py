@@ -9,7 +9,7 @@ of agent i's own examples, N the number of agents, and n_i the number of example
 Both hold for every batch size. The first is the problem of the paper (DIMAT, arXiv
 2404.08079, equation 2). The second holds if steps are proportional to the gradient;
 Adam takes steps of full length also along the gradient of a batch that counts little.
-`fedavg` weighs agents by n_i once more if agents idle, as its paper says.
+`fedavg` and `fedprox` weigh agents by n_i once more if agents idle, as their papers do.
 """
 
 import dataclasses

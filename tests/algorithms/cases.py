@@ -20,6 +20,7 @@ from dimat_jax.algorithms import (
     algorithm_record,
 )
 from dimat_jax.algorithms.base import State
+from dimat_jax.algorithms.server import SERVER_OPTIMIZERS
 from dimat_jax.compression import COMPRESSORS
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.mixing import MIXINGS
@@ -37,6 +38,8 @@ from tests.algorithms.problems import (
 )
 
 KEY = jax.random.key(0)
+# The algorithms with a server.
+SERVED = {"fedavg", "fedprox", "scaffold"}
 
 
 class Case(NamedTuple):
@@ -52,6 +55,7 @@ class Case(NamedTuple):
         examples: the number of each agent's examples; () if all have equally many.
         changing: whether the network may change.
         of_optimizer: the optimizer's options that are not their defaults.
+        server: the name of the server's optimizer; "" stands for the average.
     """
 
     name: str
@@ -62,6 +66,7 @@ class Case(NamedTuple):
     examples: tuple[int, ...] = ()
     changing: bool = True
     of_optimizer: tuple[tuple[str, Any], ...] = ()
+    server: str = ""
 
     @property
     def record(self) -> AlgorithmRecord:
@@ -80,14 +85,19 @@ class Case(NamedTuple):
     @property
     def per_step(self) -> str:
         """The name of the algorithm that runs with every step."""
-        if self.name in ("centralized", "fedavg"):
+        if self.name == "centralized" or self.served:
             return "local"
         return self.inner if self.merging else self.name
 
     @property
     def communicates(self) -> bool:
         """Whether the algorithm communicates once a round if all agents are present."""
-        return self.merging or self.name == "fedavg"
+        return self.merging or self.served
+
+    @property
+    def served(self) -> bool:
+        """Whether the agents have a server, and no graph."""
+        return self.name in SERVED
 
     def accepts(self, links: Links) -> bool:
         """Whether the algorithm's theory covers the network."""
@@ -111,6 +121,7 @@ CASES: dict[str, Case] = {
         if found.other_optimizers and found.optimizer != "adam"
     },
     "cdsgd, adapt then combine": case_of("cdsgd", order="adapt_then_combine"),
+    "fedavg, adagrad": Case("fedavg", server="adagrad"),
     "choco, top_k": Case("choco", compressor="top_k"),
     "choco, reliable": Case("choco", compressor="top_k", changing=False),
     "dimat over cdsgd": Case("dimat", inner="cdsgd"),
@@ -211,6 +222,7 @@ def make(
         # On other graphs agents give their neighbours less weight.
         "mixing_matrix": MIXINGS["uniform"](edges),
         "examples": case.examples or None,
+        "server": SERVER_OPTIMIZERS[case.server or "average"](),
     }
     return case.record(
         task or PROBLEMS[problem].task,

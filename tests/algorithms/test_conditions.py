@@ -9,24 +9,26 @@ from dimat_jax.algorithms._frames import FRAMES
 from dimat_jax.mixing import MIXINGS, MixingError, uniform
 from dimat_jax.network import Absence, Faults, Links, NetworkError
 from dimat_jax.topology import TOPOLOGIES, from_graph
-from tests.algorithms.cases import links
+from tests.algorithms.cases import SERVED, links
 
-ANYWHERE = {"local", "centralized", "fedavg"}
+ANYWHERE = {"local", "centralized", *SERVED}
 BALANCED = {"cdsgd", "cdmsgd", "cdadam", "dsgt", "qgm"}
 BOTH_WAYS = {"cga", "compcga"}
 SYMMETRIC = {"choco", "d2"}
+ON_TREES = {"relaysgd"}
 FAULTY = Faults(dropout=0.3, edge_loss=0.3)
 
 CONNECTED = "a connected network, in which information from every agent reaches"
 SUMS = "rows and columns sum to 1"
 COLUMNS = "without negative weights whose columns sum to 1"
 TWO_WAY = "an undirected network: every receiver must be able to answer its sender"
+TREE = "a tree: path, star, binary_tree, or another connected graph"
 THE_SAME = "the same network at every step"
 
 
 def test_there_is_a_condition_for_every_algorithm():
-    covered = ANYWHERE | BALANCED | BOTH_WAYS | SYMMETRIC | {"sgp", *MERGING}
-    assert covered == set(ALGORITHMS)
+    covered = ANYWHERE | BALANCED | BOTH_WAYS | SYMMETRIC | ON_TREES
+    assert covered | {"sgp", *MERGING} == set(ALGORITHMS)
 
 
 def refusal(name: str, network: Links, inner: str = "local", **options) -> str:
@@ -52,11 +54,15 @@ def expected(name: str, network: Links) -> str:
         return CONNECTED
     if name == "sgp":
         return "" if columns and (matrices >= 0).all() else COLUMNS
+    one_way = any((W != 0).tolist() != (W != 0).T.tolist() for W in matrices)
+    if name in ON_TREES:
+        tree = not edges.any() or nx.is_tree(graph.to_undirected())
+        return TWO_WAY if one_way else "" if tree else TREE
     if not (rows and columns):
         return SUMS
     if name in BALANCED:
         return ""
-    if any((W != 0).tolist() != (W != 0).T.tolist() for W in matrices):
+    if one_way:
         return TWO_WAY
     if name in BOTH_WAYS:
         return ""
@@ -89,21 +95,21 @@ def test_networks_are_taken_or_refused_with_the_reason(topology, mixing):
     ("topology", "mixing", "refused"),
     [
         # Under faults, weights of an undirected graph remain doubly stochastic, ...
-        ("ring", "uniform", {"d2": THE_SAME}),
+        ("ring", "uniform", {"d2": THE_SAME, "relaysgd": TREE}),
         ("star", "metropolis_hastings", {"d2": THE_SAME}),
         # ... the columns of a directed one remain at the sum 1, ...
         (
             "exponential",
             "uniform",
             {name: SUMS for name in BALANCED | BOTH_WAYS | {"choco"}}
-            | {"d2": THE_SAME},
+            | {"d2": THE_SAME, "relaysgd": TWO_WAY},
         ),
         # ... and if only rows sum to 1, only merging algorithms can use the weights.
         (
             "ring",
             "row_stochastic",
             {name: SUMS for name in BALANCED | BOTH_WAYS | {"choco"}}
-            | {"d2": THE_SAME, "sgp": COLUMNS},
+            | {"d2": THE_SAME, "sgp": COLUMNS, "relaysgd": TREE},
         ),
     ],
 )

@@ -6,14 +6,32 @@ tests/algorithms/test_second_implementation.py.
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat_jax.algorithms.cga import project
-from tests.algorithms.cases import STEPS, Case, case_of, links, trajectory
-from tests.algorithms.problems import N_AGENTS, START, gradient
+from tests.algorithms.cases import (
+    CASES,
+    STEPS,
+    Case,
+    Layout,
+    case_of,
+    links,
+    make,
+    placed,
+    trajectory,
+)
+from tests.algorithms.problems import (
+    CONVEX,
+    N_AGENTS,
+    START,
+    convex_variables,
+    gradient,
+    whole_batch,
+)
 from tests.reference import agents
-from tests.reference.gossip import AdaptThenCombine
+from tests.reference.gossip import AdaptThenCombine, Dsgt, Qgm
 from tests.reference.messages import projected as solved
 
 N_STEPS, ALPHA = 3 * STEPS, 0.1
@@ -26,6 +44,54 @@ def test_choco_without_compression_is_adapt_then_combine():
     path = trajectory(case, links("ring"), N_STEPS, ALPHA)
     np.testing.assert_allclose(path, expected, rtol=0, atol=1e-5)
     assert np.abs(path[-1] - path[0]).max() > 0.1
+
+
+def clipped(agent, x):
+    """The gradient of an agent, of length 1 at most."""
+    exact = gradient(agent, x)
+    return exact / max(1, np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize(
+    ("case", "agents_at"),
+    [
+        (CASES["dsgt"], Dsgt),
+        (case_of("qgm", momentum=0.8), lambda x: Qgm(x, beta=0.8)),
+    ],
+)
+def test_gradients_are_clipped_before_an_algorithm_uses_them(case, agents_at):
+    """Clipping what the optimizer gets would clip trackers and momenta instead."""
+    network, placement = links("ring"), placed(Layout())
+    task = CONVEX._replace(clip_norm=1.0)
+    algorithm = make(case, "convex", placement, ALPHA, task=task)
+    step, batch = jax.jit(algorithm.step), whole_batch(placement)
+    state = algorithm.init(placement.put(convex_variables(START)))
+    W = [network.mixing_matrix[0]] * 5
+    expected = agents.path(agents_at(START), clipped, W, ALPHA)
+    for number, x in enumerate(expected[1:]):
+        key, now = jax.random.key(number), network.at_step(number, 1, N_AGENTS)
+        state, _ = step(state, batch, now, key)
+        np.testing.assert_allclose(
+            algorithm.variables(state)["params"]["x"], x, rtol=0, atol=1e-5
+        )
+    norms = [np.linalg.norm(gradient(i, START[i])) for i in range(N_AGENTS)]
+    assert max(norms) > 2
+
+
+def test_averaging_with_random_peers_is_epidemic_learning():
+    """de Vos et al. 2023: a receiver averages its own model and all that arrive."""
+    network = links("random_peers", "row_stochastic", peers=2, seed=3)
+    sent = network.adjacency[:3] | np.eye(N_AGENTS, dtype=bool)
+    assert (sent.sum(axis=1) == 3).all() and len(set(sent.sum(axis=2).ravel())) > 2
+    x, expected = START.astype(np.float64), []
+    for arrives in sent:
+        W = arrives / arrives.sum(axis=1, keepdims=True)
+        x = W @ x
+        for _ in range(STEPS):
+            x = x - ALPHA * np.stack([gradient(i, x[i]) for i in range(N_AGENTS)])
+            expected.append(x)
+    path = trajectory(Case("wa", "sgd"), network, N_STEPS, ALPHA)
+    np.testing.assert_allclose(path[1:], expected, rtol=0, atol=1e-5)
 
 
 # CGA's quadratic program ==============================================================

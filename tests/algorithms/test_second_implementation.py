@@ -32,7 +32,7 @@ from tests.algorithms.twofold import (
     networks_of,
     second,
 )
-from tests.reference import gossip, messages, optimizers
+from tests.reference import gossip, messages, optimizers, servers
 from tests.reference.algorithms import REFERENCES
 
 
@@ -100,6 +100,25 @@ VARIANTS: dict[str, Variant] = {
     },
     "local, plain mean": Variant(Case("local"), plain_mean=True),
     "fedavg, by examples": Variant(Case("fedavg", examples=SIZES), {"examples": SIZES}),
+    "fedprox": Variant(case_of("fedprox", proximal=2.0), {"mu": 2.0}),
+    "scaffold, half of the way": Variant(
+        case_of("scaffold", learning_rate=0.5), {"eta": 0.5}
+    ),
+    "fedavg, momentum": Variant(
+        Case("fedavg", server="momentum"),
+        {"server": lambda: servers.momentum(1.0, 0.9)},
+    ),
+    **{
+        f"fedavg, {name}": Variant(
+            Case("fedavg", server=name),
+            {
+                "server": functools.partial(
+                    servers.adaptive, name, 0.01, 0.9, 0.99, 1e-3
+                )
+            },
+        )
+        for name in ("adagrad", "adam", "yogi")
+    },
     "fedavg with adam": Variant(Case("fedavg", "adam"), {"optimizer": optimizers.Adam}),
     "cdsgd, plain mean": Variant(Case("cdsgd"), plain_mean=True),
     "cdsgd, adapt then combine": Variant(
@@ -176,7 +195,8 @@ RUNS = [
     (name, scenario)
     for name, variant in VARIANTS.items()
     for scenario in SCENARIOS
-    if not variant.case.record.single and variant.accepts(SCENARIOS[scenario])
+    if not variant.case.record.single
+    and variant.accepts(variant.fitting(SCENARIOS[scenario]))
 ]
 
 
@@ -188,9 +208,9 @@ RUNS = [
     ],
 )
 def test_both_implementations_agree(name, scenario):
-    assert_agree(
-        implementation(name), VARIANTS[name], LEAST_SQUARES, SCENARIOS[scenario]
-    )
+    variant = VARIANTS[name]
+    fitting = variant.fitting(SCENARIOS[scenario])
+    assert_agree(implementation(name), variant, LEAST_SQUARES, fitting)
 
 
 @pytest.mark.parametrize("examples", ["full", "ragged"])
@@ -215,7 +235,7 @@ def test_both_implementations_of_one_agent_agree(examples):
 # Some algorithms are not meant for a directed graph, and some need more than that.
 DIRECTED = {name for name in SCENARIOS if "directed" in name}
 CHANGING = {"agents drop out", "links fail", "the graph changes", "everything at once"}
-REFUSED = {"d2": CHANGING}
+REFUSED = {"d2": CHANGING, "relaysgd": {"the graph changes", "everything at once"}}
 
 
 @pytest.mark.parametrize("name", sorted(ALGORITHMS.keys() - {"centralized"}))

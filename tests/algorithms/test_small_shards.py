@@ -185,7 +185,7 @@ def test_if_small_shards_repeat_every_agent_counts_the_same(name, agents, batch_
 def test_if_small_shards_idle_every_image_counts_the_same(name, agents, batch_size):
     found = SHARDS[agents]
     # FedAvg's server weighs the agents by their images once more, as its paper says.
-    weights = found.sizes ** (2 if name == "fedavg" else 1)
+    weights = found.sizes ** (2 if name in ("fedavg", "fedprox") else 1)
     x = ends(name, agents, batch_size, "idle").mean()
     assert x == pytest.approx(found.optimum(weights), abs=0.03)
 

@@ -13,9 +13,9 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from dimat_jax.mixing import column_stochastic, row_stochastic
+from dimat_jax.mixing import column_stochastic, finite_time, row_stochastic
 from dimat_jax.network import Absence, Faults, Links
-from dimat_jax.topology import from_graph
+from dimat_jax.topology import base_k_plus_1, from_graph
 from tests.algorithms.cases import CASES, STEPS, Case, case_of, links, trajectory
 from tests.algorithms.problems import (
     DIM,
@@ -185,6 +185,27 @@ def test_gradient_tracking_and_d2_reach_the_optimum_with_a_constant_step(name, n
     assert error(x) < 1e-5 and consensus_distance(x) < 1e-5
 
 
+def test_control_variates_reach_the_optimum_with_a_constant_step():
+    network = links("disconnected")
+    biased = trajectory(CASES["fedavg"], network, 800, 0.1)[-1]
+    assert error(biased) > 0.05 and consensus_distance(biased) > 0.05
+    x = trajectory(CASES["scaffold"], network, 800, 0.1)[-1]
+    assert error(x) < 1e-5 and consensus_distance(x) < 1e-5
+
+
+@pytest.mark.parametrize("graph", ["path", "star", "binary_tree"])
+def test_relayed_models_reach_the_optimum_with_a_constant_step(graph):
+    x = trajectory(CASES["relaysgd"], links(graph), 800, 0.1)[-1]
+    assert error(x) < 1e-5 and consensus_distance(x) < 1e-5
+
+
+def test_without_gradients_agents_that_relay_the_same_model_keep_it():
+    """This holds at every step, however few models have arrived."""
+    start = np.tile(START[0], (N_AGENTS, 1))
+    path = trajectory(CASES["relaysgd"], links("path"), 8, 0.0, start=start)
+    np.testing.assert_allclose(path, np.broadcast_to(start, path.shape), rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dsgt", "d2"])
 def test_gradient_tracking_and_d2_forget_rounding(name):
     # If rounding in float32 moved the mean with every step, the error would be 0.1.
@@ -207,6 +228,16 @@ def test_among_those_who_are_there_all_are_heard_in_the_long_run(name):
     # Absent agents have not received the latest messages, so they may lag behind.
     present = network.present(N_STEPS // STEPS)
     assert error(path[-1][present]) < 0.1
+
+
+def test_gossip_over_a_base_graph_agrees_exactly_after_one_period():
+    graph = base_k_plus_1(N_AGENTS)
+    network = Links(graph, finite_time(graph, peers=1))
+    assert CASES["cdsgd"].accepts(network)
+    path = trajectory(CASES["cdsgd"], network, 2 * STEPS, 0.0)
+    assert consensus_distance(path[len(graph) - 1]) > 0.1
+    mean = np.tile(START.mean(axis=0), (N_AGENTS, 1))
+    np.testing.assert_allclose(path[len(graph)], mean, rtol=0, atol=1e-6)
 
 
 # Push-sum =============================================================================

@@ -6,6 +6,7 @@ failed links and learning rates. Each run returns the agents' params as vectors,
 start of every round after its communication, and after every step.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -89,6 +90,12 @@ class Variant(NamedTuple):
         """The mixing rule: some algorithms need one of their own."""
         own = {"sgp": "column_stochastic", "d2": "lazy"}
         return own.get(self.case.per_step, scenario.mixing)
+
+    def fitting(self, scenario: Scenario) -> Scenario:
+        """The scenario, on a tree if the algorithm needs one and the graph is fixed."""
+        if self.case.name == "relaysgd" and len(scenario.adjacency) == 1:
+            return dataclasses.replace(scenario, graph="binary_tree")
+        return scenario
 
     def links_in(self, scenario: Scenario) -> Links:
         return scenario.links(self.rule_in(scenario))

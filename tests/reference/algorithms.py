@@ -7,14 +7,26 @@ tests/algorithms/test_second_implementation.py compares the two implementations.
 from collections.abc import Callable
 
 from tests.reference.agents import Alone
-from tests.reference.gossip import D2, Cdadam, Cdmsgd, Cdsgd, Dsgt, Qgm, Sgp
+from tests.reference.gossip import (
+    D2,
+    Cdadam,
+    Cdmsgd,
+    Cdsgd,
+    Dsgt,
+    Qgm,
+    RelaySgd,
+    Sgp,
+)
 from tests.reference.messages import Cga, Choco, Compcga
-from tests.reference.rounds import Centralized, FedAvg, Local, Merging
+from tests.reference.rounds import Centralized, Local, Merging
+from tests.reference.servers import FedAvg, FedProx, Scaffold
 
 REFERENCES: dict[str, Callable[..., Alone]] = {
     "local": Local,
     "centralized": Centralized,
     "fedavg": FedAvg,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
     "cdsgd": Cdsgd,
     "cdmsgd": Cdmsgd,
     "cdadam": Cdadam,
@@ -25,6 +37,7 @@ REFERENCES: dict[str, Callable[..., Alone]] = {
     "cga": Cga,
     "compcga": Compcga,
     "choco": Choco,
+    "relaysgd": RelaySgd,
     "dimat": Merging,
     "wm": Merging,
     "wa": Merging,

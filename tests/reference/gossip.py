@@ -131,3 +131,34 @@ class Qgm(Alone):
         for i in now.agents:
             moved = (old[i] - self.x[i]) / now.rate
             self.m[i] = beta * self.m[i] + (1 - beta) * moved
+
+
+class RelaySgd(Alone):
+    """Vogels et al. 2021, Algorithm 1.
+
+    A message that does not arrive is 0, and contains 0 models.
+    """
+
+    def __init__(self, x, optimizer=None):
+        # For each agent what it got last, by sender: a message, and how many models
+        # are in it.
+        self.received = {}
+        super().__init__(x, optimizer)
+
+    def restart(self, i: int) -> None:
+        self.received[i] = {}
+
+    def step(self, now: Now) -> None:
+        half, sent = {}, {}
+        for i in now.agents:
+            half[i] = self.x[i] + self.update(now, i, self.gradient(now, i))
+            for j in self.x:
+                others = [m for k, m in self.received[i].items() if k != j]
+                models, numbers = [m for m, _ in others], [c for _, c in others]
+                sent[i, j] = half[i] + sum(models), 1 + sum(numbers)
+        for i in now.agents:
+            self.received[i] = {j: sent[j, i] for j in now.senders(i)}
+            got = self.received[i].values()
+            self.x[i] = (half[i] + sum(m for m, _ in got)) / (
+                1 + sum(c for _, c in got)
+            )

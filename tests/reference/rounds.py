@@ -1,4 +1,4 @@
-"""Algorithms in which agents meet once a round: federated averaging, and merging."""
+"""Algorithms in which agents merge once a round, or never meet."""
 
 import functools
 from collections.abc import Callable
@@ -19,30 +19,6 @@ class Centralized(Alone):
 
 class Local(Alone):
     optimizer = Adam
-
-
-class FedAvg(Alone):
-    """McMahan et al. 2017, Algorithm 1, with the present agents as the clients.
-
-    Args:
-        examples: n_k, the number of each agent's examples; None if all are equal.
-    """
-
-    def __init__(self, x, optimizer=None, examples=None):
-        super().__init__(x, optimizer)
-        self.examples = np.ones(len(x)) if examples is None else examples
-        # The number of the last average that each agent has got. An agent that was
-        # away while others got a later one gets the next average, but its params are
-        # not in it.
-        self.number = dict.fromkeys(self.x, 0)
-
-    def communicate(self, now: Now) -> None:
-        latest = max((self.number[i] for i in now.agents), default=0)
-        clients = [i for i in now.agents if self.number[i] == latest]
-        n = sum(self.examples[k] for k in clients)
-        average = sum(self.examples[k] / n * self.x[k] for k in clients)
-        self.x.update(dict.fromkeys(now.agents, average))
-        self.number.update(dict.fromkeys(now.agents, latest + 1))
 
 
 class Merging(Alone):
