@@ -77,7 +77,12 @@ def main(arguments: list[str]) -> None:
         # The runs get the accelerators. This process would take their memory.
         jax.config.update("jax_platforms", "cpu")
     configs = _bundled.load_runs(given.sweep)
+    if not given.workdir:
+        raise UserError("--workdir is empty; it must name a folder")
     jobs = _sweeping.prepare(configs, workdir, given.data_dir)
+    if not on_slurm:
+        # The machines of a cluster may have other data and more memory than this one.
+        _sweeping.check_here(jobs)
     if given.dry_run:
         if on_slurm:
             n_jobs = given.jobs or len(jobs)
