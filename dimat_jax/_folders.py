@@ -13,6 +13,9 @@ __all__ = ["check_output", "check_output_file", "read_json", "strangers"]
 # Shells, schedulers and system daemons may write these into a folder.
 _LOGS = (".log", ".out", ".err")
 
+# The bytes of the longest name that usual file systems allow.
+_LONGEST_NAME = 255
+
 
 def read_json(
     path: Path, expected: type | None = dict, kind: type[UserError] = UserError
@@ -64,8 +67,7 @@ def check_output(
             raise kind(f"{name}={text} cannot be a folder: {there} is none")
         if not os.access(there, os.W_OK | os.X_OK):
             raise kind(f"{name}={text} cannot be written: no permission in {there}")
-        longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-        if any(len(os.fsencode(part)) > longest for part in path.parts):
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
             raise kind(f"{name}={text[:100]}... has a name that is too long")
 
 
@@ -76,6 +78,8 @@ def check_output_file(
     text = os.fspath(given)
     if not text or text.endswith(os.sep) or os.path.isdir(text):
         raise kind(f"{name}={text} must name a file")
+    if len(os.fsencode(os.path.basename(text))) > _LONGEST_NAME:
+        raise kind(f"{name}={text[:100]}... has a name that is too long")
     if os.path.exists(text) and not os.access(text, os.W_OK):
         raise kind(f"{name}={text} cannot be written: no permission")
     check_output(os.path.dirname(text) or os.curdir, f"the folder of {name}", kind)

@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from dimat_jax._folders import check_output, read_json, strangers
 from dimat_jax._inputs import INPUTS, Inputs, files_named
 from dimat_jax._layout_choice import LayoutChoice
+from dimat_jax._layouts import BATCHING, CHUNK
 from dimat_jax._lock import LOCK_FILES
 from dimat_jax._metrics import write_json
 from dimat_jax.config import (
@@ -70,6 +71,7 @@ class Workdir:
             check_output(config.pretrain.cache_dir, cache_dir, ConfigError)
         if self.is_started:
             self._expect_same(config)
+            self.read_layout()
             self._inputs.check_files(config)
         elif foreign := strangers(self.path, lambda path: _is_own(path, config)):
             raise ConfigError(
@@ -165,7 +167,10 @@ class Workdir:
         if not (self.is_started and self._layout.exists()):
             return None
         with reading(self._layout, ConfigError):
-            return LayoutChoice.read(self._layout)
+            choice = LayoutChoice.read(self._layout)
+            BATCHING.check(choice.batching)
+            CHUNK.check(choice.chunk)
+            return choice
 
     def read_summary(self) -> dict[str, Any] | None:
         """Reads summary.json; None for a run that has not finished.

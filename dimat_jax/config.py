@@ -294,7 +294,7 @@ def check(config: Config) -> None:
     _check_together(whole)
 
 
-def expect_all_fields(config: Config) -> Config:
+def expect_all_fields(config: Any) -> Config:
     """Refuses what is no config with all fields, each of its type.
 
     Returns:

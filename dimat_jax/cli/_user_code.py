@@ -51,11 +51,8 @@ def _reason(error: BaseException) -> str:
 
 def _place(path: Path, error: BaseException) -> str:
     """The file, and its last line that was running or that does not parse."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == str(path)
-    ]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines.append(error.lineno)
+    places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    lines = [line for name, line in places if Path(name).absolute() == path.absolute()]
     return f"{path}, line {lines[-1]}" if lines and lines[-1] else str(path)
