@@ -9,7 +9,7 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +42,29 @@ class Events:
             now, last = time.time(), rows[-1].get("seconds_total", 0.0)
             for row in rows:
                 history.add(row, now - last + row.get("seconds_total", 0.0))
-            history.close()
         self._file = _File(workdir / f"{prefix}.1-{name}", drops_older=not rows)
         for path in older:
             path.unlink(missing_ok=True)
+
+    @property
+    def path(self) -> Path:
+        """The file to which events are added."""
+        return self._file.path
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Adds the numbers of a row. Readers of the file see them at once."""
         self._file.add(row, time.time())
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
 
 class _File:
-    """A file of events, in the format of TFRecord.
+    """A file of events, in the format of TFRecord. It is open only while it is written.
 
     Args:
         path: The file, which is made.
         drops_older: Whether TensorBoard forgets the events of older files.
+
+    Attributes:
+        path: The file.
     """
 
     def __init__(self, path: Path, drops_older: bool):
@@ -69,15 +72,15 @@ class _File:
         from tensorboardX.proto import event_pb2
 
         self._proto: Any = event_pb2  # Its messages are made at import time.
-        self._path, self._file = path, path.open("xb")
-        version = "brain.Event:2"
-        now, event = time.time(), self._proto.Event
-        self._write([event(wall_time=now, file_version=version)])
+        self.path, now = path, time.time()
+        first = [self._proto.Event(wall_time=now, file_version="brain.Event:2")]
         if drops_older:
             start = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._write([event(wall_time=now, step=0, session_log=start)])
+            first.append(self._proto.Event(wall_time=now, step=0, session_log=start))
+        self._write(first)
 
     def add(self, row: Mapping[str, Any], seconds: float) -> None:
+        """Adds the numbers of a row, at a time in seconds."""
         from tensorboardX.summary import scalar
 
         self._write(
@@ -90,18 +93,12 @@ class _File:
             if isinstance(value, (int, float)) and name not in ("round", "step")
         )
 
-    def _write(self, events: Any) -> None:
+    def _write(self, events: Iterable[Any]) -> None:
         from tensorboardX.record_writer import masked_crc32c
 
-        with writing(self._path):
+        with writing(self.path), self.path.open("ab") as file:
             for event in events:
                 content = event.SerializeToString()
                 length = struct.pack("<Q", len(content))
                 for part in (length, content):
-                    checksum = struct.pack("<I", masked_crc32c(part))
-                    self._file.write(part + checksum)
-            self._file.flush()
-
-    def close(self) -> None:
-        with writing(self._path):
-            self._file.close()
+                    file.write(part + struct.pack("<I", masked_crc32c(part)))

@@ -197,12 +197,11 @@ class MetricsWriter:
         return self._packed
 
     def close(self) -> None:
-        """Waits until all rows and events are on disk, and closes the event file."""
+        """Waits until all rows and events are on disk."""
         if self._is_open:
             self._is_open = False
-            self._events.close()
-            sync(self._path)
-            sync(self._digests)
+            for path in (self._path, self._digests, self._events.path):
+                sync(path)
 
 
 def _damaged(path: Path, what: str) -> MetricsError:

@@ -48,9 +48,9 @@ class Watch:
         self.sizes: list[Sizes] = []
         self._folder, self._compiled = folder, 0
 
-    def on_event(self, name: str, seconds: float, **more: Any) -> None:
-        del seconds, more
-        self._compiled += name == "/jax/core/compile/backend_compile_duration"
+    def on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        self._compiled += event == "/jax/core/compile/backend_compile_duration"
 
     def __call__(self, line: str) -> None:
         if not line.startswith("round "):
