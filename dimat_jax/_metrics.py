@@ -158,7 +158,7 @@ class MetricsWriter:
             self._packed, text = b"", "".join(map(_line, kept)).encode()
         else:
             self._packed, text = saved, gzip.decompress(saved)
-            there = self._path.read_bytes() if self._path.exists() else b""
+            there = self._path.read_bytes() if self._path.is_file() else b""
             if not there.startswith(text):
                 logging.warning(
                     "%s did not hold the rows that the run had written when it saved "
@@ -214,6 +214,8 @@ def _damaged(path: Path, what: str) -> MetricsError:
 def _lines(path: Path) -> list[bytes]:
     """The lines of a file, without a last one that a crash has cut off."""
     with reading(path, MetricsError):
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
         return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 

@@ -26,7 +26,7 @@ from dimat_jax.config import (
     fields_read,
 )
 from dimat_jax.data.partition import class_counts
-from dimat_jax.errors import reading
+from dimat_jax.errors import concerning, reading
 from dimat_jax.experiment import Experiment
 
 __all__ = ["Workdir"]
@@ -147,7 +147,7 @@ class Workdir:
         """
         config = default_config()
         fields = read_json(self._config, dict, ConfigError)
-        with reading(self._config, ConfigError):
+        with concerning(self._config), reading("the config", ConfigError):
             unknown = fields_of(fields).keys() - fields_of(config).keys()
             if unknown:
                 names = [
@@ -166,7 +166,7 @@ class Workdir:
         """
         if not (self.is_started and self._layout.exists()):
             return None
-        with reading(self._layout, ConfigError):
+        with concerning(self._layout), reading("the layout", ConfigError):
             choice = LayoutChoice.read(self._layout)
             BATCHING.check(choice.batching)
             CHUNK.check(choice.chunk)

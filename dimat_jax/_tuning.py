@@ -18,7 +18,7 @@ from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHM
 from dimat_jax.config import fields_of_json, fields_read
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
-from dimat_jax.errors import UserError, reading
+from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.options import SEED, every
 from dimat_jax.topology import TOPOLOGY
 
@@ -178,7 +178,7 @@ def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
         raise UserError(f"no run in or below {', '.join(map(str, directories))}")
     runs = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
-        with reading(path):
+        with concerning(path):
             fields = fields_read(fields_of_json(read_json(path)))
         with reading(path.with_name("metrics.jsonl")):
             rows = [row for row in read_rows(path.parent) if row["phase"] == phase]

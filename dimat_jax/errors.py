@@ -12,6 +12,7 @@ __all__ = [
     "NonFiniteError",
     "SweepError",
     "UserError",
+    "concerning",
     "first_line",
     "in_one_line",
     "nearest",
@@ -98,6 +99,15 @@ def reading(what: Any, kind: type[UserError] = UserError) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         raise kind(f"{what} cannot be used: {in_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def concerning(what: Any) -> Iterator[None]:
+    """Adds what it concerns to the message of a `UserError`: a run, or a file."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 from configs import quickstart
 from dimat_jax import train
 from dimat_jax._metrics import read_rows
+from dimat_jax.config import drop_unread
 
 EVERY = 10
 
@@ -38,7 +39,7 @@ def tiny(rounds: int, **changes: Any):
         **{name.replace("__", "."): value for name, value in changes.items()},
     }
     config.update_from_flattened_dict(fields)
-    return config
+    return drop_unread(config)
 
 
 class Watch:

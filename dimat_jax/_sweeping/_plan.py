@@ -1,9 +1,8 @@
 """The runs of a sweep: checked, with their folders, and in a good order."""
 
-import contextlib
 import functools
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from dimat_jax.config import (
     set_if_read,
 )
 from dimat_jax.data import sources
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, concerning
 from dimat_jax.models import MODELS, classifier
 from dimat_jax.workdir import Workdir
 
@@ -84,7 +83,7 @@ def prepare(
     _check_names(configs)
     jobs = [Job(name, config, workdir / name) for name, config in configs.items()]
     for job in jobs:
-        with _of(job):
+        with concerning(f"run {job.name!r}"):
             check(job.config)
             check_graph_and_steps(resolved(fields_of(job.config)))
             check_network(job.config)
@@ -108,7 +107,7 @@ def check_here(jobs: Sequence[Job]) -> None:
     read = functools.cache(sources.read)
     for job in jobs:
         if not job.is_finished:
-            with _of(job):
+            with concerning(f"run {job.name!r}"):
                 _check_data(job.config, read)
 
 
@@ -125,15 +124,6 @@ def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
     record = record_of(fields)
     if has_statistics and record.uses_graph:
         no_negative_weights(f"{record.name} with BatchNorm", check_network(config))
-
-
-@contextlib.contextmanager
-def _of(job: Job) -> Iterator[None]:
-    """Names the run that a config or a folder belongs to."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(f"run {job.name!r}: {error}") from error
 
 
 def _refuse_another_kind(workdir: Path) -> None:

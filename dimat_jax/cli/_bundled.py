@@ -1,8 +1,7 @@
 """Finds config files and sweep files by path or, if they are bundled, by name."""
 
 import ast
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from ml_collections import config_flags
 
 from dimat_jax.cli import _user_code
 from dimat_jax.config import Config, expect_all_fields, settle_overrides
-from dimat_jax.errors import UserError, nearest, reading
+from dimat_jax.errors import UserError, concerning, nearest, reading
 
 __all__ = [
     "bundled_configs",
@@ -121,7 +120,7 @@ def load_config(name: str) -> Config:
     name, *argument = name.split(":", 1)
     path = _find_config(name)
     config = _user_code.call(path, "get_config() -> config", *argument)
-    with _from(path, "get_config()"):
+    with concerning(f"{path}: get_config()"):
         return expect_all_fields(config)
 
 
@@ -142,15 +141,6 @@ def load_runs(name: str) -> dict[str, Config]:
     for run, config in runs.items():
         if not isinstance(run, str):
             raise UserError(f"{path}: the name of a run must be a text, got {run!r}")
-        with _from(path, f"run {run!r}"):
+        with concerning(f"{path}: run {run!r}"):
             expect_all_fields(config)
     return dict(runs)
-
-
-@contextlib.contextmanager
-def _from(path: Path, what: str) -> Iterator[None]:
-    """Names the file, and what in it, from which a wrong config comes."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{path}: {what}: {error}") from error

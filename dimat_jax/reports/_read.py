@@ -17,7 +17,7 @@ from dimat_jax._folders import read_json
 from dimat_jax._metrics import read_rows
 from dimat_jax._run_options import ROUNDS
 from dimat_jax.config import fields_of_json, fields_read
-from dimat_jax.errors import UserError, reading
+from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.evaluate import EVERY
 from dimat_jax.options import SEED
 from dimat_jax.workdir import FAILURE
@@ -112,10 +112,10 @@ def _read(folder: Path) -> FoundRun:
     name = str(folder)
     fields, rows = {}, []
     try:
-        with reading("its config.json"):
+        with concerning("its config.json"):
             config = fields_of_json(read_json(folder / "config.json"))
             fields = {path: str(value) for path, value in fields_read(config).items()}
-        with reading("its metrics.jsonl"):
+        with concerning("its metrics.jsonl"), reading("a row"):
             found = read_rows(folder)
             _check_rows(found)
             state, reason = _state(folder, fields, found)
@@ -132,9 +132,9 @@ def _check_rows(rows: list[dict[str, Any]]) -> None:
             value = row.get(name)
             # A number that is not finite is null in the file.
             if not (isinstance(value, kind) or (value is None and name in _FINITE)):
-                raise UserError(f"its row {number} has {value!r} as {name}")
+                raise UserError(f"row {number} has {value!r} as {name}")
         if not all(_is_number(value) for value in row["test_accuracy"] or ()):
-            raise UserError(f"its row {number} has other things than numbers")
+            raise UserError(f"row {number} has other things than numbers")
 
 
 def _is_number(value: Any) -> bool:

@@ -281,8 +281,7 @@ def test_a_damaged_config_json_is_named(refused, tmp_path, content):
         ("tune", "run"),
         ("merge", "run", "run:1", "--out=merged"),
     ):
-        message = refused(*command)
-        assert "config.json" in message or "config.rounds is 'x'" in message
+        assert "config.json" in refused(*command)
     if content != CONTENT["wrong types"]:
         assert "config.json" in refused("show", "run")
 
@@ -301,13 +300,10 @@ def test_damaged_rows_are_named(refused, tmp_path, rows):
     run.mkdir()
     (run / "config.json").write_text(default_config().to_json())
     (run / "metrics.jsonl").write_bytes(rows)
-    for command in (
-        ("report", "run", "--out=report"),
-        ("show", "run"),
-        ("tune", "run"),
-    ):
-        message = refused(*command)
-        assert "metrics.jsonl" in message or "its row 1 has" in message
+    for command in (("report", "run", "--out=report"), ("show", "run")):
+        assert "metrics.jsonl" in refused(*command)
+    if rows != ROWS["wrong types"]:
+        assert "metrics.jsonl" in refused("tune", "run")
 
 
 @pytest.mark.parametrize("name", ["summary.json", "layout.json", "inputs.json"])
