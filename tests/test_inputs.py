@@ -113,9 +113,9 @@ def test_other_versions_are_warned_of(half, caplog):
     assert f"began with jax 0.0.1 (now {now}); " in message
 
 
-def test_a_run_of_an_older_version_has_no_inputs_and_goes_on(half):
+def test_a_run_of_an_older_version_has_no_inputs_and_goes_on(half, finished):
     (half / "run" / INPUTS).unlink()
-    Workdir(half / "run").check(config_of(half / "graph.json"))
+    Workdir(half / "run").check(config_of(finished / "graph.json"))
     Inputs(half / "run").check_data("any")
     with pytest.raises(ConfigError, match=r"they differ in graph\.file"):
         Workdir(half / "run").check(config_of(half / "elsewhere.json"))

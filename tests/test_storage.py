@@ -96,8 +96,18 @@ def undisturbed(tmp_path_factory) -> Path:
     ("disturb", "name", "reason"),
     [
         (full_file, "metrics.jsonl", "No space left on device; free some space"),
-        (full_file, "metrics.digests", "No space left on device; free some space"),
-        (removed, "metrics.jsonl", "Is a directory; choose another name"),
+        pytest.param(
+            full_file,
+            "metrics.digests",
+            "No space left on device; free some space",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            removed,
+            "metrics.jsonl",
+            "Is a directory; choose another name",
+            marks=pytest.mark.slow,
+        ),
         (no_more, "checkpoints", "File too large; raise the limit of file sizes"),
     ],
 )
