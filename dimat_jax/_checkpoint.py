@@ -384,10 +384,9 @@ class Checkpoints:
         if number not in self._kept:
             path = self._directory / str(number) / "record" / "metadata"
             try:
-                record = json.loads(path.read_bytes())
-            except (OSError, ValueError):
+                self._kept[number] = bool(json.loads(path.read_bytes()).get(_IS_KEPT))
+            except Exception:
                 return False  # It may be damaged, so nothing is remembered.
-            self._kept[number] = bool(record.get(_IS_KEPT))
         return self._kept[number]
 
 

@@ -23,7 +23,7 @@ from dimat_jax.data.sources import SOURCE, SOURCES, Source
 from dimat_jax.errors import in_one_line
 from dimat_jax.evaluate import BATCH_SIZE as EVAL_BATCH_SIZE
 from dimat_jax.models import MODEL, MODELS, classifier
-from dimat_jax.options import read
+from dimat_jax.options import Record, read
 from dimat_jax.placement import AGENTS
 
 __all__ = ["check_graph_and_steps", "check_model", "check_steps", "memory"]
@@ -106,7 +106,7 @@ def check_model(fields: Fields) -> ClosedJaxpr:
     for what, n_bytes in _batches(fields, source.image_shape):
         _refuse(what, n_bytes)
     name, given = fields[MODEL.path], model_arguments(fields)
-    traced = _traced_init(name, tuple(sorted(given.items())), source)
+    traced = _traced_init(MODELS[name], tuple(sorted(given.items())), source)
     one = sum(math.prod(x.shape) * x.dtype.itemsize for x in traced.out_avals)
     _refuse(
         f"{n_agents} agent(s) with a {name} of {_words(one)} each, and the gradients,",
@@ -117,10 +117,10 @@ def check_model(fields: Fields) -> ClosedJaxpr:
 
 @functools.lru_cache(maxsize=32)
 def _traced_init(
-    name: str, given: tuple[tuple[str, Any], ...], source: Source
+    record: Record[Any], given: tuple[tuple[str, Any], ...], source: Source
 ) -> ClosedJaxpr:
     """Traces the function that draws a model's variables; see `check_model`."""
-    model = MODELS[name](n_classes=source.n_classes, **dict(given))
+    model = record(n_classes=source.n_classes, **dict(given))
     images = np.zeros((1, *source.image_shape), np.float32)
     try:
         draw = functools.partial(classifier.init, model, inputs=images)
@@ -128,7 +128,7 @@ def _traced_init(
     except (ValueError, TypeError, ArithmeticError) as error:
         height, width, _ = source.image_shape
         raise ConfigError(
-            f"config.{MODEL.path} is {name!r}, which does not take the images of "
+            f"config.{MODEL.path} is {record.name!r}, which does not take the images of "
             f"{source.name}, of {height} x {width} pixels: {in_one_line(error)}"
         ) from error
 

@@ -44,8 +44,7 @@ __all__ = ["load_agents", "run"]
 
 # What holds after the system has refused to write a file.
 _GOES_ON = (
-    "The last checkpoint is as it was; the same command goes on from it once this is "
-    "mended"
+    "Earlier checkpoints are as they were; the same command goes on once this is mended"
 )
 
 

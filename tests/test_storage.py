@@ -128,7 +128,7 @@ def test_a_run_that_cannot_write_ends_with_one_message_and_goes_on_later(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = str(raised.value)
     assert str(path) in message and reason in message and "\n" not in message
-    assert message.endswith("the same command goes on from it once this is mended")
+    assert message.endswith("the same command goes on once this is mended")
     assert not list(folder.glob("checkpoints/*tmp*"))
     # The last good checkpoint can be read, and no lock is left.
     if path.is_dir() and name != "checkpoints":

@@ -487,6 +487,7 @@ def bomb(width: int, height: int) -> bytes:
         ("wnids.txt", b"n01\n\xe9\n", "wnids.txt cannot be used: 'utf-8' codec"),
         ("words.txt", b"n01\t\xe9\n", "words.txt cannot be used: 'utf-8' codec"),
     ],
+    ids=["40000 pixels", "9000 pixels", "64 MiB", "no utf-8 ids", "no utf-8 words"],
 )
 @pytest.mark.parametrize("kind", ["zip", "folder"])
 def test_a_hostile_member_is_named(name, content, message, kind, tmp_path):
