@@ -128,8 +128,8 @@ def _traced_init(
     except (ValueError, TypeError, ArithmeticError) as error:
         height, width, _ = source.image_shape
         raise ConfigError(
-            f"config.{MODEL.path} is {record.name!r}, which does not take the images of "
-            f"{source.name}, of {height} x {width} pixels: {in_one_line(error)}"
+            f"config.{MODEL.path} is {record.name!r}, which cannot take images of "
+            f"{height} x {width} pixels, as {source.name} has: {in_one_line(error)}"
         ) from error
 
 
