@@ -29,10 +29,12 @@ _FINITE = ("test_accuracy", "test_accuracy_mean", "test_loss", "test_loss_mean")
 # What every row has, with the types of the values.
 _COLUMNS: dict[str, type | tuple[type, ...]] = {
     "round": int,
-    "step": int,
     "phase": str,
     "test_accuracy": list,
     "test_accuracy_mean": (int, float),
+    "bytes_sent_total": int,
+    "comm_rounds_total": (int, float),
+    "seconds_total": (int, float),
 }
 # A mean cross-entropy (in nats) above this is that of a model that has diverged,
 # although it is still finite. Guessing among a million classes has 14 nats.
