@@ -48,9 +48,9 @@ class Rounds:
 
     @property
     def frames(self) -> Any:
-        """The agents' frames after the latest merge of the round.
+        """The agents' frames after the latest merge.
 
-        None if it has had none, or if the algorithm aligns no agents.
+        None if there was none, or if the algorithm aligns no agents.
         """
         return self._frames
 
@@ -81,8 +81,6 @@ class Rounds:
             The new state, and the metrics of the communication.
         """
         experiment, progress, merge = self._experiment, self._progress, part.merge
-        if part.begins_round:
-            self._keep_frames(None)
         if self._looks_ahead(part):
             first = part.steps.start
             now = experiment.network_at_step(first, part.round)
@@ -117,8 +115,11 @@ class Rounds:
             self._experiment.network_at_step(step, part.round) for step in part.steps
         ]
         taken = max(ahead, self._progress.within - offset)
-        first = part.steps.start + taken
-        state = self._trainer.steps(state, first, networks[taken:], self._tick, after)
+        first, left = part.steps.start + taken, networks[taken:]
+        if ahead and not left:
+            # The communication has taken the only step, so nothing else calls this.
+            after(state, self._trainer.totals, first - 1)
+        state = self._trainer.steps(state, first, left, self._tick, after)
         self._progress.ledger.record_steps(self._messages, networks[ahead:])
         return state
 

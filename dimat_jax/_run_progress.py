@@ -20,9 +20,8 @@ class Progress:
         step: The number of local steps done, those of pre-training included, when the
             current epoch of pre-training or the current round began.
         within: The number of local steps done since then.
-        frames: The agents' frames after the latest merge of the current round, as JSON
-            content; None if there was none. A run that goes on within the round needs
-            them to measure the average model.
+        frames: The agents' frames after the latest merge, as JSON content; None if
+            there was none. They align the agents whose average is measured.
         rows: The number of rows in metrics.jsonl.
         seconds: The wall time of the run before this process took it up.
     """
@@ -54,7 +53,6 @@ class Progress:
         return {
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
             "ledger": self.ledger.record(),
-            "frames": self.frames if self.within else None,
             "seconds": self.total_seconds,
         }
 

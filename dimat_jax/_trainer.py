@@ -82,6 +82,11 @@ class Trainer:
         """Takes steps, and returns their `metrics` with the new state; see `steps`."""
         return self.steps(state, first_step, networks, tick, after), self.metrics()
 
+    @property
+    def totals(self) -> Any:
+        """What the steps since the last call of `metrics` have added up."""
+        return self._totals
+
     def go_on(self, totals: Any) -> None:
         """Goes on within steps whose metrics are counted together.
 

@@ -120,6 +120,8 @@ def _train(
         results.save(state)
     messages = algorithm.messages(state)
     rounds = Rounds(experiment, progress, messages, pauses, tick)
+    # Whether agents communicate at the beginning of a round, or while they train.
+    at_once = bool(messages.round or messages.server)
 
     for number in range(progress.round + 1, config.rounds + 1):
         pauses.before_round(state)
@@ -130,11 +132,11 @@ def _train(
             if not rounds.is_begun(part):
                 state, metrics = rounds.communicate(state, part)
                 if evaluates and part.begins_round and part.merge is not None:
-                    changed = bool(messages.round or messages.server)
-                    changed |= experiment.recalibrates == "communication"
+                    changed = at_once or experiment.recalibrates == "communication"
+                    metrics["communicated"] = at_once
                     evaluate("merged", number, state, metrics, rounds.frames, changed)
             state = rounds.train(state, part)
-        metrics = rounds.end(number)
+        metrics = {**rounds.end(number), "communicated": not at_once}
         if evaluates:
             evaluate("trained", number, state, metrics, rounds.frames)
         due = number % config.checkpoint.every == 0 or results.keeps(number)

@@ -68,7 +68,7 @@ def interrupt(monkeypatch):
     return set_up
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize("algorithm", ["wa", "cdmsgd"])
 @pytest.mark.parametrize("every", [1, 2, 5, 7])
 def test_a_run_that_is_interrupted_again_and_again_comes_to_the_same_results(
@@ -97,7 +97,7 @@ def test_a_run_that_is_interrupted_again_and_again_comes_to_the_same_results(
     assert_same(tmp_path / "run", finished[algorithm])
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", ["after_merge", "before_merge"])
 @pytest.mark.parametrize("frame", ["own", "joint"])
 def test_a_run_that_merges_within_rounds_may_be_interrupted_after_each_step(
@@ -117,6 +117,20 @@ def test_a_run_that_merges_within_rounds_may_be_interrupted_after_each_step(
     # Before a merge, its step is a part of the communication.
     steps = STEPS if gradient == "after_merge" else STEPS - 4
     assert interruptions == steps
+    assert_same(tmp_path / "run", tmp_path / "finished")
+
+
+def test_a_run_whose_merges_take_every_step_may_be_interrupted(tmp_path, interrupt):
+    changes = {"merge__every": 1, "merge__unit": "steps"}
+    merging = config("wa", merge__gradient="before_merge", **changes)
+    train.run(merging, tmp_path / "finished", lambda line: None)
+    # The first steps are those of pre-training.
+    for after in (STEPS - 3, 1, 1):
+        interrupt(after)
+        with pytest.raises(Interrupted):
+            train.run(merging, tmp_path / "run", lambda line: None)
+    interrupt(STEPS)
+    train.run(merging, tmp_path / "run", lambda line: None)
     assert_same(tmp_path / "run", tmp_path / "finished")
 
 

@@ -134,6 +134,7 @@ def test_a_run_that_resumes_measures_the_same(tmp_path, whole, algorithm, evalua
     assert run(small(algorithm), tmp_path / "killed") == whole
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("devices", [2, 3])
 def test_the_number_of_devices_changes_no_measure(tmp_path, whole, devices):
     rows = run(small(placement__cpu_devices=devices), tmp_path)

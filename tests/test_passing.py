@@ -84,6 +84,7 @@ def test_mixing_over_devices_is_the_product_with_w(layout, density, seed):
         )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(layout=layouts, seed=st.integers(0, 2**16))
 def test_picking_over_devices_is_indexing(layout, seed):
@@ -233,6 +234,7 @@ def sizes(program: str, operation: str) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_no_device_receives_the_weights_of_all_agents(programs):
     weights = N_AGENTS * HIDDEN[0] * HIDDEN[1]
     for name, program in programs.items():

@@ -229,6 +229,7 @@ everywhere = pytest.mark.parametrize("n_devices", DEVICES)
 both_batchings = pytest.mark.parametrize("batching", BATCHINGS)
 
 
+@pytest.mark.every_nth(3)
 @everywhere
 @both_batchings
 def test_per_agent_is_a_loop_over_agents(results, n_devices, batching):

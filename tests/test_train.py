@@ -13,7 +13,8 @@ import optax
 import pytest
 
 from configs import cifar100_resnet20, quickstart
-from dimat_jax import _race, models, train
+from dimat_jax import _race, models, reports, train
+from dimat_jax._measuring import Measuring
 from dimat_jax._metrics import read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax._trainer import Trainer
@@ -122,6 +123,7 @@ class _Killed(Exception):
     pass
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("evaluations", [0, 1, 2, 3, 4])
 def test_an_interrupted_run_resumes_with_the_same_results(
     tmp_path, finished, monkeypatch, evaluations
@@ -238,6 +240,7 @@ def test_agents_that_do_not_communicate_are_evaluated_once_between_trainings(
     assert losses[0] != losses[1] != losses[2] == losses[3] != losses[4]
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_changes_nothing(tmp_path, finished):
     expected = read_rows(finished)
     for devices in (2, 3):
@@ -356,6 +359,7 @@ def test_matching_works_on_every_policy_of_data(tmp_path, policy):
     assert 0 < summary["last_merged"]["moved_units"] <= 1
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("policy", ["own", "proxy"])
 def test_a_run_matches_on_as_many_images_as_it_takes(tmp_path, policy):
     changes = {
@@ -588,6 +592,7 @@ def untrained(algorithm: str, **changes):
 EVERY_STEP = {"merge__unit": "steps", "merge__gradient": "before_merge"}
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize(
     ("algorithm", "changes"), [("wa", {}), ("dimat", {"merge__stay": 3.0})]
 )
@@ -628,6 +633,7 @@ def test_agents_may_merge_within_a_round(tmp_path, gradient):
     assert [row["comm_rounds_total"] for row in rows] == [0, 2, 6, 8, 12]
     first = int(gradient == "before_merge")
     assert [row["step"] for row in rows] == [0, first, 7, 7 + first, 14]
+    assert [row["communicated"] for row in rows[1:]] == [True, False, True, False]
 
 
 def test_agents_may_merge_every_few_rounds(tmp_path):
@@ -642,11 +648,26 @@ def test_agents_may_merge_every_few_rounds(tmp_path):
         (4, "trained"),
     ]
     assert [row["comm_rounds_total"] for row in rows] == [0, 2, 2, 2, 4, 4, 4]
+    assert reports.load(tmp_path / "a").left_out.empty
     # Two rounds without a merge in between are one round of twice as many steps.
     train.run(untrained("wa", local_steps=14, rounds=2), tmp_path / "b", quiet)
     longer = read_rows(tmp_path / "b")
     for row, other in ((rows[3], longer[2]), (rows[4], longer[3])):
         np.testing.assert_allclose(row["test_loss"], other["test_loss"], rtol=1e-5)
+
+
+def test_agents_stay_aligned_in_rounds_without_a_merge(tmp_path, monkeypatch):
+    given, original = [], Measuring.__call__
+
+    def measure(self, state, frames, *args):
+        given.append(frames)
+        return original(self, state, frames, *args)
+
+    monkeypatch.setattr(Measuring, "__call__", measure)
+    train.run(untrained("dimat", merge__every=2, rounds=2), tmp_path, quiet)
+    before, merged, *trained = given
+    assert before is None and merged is not None and len(trained) == 2
+    assert all(frames is merged for frames in trained)
 
 
 def test_a_misspelt_field_in_a_config_file_is_an_error():

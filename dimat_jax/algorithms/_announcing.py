@@ -2,13 +2,14 @@
 
     q_i  =  Q(x_i - x^_i),    x^_i  <-  x^_i + q_i
 
-x^_i is the other agents' estimate of the params of agent i. They match x^_i with their
-own params and average it. What Q loses stays in the difference x_i - x^_i, and is sent
-later (error feedback). The estimates are CHOCO's (Koloskova et al. 2019, arXiv
-1902.00340); unlike there, the mean over agents is not preserved while the estimates are
-inexact. When two agents are linked for the first time, they send their x^ in full.
-Later, an agent that has missed announcements gets them together with the next one. So
-all agents have the same x^_i.
+x^_i is the other agents' estimate of the params of agent i. Agents are matched by these
+estimates, so that both ends of a link find the same permutation, and average the
+estimates of the others with their own exact params. What Q loses stays in the
+difference x_i - x^_i, and is sent later (error feedback). The estimates are CHOCO's
+(Koloskova et al. 2019, arXiv 1902.00340); unlike there, the mean over agents is not
+preserved while the estimates are inexact. When two agents are linked for the first
+time, they send their x^ in full. Later, an agent that has missed announcements gets
+them together with the next one. So all agents have the same x^_i.
 
 Only params are compressed. Running statistics are small, and compression would harm
 them: a variance that is compressed may become negative.

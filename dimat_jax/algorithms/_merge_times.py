@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from dimat_jax.options import Option
 
-__all__ = ["EVERY", "UNIT", "Part", "parts_of_round"]
+__all__ = ["EVERY", "UNIT", "Part", "begins_with_merge", "parts_of_round"]
 
 EVERY = Option(
     "merge.every",
@@ -40,6 +40,11 @@ class Part(NamedTuple):
     steps: range
 
 
+def begins_with_merge(every: int, unit: str, round_number: int) -> bool:
+    """Whether agents merge at the beginning of a round; see `parts_of_round`."""
+    return unit == "steps" or (round_number - 1) % every == 0
+
+
 def parts_of_round(
     every: int, unit: str, round_number: int, steps: range
 ) -> Iterator[Part]:
@@ -52,8 +57,9 @@ def parts_of_round(
         steps: the local steps of the round; all rounds have equally many.
     """
     if unit == "rounds":
-        done, since = divmod(round_number - 1, every)
-        yield Part(round_number, True, None if since else done + 1, steps)
+        is_due = begins_with_merge(every, unit, round_number)
+        merge = (round_number - 1) // every + 1 if is_due else None
+        yield Part(round_number, True, merge, steps)
         return
     starts = range(0, max(len(steps), 1), every)
     merges_before = (round_number - 1) * len(starts)

@@ -145,10 +145,10 @@ BN_SAMPLES = Option(
 BN_WHEN = Option(
     "batch_norm.when",
     "communication",
-    "When BatchNorm statistics are measured anew. communication: once a round, after "
-    "the agents have communicated, and training goes on with the new statistics. An "
-    "algorithm that gossips with every step, or never communicates, does it at the "
-    "same point of a round. evaluation: before every evaluation, and for the "
+    "When BatchNorm statistics are measured anew. communication: after every merge or "
+    "server average, and training goes on with the new statistics. An algorithm that "
+    "gossips with every step, or never communicates, does it once at the beginning of "
+    "a round. evaluation: before every evaluation, and for the "
     "evaluation alone, so that training goes on as if nothing had been measured.",
     choices=("communication", "evaluation"),
 )

@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 from dimat_jax._folders import read_json
 from dimat_jax._metrics import read_rows
 from dimat_jax._run_options import ROUNDS
+from dimat_jax.algorithms._merge_times import EVERY as MERGE_EVERY
+from dimat_jax.algorithms._merge_times import UNIT as MERGE_UNIT
+from dimat_jax.algorithms._merge_times import begins_with_merge
 from dimat_jax.config import fields_of_json, fields_read
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.evaluate import EVERY
-from dimat_jax.options import SEED
+from dimat_jax.options import SEED, Option
 from dimat_jax.workdir import FAILURE
 
 __all__ = ["FoundRun", "find_runs"]
@@ -161,21 +164,33 @@ def _state(
         loss = row.get("test_loss_mean", 0)
         if loss > _LARGEST_LOSS:
             return "diverged", f"the mean test loss is {loss:.3g} {where}"
+    if any(row["round"] > 0 and "communicated" not in row for row in rows):
+        return "damaged", "its rows do not say which of them follow a communication"
     twice = [key for key, times in there.items() if times > 1]
     if twice:
         number, phase = min(twice)
         return "damaged", f"it has several rows of round {number}, phase {phase!r}"
+    merge_every, unit = int(_value(fields, MERGE_EVERY)), _value(fields, MERGE_UNIT)
+
+    def is_whole(number: int) -> bool:
+        merges = begins_with_merge(merge_every, unit, number)
+        has_merged = (number, "merged") in there or not merges
+        return has_merged and (number, "trained") in there
+
     # A damaged config may name any number of rounds, so the search ends at a gap.
     last = [n_rounds] if n_rounds % every else []
     evaluated = itertools.chain(range(every, n_rounds + 1, every), last)
-    phases = ("merged", "trained")
-    gaps = (n for n in evaluated if any((n, phase) not in there for phase in phases))
-    missing = next(gaps, None)
+    missing = next((number for number in evaluated if not is_whole(number)), None)
     if not rows or (missing is not None and missing >= reached):
         return "unfinished", _how_far(folder, bool(rows), reached, n_rounds)
     if missing is not None:
         return "damaged", f"it lacks evaluations of round {missing}"
     return "finished", ""
+
+
+def _value(fields: dict[str, str], option: Option) -> str:
+    """The value of an option, as text; its default if the run does not read it."""
+    return fields.get(option.path, str(option.default))
 
 
 def _is_finite(value: Any) -> bool:

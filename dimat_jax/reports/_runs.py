@@ -245,7 +245,8 @@ def _evaluations(rows: list[dict[str, Any]]) -> DataFrame:
     kinds = pd.DataFrame([row.get("bytes_sent_by_kind", {}) for row in rows])
     frame = pd.DataFrame(rows).drop(columns=nested, errors="ignore")
     frame["test_accuracy_std"] = frame.test_accuracy.map(_deviation)
-    frame["communicated"] = _communicated(frame)
+    # Before the first round agents do not communicate, and rows do not mention it.
+    frame["communicated"] = [row.get("communicated", False) for row in rows]
     return frame.join(kinds.add_prefix(SENT))
 
 
@@ -255,23 +256,6 @@ def _deviation(accuracies: list[float]) -> float:
     Deviations over seeds have the same convention.
     """
     return float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan
-
-
-def _communicated(rows: DataFrame) -> Any:
-    """Whether each row of a run is an evaluation right after a communication.
-
-    Some agents communicate before the local training of a round, others with every
-    step of it. Which of them these are follows from when their bytes were counted.
-    Agents that never send anything count as if they communicated while they train.
-    """
-    # Bytes alone do not tell: agents may share data before the first round.
-    totals = rows[["bytes_sent_total", "comm_rounds_total"]]
-    sent = (totals.diff() > 0).all(axis=1)
-    merged = sent & (rows.phase == "merged")
-    if (sent & (rows.phase == "trained")).any():
-        # What was sent since the last row may be that of rounds without an evaluation.
-        merged &= rows["round"].diff() == 1
-    return rows.phase == ("merged" if merged.any() else "trained")
 
 
 def _in_every_panel(described: DataFrame, panels: list[str]) -> DataFrame:

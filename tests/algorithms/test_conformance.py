@@ -46,7 +46,8 @@ from tests.algorithms.problems import (
     least_squares,
     without_examples,
 )
-from tests.reference import gossip_loops as reference
+from tests.reference.agents import Now
+from tests.reference.gossip import Qgm
 
 CONVEX = PROBLEMS["convex"]
 VARIABLES = convex_variables(START)
@@ -97,6 +98,20 @@ def own_step(optimizer_name: str):
     return step, tx.init
 
 
+def now_alone(t: int, batch: Batch) -> Now:
+    """What a single agent sees of step t."""
+    # The running statistics are no part of the loss.
+    statistics = take(VARIABLES, 0)["batch_stats"]
+
+    def gradient(i: int, x: np.ndarray) -> np.ndarray:
+        del i
+        float32 = jnp.asarray(x, jnp.float32)
+        return np.asarray(jax.grad(value, has_aux=True)(float32, statistics, batch)[0])
+
+    one, nobody = np.ones(1, bool), np.zeros((1, 1), bool)
+    return Now(np.eye(1), nobody, one, gradient, one, float(learning_rate(t)))
+
+
 def alone(name: str, data: list[Batch], agent: int) -> PyTree:
     """Trains one agent."""
     own = take(VARIABLES, agent)
@@ -107,17 +122,15 @@ def alone(name: str, data: list[Batch], agent: int) -> PyTree:
     for batch in batches:
         x, statistics, opt_state = step(x, statistics, opt_state, batch)
     if CASES[name].name == "qgm":
-        x = reference.qgm_alone(
-            lambda t, x: jax.grad(value, has_aux=True)(
-                jnp.asarray(x, jnp.float32), statistics, batches[t]
-            )[0],
-            own["params"]["x"],
-            [float(learning_rate(t)) for t in range(len(data))],
-            dict(CASES[name].options).get("momentum", MOMENTUM.default),
-        )
+        momentum = dict(CASES[name].options).get("momentum", MOMENTUM.default)
+        agent_alone = Qgm([own["params"]["x"]], beta=momentum)
+        for t, batch in enumerate(batches):
+            agent_alone.step(now_alone(t, batch))
+        x = agent_alone.result(0)
     return {"params": {"x": x}, "batch_stats": statistics}
 
 
+@pytest.mark.every_nth(3)
 @every(ON_GRAPHS)
 def test_without_neighbours_agents_train_as_each_would_alone(name):
     subject = built(name)
@@ -508,6 +521,7 @@ def test_optimizers_that_are_merged_are_sent():
 # Frames ===============================================================================
 
 
+@pytest.mark.every_nth(3)
 @every(name for name in EVERYONE - RANDOM if "with adam" not in name)
 def test_training_commutes_with_permuting_the_agents_frames(name):
     """This includes momenta: if `aligned` forgot a field, the results would differ.

@@ -1,268 +1,31 @@
-"""Tests that every algorithm equals a NumPy loop with its paper's equations."""
+"""Tests laws of gossip beside the comparison of both implementations.
+
+That every algorithm is its paper's, on every graph and with every fault, is tested in
+tests/algorithms/test_second_implementation.py.
+"""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dimat_jax.algorithms import MergeData
 from dimat_jax.algorithms.cga import project
-from dimat_jax.mixing import uniform
-from dimat_jax.network import Absence, Faults, Links
-from tests.algorithms.cases import (
-    CASES,
-    STEPS,
-    Case,
-    built,
-    case_of,
-    links,
-    trajectory,
-)
-from tests.algorithms.problems import (
-    N_AGENTS,
-    START,
-    convex_variables,
-    gradient,
-    whole_batch,
-    without_examples,
-)
-from tests.reference import gossip_loops as reference
+from tests.algorithms.cases import STEPS, Case, case_of, links, trajectory
+from tests.algorithms.problems import N_AGENTS, START, gradient
+from tests.reference import agents
+from tests.reference.gossip import AdaptThenCombine
+from tests.reference.messages import projected as solved
 
 N_STEPS, ALPHA = 3 * STEPS, 0.1
-BALANCED = ["ring", "star", "fully_connected", "exponential", "one_peer_exponential"]
-UNDIRECTED = ["ring", "star", "fully_connected"]
-LOSSY = Faults(edge_loss=0.4, seed=1)
-# Agent 1 leaves for a round, agent 4 joins late.
-AWAY = Faults(absences=(Absence(1, 2, 3), Absence(4, 1, 2)))
-
-
-def matrices(network: Links) -> list[np.ndarray]:
-    """Returns W at every step."""
-    return [
-        np.asarray(network.at_step(t, 1 + t // STEPS, N_AGENTS).W, np.float64)
-        for t in range(N_STEPS)
-    ]
-
-
-def presence(network: Links) -> list[np.ndarray]:
-    """Returns which agents are present at every step."""
-    return [network.present(1 + t // STEPS) for t in range(N_STEPS)]
-
-
-def assert_runs_as(
-    expected, case: Case, network: Links, rate: float = ALPHA, decay: float = 0.0
-) -> None:
-    path = trajectory(case, network, N_STEPS, rate, decay)
-    np.testing.assert_allclose(path, np.stack(expected), rtol=0, atol=1e-5)
-    assert np.abs(path[-1] - path[0]).max() > 0.1
-
-
-DECAY = 0.3
-RATES = [ALPHA / (1 + DECAY * t) for t in range(N_STEPS)]
-
-
-# With every step ======================================================================
-
-
-@pytest.mark.parametrize("graph", BALANCED)
-def test_cdsgd_is_its_papers(graph):
-    W = matrices(links(graph))
-    expected = reference.cdsgd(gradient, W, START, ALPHA)
-    assert_runs_as(expected, CASES["cdsgd"], links(graph))
-    expected = reference.adapt_then_combine(gradient, W, START, ALPHA)
-    assert_runs_as(expected, CASES["cdsgd, adapt then combine"], links(graph))
-
-
-@pytest.mark.parametrize("faults", [AWAY, Faults(0.3, 0.3, AWAY.absences, seed=2)])
-def test_cdsgd_goes_on_among_those_who_are_there(faults):
-    network = links("ring", "metropolis_hastings", faults)
-    W, present = matrices(network), presence(network)
-    assert not np.all(present)
-    expected = reference.cdsgd(gradient, W, START, ALPHA, present)
-    assert_runs_as(expected, CASES["cdsgd"], network)
-
-
-@pytest.mark.parametrize("graph", BALANCED)
-def test_cdmsgd_is_its_papers_also_as_the_rate_decays(graph):
-    W = matrices(links(graph))
-    expected = reference.cdmsgd(gradient, W, START, RATES, 0.9)
-    assert_runs_as(expected, CASES["cdmsgd"], links(graph), ALPHA, DECAY)
-    ahead = reference.cdmsgd_nesterov(gradient, W, START, RATES, 0.9)
-    case = Case("cdmsgd", of_optimizer=(("form", "nesterov"),))
-    assert_runs_as(ahead, case, links(graph), ALPHA, DECAY)
-    assert np.abs(ahead[-1] - expected[-1]).max() > 0.01
-
-
-@pytest.mark.parametrize("graph", BALANCED)
-def test_cdadam_is_its_papers(graph):
-    expected = reference.cdadam(gradient, matrices(links(graph)), START, ALPHA)
-    assert_runs_as(expected, CASES["cdadam"], links(graph))
-
-
-@pytest.mark.parametrize("graph", ["path", *BALANCED])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_sgp_is_its_papers(graph, momentum):
-    network = links(graph, "column_stochastic")
-    expected = reference.sgp(gradient, matrices(network), START, 0.03, momentum)
-    case = Case("sgp", "momentum" if momentum else "sgd")
-    assert_runs_as(expected, case, network, 0.03)
-
-
-def test_sgp_is_its_papers_where_links_of_a_directed_graph_fail():
-    network = links("one_peer_exponential", "column_stochastic", LOSSY)
-    expected = reference.sgp(gradient, matrices(network), START, 0.03, 0.9)
-    assert_runs_as(expected, Case("sgp", "momentum"), network, 0.03)
-
-
-@pytest.mark.parametrize("graph", UNDIRECTED)
-def test_d2_is_its_papers_also_as_the_rate_decays(graph):
-    network = links(graph, "lazy")
-    W = matrices(network)
-    expected = reference.d2(gradient, W, START, [ALPHA] * N_STEPS)
-    assert_runs_as(expected, CASES["d2"], network)
-    expected = reference.d2(gradient, W, START, RATES)
-    assert_runs_as(expected, CASES["d2"], network, ALPHA, DECAY)
-
-
-@pytest.mark.parametrize("graph", BALANCED)
-def test_gradient_tracking_is_its_papers(graph):
-    expected = reference.dsgt(gradient, matrices(links(graph)), START, ALPHA)
-    assert_runs_as(expected, CASES["dsgt"], links(graph))
-
-
-def test_gradient_tracking_goes_on_among_those_who_are_there():
-    network = links("ring", "uniform", AWAY)
-    W, present = matrices(network), presence(network)
-    expected = reference.dsgt(gradient, W, START, ALPHA, present)
-    assert_runs_as(expected, CASES["dsgt"], network)
-
-
-@pytest.mark.parametrize("graph", BALANCED)
-def test_quasi_global_momentum_is_its_papers(graph):
-    expected = reference.qgm(gradient, matrices(links(graph)), START, ALPHA, 0.8)
-    case = case_of("qgm", momentum=0.8)
-    assert_runs_as(expected, case, links(graph))
-
-
-@pytest.mark.parametrize("graph", UNDIRECTED)
-@pytest.mark.parametrize("beta", [0.0, 0.9])
-def test_cga_is_its_papers(graph, beta):
-    expected = reference.cga(gradient, matrices(links(graph)), START, 0.03, beta)
-    case = Case("cga", "heavy_ball" if beta else "sgd")
-    assert_runs_as(expected, case, links(graph), 0.03)
-
-
-@pytest.mark.parametrize("faults", [Faults(), LOSSY])
-def test_compressed_cga_is_its_papers(faults):
-    def sign(x):
-        return np.where(x >= 0, 1, -1) * np.abs(x).mean()
-
-    network = links("ring", "uniform", faults)
-    W = matrices(network)
-    expected = reference.compcga(gradient, W, START, 0.03, 0.9, sign)
-    assert_runs_as(expected, CASES["compcga"], network, 0.03)
-
-
-def largest(x):
-    """Keeps only the entry of largest absolute value: top-k with k = 1."""
-    kept = np.abs(x) >= np.sort(np.abs(x))[-1]
-    return np.where(kept, x, 0)
-
-
-CHOCO = case_of("choco", compressor="top_k", gamma=0.3)
-
-
-@pytest.mark.parametrize("graph", UNDIRECTED)
-def test_choco_is_its_papers(graph):
-    W = matrices(links(graph))
-    expected = reference.choco(gradient, W, START, ALPHA, 0.3, largest)
-    assert_runs_as(expected, CHOCO, links(graph))
-
-
-def test_choco_remembers_for_every_edge_what_has_arrived():
-    network = links("ring", "uniform", LOSSY)
-    W = matrices(network)
-    expected = reference.choco_by_edge(gradient, W, START, ALPHA, 0.3, largest)
-    assert_runs_as(expected, CHOCO, network)
 
 
 def test_choco_without_compression_is_adapt_then_combine():
     case = case_of("choco", compressor="none", gamma=1.0)
-    W = matrices(links("ring"))
-    expected = reference.adapt_then_combine(gradient, W, START, ALPHA)
-    assert_runs_as(expected, case, links("ring"))
-
-
-def test_gradient_tracking_goes_on_where_an_agent_has_no_more_examples():
-    subject = built("dsgt")
-    batch, slots = whole_batch(subject.placement), subject.placement.slots
-    network = links("ring").at_step(0, 1, slots)
-    state = subject.algorithm.init(subject.placement.put(convex_variables(START)))
-    before = state
-    for number in range(3):
-        before = state
-        if number == 2:
-            batch = without_examples(batch, 1)
-        state, _ = subject.step(state, batch, network, jax.random.key(0))
-    # Its tracker goes on from those that it receives, without a gradient of its own.
-    old, new = before.memory, state.memory
-    assert not np.asarray(new["gradient"]["x"][1]).any()
-    received = uniform(links("ring").edges)[1] @ np.asarray(old["tracker"]["x"])
-    tracked = received - np.asarray(old["gradient"]["x"][1])
-    np.testing.assert_allclose(new["tracker"]["x"][1], tracked, atol=1e-6)
-    assert np.abs(tracked).max() > 0.01
-
-
-# Once a round =========================================================================
-
-
-@pytest.mark.parametrize("examples", [(), (1, 2, 3, 4, 10)])
-def test_fedavg_is_its_papers_whatever_the_graph(examples):
-    case = Case("fedavg", examples=examples)
-    shares = examples or np.ones(N_AGENTS)
-    expected = reference.fedavg(gradient, shares, START, ALPHA, STEPS, 3)
-    assert_runs_as(expected, case, links("disconnected"))
-
-
-def test_fedavg_weighs_those_who_are_there():
-    subject = built("fedavg")
-    state = subject.algorithm.init(subject.placement.put(convex_variables(START)))
-    there = np.array([True, True, False, True, True])
-    network = links("disconnected").at_round(1, subject.placement.slots)
-    network = network._replace(present=jnp.asarray(there))
-    key = jax.random.key(0)
-    state, _ = subject.algorithm.communicate(state, MergeData(), network, key)
-    x = subject.variables(state)["params"]["x"]
-    np.testing.assert_allclose(x[there], np.tile(START[there].mean(0), (4, 1)), 1e-5)
-    np.testing.assert_array_equal(x[~there], START[~there].astype(np.float32))
-
-
-@pytest.mark.parametrize("name", ["wa", "wm", "dimat"])
-@pytest.mark.parametrize("graph", [*BALANCED, "path with losses"])
-def test_where_nothing_permutes_merging_is_a_weighted_average(name, graph):
-    network = links(graph) if graph in BALANCED else links("path", faults=LOSSY)
-    rounds = range(1, 1 + N_STEPS // STEPS)
-    W = [np.asarray(network.at_round(n, N_AGENTS).W, np.float64) for n in rounds]
-    expected = reference.weight_averaging(gradient, W, START, ALPHA, STEPS)
-    assert_runs_as(expected, Case(name, "sgd"), network)
-
-
-def test_merging_takes_the_mean_of_what_arrives_where_columns_sum_to_one():
-    network = links("path", "column_stochastic")
-    W = np.asarray(network.at_round(1, N_AGENTS).W, np.float64)
-    W = W / W.sum(axis=1, keepdims=True)
-    expected = reference.weight_averaging(gradient, [W] * 3, START, ALPHA, STEPS)
-    assert_runs_as(expected, Case("wa", "sgd"), network)
-
-
-@pytest.mark.parametrize("graph", ["ring", "exponential"])
-def test_compressed_merging_averages_what_was_announced(graph):
-    network = links(graph)
-    W = [network.mixing_matrix[0]] * 3
-    expected = reference.announced_averaging(gradient, W, START, ALPHA, STEPS, largest)
-    assert_runs_as(expected, Case("wa", "sgd", "top_k"), network)
+    W = [links("ring").mixing_matrix[0]] * N_STEPS
+    expected = agents.path(AdaptThenCombine(START), gradient, W, ALPHA)
+    path = trajectory(case, links("ring"), N_STEPS, ALPHA)
+    np.testing.assert_allclose(path, expected, rtol=0, atol=1e-5)
+    assert np.abs(path[-1] - path[0]).max() > 0.1
 
 
 # CGA's quadratic program ==============================================================
@@ -291,7 +54,7 @@ def test_the_projection_is_an_independent_solvers(n_others, size, scale, alike, 
     active = np.arange(3) < n_others
     found = projected(gradients, active)
     counted = gradients[: n_others + 1].astype(np.float64)
-    expected = reference.projected(counted[0], list(counted[1:]))
+    expected = solved(counted[0], list(counted[1:]))
     largest = np.abs(gradients).max()
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4 * largest)
     # No active gradient has a negative inner product with the result.

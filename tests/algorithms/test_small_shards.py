@@ -28,7 +28,9 @@ from tests.algorithms.cases import (
     placed,
 )
 from tests.algorithms.problems import CONVEX, convex_variables
-from tests.reference import gossip_loops as reference
+from tests.reference.agents import path
+from tests.reference.gossip import Cdadam
+from tests.reference.messages import Cga
 
 BATCH_SIZES = 10, 30, 100
 
@@ -102,8 +104,8 @@ def ends(name: str, agents: str, batch_size: int, small_shards: str) -> np.ndarr
         n_steps = int(36 / rate)
     if name in SLOWER:
         rate *= 0.1
-    path = run(CASES[name], SHARDS[agents], batch_size, small_shards, rate, n_steps)
-    return path[n_steps // 2 :].mean(axis=0)
+    after = run(CASES[name], SHARDS[agents], batch_size, small_shards, rate, n_steps)
+    return after[n_steps // 2 :].mean(axis=0)
 
 
 def run(
@@ -139,7 +141,7 @@ def run(
     state = algorithm.init(
         placement.put(convex_variables(np.full((len(rows), 1), 2.0)))
     )
-    path, keys = [], jax.random.split(KEY, n_steps + 20 * sampler.steps_per_epoch)
+    passed, keys = [], jax.random.split(KEY, n_steps + 20 * sampler.steps_per_epoch)
     # If nothing happens between rounds, steps of many rounds are one program.
     size = sampler.steps_per_epoch * (1 if case.communicates else 20)
     for number, first in enumerate(range(0, n_steps, size), 1):
@@ -152,8 +154,8 @@ def run(
         networks = [network.at_step(t, number, placement.slots) for t in steps]
         stacked = jax.tree.map(lambda *x: np.stack(x), *networks)
         state, x = epoch(state, (batch, stacked, keys[first : steps.stop]))
-        path.append(np.asarray(x))
-    return np.concatenate(path)[:n_steps]
+        passed.append(np.asarray(x))
+    return np.concatenate(passed)[:n_steps]
 
 
 every_batch_size = pytest.mark.parametrize("batch_size", BATCH_SIZES)
@@ -211,12 +213,12 @@ def test_if_small_shards_repeat_adaptive_and_cross_gradients_are_their_papers(
     """All images of an agent are alike, so every batch has the whole gradient."""
     start, n_steps = np.full((2, 1), 2.0), 100
     W = [TWO.links(CASES["cga"]).mixing_matrix[0]] * n_steps
-    expected = reference.cdadam(gradient, W, start, 0.1)
+    expected = path(Cdadam(start), gradient, W, 0.1)
     x = run(CASES["cdadam"], TWO, batch_size, "repeat", 0.1, n_steps)
-    np.testing.assert_allclose(x, np.stack(expected)[1:, :, 0], rtol=0, atol=1e-4)
-    expected = reference.cga(gradient, W, start, 0.01, 0.9)
+    np.testing.assert_allclose(x, expected[1:, :, 0], rtol=0, atol=1e-4)
+    expected = path(Cga(start), gradient, W, 0.01)
     x = run(CASES["cga"], TWO, batch_size, "repeat", 0.01, n_steps)
-    np.testing.assert_allclose(x, np.stack(expected)[1:, :, 0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(x, expected[1:, :, 0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.every_nth(3)

@@ -98,6 +98,7 @@ def test_a_run_killed_with_kill_9_resumes_with_the_same_results(
     assert without_times(ours) == without_times(theirs)
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -155,6 +155,7 @@ def average(one: PyTree, other: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: (a + b) / 2, one, other)
 
 
+@pytest.mark.every_nth(2)
 def test_a_planted_permutation_is_found_on_every_unmistakable_unit(trained, recovered):
     clear = unmistakable(trained, trained.variables)
     # The identity, wherever what was planted is undone.

@@ -122,6 +122,7 @@ def test_weights_tell_what_was_planted(case):
     assert_logits_equal(net, aligned)
 
 
+@pytest.mark.every_nth(3)
 @every_kind
 def test_dead_units_make_no_nan(case):
     net = trained(case)

@@ -240,6 +240,7 @@ def assert_every_permuted_leaf_moved(subject, permuted):
             np.testing.assert_array_equal(moved[path], leaf)
 
 
+@pytest.mark.every_nth(3)
 @every_case
 def test_taps_show_the_units_of_their_groups(subject):
     perms = subject.perms(0)

@@ -92,6 +92,7 @@ def test_declared_symmetries_of_fresh_networks_hold(name):
     subject(name).verify(SPECS[name])
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("name", SPECS)
 def test_declared_symmetries_of_trained_networks_hold(name):
     # As after training, no leaf is constant and no leaf has its initial value.

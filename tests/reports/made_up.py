@@ -70,6 +70,10 @@ def write_run(
             evaluation(number, "merged", accuracy, total, **extra),
             evaluation(number, "trained", accuracy + 0.01, total, **extra),
         ]
+    # Agents that never send anything count as if they communicated while they train.
+    at_once = "merged" if any(kinds.values()) else "trained"
+    for row in rows[1:]:
+        row["communicated"] = row["phase"] == at_once
     lines = "".join(f"{json.dumps(row)}\n" for row in rows)
     (folder / "metrics.jsonl").write_text(lines)
     if partition is not None:

@@ -43,6 +43,7 @@ def when(is_true: Callable[[], bool], act: Callable[[], None]) -> threading.Thre
     return thread
 
 
+@pytest.mark.slow
 def test_side_by_side_runs_give_the_same_numbers_and_failures_stop_nobody(
     tmp_path, capsys
 ):
