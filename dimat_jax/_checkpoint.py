@@ -28,7 +28,7 @@ from absl import logging
 
 from dimat_jax._digests import DIGESTS, damage, sync, write_digests
 from dimat_jax._processes import everywhere, from_main, is_main
-from dimat_jax.errors import UserError, first_line
+from dimat_jax.errors import UserError, first_line, writing
 from dimat_jax.options import Option
 from dimat_jax.tree import PyTree, flatten, map_with_path
 
@@ -63,6 +63,20 @@ KEEP = Option(
 )
 
 
+KEEP_EVERY = Option(
+    "checkpoint.keep_every",
+    0,
+    "The number of rounds between two checkpoints that are kept for good, beside the "
+    "newest ones.",
+    at_least=0,
+    unit="rounds",
+    empty="only the newest ones are kept",
+    changes_results=False,
+)
+
+
+# The entry of a saved record that says that the checkpoint is kept for good.
+_IS_KEPT = "is_kept"
 # The entry of a saved record that says that the checkpoint has digests. Checkpoints of
 # older versions have neither.
 _HAS_DIGESTS = "has_digests"
@@ -77,8 +91,7 @@ class Checkpoints:
 
     Args:
         directory: The directory.
-        keep: The number of checkpoints to keep. Once another one is complete, the
-            oldest is removed.
+        keep: The number of checkpoints to keep, beside those kept for good.
         create: Whether to make the directory if it is missing. With `False`, and if
             nothing is saved, the directory stays as it is.
     """
@@ -95,8 +108,13 @@ class Checkpoints:
         self._saving: tuple[int, Mapping[str, bytes]] = 0, {}
         # The newest checkpoint that can be used, once the directory has been verified.
         self._verified: tuple[int | None] | None = None
+        # Whether checkpoints are kept for good, by their numbers, as far as known.
+        self._kept: dict[int, bool] = {}
         # Why checkpoints cannot be used, by their numbers.
         self._damaged: dict[int, str] = {}
+
+    def __str__(self) -> str:
+        return str(self._directory)
 
     def save(
         self,
@@ -104,6 +122,8 @@ class Checkpoints:
         tree: PyTree,
         record: dict[str, Any],
         attached: Mapping[str, bytes] | None = None,
+        *,
+        for_good: bool = False,
     ) -> None:
         """Saves a checkpoint in the background.
 
@@ -115,6 +135,7 @@ class Checkpoints:
                 has returned.
             record: What is saved beside them, as JSON content.
             attached: The content of further files of the checkpoint, by name.
+            for_good: Whether the checkpoint is never removed.
         """
         self.wait()
         if is_main():
@@ -136,7 +157,9 @@ class Checkpoints:
             self._directory / str(number),
             args=ocp.args.Composite(
                 tree=ocp.args.StandardSave(tree),
-                record=ocp.args.JsonSave({**record, _HAS_DIGESTS: True}),
+                record=ocp.args.JsonSave(
+                    {**record, _HAS_DIGESTS: True, _IS_KEPT: for_good}
+                ),
             ),
         )
 
@@ -163,7 +186,8 @@ class Checkpoints:
             return None
         text = (self._directory / str(number) / "record" / "metadata").read_text()
         record = json.loads(text)
-        record.pop(_HAS_DIGESTS, None)
+        for own in (_HAS_DIGESTS, _IS_KEPT):
+            record.pop(own, None)
         return record
 
     def read_attached(self, name: str) -> bytes | None:
@@ -247,16 +271,24 @@ class Checkpoints:
         """Waits until everything is on disk."""
         if self._writer is None:
             return
-        self._writer.wait_until_finished()
+        try:
+            self._writer.wait_until_finished()
+        except Exception:
+            # A half-made checkpoint would go on filling a full disk.
+            if is_main():
+                self._remove_halves()
+            raise
         if is_main():
             self._remove_oldest()
 
     def close(self) -> None:
         """Waits until everything is on disk, and closes the directory."""
-        self.wait()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        try:
+            self.wait()
+        finally:
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                writer.close()
 
     def _numbers(self) -> list[int]:
         """The numbers of the entries whose names are those of checkpoints."""
@@ -313,8 +345,7 @@ class Checkpoints:
 
     def _clear(self, number: int) -> None:
         """Makes room for a checkpoint, and removes what crashes have left."""
-        for path in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._remove_halves()
         folder = self._directory / str(number)
         if number in self._damaged and folder.exists():
             # It may hold something that a person wants to look at.
@@ -322,6 +353,11 @@ class Checkpoints:
             free = (self._directory / name for name in names)
             folder.rename(next(path for path in free if not path.exists()))
         self._damaged.pop(number, None)
+        self._kept.pop(number, None)
+
+    def _remove_halves(self) -> None:
+        for path in self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _complete(self) -> None:
         """Completes a checkpoint, just before Orbax renames its folder."""
@@ -329,17 +365,29 @@ class Checkpoints:
         pattern = f"{number}{ocp.utils.TMP_DIR_SUFFIX}*"
         (folder,) = self._directory.glob(pattern)
         for name, content in attached.items():
-            (folder / name).write_bytes(content)
+            with writing(folder / name):
+                (folder / name).write_bytes(content)
         write_digests(folder)
 
     def _remove_oldest(self) -> None:
         """Removes what is not to be kept, once newer checkpoints are on disk."""
         sync(self._directory)
         good = [number for number in self._numbers() if number not in self._damaged]
-        for number in good[: -self._keep]:
+        passing = [number for number in good if not self._is_kept(number)]
+        for number in passing[: -self._keep]:
             folder = self._directory / str(number)
             if (folder / "record").is_dir():  # A folder of another kind stays.
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_kept(self, number: int) -> bool:
+        """Whether a checkpoint is kept for good. Its record is read once."""
+        if number not in self._kept:
+            path = self._directory / str(number) / "record" / "metadata"
+            try:
+                self._kept[number] = bool(json.loads(path.read_bytes()).get(_IS_KEPT))
+            except Exception:
+                return False  # It may be damaged, so nothing is remembered.
+        return self._kept[number]
 
 
 def _is_on_cpu(array: jax.Array) -> bool:

@@ -23,6 +23,7 @@ CPU_DEVICES = Option(
     1,
     "The number of devices that a CPU is split into.",
     at_least=1,
+    at_most=1024,
     unit="devices",
     changes_results=False,
 )

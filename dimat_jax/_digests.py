@@ -14,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dimat_jax.errors import writing
+
 __all__ = ["DIGESTS", "blake2b", "damage", "sync", "write_digests"]
 
 DIGESTS = "digests.json"
@@ -39,10 +41,11 @@ def sync(path: Path) -> None:
     except OSError:
         return
     try:
-        os.fsync(descriptor)
-    except OSError as error:
+        with writing(path):
+            os.fsync(descriptor)
+    except OSError:
         if path.is_file():
-            raise error
+            raise
     finally:
         os.close(descriptor)
 
@@ -56,7 +59,8 @@ def write_digests(folder: Path) -> None:
         sync(path)
     files = {name: _facts(folder / name) for name in own}
     path = folder / DIGESTS
-    path.write_text(_text(files))
+    with writing(path):
+        path.write_text(_text(files))
     sync(path)
     sync(folder)
 

@@ -1,12 +1,13 @@
 """Divides the training images of a run: to train on, to tune on, and to hold out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dimat_jax import _randomness
-from dimat_jax.config import ConfigError, fields_read, record_of
+from dimat_jax.config import Config, ConfigError, fields_read, record_of
+from dimat_jax.data import sources
 from dimat_jax.data.partition import (
     PARTITION,
     PRETRAIN_PARTITION,
@@ -27,7 +28,7 @@ from dimat_jax.data.selection import (
 from dimat_jax.evaluate import SAMPLES
 from dimat_jax.options import SEED, Option, arguments
 
-__all__ = ["Division", "check_samples", "divide"]
+__all__ = ["Division", "check_samples", "divide", "load_data"]
 
 Fields = Mapping[str, Any]
 """The values of a config's fields, by dotted path; empty ones are resolved."""
@@ -53,6 +54,24 @@ class Division(NamedTuple):
     def trained_on(self) -> Shard:
         """The images that some agent trains on."""
         return np.sort(np.concatenate(self.shards))
+
+
+def load_data(
+    config: Config, read: Callable[..., sources.Dataset] = sources.read
+) -> sources.Dataset:
+    """Loads the data set of a config, or the part of it that the config uses.
+
+    Args:
+        config: the config.
+        read: reads a whole data set, as `sources.read` does.
+
+    Raises:
+        DataError: the data are missing or damaged, or there are too few.
+    """
+    data = config.data
+    whole = read(data.name, data.dir or None, data.cache_dir or None)
+    sizes = data.train_size or None, data.test_size or None
+    return sources.select(whole, *sizes, config.seed)
 
 
 def divide(labels: Labels, n_agents: int, fields: Fields) -> Division:

@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dimat_jax.errors import UserError, first_line
+from dimat_jax.errors import UserError, first_line, writing
 
 __all__ = ["LOCK_FILES", "Lock", "LockError", "check_free", "held"]
 
@@ -224,7 +224,14 @@ def _claim(folder: Path, has_system: bool, log: Callable[[str], None]) -> _Holde
     while True:
         try:
             with path.open("x") as file:  # Only one process can make the file.
-                file.write(text)
+                try:
+                    with writing(path):
+                        file.write(text)
+                        file.flush()
+                except OSError:
+                    # On a full disk, half a file would look like another process.
+                    path.unlink()
+                    raise
             return holder
         except FileExistsError:
             found = _read(folder)

@@ -21,7 +21,7 @@ from absl import logging
 
 from dimat_jax._digests import blake2b, sync
 from dimat_jax._events import Events
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, reading, writing
 
 __all__ = [
     "MetricsError",
@@ -29,6 +29,7 @@ __all__ = [
     "best_rows",
     "read_rows",
     "restore_rows",
+    "write_bytes",
     "write_json",
 ]
 
@@ -48,14 +49,15 @@ def write_json(path: Path, content: Any, lasting: bool = True) -> None:
         lasting: Whether to wait until the file is on the disk, so that even a power
             failure leaves the old file or the new one.
     """
-    _write(path, (json.dumps(_plain(content), indent=2) + "\n").encode(), lasting)
+    text = json.dumps(_plain(content), indent=2) + "\n"
+    write_bytes(path, text.encode(), lasting)
 
 
-def _write(path: Path, content: bytes, lasting: bool = True) -> None:
-    """Writes a whole file, or leaves the old one."""
+def write_bytes(path: Path, content: bytes, lasting: bool = True) -> None:
+    """Writes a whole file, or leaves the old one; see `write_json`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with writing(path), temporary.open("wb") as file:
             file.write(content)
             file.flush()
             if lasting:
@@ -86,7 +88,7 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
         row = _row(line)
         if row is None or (number < len(digests) and digests[number] != above.encode()):
             raise _damaged(path, f"row {number + 1} is damaged, or not in its place")
-        key = row.get("round"), row.get("phase")
+        key = repr((row.get("round"), row.get("phase")))
         if key in seen and number >= len(digests):
             raise _damaged(path, f"row {number + 1} is there twice")
         seen.add(key)
@@ -105,8 +107,8 @@ def restore_rows(workdir: Path, saved: bytes) -> None:
         saved: What `MetricsWriter.packed` has returned.
     """
     text = gzip.decompress(saved)
-    _write(workdir / _DIGESTS, _digests(text.split(b"\n")[:-1]))
-    _write(workdir / _ROWS, text)
+    write_bytes(workdir / _DIGESTS, _digests(text.split(b"\n")[:-1]))
+    write_bytes(workdir / _ROWS, text)
 
 
 def best_rows(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
@@ -156,7 +158,7 @@ class MetricsWriter:
             self._packed, text = b"", "".join(map(_line, kept)).encode()
         else:
             self._packed, text = saved, gzip.decompress(saved)
-            there = self._path.read_bytes() if self._path.exists() else b""
+            there = self._path.read_bytes() if self._path.is_file() else b""
             if not there.startswith(text):
                 logging.warning(
                     "%s did not hold the rows that the run had written when it saved "
@@ -168,8 +170,8 @@ class MetricsWriter:
         # Both files end with the last row that is kept. See `read_rows` for the order.
         digests = _digests(lines)
         self._last = digests[-65:-1].decode()
-        _write(self._digests, digests)
-        _write(self._path, text)
+        write_bytes(self._digests, digests)
+        write_bytes(self._path, text)
         self._unpacked = b"" if saved is not None else text
         self._events = Events(workdir, [json.loads(line) for line in lines])
         self._is_open = True
@@ -178,9 +180,9 @@ class MetricsWriter:
         """Appends a row: numbers, strings, arrays, and lists and dicts of these."""
         line = _line(row).encode()
         self._last = _digest(self._last, line[:-1])
-        with self._path.open("ab") as file:
+        with writing(self._path), self._path.open("ab") as file:
             file.write(line)
-        with self._digests.open("ab") as file:
+        with writing(self._digests), self._digests.open("ab") as file:
             file.write(f"{self._last}\n".encode())
         self.rows += 1
         self._unpacked += line
@@ -195,12 +197,11 @@ class MetricsWriter:
         return self._packed
 
     def close(self) -> None:
-        """Waits until all rows and events are on disk, and closes the event file."""
+        """Waits until all rows and events are on disk."""
         if self._is_open:
             self._is_open = False
-            self._events.close()
-            sync(self._path)
-            sync(self._digests)
+            for path in (self._path, self._digests, self._events.path):
+                sync(path)
 
 
 def _damaged(path: Path, what: str) -> MetricsError:
@@ -212,7 +213,10 @@ def _damaged(path: Path, what: str) -> MetricsError:
 
 def _lines(path: Path) -> list[bytes]:
     """The lines of a file, without a last one that a crash has cut off."""
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    with reading(path, MetricsError):
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def _lines_and_digests(workdir: Path) -> tuple[list[bytes], list[bytes]]:
@@ -232,7 +236,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """The row that a line holds; None if it holds no row."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except Exception:  # A line can hold anything, for example a thousand brackets.
         return None
     return row if isinstance(row, dict) else None
 

@@ -212,8 +212,12 @@ class SharedAgents:
             f".{self.path.name}-{from_main(uuid.uuid4().hex)}"
         )
         checkpoints = Checkpoints(partial, keep=1)
-        checkpoints.save(0, variables, {"seconds": seconds, "metrics": lists})
-        checkpoints.close()
+        try:
+            checkpoints.save(0, variables, {"seconds": seconds, "metrics": lists})
+            checkpoints.close()
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         # Every process has written its part once Orbax has closed the folder.
         if is_main():
             try:
@@ -242,10 +246,8 @@ def _fingerprint(experiment: Experiment) -> str:
 
     Runs have the same name only if they pre-train the same agents.
     """
-    dataset = experiment.dataset
     fields = pretraining_fields(experiment.config) | {
-        "examples": len(dataset.train.labels),
-        "mean": dataset.mean.tolist(),
+        "data": experiment.data_digest,
         "version": dimat_jax.__version__,
     }
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())

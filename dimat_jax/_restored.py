@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._checkpoint import CheckpointError, Checkpoints
 from dimat_jax._metrics import MetricsError, read_rows, restore_rows
 from dimat_jax._slots import refill, with_sharding
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State
+from dimat_jax.errors import reading
 from dimat_jax.experiment import Experiment
 from dimat_jax.tree import PyTree
 
@@ -64,7 +65,8 @@ def restore(
             tree = {"state": tree, "totals": totals}
         return with_sharding(placement, tree)
 
-    restored = checkpoints.restore(abstract_state, rows=placement.n_agents)
+    with reading(f"the newest checkpoint in {checkpoints}", CheckpointError):
+        restored = checkpoints.restore(abstract_state, rows=placement.n_agents)
     if restored is None:
         return None
     tree, record = restored

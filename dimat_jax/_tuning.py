@@ -5,7 +5,6 @@ best validation accuracy: the mean over the agents, then over the cells (the pro
 and graphs), then over the seeds. Nothing here reads what was measured on test images.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
+from dimat_jax._folders import read_json
 from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHM
-from dimat_jax.config import default_config, fields_of, fields_read
+from dimat_jax.config import fields_of_json, fields_read
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.options import SEED, every
 from dimat_jax.topology import TOPOLOGY
 
@@ -168,7 +168,6 @@ class _Run(NamedTuple):
 
 def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
     """Reads all runs in or below some folders, in the order in which they began."""
-    defaults = fields_of(default_config())
     paths = {
         path
         for directory in directories
@@ -179,11 +178,14 @@ def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
         raise UserError(f"no run in or below {', '.join(map(str, directories))}")
     runs = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
-        fields = fields_read(defaults | fields_of(json.loads(path.read_text())))
-        rows = [row for row in read_rows(path.parent) if row["phase"] == phase]
-        finished = path.with_name("summary.json").exists() and rows
-        score = rows[-1].get(MEASURE) if finished else None
-        runs.append(_Run(fields, np.nan if score is None else float(score)))
+        with concerning(path):
+            fields = fields_read(fields_of_json(read_json(path)))
+        with reading(path.with_name("metrics.jsonl")):
+            rows = [row for row in read_rows(path.parent) if row["phase"] == phase]
+            finished = path.with_name("summary.json").exists() and rows
+            score = rows[-1].get(MEASURE) if finished else None
+            score = np.nan if score is None else float(score)
+        runs.append(_Run(fields, score))
     return runs
 
 

@@ -6,15 +6,23 @@ that read them; `ROOT` holds the options that every run reads, and leads to all 
 (see `dimat_jax.options`).
 """
 
-import copy
 import functools
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict, FieldReference
 
 from dimat_jax import _checkpoint, algorithms, evaluate
+from dimat_jax._config_form import (
+    Config,
+    ConfigError,
+    Fields,
+    check_form,
+    check_types,
+    copy_of,
+    fields_of,
+)
 from dimat_jax._layouts import BATCHING
 from dimat_jax._run_options import (
     BATCH_SIZE,
@@ -65,7 +73,9 @@ __all__ = [
     "copy_of",
     "default_config",
     "drop_unread",
+    "expect_all_fields",
     "fields_of",
+    "fields_of_json",
     "fields_read",
     "model_arguments",
     "record_of",
@@ -74,23 +84,8 @@ __all__ = [
     "settle_overrides",
 ]
 
-if TYPE_CHECKING:
-    # ml_collections declares every field of a ConfigDict as a number or a text, so that
-    # type checkers would refuse `config.merge.stay`.
-    Config = Any
-else:
-    Config = ConfigDict
-"""The type of a config."""
-
-Fields = Mapping[str, Any]
-"""The values of a config's fields, by dotted path."""
-
 RENAMED = {"merge.bn_data": BN_DATA.path, "merge.bn_samples": BN_SAMPLES.path}
 """The names that options had in older versions, with those that they have now."""
-
-
-class ConfigError(UserError):
-    """A config cannot be run. The message names a field, its value, what is allowed."""
 
 
 ROOT = (
@@ -126,6 +121,7 @@ ROOT = (
     _checkpoint.EVERY,
     _checkpoint.EVERY_MINUTES,
     _checkpoint.KEEP,
+    _checkpoint.KEEP_EVERY,
     CPU_DEVICES,
     BATCHING,
 )
@@ -157,31 +153,22 @@ def default_config() -> Config:
     return config.lock()
 
 
-def copy_of(config: Config) -> Config:
-    """Returns a copy of a config, whose fields take values of the same types.
-
-    `ConfigDict.copy_and_resolve_references` does not do this: in its copy, a field that
-    may be a number or a word takes only values of the type that it has at the time.
-    """
-    return copy.deepcopy(config)
-
-
 # Fields ===============================================================================
 
 
-def fields_of(config: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a config's values by dotted path.
+def fields_of_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a run's config.json, also of an older version.
 
-    Args:
-        config: a config, or the same fields as nested dicts.
-        prefix: the beginning of every path.
+    Fields that the file lacks have their defaults. Those that exist no longer are left
+    out.
+
+    Raises:
+        ConfigError: A field has a value of another type than its default.
     """
-    flat = {}
-    for name, value in config.items():
-        path = f"{prefix}{name}"
-        is_section = isinstance(value, (Mapping, ConfigDict))
-        flat |= fields_of(value, f"{path}.") if is_section else {path: value}
-    return flat
+    defaults = {path: option.default for path, option in _options().items()}
+    known = {p: v for p, v in fields_of(content).items() if p in defaults}
+    check_types(defaults | known, defaults, _may_be_words())
+    return defaults | known
 
 
 def record_of(fields: Fields) -> AlgorithmRecord:
@@ -307,13 +294,33 @@ def check(config: Config) -> None:
         ConfigError: a field is wrong; the message names it, its value and what is
             allowed.
     """
-    fields = fields_of(config)
+    fields = fields_of(expect_all_fields(config))
     whole = resolved(fields)
     found = read(ROOT, whole)
     for option in found.values():
         _check_value(option, fields)
     _refuse_unread(fields, found)
     _check_together(whole)
+
+
+def expect_all_fields(config: Any) -> Config:
+    """Refuses what is no config with all fields, each of its type.
+
+    Returns:
+        `config` itself.
+
+    Raises:
+        ConfigError: A field is missing, unknown or of another type than its default.
+    """
+    options = _options()
+    defaults = {path: option.default for path, option in options.items()}
+    check_form(config, defaults, _may_be_words())
+    return config
+
+
+def _may_be_words() -> list[str]:
+    """The fields that may be a number or a word."""
+    return [path for path, option in _options().items() if option.words]
 
 
 def _check_value(option: Option, fields: Fields) -> None:

@@ -1,18 +1,28 @@
 """Errors that end a program with a message instead of a traceback."""
 
+import contextlib
 import difflib
+import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 __all__ = [
     "Interrupted",
     "NonFiniteError",
     "SweepError",
     "UserError",
+    "concerning",
     "first_line",
+    "in_one_line",
     "nearest",
     "out_of_memory",
+    "reading",
+    "writing",
 ]
+
+# A message that is made from another error's text has at most this many characters.
+_MOST_CHARACTERS = 400
 
 
 class UserError(ValueError):
@@ -53,6 +63,65 @@ def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its type if there is none."""
     message = str(error).strip()
     return message.splitlines()[0] if message else type(error).__name__
+
+
+def in_one_line(error: BaseException) -> str:
+    """Says in one line what an error says.
+
+    The error's type is left out where the text alone is clear.
+    """
+    text = " ".join(str(error).split())
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]} ..."
+    if text and isinstance(error, (OSError, ValueError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(what: Any, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Reads what a user has made: a file, a folder, the code of a config.
+
+    Such things can raise any error, also while a library reads them. Here it becomes an
+    error that names the thing. Only what a user has made is read in such a block, so
+    that no mistake of this library is taken for one of the user.
+
+    Args:
+        what: The thing, as the message names it.
+        kind: The class of the error.
+
+    Raises:
+        UserError: The block has raised an error. Its own `UserError`s stay as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise kind(f"{what} cannot be used: {in_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def concerning(what: Any) -> Iterator[None]:
+    """Adds what it concerns to the message of a `UserError`: a run, or a file."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
+def writing(path: Any) -> Iterator[None]:
+    """Adds the name of a file to what the system says about it.
+
+    The system does not name the file if it refuses to write into one that is open.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 # What the messages contain by which libraries say that a device's memory is full.

@@ -18,9 +18,10 @@ from dimat_jax._chosen import (
 )
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
-from dimat_jax._division import check_samples, divide
+from dimat_jax._division import check_samples, divide, load_data
 from dimat_jax._examples import Examples, draw_subset
 from dimat_jax._layout_choice import LayoutChoice, choose
+from dimat_jax._needs import check_graph_and_steps, check_model, check_steps
 from dimat_jax._slots import put_each
 from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
@@ -37,6 +38,7 @@ from dimat_jax.config import (
     resolved,
 )
 from dimat_jax.data import selection, sources
+from dimat_jax.data._dataset import digest
 from dimat_jax.data._own import Holdings, OwnPool, OwnReader, place_own_pool
 from dimat_jax.data._small_shards import WAYS
 from dimat_jax.data.partition import Shard
@@ -88,16 +90,11 @@ class Experiment:
         self.record = record_of(self._fields)
         self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
+        check_graph_and_steps(self._fields)
+        self._traced_init = check_model(self._fields)
         self.links = check_network(config)
         n_agents = number_of_agents(self._fields)
-        self.dataset = sources.load(
-            config.data.name,
-            directory=config.data.dir or None,
-            cache_dir=config.data.cache_dir or None,
-            train_size=config.data.train_size or None,
-            test_size=config.data.test_size or None,
-            seed=config.seed,
-        )
+        self.dataset = load_data(config)
         self.division = divide(self.dataset.train.labels, n_agents, self._fields)
         self.shards = self.division.shards
         self._build_task()
@@ -157,6 +154,8 @@ class Experiment:
         self.local_steps = (
             config.local_steps or config.local_epochs * self.sampler.steps_per_epoch
         )
+        check_steps("config.rounds", config.rounds * self.local_steps)
+        check_steps("config.pretrain.epochs", self.pretrain_steps)
 
     def _build_algorithms(self) -> None:
         """Builds the algorithms of both phases."""
@@ -240,6 +239,11 @@ class Experiment:
             # cache keeps a reference to it.
             self._placed[id(network)] = network, self.placement.replicate(network)
         return self._placed[id(network)][1]
+
+    @cached_property
+    def data_digest(self) -> str:
+        """A text that differs for other images, labels or means."""
+        return digest(self.dataset)
 
     @cached_property
     def train_pool(self) -> OwnPool:
@@ -357,10 +361,10 @@ class Experiment:
             verify_key,
         )
 
-    @cached_property
+    @property
     def convolves(self) -> bool:
         """Whether the model has convolutions."""
-        return has_convolution(jax.make_jaxpr(self._init)(jax.random.key(0)).jaxpr)
+        return has_convolution(self._traced_init.jaxpr)
 
     def _init(self, key: Key[Array, ""]) -> Variables:
         """Draws one agent's initial variables."""

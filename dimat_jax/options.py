@@ -71,6 +71,8 @@ class Option:
         changes_results: False for an option that only says where files are, how fast a
             run is, or what it keeps. A run may resume with another value of such an
             option, and reports do not compare runs by it.
+        names_file: whether the value is the path of a file whose content changes
+            results. A run keeps a copy of it.
     """
 
     path: str
@@ -86,6 +88,7 @@ class Option:
     empty: str = ""
     opens: tuple["Option", ...] = ()
     changes_results: bool = True
+    names_file: bool = False
 
     @property
     def keyword(self) -> str:
@@ -149,8 +152,9 @@ class Option:
             raise OptionError(f"{name} is {value}; it must be {self.bounds}")
 
     def _within(self, value: Any) -> bool:
+        # A whole number is finite, and may be too large for a float.
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)

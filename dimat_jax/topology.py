@@ -34,7 +34,7 @@ from dimat_jax._peer_graphs import (
     finite_time_weights,
     random_receivers,
 )
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, reading
 from dimat_jax.options import SEED, Option, Record, registry
 
 __all__ = [
@@ -78,6 +78,7 @@ MATRIX_FILE = Option(
     "",
     "A .json or .npy file with a matrix [agents, agents], or a stack of matrices. The "
     "topology takes its edges from it, the mixing rule its weights, or both do.",
+    names_file=True,
 )
 
 
@@ -295,19 +296,22 @@ def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
     file = Path(file)
     if file.suffix not in (".json", ".npy"):
         raise TopologyError(f"expected a .json or .npy file, got {str(file)!r}")
-    try:
+    with reading(file, TopologyError):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}")
         if file.suffix == ".npy":
-            matrix = np.load(file, allow_pickle=False)
+            # Only the header is read, until the shape is known to be right.
+            matrix = np.load(file, mmap_mode="r", allow_pickle=False)
         else:
-            matrix = np.array(json.loads(file.read_text()), np.float64)
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise TopologyError(f"{file} cannot be read: {error}") from error
+            content = json.loads(file.read_text(encoding="utf-8"))
+            matrix = np.array(content, np.float64)
     fits = matrix.ndim in (2, 3) and matrix.shape[-2:] == (n_agents, n_agents)
     if not fits or not matrix.size:
         raise TopologyError(
             f"{file} holds an array of shape {list(matrix.shape)}; expected "
             f"[{n_agents}, {n_agents}], or a stack of such"
         )
+    matrix = np.array(matrix)
     if matrix.dtype.kind not in "biuf" or not np.isfinite(matrix).all():
         raise TopologyError(f"{file} holds entries that are no finite numbers")
     return matrix

@@ -31,6 +31,7 @@ from dimat_jax._race import settled
 from dimat_jax._restored import mend_rows
 from dimat_jax._rounds import Rounds
 from dimat_jax._signals import deferrable
+from dimat_jax._storage import explained
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
@@ -40,6 +41,11 @@ from dimat_jax.placement import refusals_explained
 from dimat_jax.workdir import Results, Workdir, load_agents
 
 __all__ = ["load_agents", "run"]
+
+# What holds after the system has refused to write a file.
+_GOES_ON = (
+    "Earlier checkpoints are as they were; the same command goes on once this is mended"
+)
 
 
 def run(
@@ -66,12 +72,13 @@ def run(
     Raises:
         UserError: The config cannot be run, or the folder holds another run, or
             another process works there.
+        StorageError: A file cannot be written, because the disk is full for example.
         Interrupted: A signal has ended the run. What it has done is saved.
         NonFiniteError: A loss is not finite.
         PlacementError: The devices refuse the layout, or have too little memory.
     """
     folder, log = Workdir(workdir), log if is_main() else _silent
-    with deferrable() as signals:
+    with explained(folder.path, _GOES_ON), deferrable() as signals:
         _check(config, folder)
         if (summary := _finished(folder, log)) is not None:
             return summary
@@ -132,7 +139,8 @@ def _train(
         metrics = {**rounds.end(number), "communicated": not at_once}
         if evaluates:
             evaluate("trained", number, state, metrics, rounds.frames)
-        if is_last or number % config.checkpoint.every == 0:
+        due = number % config.checkpoint.every == 0 or results.keeps(number)
+        if is_last or due:
             results.save(state)
 
 
@@ -160,7 +168,10 @@ def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Exp
     """Builds and checks a run's experiment, and makes its folder if it is new."""
     is_new = not from_main(folder.is_started)
     with together():
-        experiment = settled(config, folder, log)
+        experiment = settled(folder.with_own_files(config), folder, log)
+        folder.check_data(experiment)
+    check_equal({"the digest of their data": experiment.data_digest})
+    with together():
         if is_new and experiment.record.aligns:
             experiment.verify_spec()
     with together():

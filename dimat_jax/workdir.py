@@ -2,6 +2,8 @@
 
     config.json      the config that the run was started with
     layout.json      how agents share a device, with which the run was started
+    inputs.json      digests of the data and of files that the config names, versions
+    graph.file.json  a copy of such a file, if the config names one (or .npy)
     partition.json   how many training samples of each class every agent has
     metrics.jsonl    a row for every evaluation
     metrics.digests  a digest of every row
@@ -16,36 +18,25 @@ process writes its part. All processes must see the folder.
 A folder with a config.json holds a run; one with a summary.json, a finished one.
 """
 
-import json
 import os
 import time
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import jax
-import numpy as np
-from jaxtyping import Int64
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
-from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
 from dimat_jax._processes import from_main, is_lost, is_main
 from dimat_jax._restored import SAVED_ROWS, restore
+from dimat_jax._run_folder import Workdir
 from dimat_jax._run_progress import Progress
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import (
-    RENAMED,
-    Config,
     ConfigError,
-    check,
-    default_config,
-    drop_unread,
-    fields_of,
-    fields_read,
     set_if_read,
 )
-from dimat_jax.data.partition import class_counts
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
@@ -58,128 +49,6 @@ FAILURE = "failure.json"
 
 _MOST_IN_ROWS = 64
 """Rows have the bytes of every link for at most this number of agents."""
-
-
-class Workdir:
-    """The folder of one run.
-
-    Args:
-        path: The folder. It may be missing.
-
-    Attributes:
-        path: The folder.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-
-    @property
-    def is_started(self) -> bool:
-        """Whether the folder holds a run."""
-        return self._config.exists()
-
-    def check(self, config: Config) -> None:
-        """Refuses a folder that cannot take the run of a config.
-
-        Raises:
-            ConfigError: The config cannot be run, or the folder holds other files or
-                the run of another config.
-        """
-        check(config)
-        if not self.is_started:
-            leftovers = ("metrics.jsonl", "summary.json", "checkpoints")
-            exist = [(self.path / name).exists() for name in leftovers]
-            if self.path.is_file() or any(exist):
-                raise ConfigError(
-                    f"{self.path} is no fresh folder, and has no config.json"
-                )
-            return
-        # Options that a run does not read do not matter to it. Older versions let a
-        # config set them.
-        there = fields_read(fields_of(self.read_config()))
-        here = fields_read(fields_of(config))
-        differing = [
-            f"{field} ({there.get(field)!r} there, {here.get(field)!r} here)"
-            for field in sorted(there.keys() | here.keys())
-            if there.get(field) != here.get(field)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{self.path} holds the run of another config; they differ in "
-                f"{', '.join(differing)}. Choose another workdir"
-            )
-
-    def create(self, experiment: Experiment) -> Int64[np.ndarray, "agents classes"]:
-        """Makes the folder, with config.json, layout.json and partition.json.
-
-        Returns:
-            How many training samples of each class every agent has.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        dataset, config = experiment.dataset, experiment.config
-        counts = class_counts(dataset.train.labels, experiment.shards)
-        names = dataset.class_names
-        partition = {
-            "partition": config.data.partition,
-            # A small training set may lack the last classes; then so do the counts.
-            "classes": names and names[: counts.shape[1]],
-            "counts": counts,
-        }
-        write_json(self.path / "partition.json", partition)
-        write_json(self._layout, experiment.layout._asdict())
-        # config.json comes last, since it marks the folder as that of a run.
-        write_json(self._config, json.loads(config.to_json()))
-        return counts
-
-    def read_config(self) -> Config:
-        """Reads the run's config.
-
-        Fields that an older config lacks have their defaults, and so have options that
-        it sets and does not read.
-
-        Raises:
-            ConfigError: There is no config.json, or it cannot be used.
-        """
-        config = default_config()
-        try:
-            fields = json.loads(self._config.read_text())
-            unknown = fields_of(fields).keys() - fields_of(config).keys()
-            if unknown:
-                names = [
-                    f"{name} (it is {RENAMED[name]} now)" if name in RENAMED else name
-                    for name in sorted(unknown)
-                ]
-                raise ValueError(f"there are no fields {', '.join(names)}")
-            config.update(fields)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{self._config} cannot be used: {error}") from error
-        return drop_unread(config)
-
-    def read_layout(self) -> LayoutChoice | None:
-        """Reads how the agents of the run share a device; None if the run is new.
-
-        Raises:
-            ConfigError: layout.json cannot be used.
-        """
-        if not (self.is_started and self._layout.exists()):
-            return None
-        try:
-            return LayoutChoice.read(self._layout)
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{self._layout} cannot be used: {error}") from error
-
-    def read_summary(self) -> dict[str, Any] | None:
-        """Reads summary.json; None for a run that has not finished."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
-    @property
-    def _layout(self) -> Path:
-        return self.path / "layout.json"
-
-    @property
-    def _config(self) -> Path:
-        return self.path / "config.json"
 
 
 class Results:
@@ -230,15 +99,16 @@ class Results:
     def __exit__(
         self, kind: object, error: BaseException | None, trace: object
     ) -> None:
-        if self._rows is not None:
-            self._rows.close()
-            if isinstance(error, NonFiniteError):
+        with ExitStack() as stack:
+            # Several processes finish a checkpoint together. If one of them has died,
+            # the others would wait for it.
+            if not is_lost(error):
+                stack.callback(self._checkpoints.close)
+            if self._rows is not None:
+                stack.callback(self._rows.close)
+            if self._rows is not None and isinstance(error, NonFiniteError):
                 content = {"message": str(error)}
                 write_json(self._workdir.path / FAILURE, content)
-        # Several processes finish a checkpoint together. If one of them has died, the
-        # others would wait for it.
-        if not is_lost(error):
-            self._checkpoints.close()
 
     def restore(self) -> State | None:
         """The agents' state in the newest checkpoint, on the devices.
@@ -322,8 +192,15 @@ class Results:
             number = max(number, self._number + 1)
         self._number = number
         tree = state if totals is None else {"state": state, "totals": totals}
-        self._checkpoints.save(number, tree, progress.record(), attached)
+        for_good = totals is None and self.keeps(progress.round)
+        record = progress.record()
+        self._checkpoints.save(number, tree, record, attached, for_good=for_good)
         self._saved, self.saved_at = self._done, time.monotonic()
+
+    def keeps(self, number: int) -> bool:
+        """Whether the checkpoint at the end of a round is kept for good."""
+        every = self._experiment.config.checkpoint.keep_every
+        return every > 0 and number > 0 and number % every == 0
 
     def wait(self) -> None:
         """Waits until the checkpoints are on disk."""
@@ -381,7 +258,7 @@ def load_agents(
         UserError: The folder holds no run that can be read, or no checkpoint.
     """
     folder = Workdir(workdir)
-    config = folder.read_config()
+    config = folder.with_own_files(folder.read_config())
     if data_dir:
         set_if_read(config, "data.dir", data_dir)
     experiment = Experiment(config)

@@ -222,14 +222,14 @@ def test_any_matrix_in_a_file_is_a_graph(tmp_path, suffix):
     ("name", "content", "message"),
     [
         ("graph.txt", "[[0]]", "expected a .json or .npy file"),
-        ("graph.json", "[[0, 1]", "cannot be read"),
-        ("graph.json", "[[0, 1], [1]]", "cannot be read"),
+        ("graph.json", "[[0, 1]", "cannot be used"),
+        ("graph.json", "[[0, 1], [1]]", "cannot be used"),
         ("graph.json", "[[0, 1], [1, 0]]", r"shape \[2, 2\]; expected \[3, 3\]"),
         ("graph.json", "[[0,1,0],[1,0,NaN],[0,1,0]]", "no finite numbers"),
         ("graph.json", "[]", r"shape \[0\]; expected"),
-        ("graph.npy", "[[0]]", "cannot be read"),
-        ("graph.npy", "", "cannot be read"),
-        (None, "", "cannot be read"),
+        ("graph.npy", "[[0]]", "cannot be used"),
+        ("graph.npy", "", "cannot be used"),
+        (None, "", "cannot be used"),
     ],
 )
 def test_a_file_that_holds_no_graph_says_why(tmp_path, name, content, message):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from dimat_jax import _run_progress, workdir
+from dimat_jax import _inputs, _run_folder, _run_progress, workdir
 from dimat_jax._metrics import read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax.config import ConfigError
@@ -75,6 +75,7 @@ def test_a_new_run_has_a_config_and_a_partition_and_no_summary(tmp_path, experim
     assert folder.is_started and folder.read_summary() is None
     assert {path.name for path in folder.path.iterdir()} == {
         "config.json",
+        "inputs.json",
         "layout.json",
         "partition.json",
     }
@@ -91,15 +92,17 @@ def test_a_new_run_has_a_config_and_a_partition_and_no_summary(tmp_path, experim
 def test_the_config_is_written_last(tmp_path, experiment, monkeypatch):
     """A folder with config.json counts as a run's, so all other files are there."""
     written = []
-    write = workdir.write_json
+    write = _run_folder.write_json
 
     def spy(path: Path, content: Any) -> None:
         written.append(path.name)
         write(path, content)
 
-    monkeypatch.setattr(workdir, "write_json", spy)
+    for module in (_run_folder, _inputs):
+        monkeypatch.setattr(module, "write_json", spy)
     Workdir(tmp_path / "run").create(experiment)
-    assert written == ["partition.json", "layout.json", "config.json"]
+    names = ["partition.json", "layout.json", "inputs.json", "config.json"]
+    assert written == names
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_a_folder_takes_the_same_config_on_other_devices_but_no_other(folder):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ConfigError, match="no fresh folder"):
+    with pytest.raises(ConfigError, match="run cannot be a folder: "):
         Workdir(tmp_path / "run").check(small())
 
 

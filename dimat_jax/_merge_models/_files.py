@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dimat_jax import train
 from dimat_jax.config import fields_of, model_arguments
 from dimat_jax.data._dataset import Dataset
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, reading
 from dimat_jax.experiment import Experiment
 from dimat_jax.models import _saved
 from dimat_jax.models._saved import SavedModel
@@ -75,7 +75,8 @@ def read(
     models = []
     for name in names:
         try:
-            models.append(read_one(name))
+            with reading(name):
+                models.append(read_one(name))
         except UserError as error:
             where = "" if name in str(error) else f"{name}: "
             raise UserError(f"{where}{error}") from error

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dimat_jax import merge, permutation
+from dimat_jax import _randomness, merge, permutation
 from dimat_jax._merge_models._methods import METHODS, Problem
 from dimat_jax._merge_models._options import Options
 from dimat_jax.data.pipeline import Samples, share
@@ -88,7 +88,7 @@ class Merging:
         """
         if self._matcher is None or not self.spec.groups:
             return None
-        verify_key, key = jax.random.split(jax.random.key(self.options.seed))
+        verify_key, key = jax.random.split(_randomness.seed_key(self.options.seed))
         permutation.verify(
             self.spec,
             classifier.both_modes(self.module),

@@ -1,10 +1,12 @@
 """The options of a merge of model files."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from dimat_jax import merge
+from dimat_jax._folders import check_output
 from dimat_jax._merge_models._methods import FRAME, METHOD, RESTARTS, STAY
 from dimat_jax.data.sources import SOURCES
 from dimat_jax.errors import UserError
@@ -77,7 +79,11 @@ class Options:
     )
     points: int = _field(
         Option(
-            "points", 11, "The number of points to evaluate on each line.", at_least=2
+            "points",
+            11,
+            "The number of points to evaluate on each line.",
+            at_least=2,
+            at_most=10_000,
         )
     )
     train_size: int | None = _field(
@@ -85,6 +91,7 @@ class Options:
             "train_size",
             None,
             "The number of training images to draw from. By default, all.",
+            at_least=1,
         )
     )
     test_size: int | None = _field(
@@ -92,6 +99,7 @@ class Options:
             "test_size",
             None,
             "The number of test images to evaluate on. By default, all.",
+            at_least=1,
         )
     )
     seed: int = _field(SEED)
@@ -114,7 +122,7 @@ def check(options: Options) -> None:
         UserError: an option is wrong; the message names the flag, its value and what is
             allowed.
     """
-    if len(set(options.models)) < max(2, len(options.models)):
+    if len(set(map(_identity, options.models))) < max(2, len(options.models)):
         raise UserError(
             "expected two different models or more: A B [C ...] --out=DIR; got "
             f"{list(options.models)}"
@@ -125,9 +133,18 @@ def check(options: Options) -> None:
             option.check(value, f"--{name}")
     _refuse_unread(options)
     merge.check_weights(options.weights, len(options.models))
+    check_output(options.out, "--out")
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists already; choose a new folder")
+
+
+def _identity(name: str) -> tuple[str, int]:
+    """What is equal for two names of the same model: its place, and its agent."""
+    place, colon, agent = name.rpartition(":")
+    if colon and agent.isdecimal() and not os.path.lexists(name):
+        return os.path.realpath(place), int(agent)
+    return os.path.realpath(name), 0
 
 
 def _refuse_unread(options: Options) -> None:

@@ -19,8 +19,9 @@ from absl import logging
 from tqdm import tqdm
 
 from dimat_jax import train
-from dimat_jax._lock import LockError, held
+from dimat_jax._lock import held
 from dimat_jax._metrics import write_json
+from dimat_jax._storage import explained
 from dimat_jax._sweeping._plan import Job
 from dimat_jax.errors import NonFiniteError, UserError, out_of_memory
 from dimat_jax.placement import request_cpu_devices
@@ -56,12 +57,13 @@ def run_job(job: Job, jax_options: Mapping[str, Any]) -> str | None:
         Interrupted: A signal has ended the run.
     """
     notes: list[str] = []
+    again = "The same sweep tries the run again"
     try:
-        with held(job.workdir, notes.append):
+        with explained(job.workdir, again), held(job.workdir, notes.append):
             _print_to(job.workdir / LOG)
             print(*notes, sep="\n", end="\n" if notes else "")
             return _run(job, jax_options)
-    except LockError as error:
+    except UserError as error:
         return failure_reason(error)
 
 

@@ -55,8 +55,8 @@ class _Watched:
         """
         try:
             self.steps = _Steps(**json.loads((self._folder / PROGRESS).read_text()))
-        except (OSError, ValueError):
-            pass  # the run has not written it yet
+        except Exception:
+            pass  # The run has not written it yet, or another program has changed it.
         if self._stamp == (stamp := self._stamp_now()):
             return []
         self._stamp, n_before = stamp, len(self.rows)

@@ -25,6 +25,7 @@ from absl import flags
 from dimat_jax._bench._benches import BENCHES
 from dimat_jax._bench._hardware import Hardware
 from dimat_jax._bench._record import Settings
+from dimat_jax._folders import check_output_file
 from dimat_jax._metrics import write_json
 from dimat_jax.cli import _bundled, _program
 from dimat_jax.config import check
@@ -106,6 +107,7 @@ def main(arguments: list[str]) -> None:
     bench, config = BENCHES[arguments[0]], _bundled.given_config()
     check(config)
     settings = _settings(bench.name)
+    check_output_file(given.out, "--out")
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = bench.run(config, settings)

@@ -1,16 +1,16 @@
 """Finds config files and sweep files by path or, if they are bundled, by name."""
 
 import ast
-import importlib.util
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from dimat_jax.config import Config, settle_overrides
-from dimat_jax.errors import UserError, nearest
+from dimat_jax.cli import _user_code
+from dimat_jax.config import Config, expect_all_fields, settle_overrides
+from dimat_jax.errors import UserError, concerning, nearest, reading
 
 __all__ = [
     "bundled_configs",
@@ -37,7 +37,7 @@ def bundled_sweeps() -> dict[str, Path]:
 
 def summary(path: Path) -> str:
     """Reads the first line of a file's docstring, without running the file."""
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]
 
 
@@ -56,8 +56,9 @@ def _find(name: str, kind: str, folder: str, bundled: dict[str, Path]) -> Path:
     Raises:
         UserError: there is no such file.
     """
-    if Path(name).is_file():
-        return Path(name)
+    with reading(f"{kind} file {name!r}"):
+        if Path(name).is_file():
+            return Path(name)
     short = name.removesuffix(".py").removeprefix("configs/").removeprefix(folder)
     if short not in bundled:
         raise UserError(
@@ -68,23 +69,16 @@ def _find(name: str, kind: str, folder: str, bundled: dict[str, Path]) -> Path:
 
 
 class _ConfigParser(flags.ArgumentParser):
-    """Reads a config that is given by path or by name, with its argument.
+    """Reads a config that is given by path or by name, with its argument."""
 
-    Args:
-        by_path: ml_collections' own parser, which takes only paths.
-    """
-
-    def __init__(self, by_path: flags.ArgumentParser):
-        self._by_path = by_path
-        self.argument = ""
+    argument = ""
 
     def parse(self, argument: str) -> Any:
         self.argument = argument
-        name, colon, of_config = argument.partition(":")
-        return self._by_path.parse(f"{_find_config(name)}{colon}{of_config}")
+        return load_config(argument).lock()
 
     def flag_type(self) -> str:
-        return self._by_path.flag_type()
+        return "config object"
 
 
 def _find_config(name: str) -> Path:
@@ -95,7 +89,7 @@ def define_config(default: str | None, meaning: str) -> None:
     """Defines the flag --config, and --config.FIELD for each of the config's fields."""
     config_flags.DEFINE_config_file("config", None, meaning)
     flag = flags.FLAGS["config"]
-    flag.parser = _ConfigParser(flag.parser)
+    flag.parser = _ConfigParser()
     if default is None:
         flags.mark_flag_as_required("config")
     else:
@@ -113,38 +107,40 @@ def given_config() -> Config:
     parser = flag.parser
     assert isinstance(parser, _ConfigParser)  # `define_config` has set it
     original = load_config(parser.argument)
-    return settle_overrides(flag.value, original, overridden)
+    return settle_overrides(expect_all_fields(flag.value), original, overridden)
 
 
 def load_config(name: str) -> Config:
     """Loads a config by its path or its name, with its argument: "quickstart:wa".
 
     Raises:
-        UserError: there is no such file, or it has no `get_config`.
-        ValueError: the config does not know its argument.
+        UserError: there is no such file, it does not parse, it raises an error, or what
+            its `get_config` returns is no config.
     """
     name, *argument = name.split(":", 1)
-    return _function(_find_config(name), "get_config() -> config")(*argument)
+    path = _find_config(name)
+    config = _user_code.call(path, "get_config() -> config", *argument)
+    with concerning(f"{path}: get_config()"):
+        return expect_all_fields(config)
 
 
 def load_runs(name: str) -> dict[str, Config]:
     """Loads the configs of a sweep by its path or its name.
 
     Raises:
-        UserError: there is no such file, or it has no `get_runs`.
+        UserError: there is no such file, it does not parse, it raises an error, or what
+            its `get_runs` returns are no configs by name.
     """
     path = _find(name, "sweep", "sweeps/", bundled_sweeps())
-    return _function(path, "get_runs() -> {name: config}")()
-
-
-def _function(path: Path, signature: str) -> Callable[..., Any]:
-    """Loads the function with a signature from a file."""
-    name = signature.partition("(")[0]
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, name):
-        raise UserError(f"{path} defines no {signature}")
-    return getattr(module, name)
+    runs = _user_code.call(path, "get_runs() -> {name: config}")
+    if not isinstance(runs, Mapping) or not runs:
+        found = type(runs).__name__ if not isinstance(runs, Mapping) else "no runs"
+        raise UserError(
+            f"{path}: get_runs() must return a dict of configs by name, got {found}"
+        )
+    for run, config in runs.items():
+        if not isinstance(run, str):
+            raise UserError(f"{path}: the name of a run must be a text, got {run!r}")
+        with concerning(f"{path}: run {run!r}"):
+            expect_all_fields(config)
+    return dict(runs)

@@ -6,17 +6,26 @@ the signal's number. Any other error is a bug, and shows its traceback.
 """
 
 import ast
+import contextlib
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 from absl import app, flags, logging
 
 from dimat_jax import _processes, _signals
+from dimat_jax._storage import problem
 from dimat_jax.data._cache import user_cache
-from dimat_jax.errors import Interrupted, NonFiniteError, SweepError, UserError
+from dimat_jax.errors import (
+    Interrupted,
+    NonFiniteError,
+    SweepError,
+    UserError,
+    in_one_line,
+    out_of_memory,
+)
 
 __all__ = ["Command", "expect_no", "run"]
 
@@ -58,11 +67,6 @@ def run(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # ml_collections looks for overrides of a config's fields in `sys.argv`.
     sys.argv = [called, *arguments]
-    shared = set(flags.FLAGS)
-    command.define_flags()
-    if {"-h", "-help", "--help"} & set(arguments):
-        print(_help(command, called, sorted(set(flags.FLAGS) - shared)))
-        sys.exit(0)
     # Orbax logs every step of every save at the level below; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
     # The runs of a sweep, and a run that resumes, compile the same programs.
@@ -71,6 +75,7 @@ def run(
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
+        _define(command, called, arguments)
         app.run(
             lambda argv: _main(command, argv[1:]), argv=sys.argv, flags_parser=_parse
         )
@@ -78,6 +83,12 @@ def run(
         _end(2, f"error: {error}")
     except (NonFiniteError, SweepError) as error:
         _end(1, f"error: {error}")
+    except Exception as error:
+        # Neither a full disk nor a full memory is a mistake in the program.
+        reason = problem(error) or out_of_memory(error)
+        if reason is None:
+            raise
+        _end(2, f"error: {reason}")
     except KeyboardInterrupt as error:
         if not isinstance(error, Interrupted):
             error = Interrupted()
@@ -86,6 +97,17 @@ def run(
         message = what + (hint if command.resumes else "")
         _end(error.exit_code, message, error.agreed)
     sys.exit(0)
+
+
+def _define(command: Command, called: str, arguments: Sequence[str]) -> None:
+    """Defines the flags, or prints the help text if it is asked for, and exits."""
+    shared = set(flags.FLAGS)
+    with _reading_flags():
+        # A default may be a config, which overrides already change here.
+        command.define_flags()
+    if {"-h", "-help", "--help"} & set(arguments):
+        print(_help(command, called, sorted(set(flags.FLAGS) - shared)))
+        sys.exit(0)
 
 
 def _main(command: Command, arguments: list[str]) -> NoReturn:
@@ -107,25 +129,32 @@ def _help(command: Command, called: str, names: Sequence[str]) -> str:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Reads the flags, config files included."""
+    with _reading_flags():
+        return flags.FLAGS(argv)
+
+
+@contextlib.contextmanager
+def _reading_flags() -> Iterator[None]:
+    """Raises what is wrong with flags as an error with one message."""
     try:
-        rest = flags.FLAGS(argv)
-        # A config file that cannot be read raises only when its fields are asked for.
-        for name in flags.FLAGS:
-            getattr(getattr(flags.FLAGS, name), "keys", None)
+        yield
+    except UserError:
+        raise
     except AttributeError as error:
         # ml_collections: "'roundz'\nDid you mean "rounds" instead of "roundz"?"
         message = str(error)
-        if message.startswith("'"):
-            message = ast.literal_eval(message)
+        with contextlib.suppress(ValueError, SyntaxError):
+            message = str(ast.literal_eval(message))
         hint = " ".join(message.split())
         raise UserError(f"the config has no such field: {hint}") from error
-    except (flags.Error, OSError, ValueError, TypeError, KeyError) as error:
-        message = str(error).strip()
-        if "Traceback" in message:
-            # The last line of a config file's traceback says what is wrong.
-            message = message.splitlines()[-1].strip()
+    except Exception as error:
+        # Nothing is read here but what the user has given, and absl and ml_collections
+        # raise many kinds of errors for it.
+        if isinstance(error.__context__, UserError):
+            raise error.__context__ from None
+        is_flag = isinstance(error, flags.Error)
+        message = " ".join(str(error).split()) if is_flag else in_one_line(error)
         raise UserError(message) from error
-    return rest
 
 
 def expect_no(arguments: list[str]) -> None:

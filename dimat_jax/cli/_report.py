@@ -19,6 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from dimat_jax import reports
+from dimat_jax._folders import check_output
 from dimat_jax.cli import _program
 from dimat_jax.errors import UserError
 
@@ -64,8 +65,9 @@ def _make_folder(out: str | None) -> Path:
         UserError: the folder that was asked for is not empty.
     """
     if out is not None:
+        check_output(out, "--out")
         folder = Path(out)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"--out={out} must be a new or an empty folder")
         folder.mkdir(parents=True, exist_ok=True)
         return folder

@@ -14,13 +14,13 @@ TOPIC is one of
     the folder of a run: its fields, and how far it got.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from dimat_jax._folders import read_json
 from dimat_jax._metrics import read_rows
 from dimat_jax._option_facts import facts
 from dimat_jax.algorithms import ALGORITHMS
@@ -29,7 +29,7 @@ from dimat_jax.compression import COMPRESSORS
 from dimat_jax.config import ROOT, Config, default_config, fields_of
 from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.data.sources import SOURCES
-from dimat_jax.errors import UserError, nearest
+from dimat_jax.errors import UserError, nearest, reading
 from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import MODELS
 from dimat_jax.optimizers import OPTIMIZERS
@@ -108,7 +108,10 @@ def _options() -> str:
 
 def _file(topic: str) -> str:
     """Shows a file of the user: a sweep if it defines `get_runs`, else a config."""
-    if "def get_runs" in Path(topic.partition(":")[0]).read_text():
+    path = Path(topic.partition(":")[0])
+    with reading(path):
+        is_sweep = "def get_runs" in path.read_text(encoding="utf-8")
+    if is_sweep:
         return "\n".join(_bundled.load_runs(topic))
     return _config(_bundled.load_config(topic))
 
@@ -131,20 +134,20 @@ def _texts(config: Config | Mapping[str, Any]) -> dict[str, str]:
 
 def _run(workdir: Path) -> str:
     """Shows a run's config, and its last evaluation."""
-    try:
-        config = json.loads((workdir / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{workdir}/config.json cannot be read: {error}") from error
+    config = read_json(workdir / "config.json")
+    with reading(workdir / "config.json"):
+        table, rounds = _config(config), config["rounds"]
     rows = read_rows(workdir)
     state = "finished" if (workdir / "summary.json").exists() else "not finished"
-    if rows:
-        last = rows[-1]
-        accuracy = 100 * last["test_accuracy_mean"]
-        state += (
-            f"; round {last['round']} of {config['rounds']}, {last['phase']}: mean "
-            f"test accuracy {accuracy:.2f} %"
-        )
-    return f"{_config(config)}\n\n{state}"
+    with reading(workdir / "metrics.jsonl"):
+        if rows:
+            last = rows[-1]
+            accuracy = 100 * last["test_accuracy_mean"]
+            state += (
+                f"; round {last['round']} of {rounds}, {last['phase']}: mean test "
+                f"accuracy {accuracy:.2f} %"
+            )
+    return f"{table}\n\n{state}"
 
 
 COMMAND = _program.Command("show", __doc__, main)

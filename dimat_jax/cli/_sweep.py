@@ -27,6 +27,7 @@ import jax
 from absl import flags
 
 from dimat_jax import _sweeping
+from dimat_jax._folders import check_output
 from dimat_jax._lock import check_free, held
 from dimat_jax.cli import _bundled, _program, _report
 from dimat_jax.errors import SweepError, UserError
@@ -72,6 +73,8 @@ def main(arguments: list[str]) -> None:
     """Runs the sweep and reports on it."""
     _program.expect_no(arguments)
     given, workdir = flags.FLAGS, Path(flags.FLAGS.workdir)
+    # An empty path would be that of the current folder.
+    check_output(given.workdir, "--workdir")
     on_slurm, n_jobs = given.launcher == "slurm", given.jobs or 1
     options = _sweeping.parse_options(given.slurm)
     if options and not on_slurm:
@@ -89,6 +92,9 @@ def main(arguments: list[str]) -> None:
     if given.seeds:
         configs = over_seeds(configs, given.seeds)
     jobs = _sweeping.prepare(configs, workdir, given.data_dir)
+    if not on_slurm:
+        # The machines of a cluster may have other data and more memory than this one.
+        _sweeping.check_here(jobs)
     if given.dry_run:
         if on_slurm:
             n_jobs = given.jobs or len(jobs)

@@ -20,6 +20,7 @@ from absl import flags
 from dimat_jax import reports, train
 from dimat_jax._processes import is_main
 from dimat_jax.cli import _bundled, _multihost, _program
+from dimat_jax.config import check
 from dimat_jax.errors import UserError
 from dimat_jax.placement import request_cpu_devices
 
@@ -37,6 +38,8 @@ def main(arguments: list[str]) -> None:
     """Runs the config and reports on it."""
     _program.expect_no(arguments)
     config, workdir = _bundled.given_config(), flags.FLAGS.workdir
+    # JAX splits the CPU into devices before the run can check anything.
+    check(config)
     request_cpu_devices(config.placement.cpu_devices)
     with _multihost.joined():
         train.run(config, workdir)

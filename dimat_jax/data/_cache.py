@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from dimat_jax.data._dataset import DataError, Dataset, Split, mean_std
+from dimat_jax.errors import reading
 
 __all__ = ["Decoded", "cached", "read_arrays", "user_cache", "write_arrays"]
 
@@ -94,10 +95,8 @@ def read_arrays(name: str, folder: Path) -> Dataset:
     Raises:
         DataError: an array is missing or damaged.
     """
-    try:
+    with reading(f"{name}: arrays in {folder}", DataError):
         return _dataset(name, _read(folder))
-    except Exception as error:  # a damaged file can make NumPy raise any error
-        raise DataError(f"{name}: cannot read arrays in {folder}: {error}") from error
 
 
 def _arrays(decoded: Decoded) -> list[np.ndarray]:

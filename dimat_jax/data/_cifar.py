@@ -19,6 +19,7 @@ from dimat_jax.data._dataset import (
     decode_image,
     make_split,
 )
+from dimat_jax.errors import reading
 
 __all__ = ["ARRAYS", "read"]
 
@@ -82,7 +83,8 @@ def _class_names(path: Path, n_classes: int) -> tuple[str, ...] | None:
     """The names of the labels, one a line, as tfds stores them beside the records."""
     if not path.is_file():
         return None
-    names = tuple(path.read_text().strip().splitlines())
+    with reading(path, DataError):
+        names = tuple(path.read_text(encoding="utf-8").strip().splitlines())
     return names if len(names) == n_classes else None
 
 
@@ -90,7 +92,7 @@ def _decode_split(folder: Path, split: str) -> Split:
     # This import is slow, and reading from the cache does not need it.
     import tensorflow_datasets as tfds
 
-    try:
+    with reading(f"{split} in {folder}", DataError):
         # Unlike `tfds.data_source`, this cannot start a download.
         builder: Any = tfds.builder_from_directory(folder)
         # Decoding with Pillow directly takes half as long as decoding through tfds.
@@ -105,6 +107,4 @@ def _decode_split(folder: Path, split: str) -> Split:
                 where = f"{folder}: image {i} of {split}"
                 images[i] = decode_image(record["image"], (32, 32, 3), where)
                 labels[i] = record["label"]
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"cannot read {split} from {folder}: {error}") from error
     return make_split(images, labels)

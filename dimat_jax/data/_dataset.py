@@ -1,15 +1,26 @@
 """Data sets, and how they are made from decoded images."""
 
+import hashlib
 import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int, Int32, UInt8
 from PIL import Image
 
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, reading
 
-__all__ = ["DataError", "Dataset", "Split", "decode_image", "make_split", "mean_std"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Split",
+    "decode_image",
+    "digest",
+    "make_split",
+    "mean_std",
+]
 
 
 class Split(NamedTuple):
@@ -94,12 +105,30 @@ def decode_image(
     Raises:
         DataError: the image cannot be read, or it has another shape.
     """
-    try:
+    height, width, _ = shape
+    # A damaged file can make Pillow raise any error. It warns of images so large that
+    # decoding them may be an attack; here the size is looked at before decoding.
+    with reading(where, DataError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data)) as image:
+            if (image.height, image.width) != (height, width):
+                found = (image.height, image.width, 3)
+                raise DataError(f"{where}: expected shape {shape}, got {found}")
             # A few JPEGs are greyscale.
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these
-        raise DataError(f"{where} is no readable image: {error}") from error
-    if pixels.shape != shape:
-        raise DataError(f"{where}: expected shape {shape}, got {pixels.shape}")
-    return pixels
+            return np.asarray(image.convert("RGB"))
+
+
+def digest(dataset: Dataset) -> str:
+    """A text that differs between data sets whose images, labels or means differ."""
+    train, test = dataset.train, dataset.test
+    arrays = (*train, *test, dataset.mean, dataset.std)
+
+    def of(array: np.ndarray) -> str:
+        content = np.ascontiguousarray(array)
+        found = hashlib.blake2b(content.data, digest_size=32).hexdigest()
+        return f"{content.dtype} {content.shape} {found}"
+
+    # The digests are computed without the interpreter's lock.
+    with ThreadPoolExecutor() as pool:
+        whole = "\n".join([*pool.map(of, arrays), str(dataset.n_classes)])
+    return hashlib.blake2b(whole.encode(), digest_size=32).hexdigest()

@@ -3,7 +3,6 @@
 import collections
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -17,11 +16,15 @@ from dimat_jax.data._dataset import (
     decode_image,
     make_split,
 )
+from dimat_jax.errors import reading
 
 __all__ = ["read"]
 
 # The name of the zip, and of the folder within it.
 _NAME = "tiny-imagenet-200"
+# The largest lists have 3 MB, and images have a few kB. A file that is larger than this
+# does not belong to the data set, and reading it might fill the memory.
+_MOST_BYTES = 64 * 2**20
 
 
 def read(directory: str | None, cache_dir: str | None) -> Dataset:
@@ -57,15 +60,35 @@ def read(directory: str | None, cache_dir: str | None) -> Dataset:
 def _decode(root: Path, files: Sequence[Path]) -> Decoded:
     if root.is_dir():
         paths = {file.relative_to(root).as_posix(): file for file in files}
-        return _splits(root, paths, lambda name: paths[name].read_bytes())
-    try:
+
+        def read_file(name: str) -> bytes:
+            _expect_small(f"{root}: {name}", paths[name].stat().st_size)
+            return paths[name].read_bytes()
+
+        return _splits(root, paths, read_file)
+    with reading(f"the zip {root}", DataError):
         with zipfile.ZipFile(root) as archive:
             names = {
                 name.removeprefix(f"{_NAME}/"): name for name in archive.namelist()
             }
-            return _splits(root, names, lambda name: archive.read(names[name]))
-    except (zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{root} is no intact zip: {error}") from error
+
+            def read_member(name: str) -> bytes:
+                member = archive.getinfo(names[name])
+                _expect_small(f"{root}: {name}", member.file_size)
+                if member.flag_bits & 1:
+                    raise DataError(f"{root}: {name} is encrypted")
+                # No more is unpacked than the member says that it has.
+                return archive.read(member)
+
+            return _splits(root, names, read_member)
+
+
+def _expect_small(what: str, size: int) -> None:
+    if size > _MOST_BYTES:
+        raise DataError(
+            f"{what} has {size} bytes; no file of this data set has more than "
+            f"{_MOST_BYTES}"
+        )
 
 
 def _splits(
@@ -80,7 +103,8 @@ def _splits(
     """
 
     def text_of(name: str) -> str:
-        return read_member(name).decode().strip() if name in names else ""
+        with reading(f"{root}: {name}", DataError):
+            return read_member(name).decode().strip() if name in names else ""
 
     def lines(name: str) -> list[str]:
         text = text_of(name)

@@ -8,6 +8,7 @@ A new data set is a function of `(directory, cache_dir)` with a record in `SOURC
 the foot of this file.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Int
 
 from dimat_jax.data import _cifar, _tiny_imagenet
 from dimat_jax.data._dataset import DataError, Dataset, Split, make_split, mean_std
-from dimat_jax.errors import nearest
+from dimat_jax.errors import nearest, reading
 from dimat_jax.options import SEED, Option, Record, registry
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "load",
     "make_split",
     "mean_std",
+    "read",
+    "select",
 ]
 
 DIRECTORY = Option(
@@ -91,15 +94,64 @@ def load(
         DataError: `name` is unknown, the data are missing or malformed, or a size is
             below 1 or above the number of samples.
     """
+    return select(read(name, directory, cache_dir), train_size, test_size, seed)
+
+
+def read(
+    name: str, directory: str | None = None, cache_dir: str | None = None
+) -> Dataset:
+    """Reads a whole data set; see `load`.
+
+    Raises:
+        DataError: `name` is unknown, or the data are missing or malformed.
+    """
     if name not in SOURCES:
         raise DataError(f"unknown data set {name!r}; {nearest(name, SOURCES)}")
     if directory and DIRECTORY not in SOURCES[name].reads:
         raise DataError(f"{name} comes without files; it cannot be in {directory!r}")
-    dataset = SOURCES[name](directory, cache_dir)
+    where = f"the data in {directory}" if directory else "the data"
+    with reading(f"{name}: {where}", DataError):
+        dataset = SOURCES[name](directory, cache_dir)
+        _check(dataset)
+    return dataset
+
+
+def select(
+    dataset: Dataset, train_size: int | None, test_size: int | None, seed: int
+) -> Dataset:
+    """Draws a class-balanced part of a data set; see `load`.
+
+    Raises:
+        DataError: A size is below 1 or above the number of samples.
+    """
+    name = dataset.name
     return dataset._replace(
         train=_subset(dataset.train, train_size, f"{name}: train_size", [seed, 0]),
         test=_subset(dataset.test, test_size, f"{name}: test_size", [seed, 1]),
     )
+
+
+def _check(dataset: Dataset) -> None:
+    """Refuses data that no agent could train on."""
+    for name, split in (("training", dataset.train), ("test", dataset.test)):
+        n_images, n_labels = len(split.images), len(split.labels)
+        if n_images != n_labels or not n_labels:
+            raise DataError(
+                f"{dataset.name}: there are {n_images} {name} images and {n_labels} "
+                "labels"
+            )
+        least, most = int(split.labels.min()), int(split.labels.max())
+        if least < 0 or most >= dataset.n_classes:
+            raise DataError(
+                f"{dataset.name}: {name} labels reach from {least} to {most}, but the "
+                f"classes are 0 to {dataset.n_classes - 1}"
+            )
+        found, expected = split.images.shape[1:], SOURCES[dataset.name].image_shape
+        if found != expected:
+            raise DataError(
+                f"{dataset.name}: {name} images are of shape {found}, expected "
+                f"{expected}"
+            )
 
 
 def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split:
@@ -161,22 +213,46 @@ def _random(directory: str | None, cache_dir: str | None) -> Dataset:
 
 _FILES = (DIRECTORY, CACHE_DIRECTORY)
 
-SOURCES: dict[str, Record[Dataset]] = registry(
-    Record("digits", _digits),
-    Record(
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Source(Record[Dataset]):
+    """A data set that a config can name.
+
+    Attributes:
+        image_shape: the shape of an image.
+        n_classes: the number of classes, unless a copy of the data set has fewer.
+    """
+
+    image_shape: tuple[int, int, int]
+    n_classes: int
+
+
+SOURCES: dict[str, Source] = registry(
+    Source("digits", _digits, image_shape=(8, 8, 1), n_classes=10),
+    Source(
         "cifar10",
         functools.partial(_cifar.read, name="cifar10", n_classes=10),
         leads_to=_FILES,
         summary="CIFAR-10, as tfds prepares it: 60,000 images of 32x32 pixels.",
+        image_shape=(32, 32, 3),
+        n_classes=10,
     ),
-    Record(
+    Source(
         "cifar100",
         functools.partial(_cifar.read, name="cifar100", n_classes=100),
         leads_to=_FILES,
         summary="CIFAR-100, as tfds prepares it: 60,000 images of 32x32 pixels.",
+        image_shape=(32, 32, 3),
+        n_classes=100,
     ),
-    Record("tiny_imagenet", _tiny_imagenet.read, leads_to=_FILES),
-    Record("random", _random),
+    Source(
+        "tiny_imagenet",
+        _tiny_imagenet.read,
+        leads_to=_FILES,
+        image_shape=(64, 64, 3),
+        n_classes=200,
+    ),
+    Source("random", _random, image_shape=(32, 32, 3), n_classes=100),
 )
 """`SOURCES[name](directory, cache_dir)` reads a data set; see `load`."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, reading
 
 __all__ = ["TorchImportError", "float32", "listed", "read_state_dict"]
 
@@ -61,24 +61,22 @@ def read_state_dict(
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
-        from safetensors import SafetensorError, deserialize
+        from safetensors import deserialize
     except ImportError as error:
         raise TorchImportError(
             f"{path}: reading it needs safetensors; pip install 'dimat_jax[torch]'"
         ) from error
-    try:
-        tensors = deserialize(path.read_bytes())
-    except SafetensorError as error:
-        raise TorchImportError(f"{path}: not a safetensors file ({error})") from error
     arrays = {}
-    for key, tensor in tensors:
-        if tensor["dtype"] not in _SAFETENSORS_DTYPES:
-            raise TorchImportError(
-                f"{path}: {key!r} holds {tensor['dtype']}; allowed: "
-                f"{', '.join(_SAFETENSORS_DTYPES)}"
-            )
-        array = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
-        arrays[key] = array.reshape(tensor["shape"])
+    with reading(f"{path}: as a safetensors file it", TorchImportError):
+        tensors = deserialize(path.read_bytes())
+        for key, tensor in tensors:
+            if tensor["dtype"] not in _SAFETENSORS_DTYPES:
+                raise TorchImportError(
+                    f"{path}: {key!r} holds {tensor['dtype']}; allowed: "
+                    f"{', '.join(_SAFETENSORS_DTYPES)}"
+                )
+            array = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
+            arrays[key] = array.reshape(tensor["shape"])
     return arrays
 
 

@@ -4,7 +4,7 @@ A report counts the runs that have finished, and each of them once. All others a
 listed with the reason.
 """
 
-import json
+import itertools
 import math
 import os
 from collections import Counter
@@ -13,13 +13,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dimat_jax._folders import read_json
 from dimat_jax._metrics import read_rows
 from dimat_jax._run_options import ROUNDS
 from dimat_jax.algorithms._merge_times import EVERY as MERGE_EVERY
 from dimat_jax.algorithms._merge_times import UNIT as MERGE_UNIT
 from dimat_jax.algorithms._merge_times import begins_with_merge
-from dimat_jax.config import default_config, fields_of, fields_read
-from dimat_jax.errors import UserError
+from dimat_jax.config import fields_of_json, fields_read
+from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.evaluate import EVERY
 from dimat_jax.options import SEED, Option
 from dimat_jax.workdir import FAILURE
@@ -28,6 +29,16 @@ __all__ = ["FoundRun", "find_runs"]
 
 # Values of a row that are not finite if the agents have diverged.
 _FINITE = ("test_accuracy", "test_accuracy_mean", "test_loss", "test_loss_mean")
+# What every row has, with the types of the values.
+_COLUMNS: dict[str, type | tuple[type, ...]] = {
+    "round": int,
+    "phase": str,
+    "test_accuracy": list,
+    "test_accuracy_mean": (int, float),
+    "bytes_sent_total": int,
+    "comm_rounds_total": (int, float),
+    "seconds_total": (int, float),
+}
 # A mean cross-entropy (in nats) above this is that of a model that has diverged,
 # although it is still finite. Guessing among a million classes has 14 nats.
 _LARGEST_LOSS = 1e3
@@ -104,20 +115,35 @@ def _run_folders(directory: Path) -> list[Path]:
 def _read(folder: Path) -> FoundRun:
     """Reads a run, and checks whether a report may count it."""
     name = str(folder)
+    fields, rows = {}, []
     try:
-        config = fields_of(json.loads((folder / "config.json").read_text()))
-        fields = fields_read(fields_of(default_config()) | config)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        reason = f"its config.json cannot be read: {error}"
-        return FoundRun(name, {}, [], "damaged", reason)
-    fields = {path: str(value) for path, value in fields.items()}
-    try:
-        rows = read_rows(folder)
-        state, reason = _state(folder, fields, rows)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        rows, state = [], "damaged"
-        reason = f"its metrics.jsonl cannot be read: {type(error).__name__}, {error}"
+        with concerning("its config.json"):
+            config = fields_of_json(read_json(folder / "config.json"))
+            fields = {path: str(value) for path, value in fields_read(config).items()}
+        with concerning("its metrics.jsonl"), reading("a row"):
+            found = read_rows(folder)
+            _check_rows(found)
+            state, reason = _state(folder, fields, found)
+            rows = found
+    except UserError as error:
+        state, reason = "damaged", str(error)
     return FoundRun(name, fields, rows, state, reason)
+
+
+def _check_rows(rows: list[dict[str, Any]]) -> None:
+    """Refuses rows without what every evaluation has, or with values of other types."""
+    for number, row in enumerate(rows, 1):
+        for name, kind in _COLUMNS.items():
+            value = row.get(name)
+            # A number that is not finite is null in the file.
+            if not (isinstance(value, kind) or (value is None and name in _FINITE)):
+                raise UserError(f"row {number} has {value!r} as {name}")
+        if not all(_is_number(value) for value in row["test_accuracy"] or ()):
+            raise UserError(f"row {number} has other things than numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float))
 
 
 def _state(
@@ -129,7 +155,7 @@ def _state(
     reached = max((number for number, _ in there), default=0)
     failure = folder / FAILURE
     if failure.exists():
-        return "diverged", json.loads(failure.read_text())["message"]
+        return "diverged", str(read_json(failure).get("message"))
     for row in rows:
         where = f"in round {row['round']} (phase {row['phase']!r})"
         for metric in _FINITE:
@@ -144,16 +170,21 @@ def _state(
     if twice:
         number, phase = min(twice)
         return "damaged", f"it has several rows of round {number}, phase {phase!r}"
-    evaluated = {n for n in range(1, n_rounds + 1) if n % every == 0 or n == n_rounds}
     merge_every, unit = int(_value(fields, MERGE_EVERY)), _value(fields, MERGE_UNIT)
-    expected = {(n, "trained") for n in evaluated} | {
-        (n, "merged") for n in evaluated if begins_with_merge(merge_every, unit, n)
-    }
-    missing = {number for number, _ in expected - there.keys()}
-    if not rows or (missing and min(missing) >= reached):
+
+    def is_whole(number: int) -> bool:
+        merges = begins_with_merge(merge_every, unit, number)
+        has_merged = (number, "merged") in there or not merges
+        return has_merged and (number, "trained") in there
+
+    # A damaged config may name any number of rounds, so the search ends at a gap.
+    last = [n_rounds] if n_rounds % every else []
+    evaluated = itertools.chain(range(every, n_rounds + 1, every), last)
+    missing = next((number for number in evaluated if not is_whole(number)), None)
+    if not rows or (missing is not None and missing >= reached):
         return "unfinished", _how_far(folder, bool(rows), reached, n_rounds)
-    if missing:
-        return "damaged", f"it lacks evaluations of round {min(missing)}"
+    if missing is not None:
+        return "damaged", f"it lacks evaluations of round {missing}"
     return "finished", ""
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from dimat_jax._folders import read_json
 from dimat_jax.config import ROOT
 from dimat_jax.data.partition import (
     PARTITION,
@@ -19,7 +20,7 @@ from dimat_jax.data.partition import (
 )
 from dimat_jax.data.selection import HELD_OUT
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, reading
 from dimat_jax.evaluate import SAMPLES
 from dimat_jax.options import SEED, Option, every
 from dimat_jax.placement import AGENTS
@@ -347,8 +348,11 @@ def _partitions(configs: DataFrame) -> list[Partition]:
         path = Path(run) / "partition.json"
         if not path.exists():
             continue
-        content = json.loads(path.read_text())
-        counts = content["counts"]
+        with reading(path):
+            content = read_json(path)
+            counts, classes = content["counts"], content["classes"]
+            counts = np.array(counts, np.int64).tolist()
+            classes = classes and [str(name) for name in classes]
         if len(counts) > 1:  # a single agent has everything: nothing is divided
             name = content["partition"]
             # The options of the partition, for example its alpha, are always shown.
@@ -360,7 +364,7 @@ def _partitions(configs: DataFrame) -> list[Partition]:
                 [names[field] for field in ("data.partition", *shown)],
                 [name, *config[shown].fillna("")],
             )
-            partition = Partition(title, counts, content["classes"])
+            partition = Partition(title, counts, classes)
             found.setdefault(json.dumps(counts), (partition, config[_REPEATS]))
     times = Counter(partition.title for partition, _ in found.values())
     earlier, ranked = Counter(), []

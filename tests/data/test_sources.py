@@ -3,9 +3,11 @@ import json
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dimat_jax.data import _cache, _cifar, _tiny_imagenet
-from dimat_jax.data.sources import DataError, Dataset, Split, load
+from dimat_jax.data.sources import DataError, Dataset, Split, load, make_split
 
 ROOT = Path(__file__).parents[2]
 
@@ -277,14 +279,14 @@ def test_a_data_set_is_read_from_arrays_where_there_are_no_records(tmp_path):
     assert_same(copy, original)
 
     (arrays / "test_labels.npy").write_bytes(b"no array")
-    with pytest.raises(DataError, match=f"cifar10: cannot read arrays in {arrays}"):
+    with pytest.raises(DataError, match=f"cifar10: arrays in {arrays} cannot be"):
         load("cifar10", directory=str(tmp_path / "elsewhere"))
 
 
 def test_damaged_records_are_named(tmp_path):
     folder = write_tfds(tmp_path)
     (folder / "cifar10-test.array_record-00000-of-00001").write_bytes(b"no records")
-    with pytest.raises(DataError, match=rf"cannot read test from {folder}: "):
+    with pytest.raises(DataError, match=rf"test in {folder} cannot be used: "):
         load("cifar10", directory=str(tmp_path), cache_dir=str(tmp_path / "cache"))
 
 
@@ -438,7 +440,7 @@ SMALL = encode(np.zeros((32, 32, 3), np.uint8), "JPEG")
         ),
         ("val/val_annotations.txt", b"val_0.JPEG", r"<wnid> .*got 'val_0.JPEG'"),
         ("val/images/val_0.JPEG", None, "val/images/val_0.JPEG is missing"),
-        ("val/images/val_0.JPEG", b"JFIF", "val_0.JPEG is no readable image"),
+        ("val/images/val_0.JPEG", b"JFIF", "val_0.JPEG cannot be used: "),
         ("val/images/val_0.JPEG", SMALL, r"val_0.JPEG: .*\(64, 64, 3\), got \(32, 32,"),
     ],
 )
@@ -454,9 +456,86 @@ def test_a_malformed_member_is_named(name, content, message, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def encrypted(content: bytearray) -> None:
+    """Marks all members of a zip as encrypted."""
+    for start, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = content.find(start)
+        while place >= 0:
+            content[place + offset] |= 1
+            place = content.find(start, place + 1)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG file of a few bytes that says how large its image is."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1000))
+    parts = [(b"IHDR", header), (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("val/images/val_0.JPEG", bomb(40_000, 40_000), "val_0.JPEG cannot be used: "),
+        ("val/images/val_0.JPEG", bomb(9000, 9000), r"got \(9000, 9000, 3\)"),
+        ("val/images/val_0.JPEG", bytes(2**26 + 1), "val_0.JPEG has 67108865 bytes"),
+        ("wnids.txt", b"n01\n\xe9\n", "wnids.txt cannot be used: 'utf-8' codec"),
+        ("words.txt", b"n01\t\xe9\n", "words.txt cannot be used: 'utf-8' codec"),
+    ],
+    ids=["40000 pixels", "9000 pixels", "64 MiB", "no utf-8 ids", "no utf-8 words"],
+)
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_a_hostile_member_is_named(name, content, message, kind, tmp_path):
+    members = tiny_members() | {name: content}
+    path = tmp_path / "data"
+    if kind == "zip":
+        path = tmp_path / "data.zip"
+        write_zip(path, members)
+    else:
+        for member, data in members.items():
+            (path / member).parent.mkdir(parents=True, exist_ok=True)
+            (path / member).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        load_tiny(path, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_encrypted_zip_is_refused(tiny, tmp_path):
+    content = bytearray(tiny.read_bytes())
+    encrypted(content)
+    tiny.write_bytes(content)
+    with pytest.raises(DataError, match="is encrypted"):
+        load_tiny(tiny, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("field", "array", "message"),
+    [
+        ("train_labels", np.full(6, 1000, np.int32), "labels reach from 1000 to 1000"),
+        ("train_labels", np.full(6, -1, np.int32), "labels reach from -1 to -1"),
+        ("train_labels", np.zeros(3, np.int32), "images and 3 labels"),
+        ("train_images", np.zeros((6, 8, 8, 3), np.uint8), "expected (32, 32, 3)"),
+        ("n_classes", np.array(-5), "the classes are 0 to -6"),
+    ],
+)
+def test_arrays_that_are_no_data_set_are_refused(tmp_path, field, array, message):
+    split = make_split(np.zeros((6, 32, 32, 3), np.uint8), np.arange(6))
+    folder = tmp_path / "cifar10" / "arrays"
+    _cache.write_arrays(folder, (split, split, 10, None))
+    np.save(folder / f"{field}.npy", array)
+    with pytest.raises(DataError) as raised:
+        load("cifar10", directory=str(tmp_path))
+    assert message in str(raised.value)
+
+
 def test_a_truncated_zip_is_refused(tiny, tmp_path):
     tiny.write_bytes(tiny.read_bytes()[:-100])
-    with pytest.raises(DataError, match=f"{tiny} is no intact zip"):
+    with pytest.raises(DataError, match=f"the zip {tiny} cannot be used: "):
         load_tiny(tiny, tmp_path / "cache")
 
 

@@ -74,7 +74,7 @@ class Scaffold(FedAvg):
     def __init__(self, x, optimizer=None, eta=1.0):
         super().__init__(x, optimizer, server=lambda: lambda change: eta * change)
         zero = np.zeros_like(self.x[0])
-        self.control: dict[int, np.ndarray] = dict.fromkeys(self.x, zero)
+        self.control: dict[int, np.ndarray] = {i: zero for i in self.x}
         # The c that each agent has got.
         self.common = dict.fromkeys(self.x, zero)
         self.seen: dict[int, list] = {i: [] for i in self.x}

@@ -73,7 +73,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "cut to two rows": (cut(2), "unfinished", "round 1 of 2"),
     "cut after a merge": (cut(4), "unfinished", "round 2 of 2"),
     "torn last row": (torn(""), "unfinished", "round 2 of 2"),
-    "torn row in a full line": (torn("\n"), "damaged", "cannot be read"),
+    "torn row in a full line": (torn("\n"), "damaged", "is damaged, or not"),
     "no row": (cut(0), "unfinished", "no evaluation"),
     "diverged while training": (failed, "diverged", "agent(s) [1] is not finite"),
     "no mean accuracy": (

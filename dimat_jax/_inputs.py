@@ -1,0 +1,189 @@
+"""What a run depends on beside its config: files that it names, data, and versions.
+
+    inputs.json     digests of the files and of the data, and the versions
+    FIELD.SUFFIX    a copy of each file that a field of the config names
+
+A run that goes on with something else would not be the run that has begun. So files and
+data must be the same, and other versions are warned of. The run reads its own copies of
+the files, so the originals may be moved or removed.
+"""
+
+import functools
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+import dimat_jax
+from dimat_jax._digests import blake2b
+from dimat_jax._folders import read_json
+from dimat_jax._metrics import write_bytes, write_json
+from dimat_jax.config import (
+    ROOT,
+    Config,
+    ConfigError,
+    copy_of,
+    fields_of,
+    resolved,
+)
+from dimat_jax.errors import reading
+from dimat_jax.options import read
+
+__all__ = ["INPUTS", "Inputs", "files_named"]
+
+INPUTS = "inputs.json"
+"""The file with what a run depends on."""
+
+# The libraries whose version can change a run's results.
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class Inputs:
+    """What the run of a folder depends on beside its config.
+
+    Args:
+        folder: The run's folder. Runs of older versions have no inputs.json; then
+            nothing is known, and nothing is refused.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def write(self, config: Config, data: str) -> None:
+        """Writes what a new run depends on, and copies the files that it names.
+
+        Args:
+            config: The run's config.
+            data: The digest of the data that the run uses.
+        """
+        files = {}
+        for field, path in files_named(config).items():
+            content, copy = _content(field, path), _copy_name(field, path)
+            write_bytes(self._folder / copy, content)
+            digest = blake2b(content)
+            files[field] = {"path": str(path), "copy": copy, "blake2b": digest}
+        found = {"files": files, "data": {"blake2b": data}, "versions": versions()}
+        write_json(self._folder / INPUTS, found)
+
+    def check_files(self, config: Config) -> None:
+        """Refuses files whose content is not that with which the run has begun.
+
+        A file that is no longer there is not needed, because the run has a copy.
+
+        Raises:
+            ConfigError: A file has changed, or its copy has.
+        """
+        for field, path in files_named(config).items():
+            known = self._files.get(field)
+            if known is None:
+                continue
+            copy = self._folder / known["copy"]
+            if blake2b(_content(field, copy)) != known["blake2b"]:
+                raise ConfigError(
+                    f"{copy} has changed since the run began; it was a copy of "
+                    f"{known['path']}. Put the copy back, or choose another workdir"
+                )
+            if path.exists() and blake2b(_content(field, path)) != known["blake2b"]:
+                raise ConfigError(
+                    f"{self._folder} holds a run with another content of config.{field}"
+                    f": {path} has changed since the run began. {copy} is the content "
+                    "that the run uses. Put it back, or choose another workdir"
+                )
+
+    def own_files(self, config: Config) -> Config:
+        """Returns the config with the run's own copies of the files that it names."""
+        config = copy_of(config)
+        for field in files_named(config).keys() & self._files.keys():
+            copy = self._folder / self._files[field]["copy"]
+            config.update_from_flattened_dict({field: str(copy)})
+        return config
+
+    def check_data(self, data: str) -> None:
+        """Refuses data that are not those with which the run has begun.
+
+        Other versions of the libraries are only warned of.
+
+        Args:
+            data: The digest of the data.
+
+        Raises:
+            ConfigError: The data are others.
+        """
+        content = self._content
+        if not content:
+            return
+        if content["data"]["blake2b"] != data:
+            raise ConfigError(
+                f"{self._folder} holds a run on other data: the images, labels or means"
+                " of the data set are not those with which the run began. Put them "
+                "back, or choose another workdir"
+            )
+        began, now = content["versions"], versions()
+        changed = [
+            f"{name} {began.get(name)} (now {now.get(name)})"
+            for name in sorted(began.keys() | now.keys())
+            if began.get(name) != now.get(name)
+        ]
+        if changed:
+            logging.warning(
+                "%s began with %s; what follows may differ from what these versions "
+                "would have given",
+                self._folder,
+                ", ".join(changed),
+            )
+
+    @property
+    def known_files(self) -> frozenset[str]:
+        """The fields whose files the folder has copies of."""
+        return frozenset(self._files)
+
+    @property
+    def _files(self) -> Mapping[str, Any]:
+        return self._content.get("files", {})
+
+    @functools.cached_property
+    def _content(self) -> dict[str, Any]:
+        path = self._folder / INPUTS
+        if not path.exists():
+            return {}
+        content = read_json(path, dict, ConfigError)
+        with reading(path, ConfigError):
+            # Whatever is missing is noticed here, and not where it is needed.
+            known = content["files"].values()
+            texts = [each[k] for each in known for k in ("path", "copy", "blake2b")]
+            texts += [content["data"]["blake2b"], *content["versions"].values()]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("it holds other things than texts")
+        return content
+
+
+def files_named(config: Config) -> dict[str, Path]:
+    """The files whose content a config names, by the paths of its fields."""
+    whole = resolved(fields_of(config))
+    found = read(ROOT, whole)
+    return {
+        path: Path(whole[path])
+        for path, option in found.items()
+        if option.names_file and whole[path]
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run's results may depend on, by name."""
+    found = {name: metadata.version(name) for name in _LIBRARIES}
+    own = {"dimat_jax": dimat_jax.__version__, "python": platform.python_version()}
+    return own | found
+
+
+def _copy_name(field: str, path: Path) -> str:
+    return f"{field}{path.suffix}"
+
+
+def _content(field: str, path: Path) -> bytes:
+    with reading(f"config.{field}={path}", ConfigError):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        return path.read_bytes()

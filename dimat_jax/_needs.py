@@ -1,0 +1,175 @@
+"""How much memory a run needs at least, so that one that cannot fit is refused at once.
+
+Only what is certain is counted: the graph, the weights with their gradients, the images
+of a batch, and the lists on the host. A run needs more than that.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dimat_jax._chosen import number_of_agents
+from dimat_jax._jaxprs import ClosedJaxpr
+from dimat_jax._run_options import BATCH_SIZE, LOCAL_EPOCHS, LOCAL_STEPS, ROUNDS
+from dimat_jax.config import ROOT, ConfigError, model_arguments
+from dimat_jax.data import selection
+from dimat_jax.data.pipeline import PAD
+from dimat_jax.data.sources import SOURCE, SOURCES, Source
+from dimat_jax.errors import in_one_line
+from dimat_jax.evaluate import BATCH_SIZE as EVAL_BATCH_SIZE
+from dimat_jax.models import MODEL, MODELS, classifier
+from dimat_jax.options import Record, read
+from dimat_jax.placement import AGENTS
+
+__all__ = ["check_graph_and_steps", "check_model", "check_steps", "memory"]
+
+Fields = Mapping[str, Any]
+"""The values of a config's fields, by dotted path; empty ones are resolved."""
+
+# Steps are counted in whole numbers of 32 bits on the devices.
+_MOST_STEPS = 2**31
+# Bytes of an entry of the matrices that every graph needs: float64 and a bool.
+_GRAPH_ENTRY = 9
+# Bytes of an entry of a list.
+_POINTER = 8
+
+
+def memory() -> int:
+    """The bytes of memory of this machine, swap space left out, or of its container."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in (
+        "/sys/fs/cgroup/memory.max",
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ):
+        try:
+            with open(path) as file:
+                found = min(found, int(file.read()))
+        except (OSError, ValueError):
+            pass  # There is no such limit.
+    return found
+
+
+def check_graph_and_steps(fields: Fields) -> None:
+    """Refuses more agents or steps than this machine could hold.
+
+    Raises:
+        ConfigError: The message names the field, and says how much memory it needs.
+    """
+    n_agents = number_of_agents(fields)
+    _refuse(
+        f"config.{AGENTS.path} is {n_agents}: the graph of so many agents",
+        _GRAPH_ENTRY * n_agents**2,
+    )
+    for option in (LOCAL_STEPS, LOCAL_EPOCHS):
+        steps = fields[option.path]
+        where = f"config.{option.path} is {steps}"
+        _refuse(f"{where}: the list of a round's steps", _POINTER * steps)
+        check_steps(f"config.{ROUNDS.path}", steps * fields[ROUNDS.path])
+
+
+def check_steps(where: str, steps: int) -> None:
+    """Refuses more steps than can be counted.
+
+    Args:
+        where: The field that asks for so many steps.
+        steps: Their number.
+
+    Raises:
+        ConfigError: There are too many.
+    """
+    if steps >= _MOST_STEPS:
+        raise ConfigError(
+            f"{where} asks for at least {steps} local steps; a phase of a run has less "
+            f"than {_MOST_STEPS}"
+        )
+
+
+def check_model(fields: Fields) -> ClosedJaxpr:
+    """Refuses models and batches that are larger than the memory, before data are read.
+
+    Args:
+        fields: The config's fields.
+
+    Returns:
+        The traced function that draws the variables of a model.
+
+    Raises:
+        ConfigError: The message names the field, and says how much memory it needs; or
+            the model does not take the data set's images.
+    """
+    n_agents, source = number_of_agents(fields), SOURCES[fields[SOURCE.path]]
+    for what, n_bytes in _batches(fields, source.image_shape):
+        _refuse(what, n_bytes)
+    name, given = fields[MODEL.path], model_arguments(fields)
+    traced = _traced_init(MODELS[name], tuple(sorted(given.items())), source)
+    one = sum(math.prod(x.shape) * x.dtype.itemsize for x in traced.out_avals)
+    _refuse(
+        f"{n_agents} agent(s) with a {name} of {_words(one)} each, and the gradients,",
+        2 * one * n_agents,
+    )
+    return traced
+
+
+@functools.lru_cache(maxsize=32)
+def _traced_init(
+    record: Record[Any], given: tuple[tuple[str, Any], ...], source: Source
+) -> ClosedJaxpr:
+    """Traces the function that draws a model's variables; see `check_model`."""
+    model = record(n_classes=source.n_classes, **dict(given))
+    images = np.zeros((1, *source.image_shape), np.float32)
+    try:
+        draw = functools.partial(classifier.init, model, inputs=images)
+        return jax.make_jaxpr(draw)(jax.random.key(0))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        height, width, _ = source.image_shape
+        raise ConfigError(
+            f"config.{MODEL.path} is {record.name!r}, which cannot take images of "
+            f"{height} x {width} pixels, as {source.name} has: {in_one_line(error)}"
+        ) from error
+
+
+def _batches(fields: Fields, image_shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
+    """Yields the batches of images that a run makes, with their bytes."""
+    found, n_agents = read(ROOT, fields), number_of_agents(fields)
+    height, width, channels = image_shape
+    pad = 2 * fields[PAD.path]
+    readers = {
+        BATCH_SIZE.path: n_agents,
+        BATCH_SIZE.under("pretrain").path: n_agents,
+        EVAL_BATCH_SIZE.path: 1,
+        selection.BATCH_SIZE.path: 1,
+        selection.BN_BATCH_SIZE.path: 1,
+    }
+    for path, times in readers.items():
+        if path in found:
+            size = fields[path]
+            pixels = times * size * height * width * channels
+            yield f"config.{path} is {size}: a batch of so many images", 4 * pixels
+    padded = (height + pad) * (width + pad) * channels
+    yield (
+        f"config.{PAD.path} is {fields[PAD.path]}: a batch of images of "
+        f"{height + pad} x {width + pad} pixels",
+        n_agents * fields[BATCH_SIZE.path] * padded,
+    )
+
+
+def _refuse(what: str, n_bytes: int) -> None:
+    available = memory() * jax.process_count()
+    if n_bytes > available:
+        raise ConfigError(
+            f"{what} would need at least {_words(n_bytes)} of memory, but there are "
+            f"{_words(available)}"
+        )
+
+
+def _words(n_bytes: int) -> str:
+    """A number of bytes in words."""
+    size, units = n_bytes, ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    place = max(0, min((max(size, 1).bit_length() - 1) // 10, len(units) - 1))
+    # Whole numbers may be too large for a float.
+    return f"{size // 2 ** (10 * place)} {units[place]}"

@@ -1,0 +1,199 @@
+"""The folder of a run: what it is refused for, and the files that a run begins with."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from dimat_jax._folders import check_output, read_json, strangers
+from dimat_jax._inputs import INPUTS, Inputs, files_named
+from dimat_jax._layout_choice import LayoutChoice
+from dimat_jax._layouts import BATCHING, CHUNK
+from dimat_jax._lock import LOCK_FILES
+from dimat_jax._metrics import write_json
+from dimat_jax.config import (
+    RENAMED,
+    Config,
+    ConfigError,
+    check,
+    default_config,
+    drop_unread,
+    expect_all_fields,
+    fields_of,
+    fields_read,
+)
+from dimat_jax.data.partition import class_counts
+from dimat_jax.errors import concerning, reading
+from dimat_jax.experiment import Experiment
+
+__all__ = ["Workdir"]
+
+# What a run has written into its folder before config.json, if it was killed early. The
+# process of a run of a sweep writes progress.json.
+_EARLY = ("layout.json", "partition.json", "progress.json", INPUTS, *LOCK_FILES)
+
+
+class Workdir:
+    """The folder of one run.
+
+    Args:
+        path: The folder. It may be missing.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        # An empty path would be that of the current folder.
+        self._given = path
+        self._inputs = Inputs(self.path)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the folder holds a run."""
+        return self._config.exists()
+
+    def check(self, config: Config) -> None:
+        """Refuses a folder that cannot take the run of a config. Nothing is written.
+
+        Raises:
+            ConfigError: The config cannot be run; or the folder cannot be written, or
+                holds other files or the run of another config or of other files.
+        """
+        check(config)
+        check_output(self._given, "workdir", ConfigError)
+        if config.pretrain.cache_dir:
+            cache_dir = "config.pretrain.cache_dir"
+            check_output(config.pretrain.cache_dir, cache_dir, ConfigError)
+        if self.is_started:
+            self._expect_same(config)
+            self.read_layout()
+            self._inputs.check_files(config)
+        elif foreign := strangers(self.path, lambda path: _is_own(path, config)):
+            raise ConfigError(
+                f"{self.path} is no fresh folder: it has no config.json, and holds "
+                f"{', '.join(foreign[:5])}{' ...' * (len(foreign) > 5)}. Choose a new "
+                "or an empty workdir"
+            )
+
+    def _expect_same(self, config: Config) -> None:
+        """Refuses a config that is not that of the folder's run.
+
+        Options that a run does not read do not matter to it. Older versions let a
+        config set them. Where the run has copies of files, their content counts and not
+        their paths.
+        """
+        there = fields_read(fields_of(self.read_config()))
+        here = fields_read(fields_of(config))
+        differing = [
+            f"{field} ({there.get(field)!r} there, {here.get(field)!r} here)"
+            for field in sorted((there.keys() | here.keys()) - self._inputs.known_files)
+            if there.get(field) != here.get(field)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{self.path} holds the run of another config; they differ in "
+                f"{', '.join(differing)}. Choose another workdir"
+            )
+
+    def create(self, experiment: Experiment) -> Int64[np.ndarray, "agents classes"]:
+        """Makes the folder, with config.json and the other files of a run that begins.
+
+        Returns:
+            How many training samples of each class every agent has.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        dataset, config = experiment.dataset, experiment.config
+        counts = class_counts(dataset.train.labels, experiment.shards)
+        names = dataset.class_names
+        partition = {
+            "partition": config.data.partition,
+            # A small training set may lack the last classes; then so do the counts.
+            "classes": names and names[: counts.shape[1]],
+            "counts": counts,
+        }
+        write_json(self.path / "partition.json", partition)
+        write_json(self._layout, experiment.layout._asdict())
+        self._inputs.write(config, experiment.data_digest)
+        # config.json comes last, since it marks the folder as that of a run.
+        write_json(self._config, json.loads(config.to_json()))
+        return counts
+
+    def check_data(self, experiment: Experiment) -> None:
+        """Refuses to go on with other data than the run's.
+
+        Raises:
+            ConfigError: The data are others than those with which the run has begun.
+        """
+        if self.is_started:
+            self._inputs.check_data(experiment.data_digest)
+
+    def with_own_files(self, config: Config) -> Config:
+        """The config, in which a run that has begun names its own copies of files."""
+        return self._inputs.own_files(config) if self.is_started else config
+
+    def read_config(self) -> Config:
+        """Reads the run's config.
+
+        Fields that an older config lacks have their defaults, and so have options that
+        it sets and does not read.
+
+        Raises:
+            ConfigError: There is no config.json, or it cannot be used.
+        """
+        config = default_config()
+        fields = read_json(self._config, dict, ConfigError)
+        with concerning(self._config), reading("the config", ConfigError):
+            unknown = fields_of(fields).keys() - fields_of(config).keys()
+            if unknown:
+                names = [
+                    f"{name} (it is {RENAMED[name]} now)" if name in RENAMED else name
+                    for name in sorted(unknown)
+                ]
+                raise ValueError(f"there are no fields {', '.join(names)}")
+            config.update(fields)
+            return drop_unread(expect_all_fields(config))
+
+    def read_layout(self) -> LayoutChoice | None:
+        """Reads how the agents of the run share a device; None if the run is new.
+
+        Raises:
+            ConfigError: layout.json cannot be used.
+        """
+        if not (self.is_started and self._layout.exists()):
+            return None
+        with concerning(self._layout), reading("the layout", ConfigError):
+            choice = LayoutChoice.read(self._layout)
+            BATCHING.check(choice.batching)
+            CHUNK.check(choice.chunk)
+            return choice
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Reads summary.json; None for a run that has not finished.
+
+        Raises:
+            ConfigError: summary.json cannot be used.
+        """
+        path = self.path / "summary.json"
+        return read_json(path, dict, ConfigError) if path.exists() else None
+
+    @property
+    def _layout(self) -> Path:
+        return self.path / "layout.json"
+
+    @property
+    def _config(self) -> Path:
+        return self.path / "config.json"
+
+
+def _is_own(path: Path, config: Config) -> bool:
+    """Whether an entry of a folder may come from a run that was killed early."""
+    if path.is_dir():
+        return False
+    copies = [f"{field}{file.suffix}" for field, file in files_named(config).items()]
+    names = (*_EARLY, *copies)
+    return path.name in names or path.name in [f".{name}.tmp" for name in names]
