@@ -37,6 +37,7 @@ FLOORS = [
     ["network"],
     ["ledger"],
     ["permutation"],
+    ["_mending"],
     ["merge"],
     ["_checkpoint", "_metrics", "_run_progress"],
     ["data"],

@@ -7,7 +7,7 @@ symmetry are left out.
 
 import math
 
-from dimat_jax.permutation import Concat, Product, group_sizes
+from dimat_jax.permutation import Concat, Product, Stack, group_sizes
 from dimat_jax.tree import flatten
 
 
@@ -27,7 +27,10 @@ def differences(spec, other, variables):
             one = segments(axis, size, sizes)
             two = segments(other_axis, size, other_sizes)
             groups, other_groups = names(one), names(two)
-            if shape(one) != shape(two) or any(
+            stacked, other_stacked = stacks(axis), stacks(other_axis)
+            if {there.get(g, g) for g in stacked} != other_stacked:
+                found.append(f"{leaf!r} axis {d}: {axis} is not {other_axis}")
+            elif shape(one) != shape(two) or any(
                 there.setdefault(group, other_group) != other_group
                 or back.setdefault(other_group, group) != group
                 for group, other_group in zip(groups, other_groups, strict=True)
@@ -51,9 +54,16 @@ def segments(axis, size, sizes):
                     for factor, n in zip(factors, known, strict=True)
                 ]
             )
+        case Stack():
+            row = product([(None, size)])
         case _:
             row = product([(axis, size)])
     return merge_fixed(row)
+
+
+def stacks(axis):
+    """The groups whose layers an axis stacks."""
+    return set(axis.groups) if isinstance(axis, Stack) else set()
 
 
 def product(factors):
