@@ -251,8 +251,8 @@ def improve_group(
     scorer, solver = problem.scorer, problem.solver
     scale = scorer.scale(group, matched)
     scores = scorer.scores(group, perms, matched)
-    n_layer_axes = scores.ndim - 3
-    of_layers = scale.reshape(-1, *[1] * n_layer_axes)
+    of_layers = scale.reshape(-1, *[1] * (scores.ndim - 3))
+    of_layers = np.broadcast_to(of_layers, scores.shape[:-2])
     scores = prefer_staying(scores, solver.stay, of_layers)
     old = perms[group]
     new = {**perms, group: solver.solve(scores, old)}

@@ -7,10 +7,11 @@ all arrays for this. Units are stacked along an axis if every array that holds t
 that axis, too: an array without it holds the units of all layers in one order.
 
 Within the steps of a scan, the axis of the steps counts as an axis of every array.
-Operations give an axis to their results only if each entry depends on that entry alone.
-An operation that reads many entries for each result gives its result a new axis. But
-two axes of two operands may be alike, as those of a graph's adjacency matrix. So
-`separate` tells which axes of an operand no result has together.
+An operation passes an axis on to its result if each entry depends on that entry alone.
+If it reads several entries for each result, the result has a new axis, or none. Then
+units on the other axes of the operand are not stacked along that axis, even if a later
+operation finds that the new axis has the same units: `read_together` tells which axes
+of an operand are left.
 """
 
 from collections import Counter
@@ -28,7 +29,7 @@ from dimat_jax.permutation._units import (
     split,
 )
 
-__all__ = ["Occurrence", "Stacks", "find_stacks", "separate"]
+__all__ = ["Occurrence", "Stacks", "find_stacks", "read_together"]
 
 Stacks = Mapping[Units, tuple[Units, ...]]
 """For each permutable atom that is stacked, the units along the stacking axes."""
@@ -46,13 +47,18 @@ class Occurrence(NamedTuple):
     steps: tuple[AxisUnits, ...] = ()
 
 
-def separate(eqn: Equation, inputs: Sequence[ArrayUnits]) -> Iterator[list[AxisUnits]]:
-    """Yields the axes of operands that an operation reads together.
+def read_together(
+    eqn: Equation, inputs: Sequence[ArrayUnits], outputs: Sequence[ArrayUnits]
+) -> Iterator[list[AxisUnits]]:
+    """Yields the axes of operands that an operation reads together, entry by entry.
 
-    A matrix product sums over all entries of its contracted axes, for each entry of its
-    free axes. So units on a contracted axis cannot be stacked along a free axis, nor
-    the other way round.
+    They are those that it passes on to its results. A matrix product sums over all
+    entries of its contracted axes, for each entry of its free axes. So units on a
+    contracted axis cannot be stacked along a free axis, nor the other way round.
     """
+    passed = {part for axes in outputs for axis in axes for part in _parts(axis)}
+    for axes in inputs:
+        yield [part for axis in axes for part in _parts(axis) if part in passed]
     name = eqn.primitive.name
     if name == "dot_general":
         contracted, batched = eqn.params["dimension_numbers"]

@@ -11,7 +11,7 @@ from dimat_jax._jaxprs import Atom, ClosedJaxpr, Equation, Jaxpr, called_by
 from dimat_jax.permutation._causes import Cause
 from dimat_jax.permutation._jaxpr import Place, shape_of
 from dimat_jax.permutation._rules import RULES
-from dimat_jax.permutation._stacked import Occurrence, separate
+from dimat_jax.permutation._stacked import Occurrence, read_together
 from dimat_jax.permutation._units import (
     ArrayUnits,
     AxisUnits,
@@ -163,7 +163,7 @@ class Trace:
         results = rule(eqn, [list(value.axes) for value in inputs])
         self.occurrences += [
             Occurrence(axes, self._steps)
-            for axes in separate(eqn, [value.axes for value in inputs])
+            for axes in read_together(eqn, [value.axes for value in inputs], results)
         ]
         outputs = [Value(axes, sources) for axes in results]
         self.operations.append(Operation(eqn, inputs, outputs, place, self._steps))
