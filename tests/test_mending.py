@@ -179,7 +179,12 @@ WITH_NORM = {
 }
 
 
-@pytest.mark.parametrize("name", WITHOUT_NORM)
+def fast_or_slow(names, fast):
+    slow = [pytest.param(n, marks=pytest.mark.slow) for n in names if n not in fast]
+    return pytest.mark.parametrize("name", [*fast, *slow])
+
+
+@fast_or_slow(WITHOUT_NORM, ["equinox", "haiku"])
 def test_repaired_units_have_the_models_means_and_deviations(name):
     forward, variables = WITHOUT_NORM[name]()
 
@@ -214,7 +219,7 @@ def test_the_moments_of_a_model_are_of_its_pre_activations():
     np.testing.assert_allclose(seen.variance, units.var(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", WITH_NORM)
+@fast_or_slow(WITH_NORM, ["linen", "haiku"])
 def test_recalibrated_models_evaluate_as_they_train(name):
     forward, variables = WITH_NORM[name]()
     statistics = merge.batch_statistics(lambda v, x: forward(v, x, True), variables, X)

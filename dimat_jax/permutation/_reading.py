@@ -144,6 +144,7 @@ def read_model(
     inputs: PyTree,
     outputs: ChooseOutputs | None,
     is_statistic: Callable[[str], bool] | None = None,
+    keep: Callable[[str, int], bool] | None = None,
 ) -> Reading:
     """Traces a model; see `derive` for the arguments and the errors."""
     leaves = flatten(variables)
@@ -178,6 +179,7 @@ def read_model(
     for path, value in zip(updates, results[len(counted) :], strict=True):
         for old, new in zip(axes[path], value.axes, strict=True):
             same(old, new)
+    _fix_kept(axes, keep)
     _fix_unused(axes, results[: len(counted)])
     for leaf_axes in axes.values():
         for axis in leaf_axes:
@@ -191,12 +193,25 @@ def read_model(
     if is_statistic is not None:
         statistics = filter(is_statistic, leaves)
     else:
-        paths = list(leaves)
-        numbers = normalising_arguments(closed.jaxpr)
-        statistics = {*updates, *(paths[n] for n in numbers if n < len(paths))}
+        statistics = {*updates, *_normalising(closed, list(leaves))}
     return Reading(
         closed, trace, axes, names, stacks, len(counted), frozenset(statistics)
     )
+
+
+def _normalising(closed: ClosedJaxpr, paths: Sequence[str]) -> list[str]:
+    """The paths of the leaves that normalise as BatchNorm's statistics do."""
+    numbers = normalising_arguments(closed.jaxpr)
+    return [paths[n] for n in numbers if n < len(paths)]
+
+
+def _fix_kept(
+    axes_of: Mapping[str, ArrayUnits], keep: Callable[[str, int], bool] | None
+) -> None:
+    for path, axes in axes_of.items():
+        for d, axis in enumerate(axes):
+            if keep is not None and keep(path, d):
+                fix(axis, "the wish to keep it in place")
 
 
 def _fix_unused(axes_of: Mapping[str, ArrayUnits], outputs: Iterable[Value]) -> None:

@@ -100,11 +100,9 @@ def _along_axis(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
 
 
 def _rev(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
-    (axes,), (shape,) = inputs, _shapes(eqn.outvars)
     for d in eqn.params["dimensions"]:
-        if axes[d] is not None:
-            axes[d] = fixed(shape[d], "rev", axes[d])
-    return [axes]
+        fix(inputs[0][d], "rev")
+    return inputs
 
 
 def _iota(eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:

@@ -68,15 +68,19 @@ def read_together(
     elif name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]
         (batch, channels, *space) = numbers.lhs_spec
-        (outputs, inputs_of_group, *_) = numbers.rhs_spec
+        (out_channels, inputs_of_group, *_) = numbers.rhs_spec
         lhs, rhs = inputs
         yield [lhs[channels]]
         yield [lhs[d] for d in (batch, *space)]
-        yield [rhs[outputs]]
+        yield [rhs[out_channels]]
         # Each group of channels has weights of its own, as the members of an ensemble.
         groups = eqn.params["feature_group_count"]
-        sizes = [groups, shape_of(eqn.invars[1])[outputs] // groups]
-        yield [split(rhs[outputs], sizes)[0], rhs[inputs_of_group]]
+        sizes = [groups, shape_of(eqn.invars[1])[out_channels] // groups]
+        yield [split(rhs[out_channels], sizes)[0], rhs[inputs_of_group]]
+    elif name == "rev":
+        # The reversed axes have the same units as before, but each entry is another.
+        turned = eqn.params["dimensions"]
+        yield [axis for d, axis in enumerate(inputs[0]) if d not in turned]
     elif name == "gather":
         operand, numbers = inputs[0], eqn.params["dimension_numbers"]
         shape, sizes = shape_of(eqn.invars[0]), eqn.params["slice_sizes"]

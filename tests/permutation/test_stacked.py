@@ -171,7 +171,11 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "experts": experts,
 }
 
-programs = pytest.mark.parametrize("name", PROGRAMS)
+FAST = {"nn.scan", "ensemble", "experts"}
+programs = pytest.mark.parametrize(
+    "name",
+    [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in PROGRAMS],
+)
 
 
 # A choice of the largest gate tells experts apart by their places, and derive says so.
@@ -218,6 +222,19 @@ def test_jointly_matched_networks_agree_in_every_layer():
         for perms, own in zip(found[1:], planted, strict=True):
             for group, perm in permutation.compose(own, perms).items():
                 np.testing.assert_array_equal(perm, identity, group)
+
+
+def test_members_that_could_be_permuted_have_their_own_units_if_they_are_kept():
+    forward, a, x, _ = ensemble()
+
+    def mean(v, x):
+        return forward(v, x).mean(0)
+
+    spec = derive(mean, a, x)
+    assert sorted(group_shapes(spec, a).values()) == [(3,), (6,)]
+    kept = derive(mean, a, x, keep=lambda leaf, d: d == 0)
+    assert list(group_shapes(kept, a).values()) == [(3, 6)]
+    verify(kept, mean, a, x, KEY)
 
 
 def test_stacked_permutations_form_a_group():

@@ -27,10 +27,7 @@ def differences(spec, other, variables):
             one = segments(axis, size, sizes)
             two = segments(other_axis, size, other_sizes)
             groups, other_groups = names(one), names(two)
-            stacked, other_stacked = stacks(axis), stacks(other_axis)
-            if {there.get(g, g) for g in stacked} != other_stacked:
-                found.append(f"{leaf!r} axis {d}: {axis} is not {other_axis}")
-            elif shape(one) != shape(two) or any(
+            if shape(one) != shape(two) or any(
                 there.setdefault(group, other_group) != other_group
                 or back.setdefault(other_group, group) != group
                 for group, other_group in zip(groups, other_groups, strict=True)
