@@ -59,9 +59,9 @@ def one_group(u: Axis = "a") -> tuple[Axes, Axis]:
 def stacked(u: Axis, *groups: str) -> tuple[Axes, Axis]:
     """As `one_group`, for units that the operation makes alike in all examples.
 
-    So `u`, which has a row for each output, may permute them in each row on its own.
+    So `u`, which has a row for each example, may permute them in each row on its own.
     """
-    return (Stack(*groups or "b"), u), "a"
+    return (Stack(*(groups or ["b"])), u), "a"
 
 
 STAYS: tuple[Axes, Axis] = (None, None), None

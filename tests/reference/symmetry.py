@@ -33,6 +33,12 @@ def differences(spec, other, variables):
                 for group, other_group in zip(groups, other_groups, strict=True)
             ):
                 found.append(f"{leaf!r} axis {d}: {axis} is not {other_axis}")
+    for leaf, axes in spec.axes.items():
+        for d, (axis, other_axis) in enumerate(
+            zip(axes, other.axes[leaf], strict=True)
+        ):
+            if {there.get(group) for group in stacks(axis)} != stacks(other_axis):
+                found.append(f"{leaf!r} axis {d}: {axis} is not {other_axis}")
     return found
 
 
