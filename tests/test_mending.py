@@ -288,6 +288,10 @@ def scanned(v, x):
 
 
 def shared(v, x):
+    return (jnp.tanh(x @ v["in"]) + jnp.tanh(2 * x @ v["in"])).sum(-1)
+
+
+def recurrent(v, x):
     return jnp.tanh(jnp.tanh(x @ v["in"]) @ v["w"] @ v["w"]) @ v["in"].T
 
 
@@ -295,7 +299,8 @@ def shared(v, x):
     ("forward", "message"),
     [
         (scanned, "'up' makes.*within a loop"),
-        (shared, "'w' makes.*used twice"),
+        (shared, "'in' makes.*used twice"),
+        (recurrent, "'w' makes.*not on axes of their own"),
         (lambda v, x: x @ v["in"], "no hidden units"),
     ],
 )
