@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dimat_jax._batch_statistics import batch_statistics
 from dimat_jax._mending import (
     LayerMoments,
     MergeError,
     UnitMoments,
-    batch_statistics,
     correct_layers,
     correction,
     over_last_axes,

@@ -38,6 +38,7 @@ FLOORS = [
     ["ledger"],
     ["permutation"],
     ["_mending"],
+    ["_batch_statistics"],
     ["merge"],
     ["_checkpoint", "_metrics", "_run_progress"],
     ["data"],
