@@ -9,9 +9,12 @@ demo: $(VENV)/installed  ## the quickstart: trains, merges, prints tables, plots
 	$(BIN)/python -m experiments.sweep \
 		--sweep=configs/sweeps/quickstart.py --workdir=runs/quickstart
 
+# Processes share the tests by files.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile \
+	--no-loadscope-reorder
+
 test: $(VENV)/installed-dev  ## the tests, without those that take minutes
-	$(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadfile \
-		--no-loadscope-reorder
+	$(PYTEST)
 
 # The rules of the house, the algebra of permutations, the assignment, graphs, mixing,
 # the ledger, the checks of configs, and one small run from end to end.
@@ -25,8 +28,8 @@ QUICK := tests/test_layering.py tests/test_repository.py tests/test_tree.py \
 test-quick: $(VENV)/installed-dev  ## what is worth a run after every edit
 	$(BIN)/python -m pytest -n auto --maxprocesses=2 --dist=loadfile $(QUICK)
 
-test-slow: $(VENV)/installed-dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/installed-dev  ## the tests and the cases that `test` leaves out
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

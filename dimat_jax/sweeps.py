@@ -8,7 +8,7 @@ from dimat_jax.config import ROOT, Config, copy_of, drop_unread, fields_of, reso
 from dimat_jax.errors import UserError
 from dimat_jax.options import read
 
-__all__ = ["grid"]
+__all__ = ["grid", "over_seeds"]
 
 
 def grid(
@@ -42,6 +42,30 @@ def grid(
             run = drop_unread(config)
             _refuse_another(runs.setdefault(name, run), run, name)
     return runs
+
+
+def over_seeds(configs: Mapping[str, Config], n_seeds: int) -> dict[str, Config]:
+    """Repeats every config with the seeds 0, 1, ..., `n_seeds` - 1.
+
+    Args:
+        configs: configs by name, all with the same seed; they are not changed.
+        n_seeds: how many seeds there are, at least 1.
+
+    Returns:
+        configs by names such as "0-iid-ring-dimat", which begin with the seed.
+
+    Raises:
+        UserError: the configs have different seeds already, or `n_seeds` is below 1.
+    """
+    own = sorted({config.seed for config in configs.values()})
+    if len(own) > 1:
+        raise UserError(
+            f"the runs of the sweep have different seeds already: {own}; they cannot "
+            f"be repeated with {n_seeds} seeds"
+        )
+    if n_seeds < 1:
+        raise UserError(f"the number of seeds is {n_seeds}, but must be at least 1")
+    return grid({"seed": range(n_seeds)}, configs)
 
 
 def _values_read(config: Config, paths: Iterable[str]) -> list[str]:

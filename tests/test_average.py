@@ -92,6 +92,7 @@ def recalibrator(placement: Placement) -> Recalibrator:
     return Recalibrator(CNN_TASK.batch_statistics, placement)
 
 
+@pytest.mark.every_nth(3)
 def test_one_model_is_recalibrated_like_an_agent_on_the_same_batches(placement):
     """The agents share out the batches: 23 images in batches of 4, the last of 3."""
     one = take(cnn_agents(1), 0)
@@ -130,6 +131,7 @@ def test_shuffled_copies_are_one_model_once_they_are_aligned():
     assert plain.loss != pytest.approx(agents.loss[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_with_examples_the_average_has_statistics_of_its_own():
     placement = place(3, jax.devices()[:1])
     samples, variables = shared(placement, 8), cnn_agents(3)

@@ -58,6 +58,7 @@ def run(config: Config, folder: Path) -> tuple[list[dict], dict[str, np.ndarray]
     return read_rows(folder), flatten(variables)
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize(("data", "when"), POLICIES)
 def test_fedavg_is_weight_averaging_on_a_fully_connected_graph(tmp_path, data, when):
     """All agents are present, and have equally many examples."""
@@ -99,6 +100,7 @@ def test_every_algorithm_goes_on_with_new_statistics_after_a_communication(
         )
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("algorithm", ["local", "cdsgd", "wa"])
 def test_statistics_for_an_evaluation_alone_leave_the_training_alone(
     tmp_path, algorithm

@@ -143,7 +143,8 @@ def as_json(content):
     return json.loads(json.dumps(content))
 
 
-@pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("here", [True, False])
 def test_a_run_measures_fits_checks_and_predicts(monkeypatch, here):
     if here:
         monkeypatch.setattr(_timing, "_Worker", WorkerHere)

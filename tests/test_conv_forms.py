@@ -65,6 +65,7 @@ def both(fn, form, *args):
     return mine, theirs
 
 
+@pytest.mark.every_nth(2)
 @every_form
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(drawn=convolutions())

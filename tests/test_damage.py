@@ -295,6 +295,7 @@ def killed_in(round_number: int, workdir: Path, config: Any) -> None:
         train.run(config, workdir, die)
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "removed"])
 def test_a_run_goes_on_from_an_older_checkpoint_with_the_same_results(
     tmp_path, caplog, kind
@@ -314,6 +315,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_with_the_same_results(
     assert sum(line.startswith("round   3") for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_damaged_shared_agents_are_set_aside_and_trained_again(tmp_path, caplog):
     cache = str(tmp_path / "agents")
     config = small(pretrain__cache_dir=cache)

@@ -81,6 +81,7 @@ def test_more_images_than_there_are_cannot_be_held_out():
         Experiment(own(data__validation=300))
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize(
     ("changes", "images"),
     [
@@ -106,6 +107,7 @@ def test_shared_images_are_booked_once(tmp_path, changes, images):
         )
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_does_not_book_images_again(tmp_path):
     config = small("dimat", merge__match_data="proxy", merge__match_samples=30)
 

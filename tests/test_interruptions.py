@@ -68,6 +68,7 @@ def interrupt(monkeypatch):
     return set_up
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize("algorithm", ["wa", "cdmsgd"])
 @pytest.mark.parametrize("every", [1, 2, 5, 7])
 def test_a_run_that_is_interrupted_again_and_again_comes_to_the_same_results(
@@ -96,6 +97,7 @@ def test_a_run_that_is_interrupted_again_and_again_comes_to_the_same_results(
     assert_same(tmp_path / "run", finished[algorithm])
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize("gradient", ["after_merge", "before_merge"])
 @pytest.mark.parametrize("frame", ["own", "joint"])
 def test_a_run_that_merges_within_rounds_may_be_interrupted_after_each_step(

@@ -107,6 +107,7 @@ def test_all_layouts_compute_the_same(expected, layout, n_devices):
     assert_close(numbers(run(*arguments(placement))), expected)
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("cores", [1, 2, 3, 64])
 def test_chunks_of_any_size_on_any_cores_compute_the_same(

@@ -207,6 +207,7 @@ def test_two_processes_share_the_agents_that_they_have_pre_trained(pair):
 # A process dies =======================================================================
 
 
+@pytest.mark.slow
 def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = (*LONG, f"--workdir={killed}")
@@ -239,6 +240,7 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
     np.testing.assert_allclose(last["test_loss"], expected["test_loss"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
     """And the run goes on as if it had never been interrupted."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

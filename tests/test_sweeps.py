@@ -4,7 +4,7 @@ import pytest
 
 from dimat_jax.config import default_config
 from dimat_jax.errors import UserError
-from dimat_jax.sweeps import grid
+from dimat_jax.sweeps import grid, over_seeds
 
 
 def config(algorithm: str, **fields):
@@ -70,3 +70,19 @@ def test_a_sweep_may_mix_numbers_and_words():
     runs = grid(choices, {"d": config("dimat")})
     found = {name: run.merge.match_samples for name, run in runs.items()}
     assert found == {"100-d": 100, "enough-d": "enough"}
+
+
+def test_runs_are_repeated_with_seeds():
+    runs = over_seeds({"wa": config("wa"), "alone": config("local")}, 3)
+    assert {name: run.seed for name, run in runs.items()} == {
+        f"{seed}-{name}": seed for seed in range(3) for name in ("wa", "alone")
+    }
+    assert runs["2-wa"].algorithm == "wa"
+
+
+def test_runs_that_differ_in_their_seeds_are_not_repeated():
+    configs = {"a": config("wa", seed=1), "b": config("wa", seed=4)}
+    with pytest.raises(UserError, match=r"different seeds already: \[1, 4\]"):
+        over_seeds(configs, 5)
+    with pytest.raises(UserError, match="the number of seeds is 0"):
+        over_seeds({"a": config("wa")}, 0)

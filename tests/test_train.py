@@ -347,6 +347,7 @@ def test_the_ceiling_sees_all_data():
     assert shard.tolist() == list(range(300))
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("policy", ["own", "proxy", "global"])
 def test_matching_works_on_every_policy_of_data(tmp_path, policy):
     changes = {"merge__match_data": policy, "merge__match_samples": 50}

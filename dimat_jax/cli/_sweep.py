@@ -1,6 +1,7 @@
 """Runs a sweep: many configs, one after the other or side by side, and a report on all.
 
-    dimat sweep --sweep=NAME --workdir=DIR [--jobs=K] [--dry_run] [--data_dir=DATA]
+    dimat sweep --sweep=NAME --workdir=DIR [--seeds=N] [--jobs=K] [--dry_run]
+        [--data_dir=DATA]
     dimat sweep --sweep=NAME --workdir=DIR --launcher=slurm --slurm=time=60
         --slurm=partition=gpu --slurm=gpus_per_node=1 [--slurm=KEY=VALUE ...]
 
@@ -9,7 +10,8 @@ NAME is a bundled sweep (`dimat show sweeps`) or the path of a file that defines
 pre-train the same agents share them, in DIR/pretrained: one of them trains, the others
 wait for it. The same command goes on with a sweep that was killed. A run that fails
 does not keep the others from running; the reasons are listed at the end, and the exit
-code is then 1.
+code is then 1. With --seeds=N every run is repeated with the seeds 0 to N - 1, and the
+report gives means and deviations over the seeds.
 
 With --jobs=K, K runs go on at a time. Each has a process of its own, its part of the
 CPU cores and of the GPUs, and a log, DIR/name/run.log. With --launcher=slurm every run
@@ -28,6 +30,7 @@ from dimat_jax import _sweeping
 from dimat_jax._lock import check_free, held
 from dimat_jax.cli import _bundled, _program, _report
 from dimat_jax.errors import SweepError, UserError
+from dimat_jax.sweeps import over_seeds
 
 __all__ = ["COMMAND"]
 
@@ -37,6 +40,12 @@ def define_flags() -> None:
     flags.DEFINE_string("sweep", None, "The sweep to run.", required=True)
     flags.DEFINE_string("workdir", None, "The folder for all runs.", required=True)
     flags.DEFINE_string("data_dir", None, "Replaces every config's data.dir.")
+    flags.DEFINE_integer(
+        "seeds",
+        None,
+        "Repeats every run with so many seeds, from 0 on.",
+        lower_bound=1,
+    )
     flags.DEFINE_integer(
         "jobs",
         None,
@@ -77,6 +86,8 @@ def main(arguments: list[str]) -> None:
         # The runs get the accelerators. This process would take their memory.
         jax.config.update("jax_platforms", "cpu")
     configs = _bundled.load_runs(given.sweep)
+    if given.seeds:
+        configs = over_seeds(configs, given.seeds)
     jobs = _sweeping.prepare(configs, workdir, given.data_dir)
     if given.dry_run:
         if on_slurm:

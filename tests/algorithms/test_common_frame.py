@@ -62,6 +62,7 @@ def test_before_the_first_merge_all_agents_are_matched(name, frame):
     assert any((perm[1] != identity[group]).any() for group, perm in perms.items())
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("compressor", ["", "int8"])
 @pytest.mark.parametrize("frame", ["own", "joint", "reference"])
 @pytest.mark.parametrize("topology", ["ring", "fully_connected"])

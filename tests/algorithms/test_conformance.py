@@ -422,6 +422,7 @@ def test_absent_agents_keep_their_whole_state_and_nobody_hears_of_them(name):
 SPREAD = ("cdsgd", "sgp", "compcga", "choco", "fedavg", "dimat", "wa, int8")
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

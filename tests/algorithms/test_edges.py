@@ -188,6 +188,7 @@ def alone(kind: str, whose: str, receiver: int, sender: int) -> Perms:
         )
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("whose", ["shared", "own"])
 @pytest.mark.parametrize(
     ("kind", "graph"), [*(("mlp", graph) for graph in GRAPHS), ("maps", "one way")]
@@ -373,6 +374,7 @@ def copies(n_devices: int, batching: Any) -> Agents:
     return Agents(spec, maps_of, each, placement, WeightMatcher(spec, placement))
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     ("n_devices", "batching"), [(1, "vmap"), (1, "unroll"), (2, "vmap"), (3, "vmap")]
 )

@@ -73,6 +73,7 @@ def test_fully_connected_weight_averaging_reaches_consensus_at_once():
     assert_close(variables, take(variables, EVERYONE_AS_THE_FIRST))
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     ("name", "frame", "opt_state"),
     [

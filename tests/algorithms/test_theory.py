@@ -124,6 +124,7 @@ ON_GRAPHS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.every_nth(3)
 @ON_GRAPHS
 def test_a_constant_step_ends_in_its_fixed_point_off_by_the_order_of_the_step(
     name, graph

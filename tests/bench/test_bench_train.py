@@ -79,6 +79,7 @@ def test_an_algorithm_with_a_single_agent_is_measured(tmp_path):
     assert ratio["median"] == pytest.approx(alone / together)
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("plain", [MLP, RESNET], ids=["mlp", "resnet"])
 def test_the_plain_models_have_the_weights_of_the_package_s_own(plain):
     if plain.blocks:
@@ -94,6 +95,7 @@ def test_the_plain_models_have_the_weights_of_the_package_s_own(plain):
     assert sorted(x.numel() for x in torch.parameters()) == weights
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("plain", [MLP, RESNET], ids=["mlp", "resnet"])
 def test_the_plain_flax_loop_learns_its_batches(plain):
     model, tx = _plain_flax.build(plain), optax.adam(1e-2)
@@ -109,6 +111,7 @@ def test_the_plain_flax_loop_learns_its_batches(plain):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize("plain", [MLP, RESNET], ids=["mlp", "resnet"])
 @pytest.mark.parametrize("memory_format", ["contiguous_format", "channels_last"])
 def test_the_plain_torch_loop_learns_its_batches(plain, memory_format):

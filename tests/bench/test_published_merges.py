@@ -32,6 +32,7 @@ def experiment_of(**changes) -> Experiment:
     return Experiment(drop_unread(config))
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize("norm", ["none", "batch"])
 @pytest.mark.parametrize("topology", ["ring", "star"])
 def test_the_published_schedule_merges_to_the_same(norm, topology):

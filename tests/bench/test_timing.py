@@ -70,6 +70,7 @@ def test_sides_take_turns_and_are_measured_apart():
     assert 150 * 2**20 < more < 250 * 2**20
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize(
     ("function", "reason"),
     [

@@ -49,8 +49,6 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # The workers of pytest-xdist ignore SIGINT, and programs inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         return process
@@ -93,6 +91,7 @@ def times(folder: Path) -> dict[Path, int]:
     }
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_run_within_seconds_and_nothing_is_lost(
     tmp_path, start, number
@@ -193,6 +192,7 @@ def refused(start, command: Sequence[str], first: subprocess.Popen[str]) -> None
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_changes_nothing(tmp_path, start):
     workdir = tmp_path / "run"
     first = start(*train(workdir, "--config.rounds=1000"))

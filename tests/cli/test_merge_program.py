@@ -127,6 +127,7 @@ def test_a_merged_model_can_be_merged_again(tmp_path, workdir, merged):
         np.testing.assert_allclose(leaves[path], leaf, atol=1e-4, err_msg=path)
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("method", ["activation", "weight"])
 @pytest.mark.parametrize("frame", ["reference", "joint"])
 def test_three_models_merge_in_one_frame(tmp_path, workdir, method, frame):

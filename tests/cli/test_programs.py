@@ -72,6 +72,7 @@ def test_train_prints_a_line_for_every_evaluation_and_names_its_files(finished):
     assert "\r" not in printed  # no progress bar without a terminal
 
 
+@pytest.mark.slow
 def test_a_run_killed_with_kill_9_resumes_with_the_same_results(
     tmp_path, environment, finished
 ):
@@ -163,6 +164,7 @@ def get_runs():
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_all_its_configs_and_reports_over_seeds(tmp_path, environment):
     sweep = tmp_path / "sweep.py"
     sweep.write_text(SWEEP)

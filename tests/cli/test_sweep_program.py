@@ -76,10 +76,12 @@ def test_two_jobs_write_the_same_rows_as_one_and_both_tell_what_failed(tmp_path)
         assert summary["round"] == 2
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--jobs=0"], "--jobs=0"),
+        (["--seeds=0"], "--seeds=0"),
         (["--jobs=9999"], "--jobs=9999 needs as many CPU cores"),
         (["--launcher=pbs"], "value should be one of <local|slurm>"),
         (["--slurm=time=60"], "--slurm has no effect without --launcher=slurm"),
@@ -106,6 +108,7 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_ends_its_runs_and_says_how_to_go_on(tmp_path):
     workdir = tmp_path / "out"
     process = start(tmp_path, LONG, f"--workdir={workdir}", "--jobs=2")

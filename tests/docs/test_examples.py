@@ -26,8 +26,9 @@ from ml_collections import config_flags
 
 from dimat_jax.algorithms import ALGORITHMS, BETWEEN_MERGES
 from dimat_jax.cli import COMMANDS
+from dimat_jax.cli._bundled import load_config
 from dimat_jax.compression import COMPRESSORS
-from dimat_jax.config import check
+from dimat_jax.config import check, settle_overrides
 from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.data.sources import SOURCES
 from dimat_jax.experiment import check_network
@@ -298,7 +299,10 @@ def check_config(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         # ml_collections loads config files in a way that Python 3.12 warns of.
         warnings.simplefilter("ignore", DeprecationWarning)
         values(command)
-    config = values["config"].value
+    flag = values["config"]
+    named = settings[0].partition("=")[2]
+    overridden = config_flags.get_override_values(flag)
+    config = settle_overrides(flag.value, load_config(named), overridden)
     check(config)
     check_network(config)
 

@@ -95,6 +95,7 @@ def assert_logits_equal(case: Trained, variables: PyTree) -> None:
         np.testing.assert_allclose(logits[mode], wanted, rtol=0, atol=1e-4 * scale)
 
 
+@pytest.mark.every_nth(3)
 @every_kind
 def test_activations_tell_every_unit_that_is_alive_and_has_no_twin(case):
     net = trained(case)
@@ -108,6 +109,7 @@ def test_activations_tell_every_unit_that_is_alive_and_has_no_twin(case):
     assert_logits_equal(net, permutation.apply(net.subject.spec, found, net.permutee))
 
 
+@pytest.mark.every_nth(3)
 @every_kind
 def test_weights_tell_what_was_planted(case):
     net = trained(case)

@@ -76,6 +76,7 @@ def three_networks(kind: str, seed: int) -> list[PyTree]:
 PAIRS = [(0, 1), (2, 0)]
 
 
+@pytest.mark.every_nth(3)
 @kinds
 @given(seed=seeds)
 @settings(deadline=None, max_examples=5)
@@ -188,6 +189,7 @@ def test_a_step_that_would_lower_the_objective_is_not_taken():
     assert refused  # else this would test nothing
 
 
+@pytest.mark.every_nth(2)
 @kinds
 def test_no_group_can_be_permuted_to_advantage_in_the_end(kind):
     spec = spec_of(kind)

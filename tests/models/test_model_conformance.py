@@ -205,6 +205,7 @@ def test_every_case_has_a_valid_spec_with_a_tap_for_each_group(subject):
     assert_spec_fits(subject.model, subject.variables, subject.inputs)
 
 
+@pytest.mark.every_nth(3)
 @every_small_case
 def test_verify_finds_nothing_wrong(subject):
     permutation.verify(
@@ -216,6 +217,7 @@ def test_verify_finds_nothing_wrong(subject):
     )
 
 
+@pytest.mark.every_nth(3)
 @every_case
 def test_random_permutations_leave_logits_unchanged_in_both_modes(subject):
     before = subject.logits(subject.variables, subject.inputs)
@@ -284,6 +286,7 @@ def test_batch_statistics_are_the_batchs_own_and_permuted_alike(subject):
 # Stacked agents =======================================================================
 
 
+@pytest.mark.every_nth(3)
 @every_small_case
 def test_vmapped_permutations_of_stacked_agents_equal_the_loop(subject):
     perms, agents = some_agents(subject)
@@ -355,6 +358,7 @@ def test_the_constructor_passes_the_dtype_on():
 # Masked examples ======================================================================
 
 
+@pytest.mark.every_nth(3)
 @every_small_case
 def test_masked_examples_count_nowhere_in_train_mode(subject):
     rng = np.random.default_rng(0)

@@ -140,6 +140,7 @@ def run(case: Case) -> Original:
     return Original(module, images.permute(0, 2, 3, 1).numpy(), logits)
 
 
+@pytest.mark.every_nth(3)
 @every_case
 def test_logits_are_those_of_pytorch(case):
     check_logits(CASES[case], original(case))

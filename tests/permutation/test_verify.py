@@ -86,6 +86,7 @@ ALL_AXES = [
 ]
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("name", SPECS)
 def test_declared_symmetries_of_fresh_networks_hold(name):
     subject(name).verify(SPECS[name])
@@ -104,6 +105,7 @@ def test_declared_symmetries_of_trained_networks_hold(name):
     subject(name).verify(SPECS[name], map_with_path(trained, subject(name).fresh))
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize(("name", "leaf", "dimension"), ALL_AXES)
 def test_an_axis_in_a_wrong_group_of_the_same_size_is_named(name, leaf, dimension):
     spec = SPECS[name]
@@ -115,6 +117,7 @@ def test_an_axis_in_a_wrong_group_of_the_same_size_is_named(name, leaf, dimensio
     assert says(error, leaf, dimension, wrong, right)
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize(("name", "leaf", "dimension"), ALL_AXES)
 def test_an_axis_left_out_of_its_group_is_named(name, leaf, dimension):
     group = SPECS[name].axes[leaf][dimension]

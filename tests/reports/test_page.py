@@ -109,6 +109,7 @@ def test_the_page_has_all_tables_of_the_report_and_their_columns_can_be_sorted(
     assert any("sample deviations" in text for text in page.texts)
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("n_lines", [1, 9, 40])
 def test_every_line_can_be_hidden_and_has_a_figure_for_each_measure_and_axis(
     tmp_path, n_lines

@@ -82,6 +82,7 @@ def test_side_by_side_runs_give_the_same_numbers_and_failures_stop_nobody(
         assert f"{tmp_path / name} holds this run, finished" in printed
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_told_and_goes_on_later_while_the_others_finish(tmp_path):
     made = jobs(tmp_path, victim=long(), other=small())
 
