@@ -105,6 +105,7 @@ else:
             "Concat",
             "PermutationSpec",
             "Product",
+            "Stack",
             "apply",
             "compose",
             "derive",
