@@ -83,7 +83,8 @@ def activation_matching(
         activations: `activations(variables, inputs) -> {tap: array}`.
         reference: the variables of the network that stays as it is.
         permutee: the variables of the network to be permuted.
-        batches: inputs, one batch at a time.
+        batches: inputs, one batch at a time. PyTorch's tensors become arrays. Of a
+            DataLoader of inputs and labels, pass `(x for x, _ in loader)`.
         stay: a unit moves only if its correlation gains more than this.
         as_needed: whether to read only as many batches as it takes. Units are matched
             after 1, 2, 4, 8, ... batches, until twice as many batches hardly improve

@@ -11,7 +11,14 @@ from jax import lax
 
 from dimat_jax import permutation
 from dimat_jax.matching import activation_matching, weight_matching
-from dimat_jax.permutation import derive, explain, group_shapes, validate, verify
+from dimat_jax.permutation import (
+    Concat,
+    derive,
+    explain,
+    group_shapes,
+    validate,
+    verify,
+)
 
 KEY = jax.random.key(0)
 WIDTH, VOCABULARY, LENGTH = 8, 11, 5
@@ -170,6 +177,7 @@ def test_explain_tells_which_dimensions_rotary_embedding_fixes():
         row = rows[leaf, 2]
         # Each rotated dimension turns at a speed of its own; the others are alike.
         assert "iota" in row.reasons and row.axis == spec.axes[leaf][2]
+        assert isinstance(row.axis, Concat)
         assert [size for _, size in row.axis.parts] == [4, 2]
         assert row.axis.parts[0][0] is None
     assert not rows["v", 2].reasons
