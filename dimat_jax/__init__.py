@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from dimat_jax.permutation import Concat as Concat
     from dimat_jax.permutation import PermutationSpec as PermutationSpec
     from dimat_jax.permutation import Product as Product
+    from dimat_jax.permutation import Stack as Stack
     from dimat_jax.permutation import apply as apply
     from dimat_jax.permutation import compose as compose
     from dimat_jax.permutation import derive as derive
@@ -104,6 +105,7 @@ else:
             "Concat",
             "PermutationSpec",
             "Product",
+            "Stack",
             "apply",
             "compose",
             "derive",

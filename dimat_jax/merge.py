@@ -14,67 +14,110 @@ functions that are passed to it, each for one model.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dimat_jax.errors import UserError
-from dimat_jax.tree import PyTree, exact_dtype, flatten, is_inexact, map_with_path
+from dimat_jax._batch_statistics import batch_statistics
+from dimat_jax._mending import (
+    LayerMoments,
+    MergeError,
+    UnitMoments,
+    correct_layers,
+    correction,
+    over_last_axes,
+    parts_of_layers,
+    unit_moments,
+)
+from dimat_jax.errors import nearest
+from dimat_jax.tree import (
+    PyTree,
+    as_arrays,
+    exact_dtype,
+    flatten,
+    is_inexact,
+    map_with_path,
+)
 
 __all__ = [
     "Barrier",
+    "LayerMoments",
     "MergeError",
     "UnitMoments",
     "add_batch",
     "average",
     "barrier",
+    "batch_statistics",
     "check_weights",
     "correction",
     "interpolate",
     "over_last_axes",
     "recalibrate",
     "repair",
+    "unit_moments",
 ]
 
 
-class MergeError(UserError):
-    """Models cannot be merged, or not with these options. The message tells why."""
+Weights = Sequence[float] | Callable[[str], Sequence[float] | None]
+"""One weight for each model, or `weights(path)`: those of one leaf."""
 
 
-def average(models: Sequence[PyTree], weights: Sequence[float] | None = None) -> PyTree:
+def average(
+    models: Sequence[PyTree],
+    weights: Weights | None = None,
+    *,
+    mismatched: Literal["raise", "first"] = "raise",
+) -> PyTree:
     """Averages aligned models, with weights.
 
     Args:
         models: pytrees with the same leaves. Real and complex leaves are averaged with
             float32 precision or better and keep their dtype. All other leaves are taken
-            from the first model.
+            from the first model. PyTorch's tensors become arrays.
         weights: one weight for each model. They are divided by their sum. None: all
-            models have the same weight.
+            models have the same weight. A function `weights(path)` returns the weights
+            for each leaf, or None.
+        mismatched: what becomes of leaves that the models do not all have in the same
+            shape, as heads for different classes: "raise" an error, or take those of
+            the "first" model. The result has the first model's structure.
 
     Raises:
         MergeError: leaves differ in path or shape, or the weights are too few, too
             many, negative, not finite, or all 0.
     """
-    _check_alike(models)
-    shares = check_weights(weights, len(models))
+    models = [as_arrays(model) for model in models]
+    if mismatched == "raise":
+        _check_alike(models)
+    elif not models:
+        raise MergeError("there are no models to merge")
+    leaves = [flatten(model) for model in models]
+    whole = None if callable(weights) else check_weights(weights, len(models))
 
-    def mean(*leaves):
-        if not is_inexact(leaves[0]):
-            return leaves[0]
-        dtype = jnp.result_type(leaves[0])
+    def shares(path: str) -> list[float]:
+        if callable(weights):
+            return check_weights(weights(path), len(models))
+        assert whole is not None
+        return whole
+
+    def mean(path, first):
+        own = [model[path] for model in leaves if path in model]
+        alike = len(own) == len(models) and len(set(map(_shape, own))) == 1
+        if not alike or _shape(first) is None or not is_inexact(first):
+            return first
+        dtype = jnp.result_type(first)
         exact = exact_dtype(dtype)
         # Models with a share of 0 are left out: 0 times infinity would be NaN.
         terms = [
             share * jnp.asarray(leaf, exact)
-            for share, leaf in zip(shares, leaves, strict=True)
+            for share, leaf in zip(shares(path), own, strict=True)
             if share
         ]
         return sum(terms[1:], start=terms[0]).astype(dtype)
 
-    return jax.tree.map(mean, *models)
+    return map_with_path(mean, models[0])
 
 
 def interpolate(a: PyTree, b: PyTree, t: float) -> PyTree:
@@ -88,12 +131,19 @@ def interpolate(a: PyTree, b: PyTree, t: float) -> PyTree:
     return average([a, b], [1 - t, t])
 
 
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    """The shape of a leaf; None if it is neither an array nor a number."""
+    if isinstance(leaf, int | float | complex):
+        return ()
+    return tuple(leaf.shape) if hasattr(leaf, "shape") else None
+
+
 def _check_alike(models: Sequence[PyTree]) -> None:
     """Checks that there are models and that their leaves agree in path and shape."""
     if not models:
         raise MergeError("there are no models to merge")
     first, *others = [
-        {path: jnp.shape(leaf) for path, leaf in flatten(model).items()}
+        {path: _shape(leaf) for path, leaf in flatten(model).items()}
         for model in models
     ]
     for i, shapes in enumerate(others, start=1):
@@ -155,7 +205,7 @@ _add_batch = jax.jit(add_batch)
 def _mean(measure: Callable[[PyTree], PyTree], batches: Iterable[PyTree]) -> PyTree:
     """Measures statistics on batches and averages them, weighted by examples."""
     total, count = None, 0
-    for inputs in batches:
+    for inputs in map(as_arrays, batches):
         statistics, n = measure(inputs), jax.tree.leaves(inputs)[0].shape[0]
         if total is None:
             total = jax.tree.map(jnp.zeros_like, statistics)
@@ -167,64 +217,49 @@ def _mean(measure: Callable[[PyTree], PyTree], batches: Iterable[PyTree]) -> PyT
 
 def recalibrate(
     batch_statistics: Callable[[PyTree, PyTree, Array], PyTree],
-    variables: Mapping[str, PyTree],
+    variables: PyTree,
     batches: Iterable[PyTree],
-) -> dict[str, PyTree]:
+) -> PyTree:
     """Measures a model's BatchNorm statistics again, as averages over batches.
 
     This is needed because the statistics of an averaged network are not the averages
     of the networks' statistics (Jordan et al. 2022, arXiv 2211.08403).
 
     Args:
-        batch_statistics: `(variables, inputs, mask) -> batch_stats`: the means and
-            variances of one batch in train mode. Each function that is passed is
-            compiled once.
-        variables: a model with "batch_stats".
+        batch_statistics: `(variables, inputs, mask) -> statistics`: the means and
+            variances of one batch in train mode, as the collection "batch_stats" of
+            Flax, or by the paths of their leaves. `merge.batch_statistics` makes such a
+            function from any model. Each function that is passed is compiled once.
+        variables: a model with running statistics.
         batches: inputs, one batch at a time.
 
     Returns:
-        the model with new "batch_stats".
+        the model with new statistics.
 
     Raises:
-        MergeError: there are no batches.
+        MergeError: there are no batches, or the model has no leaves with the paths of
+            the statistics.
     """
     measure = jax.jit(batch_statistics)
-    statistics = _mean(
-        lambda inputs: measure(variables, inputs, np.ones(len(inputs), bool)), batches
+
+    def of_batch(inputs):
+        mask = np.ones(jax.tree.leaves(inputs)[0].shape[0], bool)
+        return measure(variables, inputs, mask)
+
+    statistics = _mean(of_batch, batches)
+    new, leaves = flatten(statistics), flatten(variables)
+    if not new.keys() <= leaves.keys():
+        if isinstance(variables, Mapping) and "batch_stats" in variables:
+            return {**variables, "batch_stats": statistics}
+        unknown = next(path for path in new if path not in leaves)
+        raise MergeError(
+            f"batch_statistics returns {unknown!r}, which the model does not have; "
+            f"{nearest(unknown, leaves)}"
+        )
+    return map_with_path(
+        lambda path, leaf: new[path].astype(leaf.dtype) if path in new else leaf,
+        variables,
     )
-    return {**variables, "batch_stats": statistics}
-
-
-class UnitMoments(NamedTuple):
-    """Moments of the pre-activations of a layer's units, over examples and positions.
-
-    Attributes:
-        mean: the mean of each unit.
-        variance: the variance of each unit.
-    """
-
-    mean: Float[Array, "*units"]
-    variance: Float[Array, "*units"]
-
-
-def correction(
-    measured: UnitMoments, target: UnitMoments
-) -> tuple[Float[Array, "*units"], Float[Array, "*units"]]:
-    """Computes the `(scale, shift)` that give units the moments of a target.
-
-    Units that do not vary are only shifted, because no scale would make them vary.
-    """
-    # The measured variance of a constant unit is not quite 0, because of rounding.
-    floor = 1e-10 * (measured.mean**2 + target.mean**2 + target.variance)
-    varies = measured.variance > floor
-    ratio = target.variance / jnp.where(varies, measured.variance, 1)
-    scale = jnp.where(varies, jnp.sqrt(ratio), 1)
-    return scale, target.mean - scale * measured.mean
-
-
-def over_last_axes(units: Float[Array, "*units"], n_axes: int) -> Array:
-    """Adds leading axes of length 1 to an array of units: `n_axes` axes in all."""
-    return units.reshape((1,) * (n_axes - units.ndim) + units.shape)
 
 
 def repair(
@@ -245,10 +280,12 @@ def repair(
 
     Args:
         unit_moments: `unit_moments(variables, inputs, targets=None) -> moments`: the
-            moments of every hidden layer on a batch. The keys are the paths of layers
-            that hold "kernel" (units last) and perhaps "bias". With targets, which are
-            moments as well, each layer is corrected before the next one reads it. Each
-            function that is passed is compiled once.
+            moments of every hidden layer on a batch. `merge.unit_moments` makes such a
+            function from any model. The keys of other functions are the paths of layers
+            that hold "kernel" (units last) and perhaps "bias", or leaves of which one
+            axis alone has as many entries as the layer has units. With targets, which
+            are moments as well, each layer is corrected before the next one reads it.
+            Each function that is passed is compiled once.
         merged: the averaged network, `average(models, weights)`.
         models: the aligned networks that were averaged.
         batches: inputs, one batch at a time.
@@ -258,8 +295,9 @@ def repair(
         the merged network with new kernels and biases.
 
     Raises:
-        MergeError: there are no batches, weights do not fit, or the network has
-            running statistics. For networks with BatchNorm there is `recalibrate`.
+        MergeError: there are no batches, weights do not fit, a layer's leaves do not
+            tell where the units are, or the network has running statistics. For
+            networks with BatchNorm there is `recalibrate`.
     """
     shares = np.asarray(check_weights(weights, len(models)), np.float32)
     if isinstance(merged, Mapping) and "batch_stats" in merged:
@@ -275,7 +313,8 @@ def repair(
         return moments, measure(merged, inputs, _blend(moments, shares))
 
     moments, measured = _mean(measure_batch, batches)
-    return _correct(merged, measured, _blend(moments, shares))
+    parts = parts_of_layers(unit_moments, merged, measured)
+    return _correct(merged, measured, _blend(moments, shares), parts)
 
 
 @jax.jit
@@ -294,27 +333,7 @@ def _blend(
     return {name: blend(*(each[name] for each in moments)) for name in moments[0]}
 
 
-@jax.jit
-def _correct(
-    variables: PyTree,
-    measured: Mapping[str, UnitMoments],
-    targets: Mapping[str, UnitMoments],
-) -> PyTree:
-    """Puts the corrections of all layers into their kernels and biases."""
-    corrections = {
-        layer: correction(moments, targets[layer])
-        for layer, moments in measured.items()
-    }
-
-    def correct(path, leaf):
-        layer, _, name = path.rpartition("/")
-        if layer not in corrections or name not in ("kernel", "bias"):
-            return leaf
-        scale, shift = corrections[layer]
-        exact = leaf * over_last_axes(scale, leaf.ndim)
-        return (exact + shift if name == "bias" else exact).astype(leaf.dtype)
-
-    return map_with_path(correct, variables)
+_correct = jax.jit(correct_layers, static_argnames="parts")
 
 
 # The line between two models ==========================================================

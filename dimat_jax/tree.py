@@ -14,6 +14,7 @@ import numpy as np
 
 __all__ = [
     "PyTree",
+    "as_arrays",
     "exact_dtype",
     "flatten",
     "is_inexact",
@@ -42,6 +43,21 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     if len(flat) < len(leaves):
         raise ValueError('two leaves have the same path; do keys contain "/"?')
     return flat
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Makes NumPy arrays of the leaves that JAX does not take, as PyTorch's tensors.
+
+    Leaves that no library can turn into an array stay as they are.
+    """
+
+    def convert(leaf):
+        known = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+        if known or not hasattr(leaf, "__array__"):
+            return leaf
+        return np.asarray(leaf.detach() if hasattr(leaf, "detach") else leaf)
+
+    return jax.tree.map(convert, tree)
 
 
 def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

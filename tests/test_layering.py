@@ -37,6 +37,8 @@ FLOORS = [
     ["network"],
     ["ledger"],
     ["permutation"],
+    ["_mending"],
+    ["_batch_statistics"],
     ["merge"],
     ["_checkpoint", "_metrics", "_run_progress"],
     ["data"],

@@ -127,6 +127,41 @@ def test_complex_leaves_are_averaged_with_both_their_parts():
     np.testing.assert_allclose(mean, 0.75 * a + 0.25 * b, rtol=1e-6)
 
 
+def test_every_leaf_may_have_weights_of_its_own():
+    models = [model(seed) for seed in range(2)]
+    merged = merge.average(models, lambda p: [1, 3] if p == "kernel" else None)
+    for name, share in (("kernel", 0.25), ("half", 0.5)):
+        first, second = (np.asarray(m[name], np.float64) for m in models)
+        np.testing.assert_allclose(
+            np.asarray(merged[name], np.float64),
+            share * first + (1 - share) * second,
+            atol=2**-7 if name == "half" else 1e-6,
+        )
+    with pytest.raises(UserError, match="3 weights for 2 models"):
+        merge.average(models, lambda path: [1, 1, 1])
+
+
+def test_what_fits_is_averaged_and_the_rest_is_the_first_models():
+    a, b = model(0), model(1) | {"head": np.ones(3)}
+    a["head"] = np.zeros(2)
+    del b["half"]
+    merged = merge.average([a, b], mismatched="first")
+    mean = (a["kernel"] + b["kernel"]) / 2
+    np.testing.assert_allclose(merged["kernel"], mean, rtol=1e-6)
+    assert merged["head"] is a["head"] and merged["half"] is a["half"]
+    with pytest.raises(UserError, match="no models"):
+        merge.average([], mismatched="first")
+
+
+def test_tensors_of_pytorch_and_leaves_that_are_no_arrays_are_averaged_as_well():
+    torch = pytest.importorskip("torch")
+    values = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    models = [{"w": torch.nn.Parameter(torch.tensor(v)), "act": "relu"} for v in values]
+    merged = merge.average(models)
+    np.testing.assert_allclose(merged["w"], values.mean(0), rtol=1e-6)
+    assert merged["act"] == "relu"
+
+
 @pytest.mark.parametrize("t", [-0.1, 1.1, np.nan])
 def test_there_is_no_line_beyond_its_ends(t):
     with pytest.raises(UserError, match="0 <= t <= 1"):

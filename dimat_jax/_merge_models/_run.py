@@ -127,7 +127,7 @@ def _labels(names: Sequence[str]) -> list[str]:
 def _share_of_moved_units(perms: Sequence[Perms]) -> float:
     """Computes the share of units, over groups and models, that change their place."""
     has_moved = [
-        np.asarray(perm) != np.arange(len(perm))
+        np.ravel(np.asarray(perm) != np.arange(perm.shape[-1]))
         for model_perms in perms[1:]
         for perm in model_perms.values()
     ]

@@ -118,10 +118,11 @@ class CommonFrame:
         ).perms
         aligned = {}
         for group, some in perms[tuple(edges[0].tolist())].items():
-            identity = np.arange(len(some), dtype=np.int32)
+            places = np.arange(some.shape[-1], dtype=np.int32)
+            identity = np.broadcast_to(places, some.shape)
             onto_first = {root: perms[int(roots[0]), root][group] for root in others}
             # An agent is aligned with its root, and then moves with it.
             moves = np.stack([onto_first.get(int(root), identity) for root in roots])
-            own = to_root.get(group, np.tile(identity, (slots, 1)))
-            aligned[group] = np.take_along_axis(own, moves, axis=1).astype(np.int32)
+            own = to_root.get(group, np.tile(identity, (slots, *[1] * some.ndim)))
+            aligned[group] = np.take_along_axis(own, moves, axis=-1).astype(np.int32)
         return aligned

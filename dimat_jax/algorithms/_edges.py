@@ -144,7 +144,10 @@ def stack_wave(perms: EdgePerms, wave: Pairs) -> PairPerms:
     The edges that fill up the wave have identities.
     """
     some = next(iter(perms.values()))
-    identity = {group: np.arange(len(perm)) for group, perm in some.items()}
+    identity = {
+        group: np.broadcast_to(np.arange(perm.shape[-1]), perm.shape)
+        for group, perm in some.items()
+    }
     edges = zip(wave.references.tolist(), wave.permutees.tolist(), strict=True)
     rows = [perms.get(edge, identity) for edge in edges]
     return {
@@ -274,7 +277,7 @@ def match_edges(
     found = _by_edge(pairs, perms)
     if both_ways:
         inverted = {
-            group: np.argsort(perm, axis=1).astype(np.int32)
+            group: np.argsort(perm, axis=-1).astype(np.int32)
             for group, perm in perms.items()
         }
         found |= _by_edge(pairs[:, ::-1], inverted)

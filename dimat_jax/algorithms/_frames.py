@@ -228,7 +228,7 @@ def to_roots(perms: EdgePerms, slots: int) -> StackedPerms:
     """
     some = next(iter(perms.values()))
     to_root = {
-        group: np.tile(np.arange(len(perm), dtype=np.int32), (slots, 1))
+        group: np.tile(_places(perm).astype(np.int32), (slots, *[1] * perm.ndim))
         for group, perm in some.items()
     }
     matched = np.zeros((slots, slots), bool)
@@ -239,8 +239,14 @@ def to_roots(perms: EdgePerms, slots: int) -> StackedPerms:
         to_parent = perms[(parent, child) if answered else (child, parent)]
         for group, perm in to_parent.items():
             perm = perm if answered else _inverse(perm)
-            to_root[group][child] = perm[to_root[group][parent]]
+            moves = to_root[group][parent]
+            to_root[group][child] = np.take_along_axis(perm, moves, axis=-1)
     return to_root
+
+
+def _places(perm: np.ndarray) -> np.ndarray:
+    """The identity, in the shape of a permutation."""
+    return np.broadcast_to(np.arange(perm.shape[-1]), perm.shape)
 
 
 def _inverse(perms: Int32[np.ndarray, "*batch units"]) -> np.ndarray:

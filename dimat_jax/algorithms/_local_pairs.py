@@ -59,7 +59,8 @@ def search_local_pairs(
         similarity = local.similarity(perms)
 
     # Everything that is known of a pair becomes one row of whole numbers.
-    columns = [*perms.values(), similarity.astype(np.float64)[:, None].view(np.int32)]
+    of_pairs = [perm.reshape(len(perm), -1) for perm in perms.values()]
+    columns = [*of_pairs, similarity.astype(np.float64)[:, None].view(np.int32)]
     found = np.concatenate(columns, axis=1).astype(np.int32)
     sent = np.zeros((placement.slots, len(edge_waves), found.shape[1]), np.int32)
     start = 0
@@ -70,7 +71,11 @@ def search_local_pairs(
     whole = np.concatenate(
         [received[: wave.real, number] for number, wave in enumerate(edge_waves)]
     )
-    ends = np.cumsum([perm.shape[1] for perm in perms.values()])
+    ends = np.cumsum([perm.shape[1] for perm in of_pairs])
     *parts, similarity = np.split(whole, ends, axis=1)
+    parts = [
+        part.reshape(-1, *perm.shape[1:])
+        for part, perm in zip(parts, perms.values(), strict=True)
+    ]
     bits = np.ascontiguousarray(similarity)
     return Found(dict(zip(perms, parts, strict=True)), bits.view(np.float64)[:, 0])

@@ -37,7 +37,7 @@ from dimat_jax.matching._weight_scores import (
     WeightScorer,
     included,
 )
-from dimat_jax.permutation import PermutationSpec, group_sizes
+from dimat_jax.permutation import PermutationSpec, group_shapes
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree
 
@@ -171,9 +171,9 @@ class _StackedAgents:
     def no_moments(self, wave: Pairs) -> TapMoments:
         del wave
         spec, placement = self._programs.spec, self._programs.placement
-        sizes = group_sizes(spec, one_agent(self._variables))
+        shapes = group_shapes(spec, one_agent(self._variables))
         return jax.tree.map(
-            lambda x: placement.zeros(*x.shape), no_moments(spec, sizes)
+            lambda x: placement.zeros(*x.shape), no_moments(spec, shapes)
         )
 
     def observe(self, batch: Batch) -> Any:
@@ -287,7 +287,7 @@ class WeightMatcher:
 
         yield WeightScorer(
             self._spec,
-            group_sizes(self._spec, one_agent(variables)),
+            group_shapes(self._spec, one_agent(variables)),
             included(variables, self._spec.is_weight),
             edge_waves,
             lift=self._lift,

@@ -337,7 +337,7 @@ def _normalised(network: Network) -> Network:
 def _share_of_moved_units(perms: EdgePerms) -> float:
     """Computes the share of units, over edges and groups, that change their place."""
     has_moved = [
-        np.asarray(perm) != np.arange(len(perm))
+        np.ravel(perm != np.arange(perm.shape[-1]))
         for edge_perms in perms.values()
         for perm in edge_perms.values()
     ]

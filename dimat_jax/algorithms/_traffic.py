@@ -6,6 +6,7 @@ messages, an agent that has missed some would also have to learn how frames have
 since. This is not counted.)
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dimat_jax.algorithms._edges import Edges, spanning_forest
-from dimat_jax.permutation import PermutationSpec, group_sizes
+from dimat_jax.permutation import PermutationSpec, group_shapes
 from dimat_jax.topology import Adjacency
 from dimat_jax.tree import PyTree, nbytes
 
@@ -57,10 +58,11 @@ def matching_sizes(
         by_activations: whether units are matched by their activations. Otherwise they
             are matched by their weights, and scores are not sent.
     """
-    units = list(group_sizes(spec, variables).values()) if spec.groups else []
-    scores = sum(n**2 for n in units) if by_activations else 0
+    shapes = list(group_shapes(spec, variables).values()) if spec.groups else []
+    units = sum(map(math.prod, shapes))
+    scores = sum(math.prod(s) * s[-1] for s in shapes) if by_activations else 0
     return MatchingSizes(
-        perms=_INDEX_BYTES * sum(units),
+        perms=_INDEX_BYTES * units,
         scores=_SCORE_BYTES * scores,
         weights=nbytes(variables["params"]),
     )

@@ -1,5 +1,6 @@
 """Matches units by the correlations of their activations."""
 
+import math
 from collections.abc import (
     Callable,
     Collection,
@@ -27,7 +28,7 @@ from dimat_jax.matching._descent import (
     coordinate_descent,
     every_pair_alone,
     identities,
-    total_score,
+    pair_score,
     two_networks,
 )
 from dimat_jax.matching._observed import (
@@ -36,8 +37,8 @@ from dimat_jax.matching._observed import (
     ObservedNetworks,
 )
 from dimat_jax.matching._taps import Activations
-from dimat_jax.permutation import Perms, PermutationSpec, group_sizes, validate
-from dimat_jax.tree import PyTree
+from dimat_jax.permutation import Perms, PermutationSpec, group_shapes, validate
+from dimat_jax.tree import PyTree, as_arrays
 
 __all__ = [
     "LEAST_GAIN",
@@ -82,7 +83,8 @@ def activation_matching(
         activations: `activations(variables, inputs) -> {tap: array}`.
         reference: the variables of the network that stays as it is.
         permutee: the variables of the network to be permuted.
-        batches: inputs, one batch at a time.
+        batches: inputs, one batch at a time. PyTorch's tensors become arrays. Of a
+            DataLoader of inputs and labels, pass `(x for x, _ in loader)`.
         stay: a unit moves only if its correlation gains more than this.
         as_needed: whether to read only as many batches as it takes. Units are matched
             after 1, 2, 4, 8, ... batches, until twice as many batches hardly improve
@@ -147,14 +149,19 @@ def match_activations(
 def _check_models(spec: PermutationSpec, models: Sequence[PyTree]) -> None:
     """Checks that a spec fits the first network, and that groups have equal sizes."""
     validate(spec, models[0])
-    sizes = group_sizes(spec, models[0])
+    shapes = group_shapes(spec, models[0])
     for variables in models[1:]:
-        for group, size in group_sizes(spec, variables).items():
-            if size != sizes[group]:
+        for group, shape in group_shapes(spec, variables).items():
+            if shape != shapes[group]:
                 raise ValueError(
-                    f"group {group!r} has {sizes[group]} units in one network, and "
-                    f"{size} in another"
+                    f"group {group!r} has {_in_words(shapes[group])} in one network, "
+                    f"and {_in_words(shape)} in another"
                 )
+
+
+def _in_words(shape: tuple[int, ...]) -> str:
+    *layers, units = shape
+    return f"{units} units" + (f" in each of {tuple(layers)} layers" if layers else "")
 
 
 # From activations to scores ===========================================================
@@ -191,7 +198,7 @@ def activation_scorers(
         scores = [networks.scores(of_wave) for of_wave in moments]
         return ActivationScorer(scores, waves, n_batches=n_batches, fetch=fetch)
 
-    for batch in batches:
+    for batch in map(as_arrays, batches):
         _add_batch(networks, batch, moments, waves, stopwatch)
         n_batches += 1
         if as_needed and n_batches & (n_batches - 1) == 0:
@@ -278,7 +285,8 @@ class ActivationScorer:
     brought to the host when they are first needed, and kept as long as the scorer.
 
     Args:
-        scores: for each wave of pairs and each group `[length, units, units]`.
+        scores: for each wave of pairs and each group
+            `[length, *layers, units, units]`.
         waves: the pairs.
         n_batches: the number of batches on which the scores rest.
         fetch: brings arrays to the host.
@@ -293,7 +301,7 @@ class ActivationScorer:
         fetch: Callable[[Array], np.ndarray] = jax.device_get,
     ):
         self.n_batches = n_batches
-        self.sizes = {group: score.shape[-1] for group, score in scores[0].items()}
+        self.shapes = {group: score.shape[1:-1] for group, score in scores[0].items()}
         self.n_pairs = sum(wave.real for wave in waves)
         self._scores, self._waves, self._fetch = scores, waves, fetch
         self._fetched: dict[str, np.ndarray] = {}
@@ -306,7 +314,7 @@ class ActivationScorer:
 
     def scores(
         self, group: str, perms: PairPerms, matched: MatchedGroups | None = None
-    ) -> Float[np.ndarray, "pairs units units"]:
+    ) -> Float[np.ndarray, "pairs *layers units units"]:
         del perms, matched
         if group not in self._fetched:
             fetched = np.concatenate(
@@ -333,8 +341,7 @@ class ActivationScorer:
     def total(self, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
         """The sum over all groups' units of the correlation with the matched unit."""
         totals = [
-            total_score(self.scores(group, perms), perm)
-            for group, perm in perms.items()
+            pair_score(self.scores(group, perms), perm) for group, perm in perms.items()
         ]
         return np.sum(totals, axis=0)
 
@@ -346,7 +353,7 @@ class ActivationScorer:
         if not perms:
             return np.zeros(self.n_pairs)
         means = [
-            total_score(self.scores(group, perms), perm) / self.sizes[group]
+            pair_score(self.scores(group, perms), perm) / math.prod(self.shapes[group])
             for group, perm in perms.items()
         ]
         return np.mean(means, axis=0)

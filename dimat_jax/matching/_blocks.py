@@ -7,13 +7,13 @@ to handle plain axes only.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array
 
-from dimat_jax.permutation import Axis, Concat, PermutationSpecError, Product
+from dimat_jax.permutation import Axis, Concat, PermutationSpecError, Product, Stack
 from dimat_jax.permutation._spec import Axes
 
 __all__ = ["Block", "cut_blocks", "take_block"]
@@ -26,11 +26,27 @@ class Block(NamedTuple):
         bounds: for each of the array's dimensions, where the part starts and stops.
         shape: the shape of the part, with products split into their factors.
         groups: for each axis of `shape`, the group that permutes it, or None.
+        stacked: for each axis of `shape`, the groups whose layers it stacks.
     """
 
     bounds: tuple[tuple[int, int], ...]
     shape: tuple[int, ...]
     groups: tuple[Any, ...]
+    stacked: tuple[tuple[Any, ...], ...]
+
+    def layers_of(self, group: Any) -> tuple[int, ...]:
+        """The axes that stack a group's layers."""
+        return tuple(axis for axis, own in enumerate(self.stacked) if group in own)
+
+    def renamed(self, rename: Callable[[Any], Any]) -> "Block":
+        """The block with other names, or numbers, for its groups."""
+        return self._replace(
+            groups=tuple(None if g is None else rename(g) for g in self.groups),
+            stacked=tuple(
+                tuple(rename(g) for g in own if g in self.groups)
+                for own in self.stacked
+            ),
+        )
 
 
 class _Part(NamedTuple):
@@ -40,11 +56,13 @@ class _Part(NamedTuple):
         bounds: where the part starts and stops.
         shape: its size, split into factors.
         groups: for each factor, the group that permutes it, or None.
+        stacked: the groups whose layers the axis stacks.
     """
 
     bounds: tuple[int, int]
     shape: tuple[int, ...]
     groups: tuple[str | None, ...]
+    stacked: tuple[str, ...] = ()
 
 
 def cut_blocks(
@@ -69,6 +87,7 @@ def cut_blocks(
             tuple(part.bounds for part in chosen),
             tuple(itertools.chain.from_iterable(part.shape for part in chosen)),
             tuple(itertools.chain.from_iterable(part.groups for part in chosen)),
+            tuple(part.stacked for part in chosen for _ in part.shape),
         )
         for chosen in itertools.product(*parts)
     ]
@@ -87,6 +106,8 @@ def _cut_axis(
     match axis:
         case None:
             yield _Part(bounds, (size,), (None,))
+        case Stack(groups):
+            yield _Part(bounds, (size,), (None,), groups)
         case str():
             _check_fit(axis, (sizes[axis],), size)
             yield _Part(bounds, (size,), (axis,))

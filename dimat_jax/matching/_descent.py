@@ -13,6 +13,7 @@ they are. Together they are a `Problem`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -34,11 +35,12 @@ __all__ = [
     "identities",
     "improve_group",
     "objective",
+    "pair_score",
     "total_score",
     "two_networks",
 ]
 
-PairPerms = dict[str, Int32[np.ndarray, "pairs _units"]]
+PairPerms = dict[str, Int32[np.ndarray, "pairs *_layers _units"]]
 """For each group and each pair, the permutation that aligns the permutee."""
 
 
@@ -87,14 +89,16 @@ class Scorer(Protocol):
     n_batches: int
 
     @property
-    def sizes(self) -> Mapping[str, int]:
-        """Each group's number of units."""
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each group's permutation; see `permutation.group_shapes`."""
         ...
 
     def scores(
         self, group: str, perms: PairPerms, matched: MatchedGroups | None = None
-    ) -> Float[np.ndarray, "pairs units units"]:
+    ) -> Float[np.ndarray, "pairs *layers units units"]:
         """The score of matching each two units of a group, the other groups fixed.
+
+        Each layer of a stacked group has scores of its own.
 
         Args:
             group: the group whose units are scored.
@@ -136,8 +140,8 @@ class Solver:
 
     Attributes:
         solve: `solve(scores, perms) -> perms` finds one group's permutations from the
-            scores `[pairs, units, units]` and the permutations `[pairs, units]` so
-            far. The result is at least as good as those.
+            scores `[pairs, *layers, units, units]` and the permutations
+            `[pairs, *layers, units]` so far. The result is at least as good as those.
         blocks: a number for each pair; pairs with the same number must agree with each
             other, so their permutations are accepted or rejected together.
         stay: how much a unit's mean score must gain for it to move.
@@ -180,8 +184,8 @@ class Problem(Generic[S]):
 def identities(scorer: Scorer) -> PairPerms:
     """The permutations that leave every unit where it is."""
     return {
-        group: np.tile(np.arange(size, dtype=np.int32), (scorer.n_pairs, 1))
-        for group, size in scorer.sizes.items()
+        group: np.tile(np.arange(units, dtype=np.int32), (scorer.n_pairs, *layers, 1))
+        for group, (*layers, units) in scorer.shapes.items()
     }
 
 
@@ -194,6 +198,19 @@ def total_score(
     return np.asarray(picked.sum(axis=-1, dtype=np.float64))
 
 
+def pair_score(
+    scores: Float[np.ndarray, "pairs *layers units units"],
+    perms: Int[np.ndarray, "pairs *layers units"],
+) -> Float[np.ndarray, " pairs"]:
+    """The sum of the scores that permutations pick, over all layers of a group."""
+    return _over_layers(total_score(scores, perms))
+
+
+def _over_layers(values: np.ndarray) -> np.ndarray:
+    """The sum for each pair."""
+    return values.reshape(len(values), -1).sum(axis=1)
+
+
 def objective(problem: Problem, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
     """What coordinate descent never decreases.
 
@@ -204,7 +221,7 @@ def objective(problem: Problem, perms: PairPerms) -> Float[np.ndarray, " pairs"]
     staying = sum(
         solver.stay
         * scorer.scale(group)
-        * (perm == np.arange(perm.shape[-1])).sum(axis=-1)
+        * _over_layers(perm == np.arange(perm.shape[-1]))
         for group, perm in perms.items()
     )
     return scorer.total(perms) + staying
@@ -234,15 +251,17 @@ def improve_group(
     scorer, solver = problem.scorer, problem.solver
     scale = scorer.scale(group, matched)
     scores = scorer.scores(group, perms, matched)
-    scores = prefer_staying(scores, solver.stay, scale)
+    of_layers = scale.reshape(-1, *[1] * (scores.ndim - 3))
+    of_layers = np.broadcast_to(of_layers, scores.shape[:-2])
+    scores = prefer_staying(scores, solver.stay, of_layers)
     old = perms[group]
     new = {**perms, group: solver.solve(scores, old)}
     if matched is None and group in scorer.neighbours(group):
         gain = objective(problem, new) - objective(problem, perms)
     else:
-        gain = total_score(scores, new[group]) - total_score(scores, old)
+        gain = pair_score(scores, new[group]) - pair_score(scores, old)
     gains = _over_blocks(solver, gain) > _over_blocks(
-        solver, tolerance * scale * scorer.sizes[group]
+        solver, tolerance * scale * math.prod(scorer.shapes[group])
     )
     return _choose(gains, new, perms) if gains.any() else perms
 
@@ -264,7 +283,7 @@ def coordinate_descent(
         rng: draws the order of the groups; None: the scorer's order.
     """
     scorer = problem.scorer
-    waiting = list(scorer.sizes)
+    waiting = list(scorer.shapes)
     while waiting:
         if rng is not None:
             rng.shuffle(waiting)
@@ -277,7 +296,7 @@ def coordinate_descent(
             if improved is not perms:
                 changed.update(scorer.neighbours(group))
             perms = improved
-        waiting = [group for group in scorer.sizes if group in changed]
+        waiting = [group for group in scorer.shapes if group in changed]
     return perms
 
 
@@ -294,4 +313,8 @@ def _over_blocks(solver: Solver, values: np.ndarray) -> np.ndarray:
 
 def _choose(which: np.ndarray, one: Mapping[str, Any], other: Mapping[str, Any]):
     """Takes `one` for the pairs where `which` is true, and `other` elsewhere."""
-    return {group: np.where(which[:, None], one[group], other[group]) for group in one}
+
+    def choose(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.where(which.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return {group: choose(one[group], other[group]) for group in one}

@@ -162,7 +162,15 @@ def all_pairs_together(
     blocks = np.zeros(len(pairs), np.int64)
     for number, own in enumerate(_components(pairs)):
         blocks[own] = number
-    return Solver(lambda scores, perms: synchronise(scores, pairs, perms), blocks, stay)
+
+    def solve(scores: np.ndarray, perms: np.ndarray) -> np.ndarray:
+        solved = np.empty_like(perms)
+        for layer in np.ndindex(perms.shape[1:-1]):
+            own = (slice(None), *layer)
+            solved[own] = synchronise(scores[own], pairs, perms[own])
+        return solved
+
+    return Solver(solve, blocks, stay)
 
 
 def synchronise(

@@ -7,7 +7,7 @@ mean, in float32, and batches are added by the pairwise update of Chan, Golub & 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ __all__ = [
     "empty_moments",
     "group_scores",
     "no_moments",
+    "of_layers",
     "update_moments",
     "update_taps",
 ]
@@ -158,21 +159,40 @@ def correlation(moments: Moments) -> Float[Array, "units units"]:
 
 # All taps of all groups ===============================================================
 
-TapMoments = dict[str, dict[str, Moments]]
-"""For each group the moments of its units at each of its taps."""
+TapMoments = dict[str, dict[str, Any]]
+"""For each group the moments of its units at each of its taps, as `Moments`.
+
+The arrays of a stacked group have leading axes for the layers.
+"""
 
 
-def no_moments(spec: PermutationSpec, sizes: Mapping[str, int]) -> TapMoments:
+def no_moments(
+    spec: PermutationSpec, shapes: Mapping[str, tuple[int, ...]]
+) -> TapMoments:
     """The moments at all taps over no samples.
 
     Args:
         spec: the symmetry, with its taps.
-        sizes: each group's number of units.
+        shapes: the shape of each group's permutation.
     """
+
+    def empty(shape: tuple[int, ...]) -> Moments:
+        *layers, units = shape
+        return jax.tree.map(
+            lambda x: jnp.zeros((*layers, *x.shape), x.dtype), empty_moments(units)
+        )
+
     return {
-        group: {tap: empty_moments(sizes[group]) for tap in spec.taps_of(group)}
+        group: {tap: empty(shapes[group]) for tap in spec.taps_of(group)}
         for group in spec.groups
     }
+
+
+def of_layers(function: Callable[..., Any], n_layer_axes: int) -> Callable[..., Any]:
+    """Makes a function of one layer a function of stacked layers."""
+    for _ in range(n_layer_axes):
+        function = jax.vmap(function)
+    return function
 
 
 def update_taps(moments: TapMoments, reference: Any, permutee: Any) -> TapMoments:
@@ -183,8 +203,13 @@ def update_taps(moments: TapMoments, reference: Any, permutee: Any) -> TapMoment
         reference: for each group and tap what the reference shows, `Centred`.
         permutee: for each group and tap what the permutee shows, `Centred`.
     """
+
+    def update(moments: Any, reference: Any, permutee: Any) -> Any:
+        of_all = of_layers(update_moments, moments.products.ndim - 2)
+        return of_all(moments, reference, permutee)
+
     return jax.tree.map(
-        update_moments,
+        update,
         moments,
         reference,
         permutee,
@@ -192,12 +217,18 @@ def update_taps(moments: TapMoments, reference: Any, permutee: Any) -> TapMoment
     )
 
 
-def group_scores(moments: TapMoments) -> dict[str, Float[Array, "units units"]]:
+def group_scores(
+    moments: TapMoments,
+) -> dict[str, Float[Array, "*layers units units"]]:
     """For each group its units' correlations, averaged over its taps: within [-1, 1].
 
     A residual stream is one group with a tap behind every block.
     """
+
+    def scores(tap: Any) -> Array:
+        return of_layers(correlation, tap.products.ndim - 2)(tap)
+
     return {
-        group: jnp.stack([correlation(tap) for tap in taps.values()]).mean(axis=0)
+        group: jnp.stack([scores(tap) for tap in taps.values()]).mean(axis=0)
         for group, taps in moments.items()
     }

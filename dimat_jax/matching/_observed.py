@@ -9,21 +9,29 @@ from jaxtyping import Array, Float
 
 from dimat_jax.matching._descent import Pairs
 from dimat_jax.matching._moments import (
-    Centred,
     TapMoments,
     centre,
     group_scores,
     no_moments,
+    of_layers,
     update_taps,
 )
 from dimat_jax.matching._taps import Activations, check_taps, tap_units
-from dimat_jax.permutation import PermutationSpec, PermutationSpecError, group_sizes
+from dimat_jax.permutation import (
+    PermutationSpec,
+    PermutationSpecError,
+    group_shapes,
+    group_sizes,
+)
 from dimat_jax.tree import PyTree, stack
 
 __all__ = ["ListedNetworks", "NetworkPrograms", "ObservedNetworks", "observer"]
 
-Observed = dict[str, dict[str, Centred]]
-"""What one network shows of a batch, for each group and tap."""
+Observed = dict[str, dict[str, Any]]
+"""What one network shows of a batch, for each group and tap, as `Centred`.
+
+The arrays of a stacked group have leading axes for the layers.
+"""
 
 
 @runtime_checkable
@@ -60,7 +68,9 @@ class ObservedNetworks(Protocol):
         """
         ...
 
-    def scores(self, moments: Any) -> dict[str, Float[Array, "length units units"]]:
+    def scores(
+        self, moments: Any
+    ) -> dict[str, Float[Array, "length *layers units units"]]:
         """For each group the scores of a wave's pairs; see `group_scores`."""
         ...
 
@@ -90,17 +100,19 @@ def observer(
     return observe
 
 
-def _centre_examples(tap: str, units: Array, mask: Array | None) -> Centred:
+def _centre_examples(tap: str, units: Array, mask: Array | None) -> Any:
     """Centres the activations of a tap over the examples that the mask selects."""
-    if mask is None:
-        return centre(units)
-    if len(units) % len(mask):
-        raise PermutationSpecError(
-            f"tap {tap!r} shows {len(units)} samples of {len(mask)} examples; "
-            "the first axis of its activations must be the examples"
-        )
-    # Every position of a feature map is a sample of its example.
-    return centre(units, jnp.repeat(mask, len(units) // len(mask)))
+    *layers, n_samples, _ = units.shape
+    weights = None
+    if mask is not None:
+        if n_samples % len(mask):
+            raise PermutationSpecError(
+                f"tap {tap!r} shows {n_samples} samples of {len(mask)} examples; "
+                "the first axis of its activations must be the examples"
+            )
+        # Every position of a feature map is a sample of its example.
+        weights = jnp.repeat(mask, n_samples // len(mask))
+    return of_layers(lambda own: centre(own, weights), len(layers))(units)
 
 
 # Networks in a list ===================================================================
@@ -164,8 +176,8 @@ class ListedNetworks:
         self._read, self._shared = read, shared
 
     def no_moments(self, wave: Pairs) -> list[TapMoments]:
-        sizes = group_sizes(self._programs.spec, self._models[0])
-        return [no_moments(self._programs.spec, sizes)] * wave.real
+        shapes = group_shapes(self._programs.spec, self._models[0])
+        return [no_moments(self._programs.spec, shapes)] * wave.real
 
     def observe(self, batch: Any) -> list[Observed]:
         return [self._observe(i, batch, i) for i in range(len(self._models))]

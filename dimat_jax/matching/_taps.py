@@ -41,13 +41,14 @@ def with_last_taps(spec: PermutationSpec) -> PermutationSpec:
 
 def tap_units(
     spec: PermutationSpec, sizes: Mapping[str, int], activations: Activations
-) -> dict[str, dict[str, Float[Array, "samples units"]]]:
+) -> dict[str, dict[str, Float[Array, "*layers samples units"]]]:
     """Flattens the activations at each tap of each group to samples by units.
 
-    Every position of a feature map is a sample. Where a tap shows several groups, a
-    group's units are averaged over the units of the other groups, because the other
-    groups' permutations do not change such a mean. Samples keep their order: if
-    examples are the array's first axis, the samples of one example are consecutive.
+    Every position of a feature map is a sample. A stacked group has samples of the
+    units of each layer. Where a tap shows several groups, a group's units are averaged
+    over the units of the other groups, because the other groups' permutations do not
+    change such a mean. Samples keep their order: if examples are the array's first
+    axis, the samples of one example are consecutive.
 
     Args:
         spec: the symmetry, with its taps.
@@ -82,9 +83,10 @@ def _tap_units(spec, sizes, group: str, tap: str, activations: Activations) -> A
     others = tuple(
         axis for axis, other in enumerate(block.groups) if other not in (None, group)
     )
+    layers = block.layers_of(group)
     units = jnp.moveaxis(
         array.reshape(block.shape).mean(others, keepdims=True, dtype=jnp.float32),
-        block.groups.index(group),
-        -1,
+        (*layers, block.groups.index(group)),
+        (*range(len(layers)), -1),
     )
-    return units.reshape(-1, units.shape[-1])
+    return units.reshape(*units.shape[: len(layers)], -1, units.shape[-1])

@@ -34,7 +34,7 @@ from dimat_jax.matching._weight_scores import (
     included,
 )
 from dimat_jax.options import Option
-from dimat_jax.permutation import Perms, PermutationSpec, group_sizes, validate
+from dimat_jax.permutation import Perms, PermutationSpec, group_shapes, validate
 from dimat_jax.tree import PyTree, stack
 
 __all__ = [
@@ -177,7 +177,7 @@ def match_weights(
             if path not in others:
                 raise ValueError(f"{path!r} is floating in {names[0]}, not in {name}")
     scorer = WeightScorer(
-        spec, group_sizes(spec, models[0]), _stack(leaves), [pairs], names=names
+        spec, group_shapes(spec, models[0]), _stack(leaves), [pairs], names=names
     )
     return match_by_weights(Problem(scorer, solver), key, restarts)
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from dimat_jax.matching._blocks import Block, cut_blocks, take_block
 from dimat_jax.matching._descent import MatchedGroups, PairPerms, Pairs
 from dimat_jax.permutation import PermutationSpec
+from dimat_jax.permutation._actions import take_of_layers
 from dimat_jax.tree import PyTree, flatten, take
 
 __all__ = ["Include", "WeightScorer", "dot", "included"]
@@ -45,7 +46,7 @@ class WeightScorer:
 
     Args:
         spec: the symmetry.
-        sizes: each group's number of units.
+        shapes: the shape of each group's permutation.
         leaves: the leaves that count, by path: arrays `[networks, ...]`.
         waves: the pairs of networks. The pairs of one wave are computed together.
         lift: makes a function of one pair a function of stacked pairs, as `jax.vmap`.
@@ -60,7 +61,7 @@ class WeightScorer:
     def __init__(
         self,
         spec: PermutationSpec,
-        sizes: Mapping[str, int],
+        shapes: Mapping[str, tuple[int, ...]],
         leaves: Mapping[str, Array],
         waves: Sequence[Pairs],
         *,
@@ -69,7 +70,8 @@ class WeightScorer:
         fetch: Callable[[Array], np.ndarray] = jax.device_get,
         names: Sequence[str],
     ):
-        self.sizes = sizes
+        self.shapes = shapes
+        self.sizes = {group: shape[-1] for group, shape in self.shapes.items()}
         self.n_pairs = sum(wave.real for wave in waves)
         self.n_batches = 0
         self._leaves, self._waves = leaves, waves
@@ -77,11 +79,11 @@ class WeightScorer:
         self._terms = [
             _Term(path, block)
             for path, leaf in leaves.items()
-            for block in cut_blocks(spec.axes[path], leaf.shape[1:], sizes)
+            for block in cut_blocks(spec.axes[path], leaf.shape[1:], self.sizes)
         ]
         self._terms_of = {
             group: [term for term in self._terms if group in term.block.groups]
-            for group in sizes
+            for group in self.sizes
         }
         squares = self._squares(names)
         references = np.concatenate([w.references[: w.real] for w in waves])
@@ -96,14 +98,15 @@ class WeightScorer:
 
     def scores(
         self, group: str, perms: PairPerms, matched: MatchedGroups | None = None
-    ) -> Float[np.ndarray, "pairs units units"]:
-        terms = self._terms_of[group]
+    ) -> Float[np.ndarray, "pairs *layers units units"]:
+        terms, (*layers, units) = self._terms_of[group], self.shapes[group]
         if not terms:
-            return np.zeros((self.n_pairs, *2 * [self.sizes[group]]), np.float32)
+            return np.zeros((self.n_pairs, *layers, units, units), np.float32)
         program = _program(terms, group, matched)
         counting = np.array([_counts(term, group, matched) for term in terms])
         scores = self._run(_scores, program, perms, counting.astype(np.float32))
-        return scores * self._per_norm.astype(np.float32)[:, None, None]
+        per_norm = self._per_norm.astype(np.float32)
+        return scores * per_norm.reshape(-1, *[1] * (scores.ndim - 1))
 
     def scale(
         self, group: str, matched: MatchedGroups | None = None
@@ -113,7 +116,7 @@ class WeightScorer:
             for term in self._terms_of[group]
             if _counts(term, group, matched)
         ]
-        return _norms(squares, self.n_pairs) * self._per_norm / self.sizes[group]
+        return _norms(squares, self.n_pairs) * self._per_norm / self._units(group)
 
     def neighbours(self, group: str) -> Collection[str]:
         found = set()
@@ -127,10 +130,14 @@ class WeightScorer:
     def evidence(self, group: str, matched: MatchedGroups | None = None) -> float:
         """How many numbers for each unit the counting leaves hold."""
         return sum(
-            math.prod(term.block.shape) / self.sizes[group]
+            math.prod(term.block.shape) / self._units(group)
             for term in self._terms_of[group]
             if _counts(term, group, matched)
         )
+
+    def _units(self, group: str) -> int:
+        """The number of a group's units, in all of its layers."""
+        return math.prod(self.shapes[group])
 
     def similarity(self, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
         """The cosine of the angle between the reference and the permuted permutee."""
@@ -201,8 +208,10 @@ def _norms(squares: Collection[np.ndarray], n_pairs: int) -> np.ndarray:
 
 def _filled(perms: np.ndarray, length: int) -> np.ndarray:
     """Adds identities for the entries that only fill up a wave."""
-    rest = np.arange(perms.shape[1], dtype=np.int32)
-    return np.concatenate([perms, np.tile(rest, (length - len(perms), 1))])
+    rest = np.arange(perms.shape[-1], dtype=np.int32)
+    n_missing = length - len(perms)
+    filling = np.broadcast_to(rest, (n_missing, *perms.shape[1:]))
+    return np.concatenate([perms, filling])
 
 
 # Programs =============================================================================
@@ -236,21 +245,18 @@ def _program(
     blocks = []
     for term in terms:
         path, block = term
-        numbers = tuple(
-            other if other is None else groups.setdefault(other, len(groups))
-            for other in block.groups
-        )
+        numbered = block.renamed(lambda g: groups.setdefault(g, len(groups)))
         leaf = paths.setdefault(path, len(paths))
         unmatched = frozenset()
         if group is not None and _counts(term, group, matched):
             unmatched = frozenset(groups[g] for g in _unmatched(term, group, matched))
-        blocks.append((leaf, block._replace(groups=numbers), unmatched))
+        blocks.append((leaf, numbered, unmatched))
     return _Program(tuple(paths), tuple(groups), tuple(blocks))
 
 
 @partial(jax.jit, static_argnames=("blocks", "lift", "pick"))
 def _scores(leaves, perms, references, permutees, counting, *, blocks, lift, pick):
-    """The scores of the units of group 0: float32 `[pairs, units, units]`."""
+    """The scores of the units of group 0: float32 `[pairs, *layers, units, units]`."""
 
     def of_pair(reference, permutee, perms, counting):
         total = jnp.zeros(())
@@ -263,7 +269,7 @@ def _scores(leaves, perms, references, permutees, counting, *, blocks, lift, pic
                         _by_unit(x, block, axis, unmatched) for x in (ours, permuted)
                     )
                     total += counting[i] * jnp.matmul(
-                        one, other.T, precision=jax.lax.Precision.HIGHEST
+                        one, other.mT, precision=jax.lax.Precision.HIGHEST
                     )
         return total
 
@@ -304,7 +310,11 @@ def _cut(block: Block, leaf: Array) -> Array:
 def _permute(array: Array, block: Block, perms, fixed: int | None = None) -> Array:
     """Permutes all axes that a group acts on, except the axis `fixed`."""
     for axis, group in enumerate(block.groups):
-        if group is not None and axis != fixed:
+        if group is None or axis == fixed:
+            continue
+        if layers := block.layers_of(group):
+            array = take_of_layers(array, perms[group], layers, axis)
+        else:
             # A permutation's entries are within bounds, and checking them costs time.
             array = jnp.take(array, perms[group], axis=axis, mode="clip")
     return array
@@ -313,16 +323,19 @@ def _permute(array: Array, block: Block, perms, fixed: int | None = None) -> Arr
 def _by_unit(array: Array, block: Block, axis: int, unmatched: frozenset[int]) -> Array:
     """A row for each unit on an axis; the axes of unmatched groups are sorted.
 
+    The rows of a stacked group are `[*layers, units, numbers]`.
+
     Of all ways to permute two lists, sorting both makes their inner product largest. So
     the score is an upper bound of the score once the other groups are matched.
     """
-    axes = [a for a in range(array.ndim) if a != axis]
+    rows = [*block.layers_of(block.groups[axis]), axis]
+    axes = [a for a in range(array.ndim) if a not in rows]
     last = [a for a in axes if block.groups[a] in unmatched]
-    first = [axis] + [a for a in axes if a not in last]
+    first = rows + [a for a in axes if a not in last]
     array = array.transpose(*first, *last)
     if last:
         array = jnp.sort(array.reshape(*array.shape[: len(first)], -1), axis=-1)
-    return array.reshape(len(array), -1)
+    return array.reshape(*array.shape[: len(rows)], -1)
 
 
 def dot(a: Array, b: Array) -> Array:

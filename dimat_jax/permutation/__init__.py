@@ -20,6 +20,7 @@ from dimat_jax.permutation._actions import (
 from dimat_jax.permutation._derive import derive
 from dimat_jax.permutation._explain import AxisExplanation, Explanation, explain
 from dimat_jax.permutation._json import spec_from_json, spec_to_json
+from dimat_jax.permutation._sizes import group_shapes, group_sizes, validate
 from dimat_jax.permutation._spec import (
     Axis,
     Concat,
@@ -27,8 +28,7 @@ from dimat_jax.permutation._spec import (
     PermutationSpecError,
     PermutationSpecWarning,
     Product,
-    group_sizes,
-    validate,
+    Stack,
 )
 from dimat_jax.permutation._verify import verify
 
@@ -42,10 +42,12 @@ __all__ = [
     "PermutationSpecWarning",
     "Perms",
     "Product",
+    "Stack",
     "apply",
     "compose",
     "derive",
     "explain",
+    "group_shapes",
     "group_sizes",
     "identity",
     "invert",

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from dimat_jax.permutation._spec import Axis, Concat, Product
+from dimat_jax.permutation._spec import Axes, Axis, Concat, Product, Stack
+from dimat_jax.permutation._stacked import Stacks
 from dimat_jax.permutation._units import AxisUnits, Units, atoms, factors, fix, product
 
-__all__ = ["declare", "fix_undeclarable", "name_groups"]
+__all__ = ["declare", "declare_array", "fix_undeclarable", "name_groups"]
 
 
 def fix_undeclarable(units: AxisUnits) -> None:
@@ -44,6 +45,23 @@ def name_groups(axes_of: Mapping[str, Sequence[AxisUnits]]) -> dict[Units, str]:
             for n, atom in enumerate(new):
                 names[atom] = f"{path}:{d}" + (f".{n}" if len(new) > 1 else "")
     return names
+
+
+def declare_array(
+    axes: Sequence[AxisUnits], names: Mapping[Units, str], stacks: Stacks
+) -> Axes:
+    """The notation of a spec for an array, with a `Stack` where layers are stacked."""
+    shown = dict.fromkeys(atom for axis in axes for atom in atoms(axis))
+
+    def declared(units: AxisUnits) -> Axis:
+        if units is not None:
+            root = units.root()
+            stacked = [names[a] for a in shown if root in stacks.get(a, ())]
+            if stacked:
+                return Stack(*stacked)
+        return declare(units, names)
+
+    return tuple(map(declared, axes))
 
 
 def declare(units: AxisUnits, names: Mapping[Units, str]) -> Axis:

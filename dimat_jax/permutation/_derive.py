@@ -36,6 +36,7 @@ def derive(
     *,
     outputs: ChooseOutputs | None = ...,
     is_statistic: Callable[[str], bool] | None = ...,
+    keep: Callable[[str, int], bool] | None = ...,
     strict: bool = ...,
     with_activations: Literal[False] = ...,
 ) -> PermutationSpec: ...
@@ -49,6 +50,7 @@ def derive(
     *,
     outputs: ChooseOutputs | None = ...,
     is_statistic: Callable[[str], bool] | None = ...,
+    keep: Callable[[str, int], bool] | None = ...,
     strict: bool = ...,
     with_activations: Literal[True],
 ) -> tuple[PermutationSpec, Activations]: ...
@@ -61,6 +63,7 @@ def derive(
     *,
     outputs: ChooseOutputs | None = None,
     is_statistic: Callable[[str], bool] | None = None,
+    keep: Callable[[str, int], bool] | None = None,
     strict: bool = False,
     with_activations: bool = False,
 ) -> PermutationSpec | tuple[PermutationSpec, Activations]:
@@ -73,6 +76,11 @@ def derive(
     that `forward` captures is fixed whatever it contains. The derived symmetry holds
     for every value of the weights. `verify` checks a symmetry on some values, and
     `explain` tells for each axis why it is fixed.
+
+    Layers that are stacked along a fixed axis (`nn.scan`, a vmapped ensemble, experts)
+    have permutations of their own; see `Stack`. Units along an axis that is permuted
+    itself (attention heads, the members of an ensemble whose mean counts) have one
+    permutation for all of its entries, unless `keep` fixes that axis.
 
     A warning (a `PermutationSpecWarning`) names the axes that operations without a rule
     have fixed, and the layers that look permutable but are fixed, with the reason and
@@ -93,6 +101,9 @@ def derive(
         is_statistic: whether the leaf with a path is a running statistic. By default
             these are the updated variables, and the leaves that normalise as BatchNorm
             does in evaluation mode: `(x - mean) * rsqrt(variance + epsilon)`.
+        keep: `keep(leaf, dimension)` says whether an axis is to be fixed, although it
+            could be permuted. If it stacks layers, each keeps its place and has
+            permutations of its own.
         strict: raise an error if an operation without a rule has cost a symmetry.
         with_activations: also return a function that returns the activations of the
             groups' units, for models that have no such function of their own.
@@ -110,7 +121,7 @@ def derive(
             `activations` raises it if the model has other units with its inputs than
             with those given here.
     """
-    reading = read_model(forward, variables, inputs, outputs, is_statistic)
+    reading = read_model(forward, variables, inputs, outputs, is_statistic, keep)
     missing = reading.missing_rules()
     if missing and strict:
         raise PermutationSpecError(missing)
@@ -121,7 +132,7 @@ def derive(
     spec = reading.spec(reading.taps())
 
     def activations(variables, inputs):
-        again = read_model(forward, variables, inputs, outputs, is_statistic)
+        again = read_model(forward, variables, inputs, outputs, is_statistic, keep)
         taps = again.taps()
         if again.spec(taps) != spec:
             raise PermutationSpecError(

@@ -7,7 +7,7 @@ from dimat_jax.permutation._causes import describe
 from dimat_jax.permutation._nodes import fixed_nodes
 from dimat_jax.permutation._outputs import ChooseOutputs, Forward
 from dimat_jax.permutation._reading import Reading, read_model
-from dimat_jax.permutation._spec import Axis
+from dimat_jax.permutation._spec import Axis, Stack
 from dimat_jax.tree import PyTree
 
 __all__ = ["AxisExplanation", "Explanation", "explain"]
@@ -34,6 +34,9 @@ class AxisExplanation(NamedTuple):
     def __str__(self) -> str:
         if self.axis is None:
             return f"fixed: {self.reasons}"
+        if isinstance(self.axis, Stack):
+            named = ", ".join(map(repr, self.axis.groups))
+            return f"fixed, with permutations of {named} for each entry: {self.reasons}"
         rest = f" (fixed in part: {self.reasons})" if self.reasons else ""
         return f"{self.axis}{rest}"
 

@@ -11,6 +11,7 @@ from dimat_jax.permutation._spec import (
     PermutationSpec,
     PermutationSpecError,
     Product,
+    Stack,
 )
 
 __all__ = ["spec_from_json", "spec_to_json"]
@@ -19,8 +20,8 @@ __all__ = ["spec_from_json", "spec_to_json"]
 def spec_to_json(spec: PermutationSpec) -> str:
     """Writes a spec as JSON text; `spec_from_json` reads it.
 
-    A `Product` becomes `{"product": [factors]}`, and a `Concat` becomes
-    `{"concat": [[axis, size], ...]}`.
+    A `Product` becomes `{"product": [factors]}`, a `Concat` becomes
+    `{"concat": [[axis, size], ...]}`, and a `Stack` becomes `{"stack": [groups]}`.
     """
     return json.dumps(
         {
@@ -71,6 +72,8 @@ def _axis_out(axis: Axis) -> Any:
             return {"product": list(factors)}
         case Concat(parts):
             return {"concat": [[_axis_out(part), size] for part, size in parts]}
+        case Stack(groups):
+            return {"stack": list(groups)}
         case _:
             return axis
 
@@ -88,4 +91,6 @@ def _axis_in(axis: Any) -> Axis:
                 return Product(*factors)
         case {"concat": parts, **rest} if not rest:
             return Concat(*((_axis_in(part), int(size)) for part, size in parts))
+        case {"stack": groups, **rest} if not rest:
+            return Stack(*map(str, groups))
     raise PermutationSpecError(f"the text is no permutation spec: {axis!r} is no axis")

@@ -2,16 +2,19 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from dimat_jax.permutation._sizes import group_sizes
 from dimat_jax.permutation._spec import (
+    Axes,
     Axis,
     Concat,
     PermutationSpec,
     Product,
+    Stack,
+    axes_groups,
     axis_groups,
-    group_sizes,
 )
 from dimat_jax.tree import PyTree, flatten
 
@@ -72,16 +75,20 @@ def find_mistakes(
         votes.items(), key=lambda item: (item[0][1] is None, -item[1])
     ):
         names.setdefault(group, name)
-    return [
-        Mistake(
-            leaf,
-            d,
-            declared.axes[leaf][d],
-            _renamed(derived.axes[leaf][d], names, derived_sizes),
-        )
-        for (leaf, d), (labels_declared, labels_derived) in labels.items()
-        if labels_declared != [_renamed_label(label, names) for label in labels_derived]
-    ]
+    # A group whose layers are declared to be permuted alike is permuted rightly, even
+    # if each layer could be permuted in its own way.
+    stacked = {g for axes in declared.axes.values() for a in axes for g in _stacked(a)}
+    mistakes = []
+    for (leaf, d), (labels_declared, labels_derived) in labels.items():
+        axis = declared.axes[leaf][d]
+        right = _renamed(derived.axes[leaf][d], names, derived_sizes)
+        own = _stacked(right) & stacked
+        if isinstance(right, Stack):
+            right = Stack(*(g for g in right.groups if g in own)) if own else None
+        alike = [_renamed_label(label, names) for label in labels_derived]
+        if labels_declared != alike or _stacked(axis) != own:
+            mistakes.append(Mistake(leaf, d, axis, right))
+    return mistakes
 
 
 def correct_spec(spec: PermutationSpec, mistakes: Iterable[Mistake]) -> PermutationSpec:
@@ -89,7 +96,20 @@ def correct_spec(spec: PermutationSpec, mistakes: Iterable[Mistake]) -> Permutat
     axes = {leaf: list(leaf_axes) for leaf, leaf_axes in spec.axes.items()}
     for mistake in mistakes:
         axes[mistake.leaf][mistake.dimension] = mistake.right
-    return PermutationSpec({leaf: tuple(leaf_axes) for leaf, leaf_axes in axes.items()})
+    return PermutationSpec({leaf: _in_use(own) for leaf, own in axes.items()})
+
+
+def _in_use(axes: Sequence[Axis]) -> Axes:
+    """Axes without the stacks of groups that the other axes no longer have."""
+    present = set(axes_groups(tuple(axes)))
+
+    def kept(axis: Axis) -> Axis:
+        if not isinstance(axis, Stack):
+            return axis
+        groups = [group for group in axis.groups if group in present]
+        return Stack(*groups) if groups else None
+
+    return tuple(map(kept, axes))
 
 
 def _labels(axis: Axis, size: int, sizes: Mapping[str, int]) -> Iterator[Label]:
@@ -145,6 +165,11 @@ def _correspondences(
     return votes
 
 
+def _stacked(axis: Axis) -> set[str]:
+    """The groups whose layers are stacked along an axis."""
+    return set(axis.groups) if isinstance(axis, Stack) else set()
+
+
 def _renamed_label(label: Label, names: Mapping[str, str | None]) -> Label:
     return tuple(
         (name, unit)
@@ -170,5 +195,8 @@ def _renamed(
         case Concat(parts):
             renamed = Concat(*((_renamed(p, names, sizes), n) for p, n in parts))
             return renamed if any(axis_groups(renamed)) else None
+        case Stack(groups):
+            own = [name for g in groups if (name := names.get(g, g)) is not None]
+            return Stack(*own) if own else None
         case _:
             return None

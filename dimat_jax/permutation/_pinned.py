@@ -77,7 +77,7 @@ def pinned_layers(
     """
     made: set[Units] = set()
     read: set[Units] = set()
-    for eqn, operands, (result,) in trace.contractions:
+    for eqn, operands, (result,), *_ in trace.contractions:
         for weight, other in ((0, 1), (1, 0)):
             if not operands[weight].sources & inputs and (
                 operands[weight].sources and operands[other].sources & inputs

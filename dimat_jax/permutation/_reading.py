@@ -3,7 +3,6 @@
 import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,12 +10,17 @@ from jax.interpreters import partial_eval
 
 from dimat_jax._jaxprs import ClosedJaxpr
 from dimat_jax.permutation._causes import Cause, describe
-from dimat_jax.permutation._declare import declare, fix_undeclarable, name_groups
+from dimat_jax.permutation._declare import (
+    declare_array,
+    fix_undeclarable,
+    name_groups,
+)
 from dimat_jax.permutation._jaxpr import shape_of
 from dimat_jax.permutation._nodes import fixed_nodes
 from dimat_jax.permutation._outputs import ChooseOutputs, Forward, call_forward
 from dimat_jax.permutation._pinned import list_axes, list_layers, pinned_layers
-from dimat_jax.permutation._spec import PermutationSpec, PermutationSpecError
+from dimat_jax.permutation._spec import Axes, PermutationSpec, PermutationSpecError
+from dimat_jax.permutation._stacked import Stacks, find_stacks
 from dimat_jax.permutation._statistics import normalising_arguments
 from dimat_jax.permutation._taps import Tap, choose_taps
 from dimat_jax.permutation._trace import Trace, Value, constant
@@ -48,6 +52,7 @@ class Reading(NamedTuple):
         trace: the trace through the jaxpr.
         axes: by each leaf's path, the units along its axes.
         names: the name of each group.
+        stacks: the groups whose layers are stacked, and along which axes.
         n_outputs: the number of outputs that count.
         statistics: the paths of the running statistics.
     """
@@ -56,19 +61,20 @@ class Reading(NamedTuple):
     trace: Trace
     axes: dict[str, ArrayUnits]
     names: dict[Units, str]
+    stacks: Stacks
     n_outputs: int
     statistics: frozenset[str]
 
     def spec(self, taps: Mapping[str, Tap]) -> PermutationSpec:
         """The spec of the model, with these taps."""
         axes = {
-            path: tuple(declare(axis, self.names) for axis in axes)
+            path: declare_array(axes, self.names, self.stacks)
             for path, axes in self.axes.items()
         }
         # A spec gives a group's size only if the group has no axis to itself.
         plain = {axis for leaf_axes in axes.values() for axis in leaf_axes}
         sizes = {n: atom.size for atom, n in self.names.items() if n not in plain}
-        tap_axes = {name: tap.axes for name, tap in taps.items()}
+        tap_axes = {name: tap.shown_axes for name, tap in taps.items()}
         return PermutationSpec(axes, tap_axes, sizes, self.statistics)
 
     def taps(self) -> dict[str, Tap]:
@@ -76,9 +82,21 @@ class Reading(NamedTuple):
         return choose_taps(
             self.trace,
             self.names.values(),
-            partial(declare, names=self.names),
+            self._tap_axes,
             _source_of_inputs(self.axes),
         )
+
+    def _tap_axes(self, axes: ArrayUnits) -> Axes:
+        """The notation of a spec for a value; no groups if it does not show all layers.
+
+        The layers must be on axes of their own, in the order of the leaves' axes.
+        """
+        roots = [axis.root() for axis in axes if axis is not None]
+        for atom in {atom for axis in axes for atom in atoms(axis)}:
+            order = self.stacks.get(atom, ())
+            if order != tuple(root for root in roots if root in order):
+                return (None,) * len(axes)
+        return declare_array(axes, self.names, self.stacks)
 
     def missing_rules(self) -> str:
         """A message that names the axes fixed only by operations without a rule.
@@ -126,6 +144,7 @@ def read_model(
     inputs: PyTree,
     outputs: ChooseOutputs | None,
     is_statistic: Callable[[str], bool] | None = None,
+    keep: Callable[[str, int], bool] | None = None,
 ) -> Reading:
     """Traces a model; see `derive` for the arguments and the errors."""
     leaves = flatten(variables)
@@ -133,7 +152,8 @@ def read_model(
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise PermutationSpecError(
                 f"the leaf {path!r} is no array, but {type(leaf).__name__}; split the "
-                "variables from what is not traced first"
+                "variables from what is not traced first (of a TrainState, pass "
+                "state.params)"
             )
 
     def traced(variables, inputs):
@@ -159,6 +179,7 @@ def read_model(
     for path, value in zip(updates, results[len(counted) :], strict=True):
         for old, new in zip(axes[path], value.axes, strict=True):
             same(old, new)
+    _fix_kept(axes, keep)
     _fix_unused(axes, results[: len(counted)])
     for leaf_axes in axes.values():
         for axis in leaf_axes:
@@ -168,13 +189,29 @@ def read_model(
     # Groups are named after kernels rather than biases: a kernel's name says more.
     used.sort(key=lambda path: len(axes[path]) < 2)
     names = name_groups({path: axes[path] for path in [*used, *leaves]})
+    stacks = find_stacks(axes.values(), trace.occurrences)
     if is_statistic is not None:
         statistics = filter(is_statistic, leaves)
     else:
-        paths = list(leaves)
-        numbers = normalising_arguments(closed.jaxpr)
-        statistics = {*updates, *(paths[n] for n in numbers if n < len(paths))}
-    return Reading(closed, trace, axes, names, len(counted), frozenset(statistics))
+        statistics = {*updates, *_normalising(closed, list(leaves))}
+    return Reading(
+        closed, trace, axes, names, stacks, len(counted), frozenset(statistics)
+    )
+
+
+def _normalising(closed: ClosedJaxpr, paths: Sequence[str]) -> list[str]:
+    """The paths of the leaves that normalise as BatchNorm's statistics do."""
+    numbers = normalising_arguments(closed.jaxpr)
+    return [paths[n] for n in numbers if n < len(paths)]
+
+
+def _fix_kept(
+    axes_of: Mapping[str, ArrayUnits], keep: Callable[[str, int], bool] | None
+) -> None:
+    for path, axes in axes_of.items():
+        for d, axis in enumerate(axes):
+            if keep is not None and keep(path, d):
+                fix(axis, "the wish to keep it in place")
 
 
 def _fix_unused(axes_of: Mapping[str, ArrayUnits], outputs: Iterable[Value]) -> None:

@@ -1,6 +1,6 @@
-"""Runs a model's jaxpr and records the values that it computes on the way."""
+"""Runs a model's jaxpr; records or changes the values that it computes on the way."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from dimat_jax._jaxprs import (
 )
 from dimat_jax.permutation._jaxpr import Place
 
-__all__ = ["run_and_record"]
+__all__ = ["run_and_record", "run_edited"]
 
 
 def run_and_record(
@@ -30,6 +30,48 @@ def run_and_record(
     """
     wanted = {place: place for place in places}
     return _run(closed.jaxpr, [*closed.consts, *arguments], wanted)[1]
+
+
+def run_edited(
+    closed: ClosedJaxpr,
+    arguments: Sequence[ArrayLike],
+    edits: Mapping[Place, Callable[[Any], Any]],
+) -> list[Any]:
+    """Runs a closed jaxpr, with changed results at some places.
+
+    Args:
+        closed: the jaxpr.
+        arguments: its inputs.
+        edits: for each place of a result the function that changes it. The places are
+            in no loop and no branch.
+    """
+    return _run_edited(closed.jaxpr, [*closed.consts, *arguments], edits)
+
+
+def _run_edited(
+    jaxpr: Jaxpr,
+    arguments: Sequence[Any],
+    edits: Mapping[Place, Callable[[Any], Any]],
+) -> list[Any]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True))
+
+    def value_of(atom: Atom) -> Any:
+        return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
+
+    for number, eqn in enumerate(jaxpr.eqns):
+        inputs = [value_of(atom) for atom in eqn.invars]
+        here = {place[1:]: f for place, f in edits.items() if place[0] == number}
+        inside = {place: f for place, f in here.items() if len(place) > 1}
+        called = called_by(eqn)
+        if inside and called is not None:
+            outputs = _run_edited(called.jaxpr, [*called.consts, *inputs], inside)
+        else:
+            outputs = run_equation(eqn, inputs)
+        for (n, *rest), edit in here.items():
+            if not rest:
+                outputs[~n] = edit(outputs[~n])
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [value_of(atom) for atom in jaxpr.outvars]
 
 
 def _run(

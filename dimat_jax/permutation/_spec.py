@@ -1,11 +1,9 @@
 """Permutation specs: they declare which axes of which leaves are permuted together."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
-from dimat_jax.errors import UserError, nearest
-from dimat_jax.tree import PyTree, flatten
+from dimat_jax.errors import UserError
 
 __all__ = [
     "Axes",
@@ -15,9 +13,10 @@ __all__ = [
     "PermutationSpecError",
     "PermutationSpecWarning",
     "Product",
+    "Stack",
+    "axes_groups",
     "axis_groups",
-    "group_sizes",
-    "validate",
+    "stack_dimensions",
 ]
 
 
@@ -71,7 +70,30 @@ class Concat:
         return f"Concat({', '.join(map(repr, self.parts))})"
 
 
-Axis = None | str | Product | Concat
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """An axis along which layers, or the members of an ensemble, are stacked.
+
+    The axis itself is never permuted. Each of its entries has a permutation of its own
+    for the units of the groups that are named: the group's permutation is
+    int32[layers, units], and layer `l` of the array is permuted by its row `l`. The
+    first weight of stacked blocks is `(Stack("hidden"), "stream", "hidden")`. Every
+    array with units of the group needs such an axis.
+
+    Attributes:
+        groups: the names of the groups that are stacked along this axis.
+    """
+
+    groups: tuple[str, ...]
+
+    def __init__(self, *groups: str):
+        object.__setattr__(self, "groups", groups)
+
+    def __repr__(self) -> str:
+        return f"Stack({', '.join(map(repr, self.groups))})"
+
+
+Axis = None | str | Product | Concat | Stack
 """How one axis is permuted.
 
 None: the axis is never permuted. A string: the group of that name permutes it.
@@ -85,7 +107,8 @@ Axes = tuple[Axis, ...]
 class PermutationSpec:
     """Declares a network's permutation symmetry.
 
-    The groups are those that `axes` names. All axes of one group are permuted alike.
+    The groups are those that `axes` names. All axes of one group are permuted alike. A
+    group that a `Stack` names has one permutation for each layer of the stack.
 
     Attributes:
         axes: for every leaf, by its path (see `dimat_jax.tree`), one `Axis` for each
@@ -134,7 +157,7 @@ class PermutationSpec:
         return [
             tap
             for tap, axes in self.taps.items()
-            if group in _axes_groups((axes,) if isinstance(axes, str) else axes)
+            if group in axes_groups((axes,) if isinstance(axes, str) else axes)
         ]
 
     def tap_axes(self, tap: str, ndim: int) -> Axes:
@@ -165,167 +188,21 @@ def axis_groups(axis: Axis) -> Iterator[str]:
                 yield from axis_groups(part)
 
 
-def _axes_groups(axes: Axes) -> list[str]:
+def axes_groups(axes: Axes) -> list[str]:
+    """The names of the groups that permute an array, in the order of its axes."""
     return [group for axis in axes for group in axis_groups(axis)]
 
 
-def validate(spec: PermutationSpec, variables: PyTree) -> None:
-    """Checks that a spec covers every leaf, and that ranks and sizes agree.
+def stack_dimensions(axes: Axes) -> dict[str, tuple[int, ...]]:
+    """For each group that permutes an array, the dimensions that stack its layers.
 
-    `verify` checks that the network's function has the declared symmetry.
-
-    Raises:
-        PermutationSpecError: the spec does not fit. The message names the leaf and the
-            group.
+    The entries of a group that is not stacked are empty.
     """
-    group_sizes(spec, variables)
-    groups = spec.groups
-    for leaf in sorted(spec.statistics):
-        if leaf not in spec.axes:
-            raise PermutationSpecError(
-                f"the spec names the statistic {leaf!r}, which the variables do not "
-                f"have; {nearest(leaf, spec.axes)}"
-            )
-    for tap, axes in spec.taps.items():
-        axes = (axes,) if isinstance(axes, str) else axes
-        shown = _axes_groups(axes)
-        if not shown:
-            raise PermutationSpecError(
-                f"tap {tap!r} must show the units of a group; its axes are {axes}"
-            )
-        for axis in axes:
-            if isinstance(axis, Concat):
-                raise PermutationSpecError(
-                    f"tap {tap!r} concatenates units of several kinds ({axis}); give "
-                    "each part a tap of its own"
-                )
-        for group in shown:
-            if group not in groups:
-                raise PermutationSpecError(
-                    f"tap {tap!r} shows group {group!r}, which no leaf has; "
-                    f"{nearest(group, groups)}"
-                )
-            if shown.count(group) > 1:
-                raise PermutationSpecError(
-                    f"tap {tap!r} shows group {group!r} twice, as if pairs of its "
-                    f"units were units; its axes are {axes}"
-                )
-
-
-def group_sizes(spec: PermutationSpec, variables: PyTree) -> dict[str, int]:
-    """The number of units of each group, in the order of `spec.groups`.
-
-    Raises:
-        PermutationSpecError: the axes do not fit the leaves, as in `validate`.
-    """
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(variables).items()}
-    for path in shapes:
-        if path not in spec.axes:
-            raise PermutationSpecError(
-                f"the spec does not cover the leaf {path!r} of shape {shapes[path]}; "
-                f"{nearest(path, spec.axes)}"
-            )
-    for path, axes in spec.axes.items():
-        if path not in shapes:
-            raise PermutationSpecError(
-                f"the spec names the leaf {path!r}, which the variables do not have; "
-                f"{nearest(path, shapes)}"
-            )
-        if len(axes) != len(shapes[path]):
-            raise PermutationSpecError(
-                f"the spec gives {path!r} {len(axes)} axes, {axes}, but its shape is "
-                f"{shapes[path]}"
-            )
-    return _Sizes(spec, shapes).resolve()
-
-
-class _Sizes:
-    """Infers the sizes of groups from leaf shapes, and checks that they agree."""
-
-    def __init__(self, spec: PermutationSpec, shapes: Mapping[str, tuple[int, ...]]):
-        self._spec = spec
-        self._shapes = shapes
-        self._sizes: dict[str, int] = {}
-        self._source: dict[str, str] = {}
-
-    def resolve(self) -> dict[str, int]:
-        groups = self._spec.groups
-        for group, size in self._spec.sizes.items():
-            if group not in groups:
-                raise PermutationSpecError(
-                    f"the spec gives the size of group {group!r}, which no leaf has; "
-                    f"{nearest(group, groups)}"
-                )
-            self._learn(group, size, "spec.sizes")
-        # The size of a group in a Product may follow only from another leaf. So plain
-        # axes come first, and products are visited until no size is new.
-        self._visit(lambda axis: not isinstance(axis, Product))
-        while True:
-            n_before = len(self._sizes)
-            self._visit(lambda axis: isinstance(axis, Product))
-            if len(self._sizes) == n_before:
-                break
-        for group, members in groups.items():
-            if group not in self._sizes:
-                leaf, dimension = members[0]
-                raise PermutationSpecError(
-                    f"the size of group {group!r} cannot be told: its only axes are "
-                    f"products with other unknown factors ({leaf!r} axis {dimension}); "
-                    "spec.sizes can give it"
-                )
-        return {group: self._sizes[group] for group in groups}
-
-    def _visit(self, wanted: Callable[[Axis], bool]) -> None:
-        """Learns from all axes, or parts of concatenations, that `wanted` accepts."""
-        for leaf, axes in self._spec.axes.items():
-            for dimension, axis in enumerate(axes):
-                size = self._shapes[leaf][dimension]
-                for part, part_size in self._parts(axis, size, leaf, dimension):
-                    if wanted(part):
-                        self._learn(part, part_size, f"{leaf!r} axis {dimension}")
-
-    def _parts(
-        self, axis: Axis, size: int, leaf: str, dimension: int
-    ) -> Iterator[tuple[Axis, int]]:
-        """Yields the parts of a (nested) concatenation, or the axis itself."""
-        if not isinstance(axis, Concat):
-            yield axis, size
-            return
-        total = sum(part_size for _, part_size in axis.parts)
-        if total != size:
-            raise PermutationSpecError(
-                f"{leaf!r} axis {dimension} has size {size}, but the parts of {axis} "
-                f"add up to {total}"
-            )
-        for part, part_size in axis.parts:
-            yield from self._parts(part, part_size, leaf, dimension)
-
-    def _learn(self, axis: Axis, size: int, where: str) -> None:
-        match axis:
-            case str():
-                first_size = self._sizes.setdefault(axis, size)
-                source = self._source.setdefault(axis, where)
-                if first_size != size:
-                    raise PermutationSpecError(
-                        f"group {axis!r} has {first_size} units at {source}, but "
-                        f"{size} at {where}"
-                    )
-            case Product(factors):
-                self._learn_product(axis, factors, size, where)
-
-    def _learn_product(
-        self, axis: Product, factors: Sequence[None | int | str], size: int, where: str
-    ) -> None:
-        sizes = [
-            self._sizes.get(factor) if isinstance(factor, str) else factor
-            for factor in factors
-        ]
-        product = math.prod(s for s in sizes if s is not None)
-        unknown = [f for f, s in zip(factors, sizes, strict=True) if s is None]
-        if size % product or (not unknown and product != size):
-            raise PermutationSpecError(
-                f"{where} has size {size}, which {axis} with factors {sizes} does not "
-                "make"
-            )
-        if len(unknown) == 1 and isinstance(unknown[0], str):
-            self._learn(unknown[0], size // product, where)
+    return {
+        group: tuple(
+            d
+            for d, axis in enumerate(axes)
+            if isinstance(axis, Stack) and group in axis.groups
+        )
+        for group in dict.fromkeys(axes_groups(axes))
+    }

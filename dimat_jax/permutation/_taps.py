@@ -13,9 +13,15 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dimat_jax.permutation._jaxpr import Place
-from dimat_jax.permutation._spec import Axes, Axis, Concat, axis_groups
-from dimat_jax.permutation._trace import Trace, Value
-from dimat_jax.permutation._units import AxisUnits
+from dimat_jax.permutation._spec import (
+    Axes,
+    Axis,
+    Concat,
+    Stack,
+    axis_groups,
+)
+from dimat_jax.permutation._trace import Located, Trace
+from dimat_jax.permutation._units import ArrayUnits
 
 __all__ = ["Tap", "choose_taps", "read_tap"]
 
@@ -29,18 +35,31 @@ class Tap(NamedTuple):
             stop means the end of the axis.
         axes: the axes of the part.
         groups: the groups whose units the part shows.
+        steps: the axes of the steps of the scans around the value.
     """
 
     place: Place
     bounds: tuple[tuple[int, int | None], ...]
     axes: Axes
     groups: tuple[str, ...]
+    steps: Axes = ()
+
+    @property
+    def shown_axes(self) -> Axes:
+        """The axes as a spec declares them for what `read_tap` returns.
+
+        The steps of a scan are samples, unless they stack the layers of a group.
+        """
+        if not any(isinstance(axis, Stack) for axis in self.steps):
+            return self.axes
+        n_examples = int(self.axes[0] is None)
+        return (*self.axes[:n_examples], *self.steps, *self.axes[n_examples:])
 
 
 def choose_taps(
     trace: Trace,
     groups: Iterable[str],
-    declare: Callable[[AxisUnits], Axis],
+    declare: Callable[[ArrayUnits], Axes],
     inputs: int,
 ) -> dict[str, Tap]:
     """Chooses taps for every group; the taps of a group are numbered.
@@ -48,7 +67,7 @@ def choose_taps(
     Args:
         trace: the trace of the model.
         groups: the names of all groups.
-        declare: turns the units along an axis into a spec's notation.
+        declare: turns the units along an array's axes into a spec's notation.
         inputs: the source bit of the model's inputs (see `Value`). A value that does
             not depend on the inputs cannot be a tap.
 
@@ -56,12 +75,14 @@ def choose_taps(
         the taps by name: "<group>#<number>". A group may have none.
     """
 
-    def parts(values: Sequence[tuple[Place, Value]]) -> list[list[Tap]]:
-        return [
-            list(_parts(place, [declare(axis) for axis in value.axes]))
-            for place, value in values
-            if value.sources & inputs
-        ]
+    def parts(values: Sequence[Located]) -> list[list[Tap]]:
+        found = []
+        for place, value, steps in values:
+            if value.sources & inputs:
+                axes = declare([*steps, *value.axes])
+                n = len(steps)
+                found.append(list(_parts(place, axes[n:], axes[:n])))
+        return found
 
     operands, values = parts(trace.operands), parts(trace.values)
     taps: dict[str, Tap] = {}
@@ -84,17 +105,29 @@ def read_tap(tap: Tap, value: Array) -> Array:
     The axis of a scan's steps, if there is one, is put behind the axis of the examples.
     """
     part = value[(..., *(slice(*bound) for bound in tap.bounds))]
-    n_steps = part.ndim - len(tap.axes)
+    n_steps = len(tap.steps)
     return jnp.moveaxis(part, n_steps, 0) if tap.axes[0] is None else part
 
 
-def _parts(place: Place, axes: Sequence[Axis]) -> Iterator[Tap]:
+def _parts(place: Place, axes: Axes, steps: Axes) -> Iterator[Tap]:
     """The parts of a value that show groups, without those that show a group twice."""
     for parts in itertools.product(*map(_axis_parts, axes)):
         bounds, part_axes = zip(*parts, strict=True) if parts else ((), ())
         groups = tuple(group for axis in part_axes for group in axis_groups(axis))
         if groups and len(set(groups)) == len(groups):
-            yield Tap(place, bounds, part_axes, groups)
+            own, own_steps = (
+                tuple(_only(groups, axis) for axis in all_axes)
+                for all_axes in (part_axes, steps)
+            )
+            yield Tap(place, bounds, own, groups, own_steps)
+
+
+def _only(groups: Sequence[str], axis: Axis) -> Axis:
+    """An axis without the layers of groups that a part of an array does not show."""
+    if not isinstance(axis, Stack):
+        return axis
+    shown = [group for group in axis.groups if group in groups]
+    return Stack(*shown) if shown else None
 
 
 def _axis_parts(axis: Axis) -> Iterator[tuple[tuple[int, int | None], Axis]]:

@@ -11,8 +11,10 @@ from dimat_jax._jaxprs import Atom, ClosedJaxpr, Equation, Jaxpr, called_by
 from dimat_jax.permutation._causes import Cause
 from dimat_jax.permutation._jaxpr import Place, shape_of
 from dimat_jax.permutation._rules import RULES
+from dimat_jax.permutation._stacked import Occurrence, read_together
 from dimat_jax.permutation._units import (
     ArrayUnits,
+    AxisUnits,
     fix,
     fixed,
     fixed_axes,
@@ -21,7 +23,7 @@ from dimat_jax.permutation._units import (
 )
 from dimat_jax.permutation._unknown import UnknownOperations
 
-__all__ = ["Trace", "Value", "constant"]
+__all__ = ["Located", "Operation", "Trace", "Value", "constant"]
 
 # Matrix products and convolutions. A layer reads units by such an operation.
 _CONTRACTIONS = ("dot_general", "conv_general_dilated")
@@ -39,23 +41,65 @@ class Value(NamedTuple):
     sources: int
 
 
+class Located(NamedTuple):
+    """A value at a place.
+
+    Attributes:
+        place: the place of the value in the model's jaxpr.
+        value: what is known of the value.
+        steps: the steps of the scans around the value, from the outermost inwards.
+    """
+
+    place: Place
+    value: Value
+    steps: tuple[AxisUnits, ...]
+
+
+class Operation(NamedTuple):
+    """An operation that a trace has followed.
+
+    Attributes:
+        eqn: the equation of the jaxpr.
+        operands: what is known of its operands.
+        results: what is known of its results.
+        place: its place in the model's jaxpr; None inside of loops and branches other
+            than scans.
+        steps: the steps of the scans around it.
+    """
+
+    eqn: Equation
+    operands: list[Value]
+    results: list[Value]
+    place: Place | None
+    steps: tuple[AxisUnits, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the operation."""
+        return self.eqn.primitive.name
+
+
 class Trace:
     """What a jaxpr tells about the axes of its arguments.
 
     Attributes:
         operands: the operands of all contractions, with their places.
         values: all computed values, with their places.
+        occurrences: all arrays with units, wherever they are computed.
         first_used: the numbers of the arguments, in the order of their first use.
-        contractions: all contractions, with their operands and their results.
+        operations: all operations but calls, loops and branches, in their order.
         unknown: the operations without a rule.
     """
 
     def __init__(self):
-        self.operands: list[tuple[Place, Value]] = []
-        self.values: list[tuple[Place, Value]] = []
+        self.operands: list[Located] = []
+        self.values: list[Located] = []
+        self.occurrences: list[Occurrence] = []
         self.first_used: list[int] = []
-        self.contractions: list[tuple[Equation, list[Value], list[Value]]] = []
+        self.operations: list[Operation] = []
         self.unknown = UnknownOperations()
+        # The steps of the scans around the operation that is followed at the moment.
+        self._steps: tuple[AxisUnits, ...] = ()
         # By id(value). It holds the values too, so that no id is used a second time.
         self._seen_operands: dict[int, Value] = {}
 
@@ -98,23 +142,37 @@ class Trace:
             case "cond":
                 outputs = self._cond(eqn, inputs)
             case _:
-                outputs = self._simple(eqn, inputs)
+                outputs = self._simple(eqn, inputs, place)
+        self.occurrences += [Occurrence(axes, self._steps) for axes, _ in outputs]
         if place is not None:
-            self.values += [((*place, ~n), value) for n, value in enumerate(outputs)]
+            self.values += [
+                Located((*place, ~n), value, self._steps)
+                for n, value in enumerate(outputs)
+            ]
             if name in _CONTRACTIONS:
                 self._add_operands(place, inputs)
         return outputs
 
-    def _simple(self, eqn: Equation, inputs: list[Value]) -> list[Value]:
+    def _simple(
+        self, eqn: Equation, inputs: list[Value], place: Place | None
+    ) -> list[Value]:
         for value in inputs:
             self._note_use(value)
         rule = RULES.get(eqn.primitive.name, self._no_rule)
         sources = _union(inputs)
         results = rule(eqn, [list(value.axes) for value in inputs])
+        self.occurrences += [
+            Occurrence(axes, self._steps)
+            for axes in read_together(eqn, [value.axes for value in inputs], results)
+        ]
         outputs = [Value(axes, sources) for axes in results]
-        if eqn.primitive.name in _CONTRACTIONS:
-            self.contractions.append((eqn, inputs, outputs))
+        self.operations.append(Operation(eqn, inputs, outputs, place, self._steps))
         return outputs
+
+    @property
+    def contractions(self) -> list["Operation"]:
+        """All matrix products and convolutions."""
+        return [op for op in self.operations if op.name in _CONTRACTIONS]
 
     def _note_use(self, value: Value) -> None:
         if value.sources.bit_count() == 1:
@@ -128,7 +186,7 @@ class Trace:
             # attention's queries, keys and values. It is kept once.
             if id(value) not in self._seen_operands:
                 self._seen_operands[id(value)] = value
-                self.operands.append(((*place, n), value))
+                self.operands.append(Located((*place, n), value, self._steps))
 
     def _no_rule(self, eqn: Equation, inputs: list[ArrayUnits]) -> list[ArrayUnits]:
         touched = [axis for axis in itertools.chain(*inputs) if axis is not None]
@@ -145,14 +203,15 @@ class Trace:
         sources = _union(inputs)
         constants, rest = inputs[:n_constants], inputs[n_constants:]
         carry = _loop_carried(rest[:n_carry], eqn.invars[n_constants:], sources)
-        slices = []
-        for axes, own in rest[n_carry:]:
-            fix(axes[0], "the steps of a scan")
-            slices.append(Value(axes[1:], own))
+        steps = fixed(eqn.params["length"], "the steps of a scan")
+        for axes, _ in rest[n_carry:]:
+            same(steps, axes[0])
+        slices = [Value(axes[1:], own) for axes, own in rest[n_carry:]]
         body = eqn.params["jaxpr"]
         arguments = [*_constants(body), *constants, *carry, *slices]
+        self._steps = (*self._steps, steps)
         outputs = self.read(body.jaxpr, arguments, place)
-        steps = fixed(eqn.params["length"], "the steps of a scan")
+        self._steps = self._steps[:-1]
         stacked = [Value([steps, *axes], own) for axes, own in outputs[n_carry:]]
         return [*_closed_loop(carry, outputs[:n_carry]), *stacked]
 

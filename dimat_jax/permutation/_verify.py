@@ -24,12 +24,11 @@ from dimat_jax.permutation._outputs import (
     call_forward,
 )
 from dimat_jax.permutation._reading import read_model
+from dimat_jax.permutation._sizes import group_sizes, validate
 from dimat_jax.permutation._spec import (
     PermutationSpec,
     PermutationSpecError,
     axis_groups,
-    group_sizes,
-    validate,
 )
 from dimat_jax.tree import PyTree, flatten, is_inexact
 
@@ -192,7 +191,7 @@ def _find_cause(
         alone = {**identities, group: perms[group]}
         if check.holds(spec, alone):
             continue
-        for mistake in _single_mistakes(check, spec, group, len(perms[group])):
+        for mistake in _single_mistakes(check, spec, group, perms[group].shape):
             # The corrected spec may have no leaf left in the group. Then the group's
             # permutation is not used.
             if check.holds(correct_spec(spec, [mistake]), alone):
@@ -220,7 +219,7 @@ def _correction_helps(
 
 
 def _single_mistakes(
-    check: _Check, spec: PermutationSpec, group: str, size: int
+    check: _Check, spec: PermutationSpec, group: str, shape: tuple[int, ...]
 ) -> Iterator[Mistake]:
     """Yields every mistake that a spec can make with one axis of a group.
 
@@ -230,8 +229,9 @@ def _single_mistakes(
     # leave the outputs unchanged as well, but explains nothing.
     leaves = flatten(check.variables)
     for leaf, axes in spec.axes.items():
-        for dimension, axis in enumerate(axes):
-            if axis != group and leaves[leaf].shape[dimension] == size:
+        # A leaf without the group has no axis that stacks the group's layers.
+        for dimension, axis in enumerate(axes) if len(shape) == 1 else ():
+            if axis != group and leaves[leaf].shape[dimension] == shape[-1]:
                 yield Mistake(leaf, dimension, axis, group)
     for leaf, dimension in spec.groups[group]:
         if spec.axes[leaf][dimension] == group:
@@ -276,6 +276,10 @@ def _constant_along_an_axis(leaf) -> bool:
 def _without_identities(perms: Mapping[str, Array]) -> Perms:
     """Replaces identities, which would check nothing, by rotations."""
     return {
-        group: jnp.where((perm == jnp.arange(len(perm))).all(), jnp.roll(perm, 1), perm)
+        group: jnp.where(
+            (perm == jnp.arange(perm.shape[-1])).all(axis=-1, keepdims=True),
+            jnp.roll(perm, 1, axis=-1),
+            perm,
+        )
         for group, perm in perms.items()
     }

@@ -65,7 +65,7 @@ def solvers(stay: float) -> list[Solver]:
 def agreeing_perms(scorer: ActivationScorer, rng: np.random.Generator) -> PairPerms:
     """P_ij = Q_i^-1 Q_j of random Q."""
     perms = {}
-    for group, size in scorer.sizes.items():
+    for group, (size,) in scorer.shapes.items():
         frames = [rng.permutation(size) for _ in range(3)]
         perms[group] = np.stack(
             [frames[j][np.argsort(frames[i])] for i, j in TRIANGLE.tolist()]

@@ -50,7 +50,7 @@ def scorer_of(kind: str, networks: list[PyTree], pairs: list[tuple[int, int]]):
     ends = np.array(pairs, np.int32)
     return WeightScorer(
         spec_of(kind),
-        permutation.group_sizes(spec_of(kind), networks[0]),
+        permutation.group_shapes(spec_of(kind), networks[0]),
         flatten(stack(networks)),
         [Pairs(ends[:, 0], ends[:, 1], len(ends))],
         names=["one", "other", "third"],

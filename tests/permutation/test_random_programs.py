@@ -352,11 +352,11 @@ def check(program: Program, shape: Sequence[int]) -> None:
         with jax.default_matmul_precision("highest"):
             return forward(permuted, x), activations(permuted, x)
 
-    sizes = permutation.group_sizes(spec, variables)
-    outputs, taps = outputs_and_taps({g: np.arange(n) for g, n in sizes.items()})
+    identity = jax.tree.map(np.array, permutation.identity(spec, variables))
+    outputs, taps = outputs_and_taps(identity)
     for seed in range(2):
         rng = np.random.default_rng(seed)
-        perms = {group: rng.permutation(n) for group, n in sizes.items()}
+        perms = {g: rng.permuted(perm, axis=-1) for g, perm in identity.items()}
         permuted_outputs, permuted_taps = outputs_and_taps(perms)
         assert_close(permuted_outputs, outputs)
         for tap, units in taps.items():

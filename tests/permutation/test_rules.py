@@ -23,6 +23,7 @@ from dimat_jax.permutation import (
     PermutationSpec,
     PermutationSpecWarning,
     Product,
+    Stack,
     derive,
 )
 from dimat_jax.permutation._rules import RULES
@@ -53,6 +54,14 @@ class Row(NamedTuple):
 def one_group(u: Axis = "a") -> tuple[Axes, Axis]:
     """The axes of the weights: group "a" before the operation, axis `u` after it."""
     return (None, u), "a"
+
+
+def stacked(u: Axis, *groups: str) -> tuple[Axes, Axis]:
+    """As `one_group`, for units that the operation makes alike in all examples.
+
+    So `u`, which has a row for each example, may permute them in each row on its own.
+    """
+    return (Stack(*(groups or ["b"])), u), "a"
 
 
 STAYS: tuple[Axes, Axis] = (None, None), None
@@ -189,8 +198,8 @@ ROWS = {
         (None, None, None),
         None,
     ),
-    "repeated": Row(lambda h: jnp.tile(h, 2), *one_group(Product("b", "a"))),
-    "each repeated": Row(lambda h: jnp.repeat(h, 2, -1), *one_group(Product("a", "b"))),
+    "repeated": Row(lambda h: jnp.tile(h, 2), *stacked(Product("b", "a"))),
+    "each repeated": Row(lambda h: jnp.repeat(h, 2, -1), *stacked(Product("a", "b"))),
     "nothing": Row(lambda h: h[:0].reshape(3, 0), ("b", None), "a"),
     # Parts
     "concatenated with itself": Row(
@@ -198,7 +207,7 @@ ROWS = {
     ),
     "concatenated with ones": Row(
         lambda h: jnp.concatenate([jnp.ones((BATCH, 2)), h], -1),
-        *one_group(Concat(("b", 2), ("a", 6))),
+        *stacked(Concat(("b", 2), ("a", 6))),
     ),
     "concatenated with nothing": Row(
         lambda h: lax.concatenate([h[:, :0], h], 1), *one_group()
@@ -225,7 +234,7 @@ ROWS = {
     "shifted by one": Row(lambda h: jnp.roll(h, 1, -1) + h, *STAYS),
     "padded": Row(
         lambda h: jnp.pad(h, ((0, 0), (2, 3)), constant_values=1.0),
-        *one_group(Concat(("b", 2), ("a", 6), ("c", 3))),
+        *stacked(Concat(("b", 2), ("a", 6), ("c", 3)), "b", "c"),
     ),
     "padded between": Row(
         lambda h: lax.pad(h, jnp.float32(0), [(0, 0, 0), (0, 0, 1)]), *STAYS
@@ -563,11 +572,11 @@ def test_an_operation_allows_just_what_leaves_the_outputs_alone(name, x):
     def permuted_output(perms):
         return forward(permutation.apply(spec, perms, variables), x)
 
-    sizes = permutation.group_sizes(spec, variables)
-    before = permuted_output({group: np.arange(n) for group, n in sizes.items()})
+    identity = jax.tree.map(np.array, permutation.identity(spec, variables))
+    before = permuted_output(identity)
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        perms = {group: rng.permutation(n) for group, n in sizes.items()}
+        perms = {g: rng.permuted(perm, axis=-1) for g, perm in identity.items()}
         after = permuted_output(perms)
         np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
 

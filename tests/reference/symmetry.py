@@ -7,7 +7,7 @@ symmetry are left out.
 
 import math
 
-from dimat_jax.permutation import Concat, Product, group_sizes
+from dimat_jax.permutation import Concat, Product, Stack, group_sizes
 from dimat_jax.tree import flatten
 
 
@@ -33,6 +33,12 @@ def differences(spec, other, variables):
                 for group, other_group in zip(groups, other_groups, strict=True)
             ):
                 found.append(f"{leaf!r} axis {d}: {axis} is not {other_axis}")
+    for leaf, axes in spec.axes.items():
+        for d, (axis, other_axis) in enumerate(
+            zip(axes, other.axes[leaf], strict=True)
+        ):
+            if {there.get(group) for group in stacks(axis)} != stacks(other_axis):
+                found.append(f"{leaf!r} axis {d}: {axis} is not {other_axis}")
     return found
 
 
@@ -51,9 +57,16 @@ def segments(axis, size, sizes):
                     for factor, n in zip(factors, known, strict=True)
                 ]
             )
+        case Stack():
+            row = product([(None, size)])
         case _:
             row = product([(axis, size)])
     return merge_fixed(row)
+
+
+def stacks(axis):
+    """The groups whose layers an axis stacks."""
+    return set(axis.groups) if isinstance(axis, Stack) else set()
 
 
 def product(factors):
