@@ -155,8 +155,9 @@ def redrawn(variables: Any, seed: int) -> Any:
     """Other weights; statistics and counters stay."""
 
     def draw(path, leaf):
-        last = path.split("/")[-1]
-        if leaf.ndim == 0 or last in ("mean", "var", "hidden", "average"):
+        # The state of Equinox's and Haiku's models is the second of two trees.
+        is_state = path.startswith("1/") or path.split("/")[-1] in ("mean", "var")
+        if leaf.ndim == 0 or is_state:
             return leaf
         rng = np.random.default_rng([seed, *path.encode()])
         return jnp.asarray(rng.normal(0.2, 0.7, leaf.shape), leaf.dtype)
