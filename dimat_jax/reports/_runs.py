@@ -173,10 +173,11 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
     described = _in_every_panel(read[[*fields, _REPEATS]], panels)
     # A field is missing for the runs that do not read it; in a report it is blank.
     described = described.fillna("").rename(columns=short)
+    described = _by_panel(described, [short[field] for field in fields])
     by_algorithm = read.groupby("algorithm", sort=False)[settings].first()
     counts = pd.Series({run.folder: run.counts for run in started}, name="counted")
     return Runs(
-        evaluations.join(described, on="run"),
+        _by_panel(evaluations.join(described, on="run"), [short[f] for f in fields]),
         [short[field] for field in panels],
         [short[field] for field in lines],
         by_algorithm.fillna("").rename(columns=short),
@@ -184,6 +185,17 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
         described.join(counts).rename_axis("run").reset_index(),
         _left_out(found, [*fields, _REPEATS], short),
     )
+
+
+def _by_panel(table: DataFrame, fields: list[str]) -> DataFrame:
+    """Sorts rows by some fields, and values by the row in which they come first.
+
+    Runs that go on side by side start in any order, but reports look alike.
+    """
+    if not fields:
+        return table
+    ranks = [pd.factorize(table[field])[0] for field in reversed(fields)]
+    return table.iloc[np.lexsort(ranks)]
 
 
 def _evaluations_of(counted: Sequence[FoundRun], found: Sequence[FoundRun]) -> Any:
