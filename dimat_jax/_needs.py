@@ -159,7 +159,10 @@ def _batches(fields: Fields, image_shape: tuple[int, ...]) -> Iterator[tuple[str
 
 
 def _refuse(what: str, n_bytes: int) -> None:
-    available = memory() * jax.process_count()
+    # Counting the processes starts JAX, so it is done only if it matters.
+    available = memory()
+    if n_bytes > available:
+        available *= jax.process_count()
     if n_bytes > available:
         raise ConfigError(
             f"{what} would need at least {_words(n_bytes)} of memory, but there are "

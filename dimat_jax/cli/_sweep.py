@@ -31,6 +31,7 @@ from dimat_jax._folders import check_output
 from dimat_jax._lock import check_free, held
 from dimat_jax.cli import _bundled, _program, _report
 from dimat_jax.errors import SweepError, UserError
+from dimat_jax.placement import request_cpu_devices
 from dimat_jax.sweeps import over_seeds
 
 __all__ = ["COMMAND"]
@@ -94,6 +95,8 @@ def main(arguments: list[str]) -> None:
     jobs = _sweeping.prepare(configs, workdir, given.data_dir)
     if not on_slurm:
         # The machines of a cluster may have other data and more memory than this one.
+        # The checks start JAX, which then has the devices that the runs need.
+        request_cpu_devices(max(job.config.placement.cpu_devices for job in jobs))
         _sweeping.check_here(jobs)
     if given.dry_run:
         if on_slurm:
