@@ -42,9 +42,9 @@ from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.data.pipeline import FLIP, PAD
 from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
-from dimat_jax.errors import UserError
-from dimat_jax.models import MODEL, MODELS, ModelError, classifier
-from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, NetworkError, faults
+from dimat_jax.errors import concerning
+from dimat_jax.models import MODEL, MODELS, classifier
+from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, faults
 from dimat_jax.optimizers import (
     CLIP_NORM,
     LEARNING_RATE,
@@ -378,19 +378,13 @@ def _check_together(fields: Fields) -> None:
     if record.merges:
         entry = COMPRESSOR.entry(fields[COMPRESSOR.path])
         compressor = entry(**arguments(entry, fields))
-        try:
+        with concerning("config.merge", ConfigError):
             check_moments(fields[OPT_STATE.path], compressor)
             check_gradient(fields[GRADIENT.path], fields[INNER.path])
-        except UserError as error:
-            raise ConfigError(f"config.merge: {error}") from None
-    try:
+    with concerning("config.faults", ConfigError):
         faults(**{o.keyword: fields[o.path] for o in FAULTS})
-    except NetworkError as error:
-        raise ConfigError(f"config.faults: {error}") from None
-    try:
+    with concerning("config.model", ConfigError):
         model = MODELS[fields[MODEL.path]](n_classes=1, **model_arguments(fields))
-    except ModelError as error:
-        raise ConfigError(f"config.model: {error}") from None
     if classifier.batch_statistics(model) is None:
         for option in (BN_DATA, BN_SAMPLES, BN_BATCH_SIZE, BN_WHEN):
             # "none" is true of such a model, so that a config may say it.

@@ -102,12 +102,17 @@ def reading(what: Any, kind: type[UserError] = UserError) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def concerning(what: Any) -> Iterator[None]:
-    """Adds what it concerns to the message of a `UserError`: a run, or a file."""
+def concerning(what: Any, kind: type[UserError] | None = None) -> Iterator[None]:
+    """Adds what it concerns to the message of a `UserError`: a run, or a file.
+
+    Args:
+        what: What the error concerns.
+        kind: The class that the error gets; None if it keeps its own.
+    """
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{what}: {error}") from error
+        raise (kind or type(error))(f"{what}: {error}") from error
 
 
 @contextlib.contextmanager

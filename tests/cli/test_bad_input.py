@@ -14,7 +14,7 @@ import pytest
 from absl import flags, logging
 
 from dimat_jax import _signals, cli, train
-from dimat_jax.cli import _program, _train
+from dimat_jax.cli import _program, _sweep, _train
 from dimat_jax.config import default_config
 
 Command = Callable[..., str]
@@ -30,6 +30,7 @@ def refused(monkeypatch, capsys, tmp_path, tmp_path_factory) -> Iterator[Command
         (_signals, "end_at_once"),
         # JAX has started already.
         (_train, "request_cpu_devices"),
+        (_sweep, "request_cpu_devices"),
     ):
         monkeypatch.setattr(module, name, lambda *args: None)
     monkeypatch.setattr(train, "_train", lambda *args: pytest.fail("it trains"))
