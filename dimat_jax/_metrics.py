@@ -12,6 +12,7 @@ import gzip
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def write_json(path: Path, content: Any, lasting: bool = True) -> None:
 
 def _write(path: Path, content: bytes, lasting: bool = True) -> None:
     """Writes a whole file, or leaves the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Several processes may write the same file, such as one that runs share.
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -61,7 +63,7 @@ def _write(path: Path, content: bytes, lasting: bool = True) -> None:
             if lasting:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

@@ -1,5 +1,8 @@
 """Reads from the newest checkpoint of a run what the run has saved there."""
 
+import gzip
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import jax
 import numpy as np
 
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._lock import held
 from dimat_jax._metrics import MetricsError, read_rows, restore_rows
 from dimat_jax._slots import refill, with_sharding
 from dimat_jax.algorithms import Algorithm
@@ -20,26 +24,50 @@ SAVED_ROWS = "rows.jsonl.gz"
 """The file of a checkpoint that holds the rows of the run."""
 
 
-def mend_rows(workdir: Path) -> bool:
+def mend_rows(
+    workdir: Path, summary: Mapping[str, Any], log: Callable[[str], None]
+) -> bool:
     """Restores the rows of a run that has finished, if they are damaged.
+
+    Only rows that end as the run did are restored: if its last checkpoint is damaged
+    too, an older one lacks the last rows.
+
+    Args:
+        workdir: The run's folder. It is locked only if there is something to restore.
+        summary: The content of summary.json.
+        log: A function that receives a line of text if the lock of a process that has
+            died is taken over.
 
     Returns:
         Whether they were damaged.
 
     Raises:
-        UserError: They are damaged, and no checkpoint holds them.
+        UserError: They are damaged, and no checkpoint holds all of them; or another
+            process works in the folder.
     """
     try:
         read_rows(workdir)
         return False
     except MetricsError:
-        saved = Checkpoints(workdir / "checkpoints", create=False).read_attached(
-            SAVED_ROWS
-        )
-        if saved is None:
-            raise
-    restore_rows(workdir, saved)
+        pass
+    with held(workdir, log):
+        try:
+            # Another process may have restored them before the lock was taken.
+            read_rows(workdir)
+        except MetricsError:
+            checkpoints = Checkpoints(workdir / "checkpoints", create=False)
+            saved = checkpoints.read_attached(SAVED_ROWS)
+            if saved is None or not _is_last(saved, summary):
+                raise
+            restore_rows(workdir, saved)
     return True
+
+
+def _is_last(saved: bytes, summary: Mapping[str, Any]) -> bool:
+    """Whether the saved rows end with the row from which a summary was made."""
+    lines = gzip.decompress(saved).splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    return all(last.get(name) == summary.get(name) for name in ("round", "phase"))
 
 
 def restore(

@@ -29,6 +29,7 @@ from jaxtyping import Int64
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._layout_choice import LayoutChoice
+from dimat_jax._lock import check_held
 from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
 from dimat_jax._processes import from_main, is_lost, is_main
 from dimat_jax._restored import SAVED_ROWS, restore
@@ -264,9 +265,13 @@ class Results:
             number: The round; 0 before the first one.
             measures: How good the agents are.
             metrics: Further entries of the row.
+
+        Raises:
+            LockError: Another process has taken the folder over.
         """
         if self._rows is None:
             return
+        check_held(self._workdir.path)
         progress, ledger = self.progress, self.progress.ledger
         self._rows.write(
             {
@@ -308,7 +313,11 @@ class Results:
             state: The state.
             totals: What the steps of an unfinished round or epoch have added up; None
                 if no step of it has been done.
+
+        Raises:
+            LockError: Another process has taken the folder over.
         """
+        check_held(self._workdir.path)
         progress = self.progress
         if totals is None:
             progress.within = 0
