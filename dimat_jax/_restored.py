@@ -18,7 +18,7 @@ from dimat_jax.algorithms.base import State
 from dimat_jax.experiment import Experiment
 from dimat_jax.tree import PyTree
 
-__all__ = ["SAVED_ROWS", "mend_rows", "restore"]
+__all__ = ["SAVED_ROWS", "mend_rows", "restore", "restore_from"]
 
 SAVED_ROWS = "rows.jsonl.gz"
 """The file of a checkpoint that holds the rows of the run."""
@@ -68,6 +68,32 @@ def _is_last(saved: bytes, summary: Mapping[str, Any]) -> bool:
     lines = gzip.decompress(saved).splitlines()
     last = json.loads(lines[-1]) if lines else {}
     return all(last.get(name) == summary.get(name) for name in ("round", "phase"))
+
+
+def restore_from(
+    experiment: Experiment, directory: Path
+) -> tuple[Algorithm, State, Any | None] | None:
+    """Reads the newest checkpoint of a directory, as `restore`.
+
+    A run may be saving checkpoints there, and removing older ones. If the one that is
+    being read may have been removed, the newest one is looked for again.
+    """
+    while True:
+        before = _checkpoint_names(directory)
+        checkpoints = Checkpoints(directory, create=False)
+        try:
+            return restore(experiment, checkpoints)
+        except Exception:
+            # A run removes a checkpoint only after it has saved a newer one.
+            if _checkpoint_names(directory) <= before:
+                raise
+        finally:
+            checkpoints.close()
+
+
+def _checkpoint_names(directory: Path) -> set[str]:
+    """The names of a directory's checkpoints that are complete."""
+    return {path.name for path in directory.glob("*") if path.name.isdecimal()}
 
 
 def restore(

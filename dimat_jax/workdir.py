@@ -32,7 +32,7 @@ from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._lock import check_held
 from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
 from dimat_jax._processes import from_main, is_lost, is_main
-from dimat_jax._restored import SAVED_ROWS, restore
+from dimat_jax._restored import SAVED_ROWS, restore, restore_from
 from dimat_jax._run_progress import Progress
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import (
@@ -394,11 +394,7 @@ def load_agents(
     if data_dir:
         set_if_read(config, "data.dir", data_dir)
     experiment = Experiment(config)
-    checkpoints = Checkpoints(folder.path / "checkpoints", create=False)
-    try:
-        restored = restore(experiment, checkpoints)
-    finally:
-        checkpoints.close()
+    restored = restore_from(experiment, folder.path / "checkpoints")
     if restored is None:
         raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
     algorithm, state, _ = restored

@@ -473,6 +473,21 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert [each.name for each in tmp_path.iterdir()] == ["summary.json"]
 
 
+def test_two_processes_may_write_the_same_file_at_once(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "layout.json", os.fsync
+
+    def write_too(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_json(path, {"by": "the other"})
+        assert json.loads(path.read_text()) == {"by": "the other"}
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", write_too)
+    write_json(path, {"by": "this one"})
+    assert json.loads(path.read_text()) == {"by": "this one"}
+    assert [each.name for each in tmp_path.iterdir()] == ["layout.json"]
+
+
 @pytest.mark.parametrize("lasting", [True, False])
 def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, lasting):
     calls: list[str] = []
