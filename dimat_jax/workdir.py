@@ -293,9 +293,8 @@ class Results:
     def _bytes_sent_by_link(self) -> dict[str, Any]:
         """The field of the links' bytes, unless there are too many for every row."""
         ledger = self.progress.ledger
-        if ledger.n_agents > _MOST_IN_ROWS:
-            return {}
-        return {"bytes_sent_by_link": ledger.by_link}
+        are_few = ledger.n_agents <= _MOST_IN_ROWS
+        return {"bytes_sent_by_link": ledger.by_link} if are_few else {}
 
     @property
     def is_saved(self) -> bool:
@@ -398,5 +397,4 @@ def load_agents(
     if restored is None:
         raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
     algorithm, state, _ = restored
-    placement = experiment.placement
-    return experiment, placement.gather(algorithm.variables(state))
+    return experiment, experiment.placement.gather(algorithm.variables(state))

@@ -74,7 +74,7 @@ def test_an_agent_whose_images_of_pretraining_are_all_set_aside_is_refused(monke
     monkeypatch.setattr(_division, "partition", partition)
     labels, image = rest % 10, -1
     image = int(_division.divide(labels, 2, fields).validation[0][0])
-    with pytest.raises(UserError, match="pretrain.partition leaves agent 1 only images"):
+    with pytest.raises(UserError, match="leaves agent 1 only images that"):
         _division.divide(labels, 2, fields)
 
 

@@ -345,7 +345,7 @@ def test_rows_of_older_versions_have_no_digests(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path, monkeypatch) -> tuple[Path, dict[str, Any]]:
-    """A finished run with damaged rows, and its summary. A checkpoint holds the rows."""
+    """A finished run with damaged rows, and its summary. A checkpoint has the rows."""
     rows = [row(1), row(2)]
     saved = write(tmp_path, *rows).packed()
     (tmp_path / "metrics.jsonl").write_text("[]\n")
@@ -378,7 +378,9 @@ def test_rows_that_another_process_has_just_restored_stay(damaged, monkeypatch):
 
     @contextlib.contextmanager
     def held_later(folder: Path, log: Any) -> Iterator[None]:
-        restore(folder, Checkpoints(folder).read_attached("rows"))
+        saved = Checkpoints(folder).read_attached("rows")
+        assert saved is not None
+        restore(folder, saved)
         with enter(folder, log):
             yield
 

@@ -112,12 +112,8 @@ class PermutationSpec:
     def __hash__(self) -> int:
         # Equal mappings may have different orders.
         axes = frozenset((leaf, tuple(axes)) for leaf, axes in self.axes.items())
-        taps = frozenset(
-            (tap, axes if isinstance(axes, str) else tuple(axes))
-            for tap, axes in self.taps.items()
-        )
         sizes = frozenset(self.sizes.items())
-        return hash((axes, taps, sizes, self.statistics))
+        return hash((axes, frozenset(self.taps.items()), sizes, self.statistics))
 
     def is_weight(self, path: str) -> bool:
         """Whether a leaf is something else than a running statistic."""
