@@ -107,6 +107,14 @@ def divide(labels: Labels, n_agents: int, fields: Fields) -> Division:
     pretrain_shards = [
         np.setdiff1d(shard, kept_back) for shard in shards_of(PRETRAIN_PARTITION)
     ]
+    for agent, shard in enumerate(pretrain_shards):
+        if not len(shard):
+            raise ConfigError(
+                f"{PRETRAIN_PARTITION.path} leaves agent {agent} only images that are "
+                f"set aside for validation ({VALIDATION.path}), so it cannot be "
+                "pre-trained; choose another partition, fewer agents or fewer of these "
+                "images"
+            )
     return Division(shards, pretrain_shards, validation, held_out)
 
 

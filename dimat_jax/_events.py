@@ -90,7 +90,7 @@ class _File:
                 summary=scalar(f"{row['phase']}/{name}", value),
             )
             for name, value in row.items()
-            if isinstance(value, (int, float)) and name not in ("round", "step")
+            if type(value) in (int, float) and name not in ("round", "step")
         )
 
     def _write(self, events: Iterable[Any]) -> None:

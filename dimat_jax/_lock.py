@@ -12,6 +12,7 @@ been taken, because it had stopped for a minute, learns that from the file too.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import socket
@@ -26,19 +27,21 @@ from filelock import FileLock, Timeout
 
 from dimat_jax.errors import UserError, first_line, writing
 
-__all__ = ["LOCK_FILES", "Lock", "LockError", "check_free", "held"]
+__all__ = ["LOCK_FILES", "Lock", "LockError", "check_free", "check_held", "held"]
 
 LOCK_FILES = (".running", ".running.json")
-"""The names of the files that the lock leaves in a folder, or keeps there."""
+"""The two files of a lock. The second one is removed when the lock is released."""
 
 # The seconds between two signs of life.
 _BEAT_SECONDS = 5.0
 # A process of another machine that gives no sign of life for so many seconds is dead.
 # A network file system may show a change a few seconds late.
 _PATIENCE_SECONDS = 60.0
-# Two processes of different machines may take over the same lock. The later one wins,
-# and both look again after so many seconds.
+# Two processes of different machines may take over the same lock. After so many seconds
+# both read `.running.json` again, and the process that it names has the lock.
 _SETTLE_SECONDS = 2.0
+# The errors that mean that there is no file, or that it was removed while it was read.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 class LockError(UserError):
@@ -88,8 +91,17 @@ class Lock:
         """Whether the thread that asks has taken the lock."""
         return self._thread == threading.get_ident()
 
+    def look(self) -> None:
+        """Reads who works in the folder now; see `check`.
+
+        A thread does so every few seconds, but not while the process is suspended.
+        """
+        found = _read(self._folder)
+        if found is not None and found[1] not in (None, self._holder):
+            self._taken_by = found[1]
+
     def check(self) -> None:
-        """Refuses to go on if another process has taken the folder over.
+        """Refuses to go on if another process is known to have the folder.
 
         Raises:
             LockError: This process was silent for so long that it counted as dead.
@@ -103,18 +115,18 @@ class Lock:
     def release(self) -> None:
         """Lets other processes work in the folder."""
         self._over.set()
-        found = _read(self._folder)
-        if found is not None and found[1] == self._holder:
-            (self._folder / LOCK_FILES[1]).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            found = _read(self._folder)
+            if found is not None and found[1] == self._holder:
+                (self._folder / LOCK_FILES[1]).unlink(missing_ok=True)
 
     def _beat(self) -> None:
         path = self._folder / LOCK_FILES[1]
         while not self._over.wait(_BEAT_SECONDS):
             # Touching the file needs no space on the disk.
             with contextlib.suppress(OSError):
-                found = _read(self._folder)
-                if found is not None and found[1] not in (None, self._holder):
-                    self._taken_by = found[1]
+                self.look()
+                if self._taken_by is not None:
                     return
                 os.utime(path)
 
@@ -156,19 +168,39 @@ def held(folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
             lock.release()
 
 
+def check_held(folder: Path) -> None:
+    """Refuses to write into a folder if another process has taken its lock over.
+
+    Nothing happens if this process has never had the folder's lock: of several
+    processes of a run, one alone has it.
+
+    Raises:
+        LockError: This process was silent for so long that it counted as dead.
+    """
+    lock = _held.get(folder.resolve())
+    if lock is not None:
+        with contextlib.suppress(OSError):
+            lock.look()
+        lock.check()
+
+
 def check_free(folder: Path) -> None:
     """Refuses a folder in which another process works. Nothing is written.
 
     Raises:
-        LockError: Another process works there.
+        LockError: Another process works there, or it cannot be found out.
     """
     folder = folder.resolve()
-    found = _read(folder)
-    if found is None:
-        return
-    with _locked_by_system(folder) as has_system:
-        pass
-    _expect_dead(folder, found, has_system, 2 * _BEAT_SECONDS)
+    try:
+        found = _read(folder)
+        if found is None:
+            return
+        with _locked_by_system(folder) as has_system:
+            pass
+        _expect_dead(folder, found, has_system, 2 * _BEAT_SECONDS)
+    except OSError as error:
+        path = folder / LOCK_FILES[1]
+        raise LockError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -183,7 +215,10 @@ def _locked_by_system(folder: Path) -> Iterator[bool]:
             folder cannot be written.
     """
     made, path = _missing(folder), folder / LOCK_FILES[0]
-    system, has_system, is_new = FileLock(path, timeout=0), True, not path.exists()
+    has_system, is_new = True, not path.exists()
+    # The marker file that filelock offers instead of missing locks would count as one
+    # here. If its process dies on another machine, the marker stays.
+    system = FileLock(path, timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         system.acquire()
@@ -254,13 +289,19 @@ def _has_died(
     has_system: bool,
     log: Callable[[str], None],
 ) -> bool:
-    """Whether a process has left its file; see `_expect_dead`. It may end meanwhile."""
+    """Whether the process that was found is dead, and its file is there as it was.
+
+    A process that ends removes its file. Then another one may begin.
+
+    Raises:
+        LockError: The process is alive.
+    """
     who = f"{folder} was in use by {found[1] or 'another process'}"
     if not _is_dead(found[1], has_system):
         seconds = f"{_PATIENCE_SECONDS:.0f} seconds"
         log(f"{who}; looking for a sign of life for {seconds}")
     _expect_dead(folder, found, has_system, _PATIENCE_SECONDS)
-    if _read(folder) is None:
+    if _read(folder) != found:
         return False
     log(f"{who}, which has died")
     return True
@@ -306,13 +347,18 @@ def _read(folder: Path) -> tuple[int, _Holder | None] | None:
     Returns:
         The time of the last sign of life, by the clock of the file system, and the
         process, None if the file is damaged. None if there is no file.
+
+    Raises:
+        OSError: There is a file that cannot be read, such as that of another user.
     """
     try:
         # A network file system shows the newest state to those who open a file.
         with (folder / LOCK_FILES[1]).open() as file:
             text, status = file.read(), os.fstat(file.fileno())
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise
     try:
         fields: dict[str, Any] = json.loads(text)
         return status.st_mtime_ns, _Holder(**fields)
@@ -321,11 +367,12 @@ def _read(folder: Path) -> tuple[int, _Holder | None] | None:
 
 
 def _refusal(folder: Path) -> str:
-    deadline = time.monotonic() + 1.0
-    while (found := _read(folder)) is None or found[1] is None:
-        if time.monotonic() > deadline:
-            break  # The other process has just begun, or just ended.
-        time.sleep(0.05)
+    deadline, found = time.monotonic() + 1.0, None
+    with contextlib.suppress(OSError):
+        while (found := _read(folder)) is None or found[1] is None:
+            if time.monotonic() > deadline:
+                break  # The other process has just begun, or just ended.
+            time.sleep(0.05)
     holder = found[1] if found else None
     who = holder or "a process that is just starting or ending"
     return (

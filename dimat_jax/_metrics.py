@@ -12,6 +12,7 @@ import gzip
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def write_json(path: Path, content: Any, lasting: bool = True) -> None:
 
 def write_bytes(path: Path, content: bytes, lasting: bool = True) -> None:
     """Writes a whole file, or leaves the old one; see `write_json`."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Several processes may write the same file, such as one that runs share.
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
     try:
         with writing(path), temporary.open("wb") as file:
             file.write(content)
@@ -63,7 +65,7 @@ def write_bytes(path: Path, content: bytes, lasting: bool = True) -> None:
             if lasting:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

@@ -46,9 +46,10 @@ class RunPauses:
         self._every_minutes = every_minutes
         self._signals = signals
         self._lock = lock
-        # Since when, and for how many steps, the processes have not asked each other.
+        # When the processes last asked each other, and the steps since then.
         self._asked_at = time.monotonic()
         self._n_steps = 0
+        # After so many steps they ask each other again.
         self._next = 1
         if jax.process_count() > 1:
             # They end together, so none may end by itself.

@@ -142,7 +142,9 @@ class SharedAgents:
             yield 0.0
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        path = self.path.with_name(f".{self.path.name}.lock")
+        # A marker file, instead of a lock, would stay if its process died.
+        lock = FileLock(path, fallback_to_soft=False)
         start = time.perf_counter()
         try:
             lock.acquire(timeout=0)

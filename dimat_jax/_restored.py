@@ -1,5 +1,8 @@
 """Reads from the newest checkpoint of a run what the run has saved there."""
 
+import gzip
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import jax
 import numpy as np
 
 from dimat_jax._checkpoint import CheckpointError, Checkpoints
+from dimat_jax._lock import held
 from dimat_jax._metrics import MetricsError, read_rows, restore_rows
 from dimat_jax._slots import refill, with_sharding
 from dimat_jax.algorithms import Algorithm
@@ -15,32 +19,82 @@ from dimat_jax.errors import reading
 from dimat_jax.experiment import Experiment
 from dimat_jax.tree import PyTree
 
-__all__ = ["SAVED_ROWS", "mend_rows", "restore"]
+__all__ = ["SAVED_ROWS", "mend_rows", "restore", "restore_from"]
 
 SAVED_ROWS = "rows.jsonl.gz"
 """The file of a checkpoint that holds the rows of the run."""
 
 
-def mend_rows(workdir: Path) -> bool:
+def mend_rows(
+    workdir: Path, summary: Mapping[str, Any], log: Callable[[str], None]
+) -> bool:
     """Restores the rows of a run that has finished, if they are damaged.
+
+    Only rows that end as the run did are restored: if its last checkpoint is damaged
+    too, an older one lacks the last rows.
+
+    Args:
+        workdir: The run's folder. It is locked only if there is something to restore.
+        summary: The content of summary.json.
+        log: A function that receives a line of text if the lock of a process that has
+            died is taken over.
 
     Returns:
         Whether they were damaged.
 
     Raises:
-        UserError: They are damaged, and no checkpoint holds them.
+        UserError: They are damaged, and no checkpoint holds all of them; or another
+            process works in the folder.
     """
     try:
         read_rows(workdir)
         return False
     except MetricsError:
-        saved = Checkpoints(workdir / "checkpoints", create=False).read_attached(
-            SAVED_ROWS
-        )
-        if saved is None:
-            raise
-    restore_rows(workdir, saved)
+        pass
+    with held(workdir, log):
+        try:
+            # Another process may have restored them before the lock was taken.
+            read_rows(workdir)
+        except MetricsError:
+            checkpoints = Checkpoints(workdir / "checkpoints", create=False)
+            saved = checkpoints.read_attached(SAVED_ROWS)
+            if saved is None or not _is_last(saved, summary):
+                raise
+            restore_rows(workdir, saved)
     return True
+
+
+def _is_last(saved: bytes, summary: Mapping[str, Any]) -> bool:
+    """Whether the saved rows end with the row from which a summary was made."""
+    lines = gzip.decompress(saved).splitlines()
+    last = json.loads(lines[-1]) if lines else {}
+    return all(last.get(name) == summary.get(name) for name in ("round", "phase"))
+
+
+def restore_from(
+    experiment: Experiment, directory: Path
+) -> tuple[Algorithm, State, Any | None] | None:
+    """Reads the newest checkpoint of a directory, as `restore`.
+
+    A run may be saving checkpoints there, and removing older ones. If the one that is
+    being read may have been removed, the newest one is looked for again.
+    """
+    while True:
+        before = _checkpoint_names(directory)
+        checkpoints = Checkpoints(directory, create=False)
+        try:
+            return restore(experiment, checkpoints)
+        except Exception:
+            # A run removes a checkpoint only after it has saved a newer one.
+            if _checkpoint_names(directory) <= before:
+                raise
+        finally:
+            checkpoints.close()
+
+
+def _checkpoint_names(directory: Path) -> set[str]:
+    """The names of a directory's checkpoints that are complete."""
+    return {path.name for path in directory.glob("*") if path.name.isdecimal()}
 
 
 def restore(

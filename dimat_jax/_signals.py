@@ -105,11 +105,10 @@ class Signals:
             raise Interrupted(number)
         if not self.received:
             self._first_at = now
-            name = signal.Signals(number).name
-            _print(
-                f"{name}: the run finishes its step and saves; a second signal ends it "
-                "at once"
-            )
+            text = f"{signal.Signals(number).name}: the run finishes its step and saves"
+            if _second_ends:
+                text += "; a second signal ends it at once"
+            _print(text)
         elif now - self._first_at > _ONCE_SECONDS and not self._ends:
             raise Interrupted(number)
         self.received.append(number)
@@ -148,6 +147,8 @@ def deferrable() -> Iterator[Signals]:
 
 # Whether a thread watches the signals.
 _watching = False
+# Whether a second signal ends this program at once.
+_second_ends = True
 
 
 def end_at_once() -> None:
@@ -159,11 +160,18 @@ def end_at_once() -> None:
                 signal.signal(number, _leave)
 
 
-def start() -> None:
-    """Lets signals raise `Interrupted` in this program, and end it if need be."""
-    global _watching
+def start(second_ends: bool = True) -> None:
+    """Lets signals raise `Interrupted` in this program, and end it if need be.
+
+    Args:
+        second_ends: Whether a second signal ends the program at once. A program that
+            another one ends may receive the same signal from the system and, some time
+            later, from the other program.
+    """
+    global _watching, _second_ends
     if _watching or threading.current_thread() is not threading.main_thread():
         return
+    _second_ends = second_ends
     signals = Signals(ends=True)
     signals.install()
     _current.append(signals)
@@ -184,7 +192,7 @@ def _watch(reader: int) -> None:
         if number not in watched or signal.getsignal(number) == signal.SIG_IGN:
             continue
         now = time.monotonic()
-        if first_at and now - first_at > _ONCE_SECONDS:
+        if _second_ends and first_at and now - first_at > _ONCE_SECONDS:
             _leave(number)
         if not first_at:
             first_at = now

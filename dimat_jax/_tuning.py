@@ -49,7 +49,8 @@ class Tuned(NamedTuple):
         deviations: for each value the standard deviation over seeds, ddof 1; NaN for
             one seed.
         best: the value with the largest score.
-        inside: whether smaller and larger values were tried too.
+        inside: whether smaller and larger numbers were tried too. It is true if the
+            value is no number.
     """
 
     line: str
@@ -69,6 +70,8 @@ class Tuning(NamedTuple):
         seeds: the seeds of the runs.
         n_cells: the number of problems and graphs, of the line with the most of them.
         lines: what was found for each line.
+        left_out: the lines with runs that do not read the field, in words. These runs
+            do not count.
     """
 
     field: str
@@ -77,17 +80,23 @@ class Tuning(NamedTuple):
     seeds: list[int]
     n_cells: int
     lines: list[Tuned]
+    left_out: list[str]
 
     def report(self) -> str:
         """Says which field was tuned on what, with a table of all values, in Markdown.
 
         A chosen value is bold; a star marks one at the end of its grid.
         """
-        values = sorted({value for tuned in self.lines for value in tuned.scores})
+        values = {value for tuned in self.lines for value in tuned.scores}
+        values = sorted(values, key=_order)
         rows = [
             [tuned.line, *(_cell(tuned, value) for value in values), tuned.best]
             for tuned in self.lines
         ]
+        left_out = (
+            f"\nRuns that do not read `{self.field}` are left out: "
+            f"{'; '.join(self.left_out)}.\n"
+        )
         return (
             f"`{self.field}` was tuned on `{MEASURE}` (%), the accuracy on images that "
             f"no agent trains on ({VALIDATION.path}={self.validation:g}), at the last "
@@ -97,6 +106,7 @@ class Tuning(NamedTuple):
             "image was looked at. A star marks a choice at an end of its grid.\n\n"
             + tabulate(rows, ["", *values, "chosen"], "pipe")
             + "\n"
+            + (left_out if self.left_out else "")
         )
 
     def record(self) -> dict[str, Any]:
@@ -107,6 +117,12 @@ class Tuning(NamedTuple):
             for name in ("scores", "deviations"):
                 line[name] = {str(value): x for value, x in line[name].items()}
         return {**self._asdict(), "measure": MEASURE, "lines": lines}
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """The place of a value among others: numbers come first, by size, then texts."""
+    is_number = isinstance(value, (int, float))
+    return not is_number, value if is_number else 0, str(value)
 
 
 def _cell(tuned: Tuned, value: Any) -> str:
@@ -135,11 +151,11 @@ def tune(
 
     Raises:
         UserError: there are no runs or no validation images, the field has one value
-            only, or the values of a line were not tried in the same cells with the
-            same seeds.
+            only, the values of a line were not tried in the same cells with the same
+            seeds, or two runs have the same config.
     """
     runs = _read(directories, phase)
-    if len({run.fields.get(field) for run in runs}) < 2:
+    if len({run.fields[field] for run in runs if field in run.fields}) < 2:
         raise UserError(f"the runs have no different values of {field}")
     validation = {run.fields[VALIDATION.path] for run in runs}
     if len(validation) > 1 or not all(validation):
@@ -148,7 +164,12 @@ def tune(
             f"{VALIDATION.path} is {', '.join(f'{v:g}' for v in sorted(validation))} "
             "here; options are not tuned on test images"
         )
-    lines = _lines(runs, field)
+    all_lines = _lines(runs, field)
+    lines = {
+        words: reading
+        for words, line in all_lines.items()
+        if (reading := [run for run in line if field in run.fields])
+    }
     return Tuning(
         field,
         phase,
@@ -156,12 +177,18 @@ def tune(
         sorted({run.fields[SEED.path] for run in runs}),
         max(len({_cell_of(run) for run in line}) for line in lines.values()),
         [_tuned(words, line, field) for words, line in lines.items()],
+        [
+            words
+            for words, line in all_lines.items()
+            if any(field not in run.fields for run in line)
+        ],
     )
 
 
 class _Run(NamedTuple):
-    """A run: the fields that it reads, and its score; NaN if it did not finish."""
+    """A run: its folder, the fields that it reads, and its score (NaN: unfinished)."""
 
+    folder: Path
     fields: Mapping[str, Any]
     score: float
 
@@ -169,7 +196,7 @@ class _Run(NamedTuple):
 def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
     """Reads all runs in or below some folders, in the order in which they began."""
     paths = {
-        path
+        path.resolve()
         for directory in directories
         for path in Path(directory).rglob("config.json")
         if path.with_name("metrics.jsonl").exists()
@@ -185,7 +212,7 @@ def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
             finished = path.with_name("summary.json").exists() and rows
             score = rows[-1].get(MEASURE) if finished else None
             score = np.nan if score is None else float(score)
-        runs.append(_Run(fields, score))
+        runs.append(_Run(path.parent, fields, score))
     return runs
 
 
@@ -225,26 +252,36 @@ def _cell_of(run: _Run) -> Cell:
 
 def _tuned(line: str, runs: Sequence[_Run], field: str) -> Tuned:
     """Compares the values of the field on one line."""
-    by_value: dict[Any, dict[tuple[Cell, int], float]] = defaultdict(dict)
+    by_value: dict[Any, dict[tuple[Cell, int], _Run]] = defaultdict(dict)
     for run in runs:
         place = _cell_of(run), run.fields[SEED.path]
-        by_value[run.fields[field]][place] = run.score
+        other = by_value[run.fields[field]].setdefault(place, run)
+        if other is not run:
+            raise UserError(
+                f"{other.folder} and {run.folder} are runs of the same config with the "
+                "same seed, which would count twice; name only one of these folders"
+            )
     everywhere = set().union(*by_value.values())
     for value, found in by_value.items():
         if len(found) < len(everywhere):
             raise UserError(
                 f"{line}: {field}={value} was run in {len(found)} of "
-                f"{len(everywhere)} cells and seeds; values are compared in the same"
+                f"{len(everywhere)} cells and seeds; run every value in the same cells "
+                "with the same seeds"
             )
     scores, deviations = {}, {}
-    for value in sorted(by_value):
+    for value in sorted(by_value, key=_order):
         by_seed: dict[int, list[float]] = defaultdict(list)
-        for (_, seed), score in by_value[value].items():
-            by_seed[seed].append(score)
+        for (_, seed), run in by_value[value].items():
+            by_seed[seed].append(run.score)
         means = [float(np.mean(of_seed)) for of_seed in by_seed.values()]
         scores[value] = float(np.mean(means))
         deviations[value] = float(np.std(means, ddof=1)) if len(means) > 1 else np.nan
     if np.isnan(list(scores.values())).all():
-        raise UserError(f"{line}: no value of {field} has finished runs only")
+        raise UserError(
+            f"{line}: for every value of {field}, at least one run did not finish"
+        )
     best = max(scores, key=lambda value: np.nan_to_num(scores[value], nan=-1))
-    return Tuned(line, scores, deviations, best, min(scores) < best < max(scores))
+    numbers = [value for value in scores if isinstance(value, (int, float))]
+    inside = best not in numbers or min(numbers) < best < max(numbers)
+    return Tuned(line, scores, deviations, best, inside)

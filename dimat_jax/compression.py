@@ -39,18 +39,19 @@ class Compressor(NamedTuple):
             `tree` matter.
         lossless: whether the receiver gets exactly the message.
         kept: the share omega of a message that arrives, above 0 and at most 1: the mean
-            of |x - Q(x)|^2 is (1 - omega) |x|^2. For top_k omega is that of a long
-            message of numbers that are spread evenly, since sending the largest ones
-            again and again evens out the rest. For the others it is that of a long
-            message of independent normal numbers.
-        always: whether the same share of every message arrives, on average.
+            of |x - Q(x)|^2 is (1 - omega) |x|^2. For top_k omega is a rule of thumb: it
+            holds for a long message of evenly spread numbers, and differences of which
+            the largest ones are sent again and again become evenly spread. For the
+            others omega is that of a long message of independent normal numbers.
+        random_places: whether the places that are sent are random, whatever the
+            message. On average, the same share of every message arrives then.
     """
 
     compress: Callable[[PyTree, Key[Array, ""]], PyTree]
     message: Callable[[PyTree], PyTree]
     lossless: bool = False
     kept: float = 1.0
-    always: bool = False
+    random_places: bool = False
 
 
 def _leafwise(
@@ -196,7 +197,7 @@ def random_k(fraction: float = FRACTION.default) -> Compressor:
     compressor = _leafwise(
         compress, lambda leaf: 4 * _count(leaf, fraction) + 8, fraction
     )
-    return compressor._replace(always=True)
+    return compressor._replace(random_places=True)
 
 
 def _count(leaf: Any, fraction: float) -> int:

@@ -70,8 +70,8 @@ class Evaluation(NamedTuple):
 def deviation(values: Float[np.ndarray, " values"]) -> float:
     """Computes the sample standard deviation, with n - 1 in its divisor.
 
-    All reported deviations are of this kind, over the agents of a run as well as over
-    the runs of several seeds. It is 0 for a single value.
+    All reported deviations have this divisor, over the agents of a run as well as over
+    the runs of several seeds. It is 0 for a single value, for which reports show none.
     """
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 

@@ -248,8 +248,9 @@ class UnbiasedMoments(NamedTuple):
 
     The moments start at 0. After t steps along a constant gradient g they are
     (1 - b1^t) g and (1 - b2^t) g^2, so Adam divides them by these factors. Agents may
-    have taken different numbers of steps. The average of their moments then fits no
-    number of steps; the average of their unbiased moments fits every one.
+    have taken different numbers of steps. The average of their moments then needs a
+    correction that no single number of steps gives. The average of their unbiased
+    moments needs none.
 
     Attributes:
         adam: the state. Its moments are divided by their factors; they are 0 if no step

@@ -148,7 +148,7 @@ def _finished(folder: Workdir, log: Callable[[str], None]) -> dict[str, Any] | N
     """The summary of a run that has finished; None if it has not."""
     if (summary := from_main(folder.read_summary())) is not None:
         log(f"{folder.path} holds this run, finished")
-        if jax.process_count() == 1 and mend_rows(folder.path):
+        if jax.process_count() == 1 and mend_rows(folder.path, summary, log):
             log("its rows were damaged, and are restored from its last checkpoint")
     return summary
 

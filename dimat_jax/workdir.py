@@ -27,9 +27,10 @@ import jax
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._lock import check_held
 from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
 from dimat_jax._processes import from_main, is_lost, is_main
-from dimat_jax._restored import SAVED_ROWS, restore
+from dimat_jax._restored import SAVED_ROWS, restore, restore_from
 from dimat_jax._run_folder import Workdir
 from dimat_jax._run_progress import Progress
 from dimat_jax.algorithms.base import State, Variables
@@ -134,9 +135,13 @@ class Results:
             number: The round; 0 before the first one.
             measures: How good the agents are.
             metrics: Further entries of the row.
+
+        Raises:
+            LockError: Another process has taken the folder over.
         """
         if self._rows is None:
             return
+        check_held(self._workdir.path)
         progress, ledger = self.progress, self.progress.ledger
         self._rows.write(
             {
@@ -158,9 +163,8 @@ class Results:
     def _bytes_sent_by_link(self) -> dict[str, Any]:
         """The field of the links' bytes, unless there are too many for every row."""
         ledger = self.progress.ledger
-        if ledger.n_agents > _MOST_IN_ROWS:
-            return {}
-        return {"bytes_sent_by_link": ledger.by_link}
+        are_few = ledger.n_agents <= _MOST_IN_ROWS
+        return {"bytes_sent_by_link": ledger.by_link} if are_few else {}
 
     @property
     def is_saved(self) -> bool:
@@ -178,7 +182,11 @@ class Results:
             state: The state.
             totals: What the steps of an unfinished round or epoch have added up; None
                 if no step of it has been done.
+
+        Raises:
+            LockError: Another process has taken the folder over.
         """
+        check_held(self._workdir.path)
         progress = self.progress
         if totals is None:
             progress.within = 0
@@ -262,13 +270,8 @@ def load_agents(
     if data_dir:
         set_if_read(config, "data.dir", data_dir)
     experiment = Experiment(config)
-    checkpoints = Checkpoints(folder.path / "checkpoints", create=False)
-    try:
-        restored = restore(experiment, checkpoints)
-    finally:
-        checkpoints.close()
+    restored = restore_from(experiment, folder.path / "checkpoints")
     if restored is None:
         raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
     algorithm, state, _ = restored
-    placement = experiment.placement
-    return experiment, placement.gather(algorithm.variables(state))
+    return experiment, experiment.placement.gather(algorithm.variables(state))

@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from dimat_jax import _restored
 from dimat_jax._checkpoint import CheckpointError, Checkpoints
 from dimat_jax._slots import refill, with_sharding
+from dimat_jax.experiment import Experiment
 from dimat_jax.placement import place
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +116,35 @@ def test_a_directory_that_is_only_read_stays_as_it_is(opened, tmp_path):
     assert_same(restored[0], tree)
     assert [tmp_path, *tmp_path.rglob("*")] == paths
     assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+def test_a_reader_looks_again_if_the_run_has_removed_what_it_reads(
+    opened, tmp_path, monkeypatch
+):
+    writer = opened(keep=1)
+    writer.save(1, {"w": np.zeros(3)}, {"number": 1})
+    writer.wait()
+
+    read: list[Any] = []
+
+    def restore(experiment: Any, checkpoints: Checkpoints) -> None:
+        if checkpoints.newest() == 1:
+            writer.save(2, {"w": np.zeros(3)}, {"number": 2})
+            writer.wait()
+        read.append(checkpoints.read_record())
+
+    monkeypatch.setattr(_restored, "restore", restore)
+    experiment = object.__new__(Experiment)  # Nothing of it is read here.
+    directory = tmp_path / "checkpoints"
+    _restored.restore_from(experiment, directory)
+    assert read == [{"number": 2}]
+
+    def fail(experiment: Any, checkpoints: Checkpoints) -> None:
+        raise CheckpointError("for another reason")
+
+    monkeypatch.setattr(_restored, "restore", fail)
+    with pytest.raises(CheckpointError, match="for another reason"):
+        _restored.restore_from(experiment, directory)
 
 
 def test_a_missing_directory_that_is_only_read_stays_missing(tmp_path):

@@ -1,14 +1,15 @@
 """Who gets which training images, and what images that all agents need cost."""
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dimat_jax import train
+from dimat_jax import _division, train
 from dimat_jax._metrics import read_rows
-from dimat_jax.config import ConfigError
+from dimat_jax.config import ConfigError, fields_of
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
 from tests.sweeping.small import small
@@ -58,6 +59,23 @@ def test_validation_images_are_divided_like_the_others():
     for shard, kept_back in zip(division.shards, division.validation, strict=True):
         assert set(labels[kept_back]) == set(labels[shard])
     assert sum(map(len, division.validation)) == pytest.approx(60, abs=2)
+
+
+def test_an_agent_whose_images_of_pretraining_are_all_set_aside_is_refused(monkeypatch):
+    rest = np.arange(40)
+    config = small(data__validation=0.2, pretrain__partition="dirichlet")
+    fields = fields_of(config)
+
+    def partition(name: str, labels: np.ndarray, n_agents: int, **options: Any) -> Any:
+        if name == "dirichlet":
+            return [rest[rest != image], np.array([image])]
+        return [rest[::2], rest[1::2]]
+
+    monkeypatch.setattr(_division, "partition", partition)
+    labels, image = rest % 10, -1
+    image = int(_division.divide(labels, 2, fields).validation[0][0])
+    with pytest.raises(UserError, match="leaves agent 1 only images that"):
+        _division.divide(labels, 2, fields)
 
 
 def test_held_out_images_have_all_classes_equally_often():

@@ -1,7 +1,11 @@
 """Runs that are interrupted within a round come to the same results bit by bit."""
 
+import contextlib
 import logging
+import os
+import select
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dimat_jax import _pauses, train
+from dimat_jax import _pauses, _signals, train
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._lock import LOCK_FILES
 from dimat_jax._metrics import read_rows
@@ -158,7 +162,7 @@ def test_tensorboard_shows_each_number_once_and_all_of_them(tmp_path, interrupt)
         (f"{row['phase']}/{name}", row["step"], pytest.approx(value))
         for row in read_rows(tmp_path)
         for name, value in row.items()
-        if isinstance(value, int | float) and name not in ("round", "step")
+        if type(value) in (int, float) and name not in ("round", "step")
     ]
     assert len(expected) > 30
     assert points(tmp_path) == sorted(expected, key=lambda point: point[:2])
@@ -249,9 +253,9 @@ def test_no_checkpoint_is_written_within_a_round_before_it_is_due(
     saved = []
     original = Checkpoints.save
 
-    def save(self, number: int, *args: Any) -> None:
+    def save(self, number: int, *args: Any, **kwargs: Any) -> None:
         saved.append(number)
-        original(self, number, *args)
+        original(self, number, *args, **kwargs)
 
     monkeypatch.setattr(Checkpoints, "save", save)
     every = config(checkpoint__every_minutes=minutes)
@@ -276,6 +280,38 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(_pauses.RunPauses, "after_step", after_step)
     with pytest.raises(Interrupted, match="everything is saved"):
         train.run(config(), tmp_path, lambda line: None)
+
+
+@pytest.mark.parametrize("second_ends", [True, False])
+def test_a_second_signal_ends_a_program_at_once_unless_its_parent_does(
+    monkeypatch, second_ends
+):
+    """The parent of a sweep's run repeats a signal that both have received."""
+    left: list[int] = []
+
+    def leave(number: int) -> None:
+        left.append(number)
+        raise SystemExit
+
+    reader, writer = os.pipe()
+    monkeypatch.setattr(_signals, "_second_ends", second_ends)
+    monkeypatch.setattr(_signals, "_ONCE_SECONDS", 0.05)
+    monkeypatch.setattr(_signals, "_expect_end", lambda number: None)
+    monkeypatch.setattr(_signals, "_leave", leave)
+
+    def watch() -> None:
+        with contextlib.suppress(SystemExit):
+            _signals._watch(reader)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    os.write(writer, bytes([signal.SIGTERM]))
+    time.sleep(0.2)
+    os.write(writer, bytes([signal.SIGTERM]))
+    thread.join(1.0)
+    assert left == ([signal.SIGTERM] if second_ends else [])
+    # The second signal was read.
+    assert not select.select([reader], [], [], 0)[0]
 
 
 def test_before_there_is_anything_to_lose_a_signal_raises_at_once():

@@ -1,6 +1,7 @@
 """One process at a time works in a folder, and the others learn which one."""
 
 import errno
+import itertools
 import json
 import os
 import socket
@@ -10,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dimat_jax import _lock
-from dimat_jax._lock import LOCK_FILES, LockError, check_free, held
+from dimat_jax._lock import LOCK_FILES, LockError, check_free, check_held, held
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -87,7 +89,7 @@ def quick(monkeypatch) -> None:
 class NoLocks:
     """What `FileLock` is on a file system that has no locks."""
 
-    def __init__(self, path: Path, timeout: float):
+    def __init__(self, path: Path, timeout: float, fallback_to_soft: bool):
         pass
 
     def acquire(self) -> None:
@@ -224,6 +226,74 @@ def test_a_damaged_file_counts_as_a_process_that_has_just_begun(tmp_path, quick)
     with held(tmp_path, notes.append):
         assert time.monotonic() - start > 0.5
     assert notes[-1] == f"{tmp_path} was in use by another process, which has died"
+
+
+def test_the_file_of_a_process_that_began_meanwhile_is_not_taken_over(
+    tmp_path, quick, monkeypatch
+):
+    path, expect_dead = tmp_path / LOCK_FILES[1], _lock._expect_dead
+
+    def holder(name: str) -> str:
+        fields = {"host": name, "pid": 7, "since": "", "machine": name, "token": name}
+        return json.dumps(fields)
+
+    def ends_and_another_begins(*args: Any) -> None:
+        monkeypatch.setattr(_lock, "_expect_dead", is_alive)
+        expect_dead(*args)
+        path.write_text(holder("second"))
+
+    def is_alive(folder: Path, found: Any, *args: Any) -> None:
+        assert found[1].host == "second"
+        raise LockError("the second one is alive")
+
+    path.write_text(holder("first"))
+    monkeypatch.setattr(_lock, "_expect_dead", ends_and_another_begins)
+    with pytest.raises(LockError, match="the second one"), held(tmp_path, print):
+        pass
+    assert json.loads(path.read_text())["host"] == "second"
+
+
+@pytest.mark.parametrize("enter", [check_free, lambda folder: held(folder, print)])
+def test_a_file_that_may_not_be_read_is_refused_at_once(tmp_path, monkeypatch, enter):
+    """As that of another user, whose files nobody else may read."""
+    (tmp_path / LOCK_FILES[1]).write_text("{}")
+    open_file = Path.open
+
+    def may_not_read(path: Path, mode: str = "r", **options: Any) -> Any:
+        if path.name == LOCK_FILES[1] and mode == "r":
+            # Without an end the test would hang, and it may run as root.
+            assert next(tries) < 5
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open_file(path, mode, **options)
+
+    tries = itertools.count()
+    monkeypatch.setattr(Path, "open", may_not_read)
+    with pytest.raises(LockError, match="Permission denied"), enter(tmp_path):
+        pass
+
+
+def test_a_marker_file_does_not_count_as_a_lock_of_the_system(tmp_path, monkeypatch):
+    """filelock makes such a file where the system lacks locks, unless told not to."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def lacks_locks(*args: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", lacks_locks)
+    with _lock._locked_by_system(tmp_path) as has_system:
+        assert not has_system
+
+
+def test_a_process_that_was_suspended_looks_before_it_writes(tmp_path):
+    """The thread that gives signs of life was suspended too."""
+    with held(tmp_path, print):
+        check_held(tmp_path)
+        path = tmp_path / LOCK_FILES[1]
+        other = {**json.loads(path.read_text()), "host": "far", "pid": 7, "token": "x"}
+        path.write_text(json.dumps(other))
+        with pytest.raises(LockError, match="was taken over by process 7 on far"):
+            check_held(tmp_path / ".." / tmp_path.name)
+    check_held(tmp_path)
 
 
 def test_signs_of_life_are_given_until_the_end(tmp_path, quick):

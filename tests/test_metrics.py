@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import itertools
 import json
@@ -7,6 +8,7 @@ import stat
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from dimat_jax import _metrics
+from dimat_jax import _metrics, _restored
+from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._metrics import (
     MetricsError,
     MetricsWriter,
@@ -23,6 +26,7 @@ from dimat_jax._metrics import (
     restore_rows,
     write_json,
 )
+from dimat_jax._restored import mend_rows
 
 
 def row(number: int, **more: Any) -> dict[str, Any]:
@@ -339,6 +343,60 @@ def test_rows_of_older_versions_have_no_digests(tmp_path):
         read_rows(tmp_path)
 
 
+@pytest.fixture
+def damaged(tmp_path, monkeypatch) -> tuple[Path, dict[str, Any]]:
+    """A finished run with damaged rows, and its summary. A checkpoint has the rows."""
+    rows = [row(1), row(2)]
+    saved = write(tmp_path, *rows).packed()
+    (tmp_path / "metrics.jsonl").write_text("[]\n")
+
+    def read_attached(self: Checkpoints, name: str) -> bytes:
+        return saved
+
+    monkeypatch.setattr(Checkpoints, "read_attached", read_attached)
+    return tmp_path, rows[-1]
+
+
+def test_the_rows_of_a_finished_run_are_restored_under_its_lock(damaged, monkeypatch):
+    workdir, summary = damaged
+    restore = _restored.restore_rows
+
+    def restore_under_lock(*args: Any) -> None:
+        assert (workdir / ".running.json").exists()
+        restore(*args)
+
+    monkeypatch.setattr(_restored, "restore_rows", restore_under_lock)
+    assert mend_rows(workdir, summary, print)
+    assert read_rows(workdir) == [row(1), row(2)]
+    assert not mend_rows(workdir, summary, print)
+
+
+def test_rows_that_another_process_has_just_restored_stay(damaged, monkeypatch):
+    workdir, summary = damaged
+    enter, restore = _restored.held, _restored.restore_rows
+    times: list[Path] = []
+
+    @contextlib.contextmanager
+    def held_later(folder: Path, log: Any) -> Iterator[None]:
+        saved = Checkpoints(folder).read_attached("rows")
+        assert saved is not None
+        restore(folder, saved)
+        with enter(folder, log):
+            yield
+
+    monkeypatch.setattr(_restored, "held", held_later)
+    monkeypatch.setattr(_restored, "restore_rows", lambda *args: times.append(args[0]))
+    assert mend_rows(workdir, summary, print)
+    assert read_rows(workdir) == [row(1), row(2)] and not times
+
+
+def test_rows_of_an_older_checkpoint_do_not_replace_those_of_a_finished_run(damaged):
+    workdir, _ = damaged
+    with pytest.raises(MetricsError, match="row 1 is damaged"):
+        mend_rows(workdir, row(3), print)
+    assert (workdir / "metrics.jsonl").read_text() == "[]\n"
+
+
 def test_rows_are_packed_bit_by_bit_and_only_once(tmp_path):
     writer = MetricsWriter(tmp_path)
     parts = []
@@ -415,6 +473,21 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         write_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_two_processes_may_write_the_same_file_at_once(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "layout.json", os.fsync
+
+    def write_too(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_json(path, {"by": "the other"})
+        assert json.loads(path.read_text()) == {"by": "the other"}
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", write_too)
+    write_json(path, {"by": "this one"})
+    assert json.loads(path.read_text()) == {"by": "this one"}
+    assert [each.name for each in tmp_path.iterdir()] == ["layout.json"]
 
 
 @pytest.mark.parametrize("lasting", [True, False])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,47 @@ def test_a_value_with_a_run_that_failed_is_never_chosen(tmp_path):
         ({0.1: [0.3], 0.3: [0.5]}, {"data__validation": 0.0}, "not tuned on test"),
         ({0.1: [0.3, 0.4], 0.3: [0.5]}, {}, "0.3 was run in 1 of 2 cells and seeds"),
         ({0.1: [0.3]}, {}, "no different values of optimizer.learning_rate"),
-        ({0.1: [None], 0.3: [None]}, {}, "has finished runs only"),
+        ({0.1: [None], 0.3: [None]}, {}, "at least one run did not finish"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path, sweep, fields, message):
     write_sweep(tmp_path, sweep, **fields)
     with pytest.raises(UserError, match=message):
+        tune([tmp_path], RATE)
+
+
+def test_lines_that_do_not_read_the_field_are_left_out_by_name(tmp_path):
+    for stay, score in ((0.5, 0.3), (0.7, 0.4), (0.9, 0.2)):
+        write_run(tmp_path / f"{stay}", score, algorithm="dimat", merge__stay=stay)
+    write_run(tmp_path / "other", 0.9)
+    tuning = tune([tmp_path], "merge.stay")
+    assert [(line.line, line.best) for line in tuning.lines] == [("dimat", 0.7)]
+    assert tuning.left_out == tuning.record()["left_out"] == ["cdsgd"]
+    assert "Runs that do not read `merge.stay` are left out: cdsgd." in tuning.report()
+    # A field that one line alone reads, with one value, has no different values.
+    for stay in (0.5, 0.9):
+        shutil.rmtree(tmp_path / f"{stay}")
+    with pytest.raises(UserError, match="no different values of merge.stay"):
+        tune([tmp_path], "merge.stay")
+
+
+def test_numbers_and_texts_may_be_values_of_one_field(tmp_path):
+    given = {100: 0.5, 20: 0.3, "enough": 0.4}
+    for samples, score in given.items():
+        fields = {"algorithm": "dimat", "merge__match_samples": samples}
+        write_run(tmp_path / f"{samples}", score, **fields)
+    tuning = tune([tmp_path], "merge.match_samples")
+    assert list(tuning.lines[0].scores) == [20, 100, "enough"]
+    assert tuning.lines[0].best == 100 and not tuning.lines[0].inside
+    assert "20 | " in tuning.report().replace("  ", " ")
+    json.dumps(tuning.record())
+
+
+def test_a_copy_of_a_run_is_refused_and_a_folder_named_twice_is_one(tmp_path):
+    write_sweep(tmp_path / "a", {0.1: [0.9], 0.3: [0.6]})
+    assert tune([tmp_path, tmp_path / "a"], RATE) == tune([tmp_path], RATE)
+    shutil.copytree(tmp_path / "a" / "0.1-0", tmp_path / "copy")
+    with pytest.raises(UserError, match=r"copy .*same config with the same seed"):
         tune([tmp_path], RATE)
 
 

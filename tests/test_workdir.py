@@ -10,6 +10,7 @@ import pytest
 
 from configs import quickstart
 from dimat_jax import _inputs, _run_folder, _run_progress, workdir
+from dimat_jax._lock import LockError, held
 from dimat_jax._metrics import read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax.config import ConfigError
@@ -273,6 +274,21 @@ def test_a_row_holds_the_evaluation_and_what_was_sent(folder, experiment):
     assert row["test_loss"] == [1.0, 2.0, 3.0] and row["consensus_distance"] == 0.5
     assert row["bytes_sent_by_link"] == [[0] * 3] * 3
     assert row["bytes_sent_total"] == row["bytes_sent_by_kind"]["params"] == 2**60
+
+
+def test_nothing_is_written_into_a_folder_that_another_process_has_taken(
+    folder, experiment
+):
+    with held(folder.path, print), Results(folder, experiment) as results:
+        path = folder.path / ".running.json"
+        holder = {**json.loads(path.read_text()), "host": "far", "token": "x"}
+        path.write_text(json.dumps(holder))
+        with pytest.raises(LockError, match="was taken over by process"):
+            results.write("trained", 1, MEASURES, {})
+        with pytest.raises(LockError, match="was taken over by process"):
+            results.save({"w": np.zeros(3)})
+    assert not read_rows(folder.path)
+    assert not list((folder.path / "checkpoints").iterdir())
 
 
 def test_rows_leave_out_the_links_of_many_agents(folder, experiment, monkeypatch):

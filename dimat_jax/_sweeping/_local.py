@@ -147,7 +147,9 @@ def _start(job: Job, share: Share) -> _Running:
 def _child(job: Job, jax_options: Mapping[str, Any], answer: Connection) -> None:
     """The program of a run's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _signals.start()
+    # What ends a terminal or a job signals the parent too, which then signals its
+    # children once more. The parent ends those that take too long.
+    _signals.start(second_ends=False)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         answer.send(run_job(job, jax_options))

@@ -16,7 +16,7 @@ from dimat_jax._signals import deferrable
 from dimat_jax._sweeping._job import LOG, inherited_jax_options, run_job
 from dimat_jax._sweeping._plan import Job, in_order, unfinished
 from dimat_jax._sweeping._progress import View
-from dimat_jax.errors import UserError
+from dimat_jax.errors import UserError, first_line
 
 __all__ = ["make_executor", "parse_options", "run_on_slurm"]
 
@@ -177,8 +177,8 @@ def _reason(job: Any) -> str | None:
     try:
         return job.result()
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        return f"its job ended, {job.state}: {first_line}; see {job.paths.stderr}"
+        line = first_line(error)
+        return f"its job ended, {job.state}: {line}; see {job.paths.stderr}"
 
 
 def _submitit() -> ModuleType:

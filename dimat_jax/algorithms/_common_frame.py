@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from dimat_jax._slots import agent_of_slots
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.algorithms._edges import EdgePerms, Matcher, match_edges, spanning_forest
 from dimat_jax.algorithms._frames import Frame, StackedPerms, to_roots
@@ -44,8 +45,7 @@ def frames_of(record: Mapping[str, Any] | None, placement: Placement) -> Frames 
     """The frames of which `Frames.record` was made, for the slots of a placement."""
     if record is None:
         return None
-    # The last slots hold copies of the first agents.
-    agents = np.arange(placement.slots) % placement.n_agents
+    agents = agent_of_slots(placement)
     perms = {
         group: np.array(perm, np.int32)[agents]
         for group, perm in record["perms"].items()

@@ -58,7 +58,8 @@ def check_step(
 ) -> None:
     """Refuses a gamma with which gossip must diverge, where every message arrives.
 
-    Only of compressors that send random places it is known with what gamma it must.
+    Divergence is proved for compressors that send random places (random_k) alone. For
+    other compressors gamma is not checked.
 
     Args:
         gamma: the step size, above 0.
@@ -68,7 +69,7 @@ def check_step(
     Raises:
         OptionError: gossip must diverge; the message says from what value on.
     """
-    if not compressor.always:
+    if not compressor.random_places:
         return
     n_agents = mixing_matrix.shape[-1]
     mean = 1 - np.trace(mixing_matrix, axis1=-2, axis2=-1) / n_agents
@@ -93,7 +94,8 @@ def _share(compressor: Compressor) -> float:
 def _most_weight(mixing_matrix: MixingMatrix) -> float:
     """Computes the largest weight that an agent gives its neighbours at any time.
 
-    Negative weights count so that no eigenvalue of I - W is above twice the result.
+    Negative weights count by their absolute values: then no eigenvalue of I - W is
+    above twice the result.
     """
     own = np.diagonal(mixing_matrix, axis1=-2, axis2=-1)
     others = np.abs(mixing_matrix).sum(axis=-1) - np.abs(own)

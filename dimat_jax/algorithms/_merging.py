@@ -290,7 +290,8 @@ class _MergeRound:
             new = with_clocks_of(self._inner.init(merged.variables), state)
         else:
             new = self._with_part(state, merged)
-        # A step that waits is in the frame of `state`, as the merged weights are.
+        # The stored step and the merged weights are in the same frame, that of `state`,
+        # so the step can be added to them.
         return stepped(self._inner, new, state) if self._inner.ahead else new
 
     def _with_part(self, state: State, part: LocalState) -> State:

@@ -93,8 +93,8 @@ def recalibrating(algorithm: Algorithm, task: Task, placement: Placement) -> Alg
     """Makes an algorithm that measures BatchNorm statistics after a communication.
 
     It does so if the communication is given examples (`MergeData.recalibrate`). The
-    same holds for algorithms that gossip with every step or never communicate: what is
-    compared are then the algorithms, and not their running statistics.
+    same holds for algorithms that gossip with every step or never communicate. So a
+    comparison does not depend on how each algorithm keeps its running statistics.
 
     Args:
         algorithm: the algorithm, which does not measure statistics itself.

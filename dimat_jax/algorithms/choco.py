@@ -184,8 +184,8 @@ def converging(
 ) -> None:
     """Checks that gossip with gamma does not have to diverge on a network.
 
-    Where agents drop out or links fail, gossip takes fewer and smaller steps. Nothing
-    is known there about gammas that must be too large.
+    Where agents drop out, links fail or the graph changes, no bound on gamma is known,
+    so it is not checked.
 
     Raises:
         OptionError: it must diverge.

@@ -1,4 +1,4 @@
-"""What agents with small shards do until the agent with the largest shard is through.
+"""What an agent does after its last image, until the largest shard is finished.
 
 The choice decides which objective the agents minimise together. F_i is the mean loss
 of agent i's own examples, N the number of agents, and n_i the number of examples.
@@ -41,7 +41,7 @@ class SmallShards(Record[np.ndarray]):
     examples_count: bool
 
     def weighed(self, loss: Loss) -> Loss:
-        """Makes a loss with which batches count as the objective wants it.
+        """Scales the loss of each batch so that training has this objective.
 
         If every example counts the same, the loss is multiplied by the share of a batch
         that is filled. The other results stay as they are, so that reported losses are

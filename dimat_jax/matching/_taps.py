@@ -36,7 +36,7 @@ def with_last_taps(spec: PermutationSpec) -> PermutationSpec:
     Taps are in the order of `spec.taps`, which is that of the network's layers in the
     bundled models and in derived specs.
     """
-    return _LastTaps(spec.axes, spec.taps, spec.sizes)
+    return _LastTaps(spec.axes, spec.taps, spec.sizes, spec.statistics)
 
 
 def tap_units(

@@ -95,6 +95,6 @@ def _rows(reading: Reading) -> Iterator[AxisExplanation]:
             reasons = {reason for node in fixed_nodes(units) for reason in node.fixed}
             text = describe(reasons)
             if declared is None and not reasons:
-                text = "a single unit, or several of which each has a role of its own"
+                text = "nothing to permute: every part has a single unit"
             size = units.root().size if units is not None else 1
             yield AxisExplanation(leaf, d, size, declared, text)

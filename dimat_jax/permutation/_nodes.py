@@ -17,7 +17,7 @@ def nodes(units: AxisUnits) -> Iterator[Units]:
 
 
 def fixed_nodes(units: AxisUnits) -> Iterator[Units]:
-    """Yields those of the units' parts that are fixed; the units if all of them are."""
+    """Yields the largest parts of the units that are fixed, or all units as one."""
     if units is not None:
         node = units.root()
         if node.fixed:

@@ -29,7 +29,8 @@ _PASSING = (
     "stop_gradient",
     "transpose",
 )
-# With a scalar (an epsilon, a correction of bias), these leave a statistic one.
+# The result of one of these operations on a statistic and a scalar, such as an epsilon
+# or a correction of bias, still counts as the statistic.
 _SHIFTING = ("add", "add_any", "sub", "mul", "div", "max")
 
 
@@ -37,9 +38,9 @@ class _Mark(NamedTuple):
     """What an array is made of.
 
     Attributes:
-        kind: "argument": an argument of the model, but for scalars; "root": the root of
-            a variance; "inverse": the inverse root, perhaps scaled; "centred": an array
-            less a mean.
+        kind: "argument": an argument of the model, perhaps shifted or scaled by
+            scalars; "root": the root of a variance; "inverse": the inverse root,
+            perhaps scaled; "centred": an array less a mean.
         number: the number of the argument: the variance or the mean.
         scales: the numbers of the arguments by which an inverse root is multiplied.
     """

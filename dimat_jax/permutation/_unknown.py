@@ -43,7 +43,7 @@ class UnknownOperations:
         return {name: sorted(pairs) for name, pairs in sorted(costs.items())}
 
     def _fixed_anyway(self) -> set[Reason]:
-        """The reasons of those results that would be fixed with a rule as well.
+        """The reasons of results that would be fixed even if derive knew the operation.
 
         They belong to the occurrences that have touched only axes which are fixed for
         another reason, as the axes of inputs are.

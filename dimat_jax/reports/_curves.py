@@ -220,7 +220,7 @@ def _curve(rows: DataFrame, n_seeds: int) -> Curve:
 
 
 def _sent(curve: Curve) -> Curve:
-    """The part of a curve over bytes that begins with the first ones: 0 has no log."""
+    """Drops a curve's points before the first byte was sent: 0 has no logarithm."""
     shown = [i for i, x in enumerate(curve.x) if x > 0 and math.isfinite(x)]
 
     def pick(values: Sequence[Any]) -> list[Any]:

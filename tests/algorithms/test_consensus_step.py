@@ -243,4 +243,4 @@ def test_a_compressor_keeps_what_it_says(name):
     assert share == pytest.approx(1 - SENT[name].kept, abs=0.01)
     if SENT[name].kept > 0.99:
         assert share <= 2 * (1 - SENT[name].kept)
-    assert SENT[name].always == name.startswith("random_k")
+    assert SENT[name].random_places == name.startswith("random_k")

@@ -460,3 +460,10 @@ def test_a_tap_may_be_the_last_one_of_one_group_alone():
     last = with_last_taps(spec)
     assert last.taps_of("a") == ["both"] and last.taps_of("b") == ["end"]
     assert last.tap_axes("both", 3) == spec.tap_axes("both", 3)
+
+
+def test_with_last_taps_running_statistics_stay_statistics():
+    spec = PermutationSpec(
+        {"w": ("a",), "mean": ("a",)}, taps={"tap": "a"}, statistics={"mean"}
+    )
+    assert with_last_taps(spec).statistics == {"mean"}

@@ -121,7 +121,7 @@ def test_an_axis_that_is_fixed_in_part_says_so():
 def test_single_units_are_called_so(size):
     rows = explain(lambda v, x: x * v["w"][0], {"w": normal(size)}, X).rows
     assert [row.reasons for row in rows] == [
-        "a single unit, or several of which each has a role of its own"
+        "nothing to permute: every part has a single unit"
     ]
 
 

@@ -105,6 +105,22 @@ def test_a_killed_run_is_told_and_goes_on_later_while_the_others_finish(tmp_path
     assert len(read_rows(victim)) == 1 + 2 * MANY_ROUNDS
 
 
+def test_a_second_signal_does_not_end_a_run_of_a_sweep_at_once(tmp_path, monkeypatch):
+    """The parent repeats a signal that the system has sent to all of them."""
+    before, given = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(_local._signals, "start", lambda **kwargs: given.append(kwargs))
+    monkeypatch.setattr(_local, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(_local, "run_job", lambda job, options: "its end")
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    (job,) = jobs(tmp_path, a=small())
+    try:
+        _local._child(job, {}, sender)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert receiver.recv() == "its end"
+    assert given == [{"second_ends": False}]
+
+
 @pytest.mark.slow
 def test_a_terminated_sweep_ends_its_runs_and_they_go_on_later(tmp_path):
     made = jobs(tmp_path, a=long(), b=long(seed=1))
