@@ -104,13 +104,14 @@ def check_model(fields: Fields) -> ClosedJaxpr:
     """
     n_agents, source = number_of_agents(fields), SOURCES[fields[SOURCE.path]]
     for what, n_bytes in _batches(fields, source.image_shape):
-        _refuse(what, n_bytes)
+        _refuse(what, n_bytes, on_devices=True)
     name, given = fields[MODEL.path], model_arguments(fields)
     traced = _traced_init(MODELS[name], tuple(sorted(given.items())), source)
     one = sum(math.prod(x.shape) * x.dtype.itemsize for x in traced.out_avals)
     _refuse(
         f"{n_agents} agent(s) with a {name} of {_words(one)} each, and the gradients,",
         2 * one * n_agents,
+        on_devices=True,
     )
     return traced
 
@@ -158,11 +159,19 @@ def _batches(fields: Fields, image_shape: tuple[int, ...]) -> Iterator[tuple[str
     )
 
 
-def _refuse(what: str, n_bytes: int) -> None:
-    # Counting the processes starts JAX, so it is done only if it matters.
+def _refuse(what: str, n_bytes: int, on_devices: bool = False) -> None:
+    """Refuses what needs more bytes than all processes have.
+
+    What lies on devices is only refused where these are the CPU: accelerators have
+    memory of their own.
+    """
     available = memory()
-    if n_bytes > available:
-        available *= jax.process_count()
+    if n_bytes <= available:
+        return
+    # These questions start JAX, so they are asked only if they matter.
+    if on_devices and jax.default_backend() != "cpu":
+        return
+    available *= jax.process_count()
     if n_bytes > available:
         raise ConfigError(
             f"{what} would need at least {_words(n_bytes)} of memory, but there are "
