@@ -105,13 +105,21 @@ class Signals:
             raise Interrupted(number)
         if not self.received:
             self._first_at = now
-            text = f"{signal.Signals(number).name}: the run finishes its step and saves"
-            if _second_ends:
-                text += "; a second signal ends it at once"
-            _print(text)
-        elif now - self._first_at > _ONCE_SECONDS and not self._ends:
+            self.note(number)
+            return
+        if now - self._first_at > _ONCE_SECONDS and not self._ends:
             raise Interrupted(number)
         self.received.append(number)
+
+    def note(self, number: int) -> None:
+        """Notes a signal, and says so, unless one has been noted already."""
+        if self.received:
+            return
+        self.received.append(number)
+        text = f"{signal.Signals(number).name}: the run finishes its step and saves"
+        if _second_ends:
+            text += "; a second signal ends it at once"
+        _print(text)
 
 
 # The signals of the innermost block; the watching thread asks it.
@@ -200,9 +208,18 @@ def _watch(reader: int) -> None:
 
 
 def _expect_end(number: int) -> None:
-    """Ends the process if a signal was not deferred, and had no effect."""
-    time.sleep(_GRACE_SECONDS)
-    if not _current[-1].is_deferring:
+    """Sees to it that a signal ends the process, even if its exception was swallowed.
+
+    If the program has begun to defer signals meanwhile, it has work to lose. Then the
+    signal is noted, so that the work ends as after any other signal.
+    """
+    deadline = time.monotonic() + _GRACE_SECONDS
+    time.sleep(min(_GRACE_SECONDS, 1.0))  # Python's own handler comes first.
+    while time.monotonic() < deadline and not _current[-1].is_deferring:
+        time.sleep(0.05)
+    if _current[-1].is_deferring:
+        _current[-1].note(number)
+    else:
         _leave(number)
 
 

@@ -132,6 +132,15 @@ from dimat_jax import _signals
 _signals._GRACE_SECONDS = 1.0
 _signals.start()
 with _signals.deferrable() as signals:
+    if "defers later" in sys.argv:
+        print("begun", flush=True)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            signals.defer()
+        while not signals.number:
+            time.sleep(0.1)
+        sys.exit(128 + signals.number)
     if "defers" in sys.argv:
         signals.defer()
     print("begun", flush=True)
@@ -182,6 +191,15 @@ def test_ctrl_c_shows_no_traceback_while_a_program_starts(start, tmp_path, secon
     code, _, err = ended(process)
     assert code == 130 and "Traceback" not in err
     assert "ended by SIGINT" in err or "interrupted" in err or "SIGINT: the" in err
+
+
+def test_a_signal_whose_exception_is_swallowed_still_ends_what_begins_after_it(start):
+    process = start("-c", PROGRAM, "defers later")
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    code, _, err = ended(process)
+    assert code == 130 and "SIGINT: the run finishes its step and saves" in err
 
 
 def refused(start, command: Sequence[str], first: subprocess.Popen[str]) -> None:
