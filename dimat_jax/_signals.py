@@ -10,6 +10,7 @@ where Python cannot: while JAX compiles, or if a library has swallowed the excep
 """
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -101,8 +102,13 @@ class Signals:
             before = self._outer[number]
             if self._has_own_handler(number) and callable(before):
                 before(number, frame)
-                return
-            raise Interrupted(number)
+            elif _is_in_collector(frame):
+                # Python ignores exceptions there, so the signal comes again soon.
+                main = threading.main_thread().ident
+                threading.Timer(0.02, signal.pthread_kill, [main, number]).start()
+            else:
+                raise Interrupted(number)
+            return
         if not self.received:
             self._first_at = now
             self.note(number)
@@ -221,6 +227,14 @@ def _expect_end(number: int) -> None:
         _current[-1].note(number)
     else:
         _leave(number)
+
+
+def _is_in_collector(frame: FrameType | None) -> bool:
+    """Whether a frame is that of a callback of the garbage collector, as JAX has one."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None and frame.f_code not in callbacks:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_ours(handler: object) -> bool:

@@ -1,6 +1,7 @@
 """Runs that are interrupted within a round come to the same results bit by bit."""
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -318,6 +319,29 @@ def test_before_there_is_anything_to_lose_a_signal_raises_at_once():
     with pytest.raises(Interrupted) as error, deferrable() as signals:
         signal.raise_signal(signal.SIGTERM)
     assert error.value.number == signal.SIGTERM and not signals.received
+
+
+def test_a_signal_while_garbage_is_collected_is_raised_right_after_it():
+    """Python ignores exceptions in callbacks of the collector."""
+    raised = []
+
+    def callback(phase: str, info: Any) -> None:
+        del info
+        if phase == "start" and not raised:
+            raised.append(phase)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.05)  # Python handles the signal here.
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(Interrupted), deferrable():
+            gc.collect()
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                time.sleep(0.01)
+    finally:
+        gc.callbacks.remove(callback)
+    assert raised
 
 
 def test_a_signal_that_nothing_has_noticed_is_raised_at_the_end():
