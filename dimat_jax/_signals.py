@@ -230,7 +230,7 @@ def _expect_end(number: int) -> None:
 
 
 def _is_in_collector(frame: FrameType | None) -> bool:
-    """Whether a frame is that of a callback of the garbage collector, as JAX has one."""
+    """Whether a frame belongs to a callback of the garbage collector. JAX has one."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None and frame.f_code not in callbacks:
         frame = frame.f_back

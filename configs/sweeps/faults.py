@@ -5,7 +5,7 @@
 In every round each agent is absent with probability 0.3, and in every exchange each
 link fails with probability 0.3. Only a third of the ring's links works at a time, so
 there are 40 rounds instead of 10. D2 is left out, because it refuses such a network.
-The 64 runs, with two seeds, take about 8 minutes on 2 CPU cores.
+The 72 runs, with two seeds, take about 9 minutes on 2 CPU cores.
 """
 
 from itertools import product

@@ -130,7 +130,7 @@ def test_a_bundled_sweep_is_found_by_its_name_from_anywhere(
     tmp_path, monkeypatch, name
 ):
     monkeypatch.chdir(tmp_path)
-    assert len(_bundled.load_runs(name)) == 64
+    assert len(_bundled.load_runs(name)) == 72
 
 
 def test_a_file_of_the_user_comes_before_a_bundled_one(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_a_value_that_is_not_allowed_is_refused_with_what_is(tmp_path, name):
     if option.choices is not None:
         wrong, message = "nonsense", f"--{name} is 'nonsense'; allowed: "
     elif option.bounds:
-        wrong = type(option.default)(-1)
+        wrong = -1 if option.default is None else type(option.default)(-1)
         message = f"--{name} is {wrong}; it must be {option.bounds}"
     else:
         pytest.skip("any value is allowed here")
