@@ -66,6 +66,8 @@ class Signals:
 
     def install(self) -> None:
         """Handles the signals. Those that the process ignores stay ignored."""
+        if _on_collection not in gc.callbacks:
+            gc.callbacks.append(_on_collection)
         for name in (*_WATCHED, *_PASSED_ON):
             number = getattr(signal, name, None)
             if number is None:
@@ -229,12 +231,22 @@ def _expect_end(number: int) -> None:
         _leave(number)
 
 
+# Whether the garbage collector runs.
+_collecting = False
+
+
+def _on_collection(phase: str, info: dict[str, int]) -> None:
+    global _collecting
+    del info
+    _collecting = phase == "start"
+
+
 def _is_in_collector(frame: FrameType | None) -> bool:
-    """Whether a frame belongs to a callback of the garbage collector. JAX has one."""
+    """Whether the garbage collector runs, or one of its callbacks. JAX has one."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None and frame.f_code not in callbacks:
         frame = frame.f_back
-    return frame is not None
+    return _collecting or frame is not None
 
 
 def _is_ours(handler: object) -> bool:
