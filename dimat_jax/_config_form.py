@@ -98,7 +98,7 @@ def check_types(fields: Fields, defaults: Fields, words: Collection[str]) -> Non
         value, kind = fields[path], type(default)
         allowed = (int, float) if kind is float else (kind,)
         if path in words:
-            allowed = (int, float, str)
+            continue  # `Option.check` says which words and numbers are allowed.
         # Python counts True as a number.
         is_flag = isinstance(value, bool)
         if not isinstance(value, allowed) or is_flag != (kind is bool):

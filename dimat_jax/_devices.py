@@ -45,7 +45,7 @@ def request_cpu_devices(n_devices: int) -> None:
     if n_devices < 1:
         raise PlacementError(f"expected at least 1 CPU device, got {n_devices}")
     # JAX refuses the option once it has started, even with the value that it has.
-    if jax.config.values["jax_num_cpu_devices"] != n_devices:
+    if getattr(jax.config, "jax_num_cpu_devices", None) != n_devices:
         jax.config.update("jax_num_cpu_devices", n_devices)
     if _pool_size() < _threads_for(n_devices):
         os.environ["PJRT_NPROC"] = str(_threads_for(n_devices))

@@ -173,11 +173,11 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
     described = _in_every_panel(read[[*fields, _REPEATS]], panels)
     # A field is missing for the runs that do not read it; in a report it is blank.
     described = described.fillna("").rename(columns=short)
-    described = _by_panel(described, [short[field] for field in fields])
+    described = _by_panel(described, [short[field] for field in panels])
     by_algorithm = read.groupby("algorithm", sort=False)[settings].first()
     counts = pd.Series({run.folder: run.counts for run in started}, name="counted")
     return Runs(
-        _by_panel(evaluations.join(described, on="run"), [short[f] for f in fields]),
+        _by_panel(evaluations.join(described, on="run"), [short[f] for f in panels]),
         [short[field] for field in panels],
         [short[field] for field in lines],
         by_algorithm.fillna("").rename(columns=short),
@@ -187,14 +187,14 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
     )
 
 
-def _by_panel(table: DataFrame, fields: list[str]) -> DataFrame:
-    """Sorts rows by some fields, and values by the row in which they come first.
+def _by_panel(table: DataFrame, panels: list[str]) -> DataFrame:
+    """Sorts rows by panels, and panels by the rows in which their values come first.
 
     Runs that go on side by side start in any order, but reports look alike.
     """
-    if not fields:
+    if not panels:
         return table
-    ranks = [pd.factorize(table[field])[0] for field in reversed(fields)]
+    ranks = [pd.factorize(table[field])[0] for field in reversed(panels)]
     return table.iloc[np.lexsort(ranks)]
 
 

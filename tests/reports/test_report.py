@@ -192,8 +192,8 @@ def test_a_partition_has_its_alpha_in_its_panel_also_where_it_is_the_only_one(
             "wa",
             [
                 {"data.partition": "iid"},
-                {"data.partition": "dirichlet", "data.alpha": "0.1"},
-                {"data.partition": "dirichlet", "data.alpha": "10.0"},
+                {"data.partition": "dirichlet", "data.alpha": 0.1},
+                {"data.partition": "dirichlet", "data.alpha": 10.0},
             ],
         ),
         (
@@ -201,8 +201,8 @@ def test_a_partition_has_its_alpha_in_its_panel_also_where_it_is_the_only_one(
             "cdsgd",
             [
                 {"topology": "ring"},
-                {"topology": "random_regular", "graph.degree": "3"},
-                {"topology": "random_regular", "graph.degree": "4"},
+                {"topology": "random_regular", "graph.degree": 3},
+                {"topology": "random_regular", "graph.degree": 4},
             ],
         ),
     ],
