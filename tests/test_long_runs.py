@@ -54,7 +54,12 @@ class Watch:
     def __call__(self, line: str) -> None:
         if not line.startswith("round "):
             return
-        files = [path for path in self._folder.rglob("*") if path.is_file()]
+        # Another thread writes and removes files meanwhile, which `os.walk` ignores.
+        files = [
+            Path(folder, name)
+            for folder, _, names in os.walk(self._folder)
+            for name in names
+        ]
         checkpoints = [path for path in files if "checkpoints" in path.parts]
         self.sizes.append(
             Sizes(
