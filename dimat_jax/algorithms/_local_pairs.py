@@ -4,6 +4,7 @@ A pair's scores are on the device of the receiver, at least where every agent ha
 many neighbours as the others. Only the permutations travel between processes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -59,7 +60,10 @@ def search_local_pairs(
         similarity = local.similarity(perms)
 
     # Everything that is known of a pair becomes one row of whole numbers.
-    of_pairs = [perm.reshape(len(perm), -1) for perm in perms.values()]
+    # A process may have no pairs; then `reshape` cannot tell what -1 stands for.
+    of_pairs = [
+        perm.reshape(len(perm), math.prod(perm.shape[1:])) for perm in perms.values()
+    ]
     columns = [*of_pairs, similarity.astype(np.float64)[:, None].view(np.int32)]
     found = np.concatenate(columns, axis=1).astype(np.int32)
     sent = np.zeros((placement.slots, len(edge_waves), found.shape[1]), np.int32)

@@ -208,7 +208,7 @@ def pair_score(
 
 def _over_layers(values: np.ndarray) -> np.ndarray:
     """The sum for each pair."""
-    return values.reshape(len(values), -1).sum(axis=1)
+    return values.sum(axis=tuple(range(1, values.ndim)))
 
 
 def objective(problem: Problem, perms: PairPerms) -> Float[np.ndarray, " pairs"]:
