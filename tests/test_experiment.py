@@ -165,6 +165,7 @@ def test_who_is_away_learns_nothing_and_sends_nothing(tmp_path):
     assert partition["classes"] == list("0123456789")
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     "sweep", [every_algorithm, compression, faults, graphs, learning_rates]
 )

@@ -243,6 +243,7 @@ def test_no_device_receives_the_weights_of_all_agents(programs):
         assert max(gathered, default=0) < weights, name
 
 
+@pytest.mark.slow
 def test_weights_pass_from_device_to_device(programs):
     passed = [
         size

@@ -243,6 +243,7 @@ def test_per_agent_is_a_loop_over_agents(results, n_devices, batching):
     assert there["n"].dtype == np.int32
 
 
+@pytest.mark.every_nth(4)
 @everywhere
 @both_batchings
 def test_agents_are_spread_over_all_devices(results, n_devices, batching):

@@ -146,6 +146,7 @@ def test_without_neighbours_agents_train_as_each_would_alone(name):
 
 
 # FedProx draws an agent to its own past, and an adaptive server shortens its steps.
+@pytest.mark.every_nth(3)
 @every(
     name
     for name in EVERYONE - {"fedprox", "fedavg, adagrad"}
@@ -179,6 +180,7 @@ def drawing_the_same(name: str) -> Built:
     return on_placement(CASES[name], "convex", placement)
 
 
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize(
     ("name", "topology"),
     [
@@ -455,7 +457,7 @@ def test_absent_agents_keep_their_whole_state_and_nobody_hears_of_them(name):
 SPREAD = ("cdsgd", "sgp", "compcga", "choco", "scaffold", "dimat", "wa, int8")
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(7)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

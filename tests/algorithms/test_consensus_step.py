@@ -178,7 +178,7 @@ SENT = {
 }
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize("graph", ["ring", "star", "path", "fully_connected", "torus"])
 @pytest.mark.parametrize("name", SENT)
 def test_with_the_default_agents_agree_whatever_the_compressor(name, graph):

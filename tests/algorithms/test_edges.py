@@ -188,7 +188,7 @@ def alone(kind: str, whose: str, receiver: int, sender: int) -> Perms:
         )
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize("whose", ["shared", "own"])
 @pytest.mark.parametrize(
     ("kind", "graph"), [*(("mlp", graph) for graph in GRAPHS), ("maps", "one way")]

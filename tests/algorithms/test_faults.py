@@ -74,7 +74,7 @@ def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in times} for row in rows]
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.every_nth(4)
 # Centralized training has no network, and D2 refuses a network with faults.
 @pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"centralized", "d2"}))
 def test_every_algorithm_finishes(run, algorithm):

@@ -114,7 +114,7 @@ SHARED = np.arange(20, 40)
 STAY = 0.05
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(7)
 @pytest.mark.parametrize(
     ("name", "algorithm", "topology", "frame", "policy"),
     [

@@ -75,6 +75,7 @@ def test_agents_are_read_from_stacked_arrays(tmp_path, devices):
         np.testing.assert_array_equal(leaf, expected[path])
 
 
+@pytest.mark.slow
 def test_agents_are_read_from_pytorch_files(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     experiment = experiment_of(model__name="resnet20", model__width=0.25)

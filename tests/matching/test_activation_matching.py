@@ -167,6 +167,7 @@ def test_a_planted_permutation_is_found_on_every_unmistakable_unit(trained, reco
         np.testing.assert_array_equal(perm[units], units, group)
 
 
+@pytest.mark.slow
 def test_networks_that_were_aligned_can_be_averaged(trained, recovered):
     aligned = permutation.apply(trained.spec, recovered.found, recovered.permutee)
     inputs = trained.batches[0]

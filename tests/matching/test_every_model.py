@@ -95,7 +95,7 @@ def assert_logits_equal(case: Trained, variables: PyTree) -> None:
         np.testing.assert_allclose(logits[mode], wanted, rtol=0, atol=1e-4 * scale)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @every_kind
 def test_activations_tell_every_unit_that_is_alive_and_has_no_twin(case):
     net = trained(case)

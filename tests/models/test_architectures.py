@@ -54,6 +54,7 @@ def test_an_integer_width_is_that_float(name):
     assert MODELS[name](n_classes=2, width=2) == MODELS[name](n_classes=2, width=2.0)
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_quarter_of_the_width_is_a_quarter_of_every_group(name):
     narrow, full = (MODELS[name](n_classes=2, width=w) for w in (0.25, 1.0))
@@ -172,6 +173,7 @@ def test_group_norms_sizes_must_be_told_and_fit(sizes, message):
         permutation.validate(spec, shapes_of(model, 8, 8, 3))
 
 
+@pytest.mark.slow
 def test_all_permutations_of_the_channels_are_too_many_for_group_norm():
     model = VGG(((8,), (8,)), 3, norm="group")
     inputs = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))

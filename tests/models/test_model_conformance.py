@@ -170,6 +170,7 @@ def test_the_table_covers_all_models():
 # Structure, without computing anything ================================================
 
 
+@pytest.mark.every_nth(3)
 @every_name
 @pytest.mark.parametrize("pixels", [32, 64])
 def test_the_spec_fits_the_variables_and_the_taps(name, pixels):

@@ -179,6 +179,7 @@ programs = pytest.mark.parametrize(
 
 
 # A choice of the largest gate tells experts apart by their places, and derive says so.
+@pytest.mark.every_nth(3)
 @pytest.mark.filterwarnings("ignore::dimat_jax.permutation.PermutationSpecWarning")
 @programs
 def test_every_layer_has_permutations_of_its_own_and_they_are_found(name):

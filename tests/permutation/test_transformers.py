@@ -146,6 +146,7 @@ CASES: dict[str, tuple[Callable[[], Model], list[tuple[int, ...]]]] = {
 FAST = {"rotary embedding of some dimensions", "mixture of experts"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::dimat_jax.permutation.PermutationSpecWarning")
 @pytest.mark.parametrize(
     "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES]

@@ -106,7 +106,7 @@ def test_declared_symmetries_of_trained_networks_hold(name):
     subject(name).verify(SPECS[name], map_with_path(trained, subject(name).fresh))
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize(("name", "leaf", "dimension"), ALL_AXES)
 def test_an_axis_in_a_wrong_group_of_the_same_size_is_named(name, leaf, dimension):
     spec = SPECS[name]

@@ -28,6 +28,7 @@ def hours_in(text: str) -> list[float]:
     return [float(hours) for hours in found.groups()]
 
 
+@pytest.mark.slow
 def test_a_dry_run_times_a_few_steps_and_writes_nothing(tmp_path):
     made = jobs(
         tmp_path,
