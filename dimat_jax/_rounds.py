@@ -42,6 +42,8 @@ class Rounds:
         self._progress, self._messages = progress, messages
         self._pauses, self._tick = pauses, tick
         self._frames = frames_of(progress.frames, experiment.placement)
+        # Whether the communication of this part has taken its first step.
+        self._has_looked_ahead = False
         self._trainer = Trainer(
             experiment, self._algorithm, experiment.sampler, experiment.key("rounds")
         )
@@ -86,6 +88,7 @@ class Rounds:
             now = experiment.network_at_step(first, part.round)
             state = self._trainer.look_ahead(state, first, now)
             progress.within = self._offset(part) + 1
+            self._has_looked_ahead = True
             self._tick(1)
         slots = experiment.placement.slots
         network = experiment.links.at_round(part.round, slots, merge)
@@ -116,9 +119,10 @@ class Rounds:
         ]
         taken = max(ahead, self._progress.within - offset)
         first, left = part.steps.start + taken, networks[taken:]
-        if ahead and not left:
+        if self._has_looked_ahead and not left:
             # The communication has taken the only step, so nothing else calls this.
             after(state, self._trainer.totals, first - 1)
+        self._has_looked_ahead = False
         state = self._trainer.steps(state, first, left, self._tick, after)
         self._progress.ledger.record_steps(self._messages, networks[ahead:])
         return state
