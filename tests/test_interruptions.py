@@ -119,8 +119,8 @@ def test_a_run_that_merges_within_rounds_may_be_interrupted_after_each_step(
             ended = True
         except Interrupted:
             interruptions += 1
-    # Before a merge, its step is a part of the communication. Each of the two rounds has
-    # a part of two steps, and one of a single step.
+    # Before a merge, its step is a part of the communication. Each of the two rounds
+    # has a part of two steps, and one of a single step.
     steps = STEPS if gradient == "after_merge" else STEPS - 2
     assert interruptions == steps
     assert_same(tmp_path / "run", tmp_path / "finished")
