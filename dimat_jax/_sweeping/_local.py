@@ -27,7 +27,6 @@ from dimat_jax._sweeping._plan import Job, in_order, unfinished
 from dimat_jax._sweeping._progress import View
 from dimat_jax._sweeping._shares import Share, applied
 from dimat_jax.errors import Interrupted, NonFiniteError, UserError
-from dimat_jax.placement import request_cpu_devices
 
 __all__ = [
     "run_here",
@@ -47,7 +46,6 @@ def run_here(jobs: Sequence[Job]) -> dict[str, str]:
     Returns:
         The reasons of the runs that have failed, by name.
     """
-    request_cpu_devices(max(job.config.placement.cpu_devices for job in jobs))
     failures = {}
     for number, job in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {job.name}", flush=True)

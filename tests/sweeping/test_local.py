@@ -140,8 +140,6 @@ def test_a_terminated_sweep_ends_its_runs_and_they_go_on_later(tmp_path):
 
 
 def test_runs_in_this_process_fail_alone_too(tmp_path, capsys, monkeypatch):
-    # JAX has started already, with the devices of conftest.py.
-    monkeypatch.setattr(_local, "request_cpu_devices", lambda n_devices: None)
     made = jobs(
         tmp_path,
         diverges=small("wa", optimizer__name="sgd", optimizer__learning_rate=1e30),
