@@ -284,6 +284,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
 # Bad input ============================================================================
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_or_are_missing_end_with_one_message(tmp_path):
     command = (*LONG, f"--workdir={tmp_path / 'run'}")
     other = (*command, "--config.seed=1", "--config.batch_size=16")

@@ -98,14 +98,9 @@ class _World:
         return {tap: np.asarray(units) for tap, units in seen.items()}
 
 
-@pytest.fixture(scope="module")
-def worlds() -> dict[str, _World]:
-    return {name: _World(name) for name in MODELS}
-
-
-@pytest.fixture(params=MODELS)
-def world(request, worlds) -> _World:
-    return worlds[request.param]
+@pytest.fixture(params=MODELS, scope="module")
+def world(request) -> _World:
+    return _World(request.param)
 
 
 # Batches are ragged on purpose: they have 8 of 17, 18, ... examples.
