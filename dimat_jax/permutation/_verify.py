@@ -32,7 +32,17 @@ from dimat_jax.permutation._spec import (
 )
 from dimat_jax.tree import PyTree, flatten, is_inexact
 
-__all__ = ["verify"]
+__all__ = ["InconclusiveError", "Verification", "verify"]
+
+_ROUNDING = (
+    "derive finds the declared symmetry in the model's operations, which leaves "
+    "rounding; forward should compute in float32, and BatchNorm needs more or larger "
+    "examples, as statistics of few values magnify it"
+)
+
+
+class InconclusiveError(PermutationSpecError):
+    """Rounding or outputs that are not finite hide whether a symmetry holds."""
 
 
 def verify(
@@ -74,54 +84,104 @@ def verify(
             else the one leaf that explains the change. If the spec and `derive` agree,
             the message names rounding as the cause.
     """
-    validate(spec, variables)
-    noise_key, perm_key = jax.random.split(key)
-    variables = _without_constants(variables, noise_key)
-    check = _Check(forward, variables, inputs, tolerance, outputs)
-    perms = _without_identities(random(spec, variables, perm_key))
-    change = check.output_change(spec, perms)
-    if change <= tolerance:
-        return
-    groups, cause = _find_cause(check, spec, perms, perm_key)
-    named = ", ".join(map(repr, groups))
-    units = (
-        f"the units of group{'s' * (len(groups) > 1)} {named}" if groups else "units"
+    Verification(spec, forward, inputs, outputs=outputs, tolerance=tolerance)(
+        variables, key
     )
-    raise PermutationSpecError(
-        f"permuting {units} moves the outputs by {change:.1e} of the largest (allowed: "
-        f"{tolerance:.0e}): {cause}"
-    )
+
+
+class Verification:
+    """Verifies one spec on the variables of several networks.
+
+    The forward function is compiled once for all of them.
+
+    Args:
+        spec: as in `verify`.
+        forward: as in `verify`.
+        inputs: as in `verify`.
+        outputs: as in `verify`.
+        tolerance: as in `verify`.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        forward: Forward,
+        inputs: PyTree,
+        *,
+        outputs: ChooseOutputs | None = None,
+        tolerance: float = 1e-4,
+    ):
+        self._spec = spec
+        self._tolerance = tolerance
+        self._model = _Model(forward, inputs, outputs)
+
+    def __call__(self, variables: PyTree, key: Key[Array, ""]) -> None:
+        """Checks the spec on one network's variables.
+
+        Args:
+            variables: as in `verify`.
+            key: as in `verify`; it is consumed.
+
+        Raises:
+            PermutationSpecError: as of `verify`. It is an `InconclusiveError` if the
+                cause is rounding, or outputs that are not finite from the start.
+        """
+        spec, tolerance = self._spec, self._tolerance
+        validate(spec, variables)
+        noise_key, perm_key = jax.random.split(key)
+        variables = _without_constants(variables, noise_key)
+        check = _Check(self._model, variables, tolerance)
+        perms = _without_identities(random(spec, variables, perm_key))
+        change = check.output_change(spec, perms)
+        if change <= tolerance:
+            return
+        groups, cause = _find_cause(check, spec, perms, perm_key)
+        named = ", ".join(map(repr, groups))
+        units = (
+            f"the units of group{'s' * (len(groups) > 1)} {named}"
+            if groups
+            else "units"
+        )
+        error = InconclusiveError if cause == _ROUNDING else PermutationSpecError
+        raise error(
+            f"permuting {units} moves the outputs by {change:.1e} of the largest "
+            f"(allowed: {tolerance:.0e}): {cause}"
+        )
+
+
+class _Model:
+    """A model with the inputs on which it is checked.
+
+    Attributes:
+        forward: the forward function as it was given.
+        inputs: the inputs.
+        choose: chooses the outputs that count.
+    """
+
+    def __init__(self, forward: Forward, inputs: PyTree, choose: ChooseOutputs | None):
+        self.forward, self.inputs, self.choose = forward, inputs, choose
+        # It is compiled because the search for a wrong leaf takes many evaluations.
+        self._compiled = jax.jit(lambda v, x: call_forward(forward, v, x, choose))
+
+    def __call__(self, variables: PyTree) -> ForwardOutputs:
+        # With reduced precision, rounding alone would change the outputs.
+        with jax.default_matmul_precision("highest"):
+            return self._compiled(variables, self.inputs)
 
 
 class _Check:
     """Measures how far permuted variables change the outputs."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        variables: PyTree,
-        inputs: PyTree,
-        tolerance: float,
-        choose: ChooseOutputs | None,
-    ):
+    def __init__(self, model: _Model, variables: PyTree, tolerance: float):
         self.variables = variables
-        self._inputs = inputs
+        self._model = model
         self._tolerance = tolerance
-        self._eager = forward
-        self._choose = choose
-        # It is compiled because the search for a wrong leaf takes many evaluations.
-        self._forward = jax.jit(lambda v, x: call_forward(forward, v, x, choose))
-        result = self._run(variables)
+        result = model(variables)
         if not jax.tree.leaves(result.counted):
             raise PermutationSpecError("forward returned no arrays; nothing to verify")
         self._outputs = _as_float32(result)
         if not all(np.isfinite(output).all() for output in self._outputs):
-            raise PermutationSpecError("the outputs are not finite; nothing to verify")
-
-    def _run(self, variables: PyTree) -> ForwardOutputs:
-        # With reduced precision, rounding alone would change the outputs.
-        with jax.default_matmul_precision("highest"):
-            return self._forward(variables, self._inputs)
+            raise InconclusiveError("the outputs are not finite; nothing to verify")
 
     def output_change(self, spec: PermutationSpec, perms: Perms) -> float:
         """The largest change of an output, relative to the largest absolute output.
@@ -129,7 +189,7 @@ class _Check:
         It is infinite if an output is no longer finite. Updated variables are permuted
         back before they are compared.
         """
-        counted, updates = self._run(apply(spec, perms, self.variables))
+        counted, updates = self._model(apply(spec, perms, self.variables))
         back = invert(perms)
         restored = {
             path: permute_leaf(spec.axes[path], back, leaf)
@@ -153,8 +213,8 @@ class _Check:
         Because of such operations the spec may lack symmetries. The message is empty
         if derive knows all operations.
         """
-        arguments = (self._eager, self.variables, self._inputs)
-        reading = read_model(*arguments, self._choose)
+        model = self._model
+        reading = read_model(model.forward, self.variables, model.inputs, model.choose)
         return reading.spec({}), reading.missing_rules()
 
 
@@ -176,11 +236,7 @@ def _find_cause(
     derived, doubt = check.derived()
     mistakes = find_mistakes(spec, derived, check.variables)
     if not mistakes:
-        return [], (
-            "derive finds the declared symmetry in the model's operations, which "
-            "leaves rounding; forward should compute in float32, and BatchNorm needs "
-            "more or larger examples, as statistics of few values magnify it"
-        )
+        return [], _ROUNDING
     if not _correction_helps(check, spec, derived, mistakes, key):
         mistakes = []
     by_derive = _groups_of(mistakes, perms), _join(mistakes)
