@@ -30,7 +30,7 @@ from dimat_jax.permutation._spec import (
     PermutationSpecError,
     axis_groups,
 )
-from dimat_jax.tree import PyTree, flatten, is_inexact
+from dimat_jax.tree import PyTree, as_arrays, flatten, is_inexact
 
 __all__ = ["InconclusiveError", "Verification", "verify"]
 
@@ -129,7 +129,7 @@ class Verification:
         spec, tolerance = self._spec, self._tolerance
         validate(spec, variables)
         noise_key, perm_key = jax.random.split(key)
-        variables = _without_constants(variables, noise_key)
+        variables = _without_constants(as_arrays(variables), noise_key)
         check = _Check(self._model, variables, tolerance)
         perms = _without_identities(random(spec, variables, perm_key))
         change = check.output_change(spec, perms)
@@ -159,7 +159,8 @@ class _Model:
     """
 
     def __init__(self, forward: Forward, inputs: PyTree, choose: ChooseOutputs | None):
-        self.forward, self.inputs, self.choose = forward, inputs, choose
+        self.forward, self.choose = forward, choose
+        self.inputs = as_arrays(inputs)
         # It is compiled because the search for a wrong leaf takes many evaluations.
         self._compiled = jax.jit(lambda v, x: call_forward(forward, v, x, choose))
 

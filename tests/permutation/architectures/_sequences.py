@@ -55,7 +55,9 @@ class StackedGRU(nnx.Module):
         self.head = nnx.Linear(6, CLASSES, rngs=rngs)
 
     def __call__(self, x):
-        return self.head(self.two(self.one(x)))
+        sequence: Any = self.one(x)
+        sequence = self.two(sequence)
+        return self.head(sequence)
 
 
 class LSTM(eqx.Module):
