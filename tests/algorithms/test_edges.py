@@ -60,7 +60,6 @@ def assert_each_edge_is_in_one_wave(edges: np.ndarray, slots: int) -> None:
     density=st.floats(0, 1),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None)
 def test_waves_hold_each_edge_of_any_graph_exactly_once(n_agents, spare, density, seed):
     adjacency = np.random.default_rng(seed).random((n_agents, n_agents)) < density
     np.fill_diagonal(adjacency, False)
@@ -336,7 +335,7 @@ def test_edges_that_tell_each_other_are_matched_once():
 
 
 @given(order=st.permutations(range(N_AGENTS)), graph=st.sampled_from(sorted(GRAPHS)))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_matching_is_equivariant_to_relabelling_the_agents(order, graph):
     subject, order = agents("mlp"), np.array(order)
     adjacency = GRAPHS[graph]
