@@ -1,7 +1,8 @@
 """Verifies a declared symmetry: permutes the units and compares the outputs."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from dimat_jax.permutation._actions import (
-    Perms,
+    AnyPerms,
     apply,
     identity,
     invert,
@@ -24,7 +25,7 @@ from dimat_jax.permutation._outputs import (
     call_forward,
 )
 from dimat_jax.permutation._reading import read_model
-from dimat_jax.permutation._sizes import group_sizes, validate
+from dimat_jax.permutation._sizes import group_shapes, group_sizes, validate
 from dimat_jax.permutation._spec import (
     PermutationSpec,
     PermutationSpecError,
@@ -92,7 +93,8 @@ def verify(
 class Verification:
     """Verifies one spec on the variables of several networks.
 
-    The forward function is compiled once for all of them.
+    The forward function, and the application of permutations, are compiled once for all
+    of them.
 
     Args:
         spec: as in `verify`.
@@ -114,6 +116,7 @@ class Verification:
         self._spec = spec
         self._tolerance = tolerance
         self._model = _Model(forward, inputs, outputs)
+        self._apply = jax.jit(partial(apply, spec))
 
     def __call__(self, variables: PyTree, key: Key[Array, ""]) -> None:
         """Checks the spec on one network's variables.
@@ -128,14 +131,15 @@ class Verification:
         """
         spec, tolerance = self._spec, self._tolerance
         validate(spec, variables)
-        noise_key, perm_key = jax.random.split(key)
-        variables = _without_constants(as_arrays(variables), noise_key)
+        seeds = np.asarray(jax.random.bits(key, (4,), jnp.uint32))
+        rng = np.random.default_rng(seeds)
+        variables = _without_constants(as_arrays(variables), rng)
         check = _Check(self._model, variables, tolerance)
-        perms = _without_identities(random(spec, variables, perm_key))
-        change = check.output_change(spec, perms)
+        perms = _draw_perms(spec, variables, rng)
+        change = check.output_change(spec, perms, self._apply(perms, variables))
         if change <= tolerance:
             return
-        groups, cause = _find_cause(check, spec, perms, perm_key)
+        groups, cause = _find_cause(check, spec, perms, key)
         named = ", ".join(map(repr, groups))
         units = (
             f"the units of group{'s' * (len(groups) > 1)} {named}"
@@ -184,13 +188,22 @@ class _Check:
         if not all(np.isfinite(output).all() for output in self._outputs):
             raise InconclusiveError("the outputs are not finite; nothing to verify")
 
-    def output_change(self, spec: PermutationSpec, perms: Perms) -> float:
+    def output_change(
+        self, spec: PermutationSpec, perms: AnyPerms, permuted: PyTree = None
+    ) -> float:
         """The largest change of an output, relative to the largest absolute output.
 
         It is infinite if an output is no longer finite. Updated variables are permuted
         back before they are compared.
+
+        Args:
+            spec: the symmetry.
+            perms: the permutations.
+            permuted: the permuted variables, if they are known already.
         """
-        counted, updates = self._model(apply(spec, perms, self.variables))
+        if permuted is None:
+            permuted = apply(spec, perms, self.variables)
+        counted, updates = self._model(permuted)
         back = invert(perms)
         restored = {
             path: permute_leaf(spec.axes[path], back, leaf)
@@ -204,7 +217,7 @@ class _Check:
             for before, after in zip(self._outputs, outputs, strict=True)
         )
 
-    def holds(self, spec: PermutationSpec, perms: Perms) -> bool:
+    def holds(self, spec: PermutationSpec, perms: AnyPerms) -> bool:
         """Whether these permutations leave the outputs unchanged."""
         return self.output_change(spec, perms) <= self._tolerance
 
@@ -228,7 +241,7 @@ def _as_float32(outputs: PyTree) -> list[np.ndarray]:
 
 
 def _find_cause(
-    check: _Check, spec: PermutationSpec, perms: Perms, key: Key[Array, ""]
+    check: _Check, spec: PermutationSpec, perms: AnyPerms, key: Key[Array, ""]
 ) -> tuple[list[str], str]:
     """Finds the groups that change the outputs, and the message on the cause.
 
@@ -308,18 +321,17 @@ def _join(mistakes: list[Mistake], at_most: int = 10) -> str:
     return "; ".join([*map(str, mistakes[:at_most]), *more])
 
 
-def _without_constants(variables: PyTree, key: Key[Array, ""]) -> PyTree:
+def _without_constants(variables: PyTree, rng: np.random.Generator) -> PyTree:
     """Puts random positive noise on the leaves that are constant along some axis."""
-    leaves, treedef = jax.tree.flatten(variables)
-    keys = jax.random.split(key, len(leaves))
 
-    def perturb(leaf_key, leaf):
+    def perturb(leaf):
         if not is_inexact(leaf) or not _constant_along_an_axis(leaf):
             return leaf
-        noise = jax.random.uniform(leaf_key, leaf.shape, minval=0.5, maxval=1.5)
-        return jnp.where(leaf == 0, 0.1 * noise, leaf * noise).astype(leaf.dtype)
+        leaf = np.asarray(leaf)
+        noise = rng.uniform(0.5, 1.5, leaf.shape)
+        return np.where(leaf == 0, 0.1 * noise, leaf * noise).astype(leaf.dtype)
 
-    return treedef.unflatten(map(perturb, keys, leaves))
+    return jax.tree.map(perturb, variables)
 
 
 def _constant_along_an_axis(leaf) -> bool:
@@ -330,13 +342,17 @@ def _constant_along_an_axis(leaf) -> bool:
     )
 
 
-def _without_identities(perms: Mapping[str, Array]) -> Perms:
-    """Replaces identities, which would check nothing, by rotations."""
-    return {
-        group: jnp.where(
-            (perm == jnp.arange(perm.shape[-1])).all(axis=-1, keepdims=True),
-            jnp.roll(perm, 1, axis=-1),
-            perm,
-        )
-        for group, perm in perms.items()
-    }
+def _draw_perms(
+    spec: PermutationSpec, variables: PyTree, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Random permutations, and rotations in place of identities, which check nothing.
+
+    They are drawn on the host, as `random` compiles a program for each size of a group.
+    """
+    perms = {}
+    for group, shape in group_shapes(spec, variables).items():
+        units = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+        drawn = rng.permuted(units, axis=-1)
+        is_identity = (drawn == units).all(axis=-1, keepdims=True)
+        perms[group] = np.where(is_identity, np.roll(drawn, 1, axis=-1), drawn)
+    return perms

@@ -1,6 +1,7 @@
 """The benchmark that aligns a GPT-2, with a small one."""
 
 import math
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -8,6 +9,15 @@ import pytest
 from dimat_jax import permutation
 from dimat_jax._bench import gpt2
 from dimat_jax._bench._gpt2 import GPT2, forward, shapes
+from tests import promotion
+
+
+@pytest.fixture(autouse=True, scope="module")
+def promotion_as_users_have_it() -> Iterator[None]:
+    """The model stands for those of users, which broadcast."""
+    with promotion.allow():
+        yield
+
 
 SMALL = GPT2(layers=2, width=12, heads=3, vocabulary=40, places=10)
 

@@ -42,7 +42,7 @@ A = {
 
 
 def forward(v, x):
-    return jnp.tanh(x @ v["in"] + v["bias"]) @ v["out"]
+    return jnp.tanh(x @ v["in"] + v["bias"][None]) @ v["out"]
 
 
 SPEC, ACTIVATIONS = derive(forward, A, X, with_activations=True)

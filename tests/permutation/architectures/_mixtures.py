@@ -94,9 +94,9 @@ def scanned_layers() -> Architecture:
 
 
 def low_rank(w, x):
-    """Hu et al. 2022 (LoRA): the sum of a matrix and of one of rank 2."""
-    first = w("w", 4, 6) + w("b", 4, 2) @ w("a", 2, 6)
-    return jax.nn.relu(x @ first) @ w("out", 6, CLASSES)
+    """Hu et al. 2022 (LoRA): beside each matrix there is a product of rank 2."""
+    h = jax.nn.relu(x @ w("w", 4, 6) + (x @ w("b", 4, 2)) @ w("a", 2, 6))
+    return h @ w("out", 6, CLASSES)
 
 
 def adapters(w, texts):
