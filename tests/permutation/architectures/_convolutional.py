@@ -145,20 +145,6 @@ class ResNeXt(nn.Module):
         return nn.Dense(CLASSES)(nn.relu(x + y).mean((1, 2)))
 
 
-class DenseNet(nn.Module):
-    """Huang et al. 2017: a dense block, a transition and one more layer."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(4, (3, 3))(x)
-        for _ in range(2):
-            y = nn.Conv(5, (3, 3))(nn.relu(batch_norm(x)))
-            x = jnp.concatenate([x, y], axis=-1)
-        x = nn.Conv(6, (1, 1))(nn.relu(batch_norm(x)))
-        x = nn.avg_pool(x, (2, 2), (2, 2))
-        return nn.Dense(CLASSES)(nn.relu(batch_norm(x)).mean((1, 2)))
-
-
 class Inception(nn.Module):
     """Szegedy et al. 2015: four branches side by side."""
 
@@ -176,18 +162,6 @@ class Inception(nn.Module):
         return nn.Dense(CLASSES)(x.mean((1, 2)))
 
 
-class SqueezeNet(nn.Module):
-    """Iandola et al. 2016: fire modules that squeeze and expand."""
-
-    @nn.compact
-    def __call__(self, x):
-        for squeeze, one, three in ((3, 4, 5), (4, 6, 5)):
-            x = nn.relu(nn.Conv(squeeze, (1, 1))(x))
-            parts = [nn.Conv(one, (1, 1))(x), nn.Conv(three, (3, 3))(x)]
-            x = nn.relu(jnp.concatenate(parts, axis=-1))
-        return nn.Conv(CLASSES, (1, 1))(x).mean((1, 2))
-
-
 class MobileNet(nn.Module):
     """Howard et al. 2017: depthwise convolutions, each followed by a pointwise one."""
 
@@ -200,44 +174,6 @@ class MobileNet(nn.Module):
             x = nn.relu6(batch_norm(x))
             x = nn.relu6(batch_norm(nn.Conv(channels, (1, 1))(x)))
         return nn.Dense(CLASSES)(x.mean((1, 2)))
-
-
-class InvertedResidual(eqx.Module):
-    up: eqx.nn.Conv2d
-    depthwise: eqx.nn.Conv2d
-    down: eqx.nn.Conv2d
-
-    def __init__(self, channels, hidden, key):
-        k = jax.random.split(key, 3)
-        self.up = eqx.nn.Conv2d(channels, hidden, 1, key=k[0])
-        self.depthwise = eqx.nn.Conv2d(
-            hidden, hidden, 3, padding=1, groups=hidden, key=k[1]
-        )
-        self.down = eqx.nn.Conv2d(hidden, channels, 1, key=k[2])
-
-    def __call__(self, x):
-        y = jax.nn.relu6(self.depthwise(jax.nn.relu6(self.up(x))))
-        return x + self.down(y)
-
-
-class MobileNetV2(eqx.Module):
-    """Sandler et al. 2018: residual blocks that are wide inside."""
-
-    stem: eqx.nn.Conv2d
-    blocks: list
-    head: eqx.nn.Linear
-
-    def __init__(self, key):
-        k = jax.random.split(key, 4)
-        self.stem = eqx.nn.Conv2d(3, 4, 3, key=k[0])
-        self.blocks = [InvertedResidual(4, n, k[i]) for i, n in ((1, 7), (2, 8))]
-        self.head = eqx.nn.Linear(4, CLASSES, key=k[3])
-
-    def __call__(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean((1, 2)))
 
 
 class EfficientNet(nn.Module):
@@ -279,21 +215,6 @@ class UNet(nn.Module):
         return nn.Conv(2, (1, 1))(x)
 
 
-class Autoencoder(nnx.Module):
-    """Convolutions down to a code, and transposed ones back to an image."""
-
-    def __init__(self, rngs):
-        self.down = nnx.Conv(3, 5, (3, 3), 2, rngs=rngs)
-        self.code = nnx.Linear(3 * 3 * 5, 6, rngs=rngs)
-        self.uncode = nnx.Linear(6, 3 * 3 * 4, rngs=rngs)
-        self.up = nnx.ConvTranspose(4, 3, (3, 3), 2, rngs=rngs)
-
-    def __call__(self, x):
-        h = nnx.relu(self.down(x))
-        h = nnx.relu(self.uncode(self.code(h.reshape(len(h), -1))))
-        return self.up(h.reshape(-1, 3, 3, 4))
-
-
 class PixelCNN(nn.Module):
     """Van den Oord et al. 2016: convolutions that see earlier pixels alone."""
 
@@ -305,27 +226,6 @@ class PixelCNN(nn.Module):
             mask = jnp.broadcast_to(past, (3, 3, 5, 5))
             x = x + nn.Conv(5, (3, 3), mask=mask)(nn.relu(x))
         return nn.Conv(3, (1, 1))(nn.relu(x))
-
-
-class GroupNormNet(nn.Module):
-    """Wu and He 2018: channels are normalised in 2 groups of 3."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.GroupNorm(2)(nn.Conv(6, (3, 3))(x)))
-        return nn.Dense(CLASSES)(x.mean((1, 2)))
-
-
-class ConvMixer(nn.Module):
-    """Trockman and Kolter 2022: depthwise convolutions beside a residual stream."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = batch_norm(nn.gelu(nn.Conv(6, (2, 2), 2)(x)))
-        for _ in range(2):
-            x = x + batch_norm(nn.gelu(nn.Conv(6, (3, 3), feature_group_count=6)(x)))
-            x = batch_norm(nn.gelu(nn.Conv(6, (1, 1))(x)))
-        return nn.Dense(CLASSES)(x.mean((1, 2)))
 
 
 def _channels_first() -> Any:
@@ -346,25 +246,14 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     # The stream; the 2 groups of the grouped convolution; its 3 inputs and its 4
     # outputs within each group. The groups are permuted, so all have the same order.
     "ResNeXt": lambda: linen(ResNeXt(), IMAGES, [(5,), (2,), (3,), (4,)]),
-    # Each layer's channels are read by all later layers, but none are added up.
-    "DenseNet": lambda: linen(DenseNet(), IMAGES, [(4,), (5,), (5,), (6,)]),
     "Inception": lambda: linen(
         Inception(), IMAGES, [(4,), (3,), (5,), (4,), (6,), (7,), (8,)]
     ),
-    "SqueezeNet": lambda: linen(
-        SqueezeNet(), IMAGES, [(3,), (4,), (5,), (4,), (6,), (5,)]
-    ),
     # A depthwise convolution keeps the units that it reads.
     "MobileNet": lambda: linen(MobileNet(), IMAGES, [(4,), (5,), (6,)]),
-    "MobileNetV2, Equinox": lambda: equinox(
-        MobileNetV2(jax.random.key(0)), _channels_first(), [(4,), (7,), (8,)]
-    ),
     "EfficientNet": lambda: linen(EfficientNet(), IMAGES, [(5,), (8,), (3,)]),
     "ConvNeXt": lambda: linen(ConvNeXt(), IMAGES, [(6,), (9,), (9,)]),
     "U-Net": lambda: linen(UNet(), IMAGES, [(4,), (6,), (5,), (7,)]),
-    "autoencoder, NNX": lambda: nnx_model(Autoencoder, IMAGES, [(5,), (6,), (4,)]),
     # The masks hold places alone, so all of the stream's channels are alike.
     "PixelCNN": lambda: linen(PixelCNN(), IMAGES, [(5,)]),
-    "group norm": lambda: linen(GroupNormNet(), IMAGES, [(2,), (3,)]),
-    "ConvMixer": lambda: linen(ConvMixer(), IMAGES, [(6,), (6,), (6,)]),
 }

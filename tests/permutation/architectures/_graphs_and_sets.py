@@ -64,18 +64,6 @@ def sage(w, graph):
     return h / jnp.linalg.norm(h + 0.1, axis=-1, keepdims=True) @ w("out", 5, CLASSES)
 
 
-def gin(w, graph):
-    """Xu et al. 2019: sums of neighbours, MLPs, and a readout of every layer."""
-    x, senders, receivers = graph
-    out = 0
-    for n, (size, units) in enumerate(((4, 5), (5, 6))):
-        x = (1 + w(f"eps{n}")) * x + summed(x[senders], receivers)
-        x = jax.nn.relu(x @ w(f"one{n}", size, 7)) @ w(f"two{n}", 7, units)
-        x = jax.nn.relu(x)
-        out = out + x.sum(0) @ w(f"read{n}", units, CLASSES)
-    return out
-
-
 def message_passing(w, graph):
     """Gilmer et al. 2017: messages from pairs of nodes, and a gated update."""
     x, senders, receivers = graph
@@ -100,12 +88,6 @@ def schnet(w, atoms):
     y = jnp.einsum("bjf,bijf->bif", x @ w("in", 6, 7), filters)
     x = x + jax.nn.softplus(y @ w("out1", 7, 9)) @ w("out2", 9, 6)
     return (jax.nn.softplus(x @ w("read1", 6, 4)) @ w("read2", 4, 1)).sum((1, 2))
-
-
-def deep_sets(w, sets):
-    """Zaheer et al. 2017: a sum over members between two networks."""
-    h = jax.nn.relu(sets @ w("one", 4, 6)) @ w("two", 6, 5)
-    return jax.nn.relu(h.sum(1) @ w("three", 5, 7)) @ w("out", 7, CLASSES)
 
 
 def set_transformer(w, sets):
@@ -143,14 +125,6 @@ def nerf(w, rays):
     return jnp.concatenate([density, jax.nn.sigmoid(h @ w("color", 4, 3))], -1)
 
 
-def siren(w, places):
-    """Sitzmann et al. 2020: sines as activations."""
-    h = places
-    for n, units in enumerate((6, 7)):
-        h = jnp.sin(3 * (h @ w(f"w{n}", h.shape[-1], units) + w(f"b{n}", units)))
-    return h @ w("out", 7, 1)
-
-
 def _atoms() -> tuple[np.ndarray, np.ndarray]:
     kinds = np.random.default_rng(0).integers(0, 3, (24, 5)).astype(np.int32)
     return kinds, normal(24, 5, 3)
@@ -161,12 +135,10 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     # The heads, and the features within each.
     "GAT": lambda: plain(gat, a_graph(), [(2,), (5,)]),
     "GraphSAGE": lambda: plain(sage, a_graph(), [(6,), (5,)]),
-    "GIN": lambda: plain(gin, a_graph(), [(7,), (5,), (7,), (6,)]),
     # The state of a node, the units of a message's network, and the message.
     "message passing": lambda: plain(message_passing, a_graph(), [(5,), (7,), (6,)]),
     # The stream, the filter's units, the filter, and two more layers.
     "SchNet": lambda: plain(schnet, _atoms(), [(6,), (8,), (7,), (9,), (4,)]),
-    "deep sets": lambda: plain(deep_sets, normal(24, 5, 4), [(6,), (5,), (7,)]),
     # The learned points; the stream of the points; queries and keys of two
     # attentions; and the values of the second.
     "set transformer": lambda: plain(
@@ -175,5 +147,4 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     # The matrix that turns points holds coordinates, which are inputs.
     "PointNet": lambda: plain(point_net, normal(24, 5, 3), [(5,), (6,), (7,)]),
     "NeRF": lambda: plain(nerf, normal(64, 3), [(6,), (7,), (5,), (4,)]),
-    "SIREN": lambda: plain(siren, normal(64, 2), [(6,), (7,)]),
 }

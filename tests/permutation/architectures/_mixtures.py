@@ -42,34 +42,15 @@ def switch(w, texts):
     return (x + y) @ w("head", 5, 11)
 
 
-def several_tasks(w, x):
-    """Ma et al. 2018: each task weighs the same experts with gates of its own."""
-    h = jax.nn.relu(jnp.einsum("bi,eih->beh", x, w("experts", 3, 4, 6)))
-    outputs = []
-    for task in range(2):
-        gates = jax.nn.softmax(x @ w(f"gate{task}", 4, 3))
-        mixed = jnp.einsum("be,beh->bh", gates, h)
-        hidden = jax.nn.relu(mixed @ w(f"tower{task}", 6, 5))
-        outputs.append(hidden @ w(f"head{task}", 5, 1))
-    return outputs
-
-
-def stacked_mlps(n_outputs: int, depth: int) -> tuple[Any, Any]:
-    """Three multilayer perceptrons as one; their weights, and what is not traced."""
+def deep_ensemble() -> Architecture:
+    """Lakshminarayanan et al. 2017: members that are trained and asked apart."""
 
     @eqx.filter_vmap
     def make(key):
-        return eqx.nn.MLP(4, n_outputs, width_size=6, depth=depth, key=key)
+        return eqx.nn.MLP(4, CLASSES, width_size=6, depth=2, key=key)
 
     made = make(jax.random.split(jax.random.key(0), 3))
-    weights, static = eqx.partition(made, eqx.is_array)
-    drawn = jax.tree.map(lambda leaf: jnp.asarray(normal(*leaf.shape)) / 2, weights)
-    return drawn, static
-
-
-def deep_ensemble() -> Architecture:
-    """Lakshminarayanan et al. 2017: members that are trained and asked apart."""
-    members, static = stacked_mlps(CLASSES, depth=2)
+    members, static = eqx.partition(made, eqx.is_array)
 
     def forward(variables, x):
         def ask(member):
@@ -77,35 +58,14 @@ def deep_ensemble() -> Architecture:
 
         return jax.vmap(ask)(variables)
 
-    return Architecture(forward, members, X, [(3, 6), (3, 6)])
-
-
-def scanned_layers() -> Architecture:
-    """Residual layers that `filter_vmap` makes and a scan runs."""
-    layers, static = stacked_mlps(4, depth=1)
-
-    def forward(variables, x):
-        def step(h, layer):
-            return h + jax.vmap(eqx.combine(layer, static))(h), None
-
-        return lax.scan(step, x, variables)[0]
-
-    return Architecture(forward, layers, X, [(3, 6)])
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(normal(*leaf.shape)) / 2, members)
+    return Architecture(forward, drawn, X, [(3, 6), (3, 6)])
 
 
 def low_rank(w, x):
     """Hu et al. 2022 (LoRA): beside each matrix there is a product of rank 2."""
     h = jax.nn.relu(x @ w("w", 4, 6) + (x @ w("b", 4, 2)) @ w("a", 2, 6))
     return h @ w("out", 6, CLASSES)
-
-
-def adapters(w, texts):
-    """Houlsby et al. 2019: narrow layers beside a stream."""
-    x = w("embed", 11, 6)[texts]
-    for n in range(2):
-        x = x + jax.nn.gelu(x @ w(f"up{n}", 6, 8)) @ w(f"down{n}", 8, 6)
-        x = x + jax.nn.relu(x @ w(f"narrow{n}", 6, 3)) @ w(f"wide{n}", 3, 6)
-    return x @ w("head", 6, 11)
 
 
 def maxout(w, x):
@@ -170,12 +130,6 @@ def twins(w, pairs):
     return (embed(pairs[:, 0]) * embed(pairs[:, 1])).sum(-1)
 
 
-def prototypes(w, x):
-    """Snell et al. 2017: distances to a prototype of each class."""
-    h = jax.nn.relu(x @ w("one", 4, 6)) @ w("two", 6, 5)
-    return -((h[:, None] - w("prototypes", CLASSES, 5)) ** 2).sum(-1)
-
-
 def modulated(w, inputs):
     """Perez et al. 2018 (FiLM): another input scales and shifts the units."""
     x, condition = inputs
@@ -205,13 +159,9 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "mixture of experts": lambda: plain(dense_mixture, X, [(3,), (6,)]),
     # A choice of the largest gate tells the experts apart by their places.
     "switch transformer": lambda: plain(switch, TEXTS, [(5,), (3, 6)], "arg"),
-    # The experts, their units, and the units of two towers.
-    "several tasks": lambda: plain(several_tasks, X, [(3,), (6,), (5,), (5,)]),
     "deep ensemble, Equinox": deep_ensemble,
-    "scanned layers, Equinox": scanned_layers,
     # The units, and the columns of the product of low rank.
     "LoRA": lambda: plain(low_rank, X, [(6,), (2,)]),
-    "adapters": lambda: plain(adapters, TEXTS, [(6,), (8,), (3,), (8,), (3,)]),
     # The units, and the pieces, which have the same order in every unit.
     "maxout": lambda: plain(maxout, X, [(6,), (3,)]),
     "VAE": lambda: plain(variational, X, [(7,), (3,), (6,)]),
@@ -221,7 +171,6 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "DLRM": lambda: plain(recommender, (X, _kinds(2)), [(7,), (5,), (6,)]),
     "factorisation machine": lambda: plain(factors, _kinds(4), [(5,)]),
     "Siamese network": lambda: plain(twins, normal(64, 2, 4), [(6,), (5,)]),
-    "prototypical network": lambda: plain(prototypes, X, [(6,), (5,)]),
     "FiLM": lambda: plain(modulated, (X, normal(64, 4, seed=1)), [(7,), (6,)]),
     "weight norm": lambda: linen(WeightNormed(), X, [(6,), (5,)]),
 }

@@ -37,15 +37,6 @@ class Bidirectional(nn.Module):
         return nn.Dense(CLASSES)(sequence)
 
 
-class Elman(nn.Module):
-    """Elman 1990: a simple recurrent network; the last state counts."""
-
-    @nn.compact
-    def __call__(self, x):
-        sequence: Any = nn.RNN(nn.SimpleCell(6))(x)
-        return nn.Dense(CLASSES)(sequence[:, -1])
-
-
 class StackedGRU(nnx.Module):
     """Cho et al. 2014: two layers of gated recurrent units."""
 
@@ -125,19 +116,6 @@ def state_space(w, x):
     return jax.nn.gelu(y) @ w("decode", 5, CLASSES)
 
 
-class TCN(nn.Module):
-    """Bai et al. 2018: dilated causal convolutions with residual sums."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(5)(x)
-        for dilation in (1, 2):
-            y = nn.Conv(6, (2,), kernel_dilation=dilation, padding="CAUSAL")(x)
-            y = nn.Conv(5, (2,), kernel_dilation=dilation, padding="CAUSAL")(nn.relu(y))
-            x = nn.relu(x + y)
-        return nn.Dense(CLASSES)(x)
-
-
 class WaveNet(nn.Module):
     """Van den Oord et al. 2016b: gated convolutions, a stream, and skip sums."""
 
@@ -156,15 +134,6 @@ class WaveNet(nn.Module):
         return nn.Conv(CLASSES, (1,))(nn.relu(skips))
 
 
-def highway(w, x):
-    """Srivastava et al. 2015: gates choose between a layer and what it reads."""
-    h = x.reshape(len(x), -1) @ w("in", 24, 6)
-    for n in range(2):
-        gate = jax.nn.sigmoid(h @ w(f"gate{n}", 6, 6))
-        h = gate * jnp.tanh(h @ w(f"layer{n}", 6, 6)) + (1 - gate) * h
-    return h @ w("out", 6, CLASSES)
-
-
 def neural_ode(w, x):
     """Chen et al. 2018: Euler steps of a learned differential equation."""
     h = x.reshape(len(x), -1) @ w("in", 24, 5)
@@ -177,7 +146,6 @@ def neural_ode(w, x):
 
 
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
-    "Elman": lambda: linen(Elman(), SERIES, [(6,)]),
     "LSTM, Equinox": lambda: equinox(LSTM(jax.random.key(0)), SERIES, [(6,)]),
     "bidirectional LSTM": lambda: linen(Bidirectional(), SERIES, [(5,), (6,)]),
     "stacked GRU, NNX": lambda: nnx_model(StackedGRU, SERIES, [(5,), (6,)]),
@@ -188,9 +156,7 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     ),
     # The stream, and the states, each with its own decay and phase.
     "LRU": lambda: plain(state_space, SERIES, [(5,), (7,)]),
-    "TCN": lambda: linen(TCN(), SERIES, [(5,), (6,), (6,)]),
     # The stream, the sum of the skips, and the gated units of two layers.
     "WaveNet": lambda: linen(WaveNet(), SERIES, [(5,), (7,), (6,), (6,)]),
-    "highway network": lambda: plain(highway, SERIES, [(6,)]),
     "neural ODE": lambda: plain(neural_ode, SERIES, [(5,), (7,)]),
 }

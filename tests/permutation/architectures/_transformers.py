@@ -192,18 +192,6 @@ def multi_query(w, texts):
     return (x + y @ w("o", 6, 6)) @ w("head", 6, 11)
 
 
-def linear_attention(w, texts):
-    """Katharopoulos et al. 2020: attention without a softmax."""
-    x = w("embed", 11, 6)[texts]
-    q, k, v = (heads_of(w, n, x, 6) for n in "qkv")
-    q, k = jax.nn.elu(q) + 1, jax.nn.elu(k) + 1
-    memory = jnp.einsum("bkhd,bkhe->bhde", k, v)
-    norm = jnp.einsum("bqhd,bhd->bqh", q, k.sum(1))
-    y = jnp.einsum("bqhd,bhde->bqhe", q, memory) / norm[..., None]
-    x = x + jnp.einsum("bthd,hdw->btw", y, w("o", 2, 3, 6))
-    return x @ w("head", 6, 11)
-
-
 def albert(w, texts):
     """Lan et al. 2020: all layers share their weights; a narrow embedding."""
     x = w("embed", 11, 4)[texts] @ w("widen", 4, 6)
@@ -319,7 +307,6 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "multi-query attention": lambda: plain(
         multi_query, TEXTS, [(6,), (2,), (3,), (3,)]
     ),
-    "linear attention": lambda: plain(linear_attention, TEXTS, [(6,), *ATTENTION]),
     "ALBERT": lambda: plain(albert, TEXTS, [(4,), (6,), *ATTENTION, (8,)]),
     # The order of the latent tokens is a symmetry as well, as their mean counts.
     "Perceiver": lambda: plain(perceiver, IMAGES, [(4,), (6,), (5,), (7,)]),
