@@ -258,7 +258,7 @@ class _Verifications:
         stacked = experiment.algorithm.variables(state)
         slot = local_slots(experiment.placement)[0]
         agent = agent_of_slots(experiment.placement)[slot]
-        one = jax.tree.map(lambda x: np.array(x.addressable_shards[0].data[0]), stacked)
+        one = jax.tree.map(_first_local, stacked)
         what = f"the permutation spec, on agent {agent}'s weights {when}"
         with together():
             try:
@@ -266,6 +266,13 @@ class _Verifications:
                     experiment.verify_spec(one)
             except InconclusiveError as error:
                 self._log(f"{error} (the run goes on)")
+
+
+def _first_local(stacked: jax.Array) -> np.ndarray:
+    """Copies the first row of a stacked array that is on this process's devices."""
+    shards = stacked.addressable_shards
+    first = min(shards, key=lambda shard: shard.index[0].start or 0)
+    return np.array(first.data[0])
 
 
 class _Evaluations:
