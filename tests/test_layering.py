@@ -22,7 +22,7 @@ FLOORS = [
         "_jaxprs",
         "_randomness",
     ],
-    ["_folders", "_storage", "_digests", "_events"],
+    ["_folders", "_storage", "_digests", "_events", "_user_code"],
     ["options", "_conv_forms", "_processes", "_lock", "_signals"],
     ["_layouts"],
     ["_parts"],

@@ -34,6 +34,12 @@ _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     tuple[float, ...] | None: flags.DEFINE_list,
+    tuple[int, ...] | None: flags.DEFINE_list,
+}
+# What makes numbers of the words of a list.
+_NUMBERS: dict[Any, type] = {
+    tuple[float, ...] | None: float,
+    tuple[int, ...] | None: int,
 }
 _TYPES = {field.name: field.type for field in dataclasses.fields(Options)}
 
@@ -62,11 +68,12 @@ def _meaning(option: Option) -> str:
 def main(models: list[str]) -> None:
     """Merges the models that the arguments name."""
     values: dict[str, Any] = {name: flags.FLAGS[name].value for name in OPTIONS}
-    if values["weights"] is not None:
-        try:
-            values["weights"] = tuple(map(float, values["weights"]))
-        except ValueError as error:
-            raise UserError(f"--weights: {error}") from error
+    for name, value in values.items():
+        if (number := _NUMBERS.get(_TYPES[name])) and value is not None:
+            try:
+                values[name] = tuple(map(number, value))
+            except ValueError as error:
+                raise UserError(f"--{name}: {error}") from error
     run(Options(models=tuple(models), out=flags.FLAGS.out, **values))
 
 
