@@ -82,6 +82,11 @@ def state_dicts(
             kind = type(checkpoint).__name__
             raise TorchImportError(f"{source}: expected a state dict, found {kind}")
     found = dict(_nested(source, checkpoint))
+    # An optimizer's state has mappings of arrays too, but no names of layers.
+    if dotted := {k: v for k, v in found.items() if any("." in str(key) for key in v)}:
+        found = dotted
+    elif len(found) > 1:
+        found = {}
     # Only arrays with axes show that the mapping is a state dict itself: a checkpoint
     # may hold scalar arrays, as its best accuracy.
     if not found or any(_is_array(v) and v.ndim for v in checkpoint.values()):

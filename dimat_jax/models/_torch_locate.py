@@ -109,13 +109,7 @@ def as_it_is(
     source, mapping = read_checkpoint(checkpoint)
     found = state_dicts(source, mapping, entry)
     if len(found) > 1:
-        # An optimizer's state has mappings of arrays too, but no names of layers.
-        dotted = [
-            name for name, arrays in found.items() if any("." in k for k in arrays)
-        ]
-        if len(dotted) != 1:
-            raise _several("are there", dotted or list(found))
-        found = {dotted[0]: found[dotted[0]]}
+        raise _several("are there", list(found))
     ((source, tensors),) = found.items()
     schema = Schema("", (), lambda shapes: Fit("", {}, {}, {}))
     (place,) = _places(schema, source, tensors, prefix or "")

@@ -28,7 +28,7 @@ from dimat_jax.models._norm import (
 )
 from dimat_jax.models._settings import DTYPE, NORM, NORMS, STEM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.options import Record
+from dimat_jax.options import Option, Record
 from dimat_jax.permutation import Axis, Concat, PermutationSpec
 from dimat_jax.permutation._layers import conv, dense
 
@@ -145,13 +145,7 @@ class _Conv(NamedTuple):
 
 
 class _Pad(NamedTuple):
-    """The sizes of a shortcut without weights.
-
-    Attributes:
-        low: the number of channels of zeros before the channels that come in.
-        high: the number of channels of zeros behind them.
-        stride: the stride of the pixels.
-    """
+    """Numbers of channels of zeros before and behind those that come in; the stride."""
 
     low: int
     high: int
@@ -168,17 +162,21 @@ class _BlockPlan(NamedTuple):
             these names.
         shortcut: the convolution or the padding of the shortcut, or None for the
             identity.
+        stream: the groups of the channels that leave the block, with their sizes. There
+            are several only behind shortcuts without weights.
     """
 
     name: str
     convs: tuple[_Conv, ...]
     inner: tuple[str, ...]
     shortcut: _Conv | _Pad | None
+    stream: tuple[tuple[str, int], ...]
 
 
 def _plan(model: ResNet) -> Iterator[_BlockPlan]:
     """Yields the plans of all blocks, in order."""
-    incoming = model.channels[0]
+    incoming, n_streams = model.channels[0], 1
+    stream = _first_stream(model)
     for stage, channels in enumerate(model.channels):
         outgoing = EXPANSION[model.block] * channels
         for block in range(model.blocks[stage]):
@@ -196,12 +194,23 @@ def _plan(model: ResNet) -> Iterator[_BlockPlan]:
                 inner = ("inner",)
             shortcut = None
             if stride > 1 or incoming != outgoing:
+                name, n_streams = f"stream{n_streams}", n_streams + 1
                 shortcut = _Conv(outgoing, SHORTCUTS[model.shortcut], stride)
+                parts = ((name, outgoing),)
                 if model.shortcut == "pad":
-                    zeros = outgoing - incoming
-                    shortcut = _Pad(zeros // 2, zeros - zeros // 2, stride)
-            yield _BlockPlan(f"stage{stage}_block{block}", convs, inner, shortcut)
+                    low = (outgoing - incoming) // 2
+                    shortcut = _Pad(low, outgoing - incoming - low, stride)
+                    new = (f"{name}/low", shortcut.low), (f"{name}/high", shortcut.high)
+                    parts = (new[0], *stream, new[1])
+                stream = tuple(part for part in parts if part[1])
+            name = f"stage{stage}_block{block}"
+            yield _BlockPlan(name, convs, inner, shortcut, stream)
             incoming = outgoing
+
+
+def _first_stream(model: ResNet) -> tuple[tuple[str, int], ...]:
+    """The group of the channels that leave the stem, with its size."""
+    return (("stream0", model.channels[0]),)
 
 
 class _Block(nn.Module):
@@ -234,8 +243,18 @@ class _Block(nn.Module):
             x = self.conv(shortcut, name="shortcut_conv")(x)
             x = self.norm(x, name="shortcut_norm")
         y = nn.relu(x + y)
-        tap(self, "stream", y)
+        for name, start, size in _taps(self.plan):
+            tap(self, name, y[..., start : start + size])
         return y
+
+
+def _taps(plan: _BlockPlan) -> Iterator[tuple[str, int, int]]:
+    """Yields the taps of a block's stream: names, first channels, and sizes."""
+    start = 0
+    for group, size in plan.stream:
+        # Each part of a stream has a tap of its own, which is named after its group.
+        yield "stream" if len(plan.stream) == 1 else group, start, size
+        start += size
 
 
 def _conv(layer: _Conv, *, dtype: DTypeLike, name: str) -> nn.Conv:
@@ -328,81 +347,55 @@ def permutation_spec(model: ResNet) -> PermutationSpec:
     `<name>/within` the channels within them.
     """
     units = partial(channel_axis, model.norm)
-    name, n_streams = "stream0", 1
-    stream: Axis = units(name)
-    axes = conv("conv0", None, stream)
-    axes |= norm_axes(model.norm, "norm0", stream)
-    sizes = channel_sizes(model.norm, name, model.channels[0])
-    taps = {"stem": tap_axes(4, stream)}
+
+    def axis(stream: tuple[tuple[str, int], ...]) -> Axis:
+        return units(stream[0][0]) if len(stream) == 1 else Concat(*stream)
+
+    stream = _first_stream(model)
+    axes = conv("conv0", None, axis(stream))
+    axes |= norm_axes(model.norm, "norm0", axis(stream))
+    sizes = channel_sizes(model.norm, *stream[0])
+    taps = {"stem": tap_axes(4, axis(stream))}
     for plan in _plan(model):
-        path, incoming = plan.name, stream
-        if plan.shortcut is not None:
-            name, n_streams = f"stream{n_streams}", n_streams + 1
-        if isinstance(plan.shortcut, _Pad):
-            stream = _padded(name, stream, plan.shortcut, plan.convs[-1].channels)
-        elif plan.shortcut is not None:
-            stream = units(name)
-            axes |= conv(f"{path}/shortcut_conv", incoming, stream)
-            axes |= norm_axes(model.norm, f"{path}/shortcut_norm", stream)
-        inner = {f"{path}/{each}": units(f"{path}/{each}") for each in plan.inner}
-        chain, names = [incoming, *inner.values(), stream], [*inner, name]
+        path, incoming, stream = plan.name, axis(stream), plan.stream
+        outgoing = axis(stream)
+        if isinstance(plan.shortcut, _Conv):
+            axes |= conv(f"{path}/shortcut_conv", incoming, outgoing)
+            axes |= norm_axes(model.norm, f"{path}/shortcut_norm", outgoing)
+        inner = {f"{path}/{name}": units(f"{path}/{name}") for name in plan.inner}
+        chain, names = [incoming, *inner.values(), outgoing], [*inner, stream[0][0]]
         for i, (inputs, outputs) in enumerate(pairwise(chain), start=1):
             axes |= conv(f"{path}/conv{i}", inputs, outputs)
             axes |= norm_axes(model.norm, f"{path}/norm{i}", outputs)
             channels = plan.convs[i - 1].channels
             sizes |= channel_sizes(model.norm, names[i - 1], channels)
-        taps |= {each: tap_axes(4, axis) for each, axis in inner.items()}
-        taps[f"{path}/stream"] = tap_axes(4, stream)
-    axes |= dense("head", stream, None)
+        taps |= {name: tap_axes(4, units_) for name, units_ in inner.items()}
+        groups = [group for group, _ in stream]
+        for group, (name, _, _) in zip(groups, _taps(plan), strict=True):
+            taps[f"{path}/{name}"] = tap_axes(4, units(group))
+    axes |= dense("head", axis(stream), None)
     return PermutationSpec(axes, taps, sizes)
 
 
-def _padded(name: str, stream: Axis, pad: _Pad, channels: int) -> Concat:
-    """The axis of a stream of `channels` channels that goes on between new ones."""
-    parts = ((stream, channels - pad.low - pad.high),)
-    if isinstance(stream, Concat):
-        parts = stream.parts
-    new = ((f"{name}/low", pad.low),), ((f"{name}/high", pad.high),)
-    low, high = (part if part[0][1] else () for part in new)
-    return Concat(*low, *parts, *high)
+def _records(
+    builders: dict[str, Callable[..., ResNet]], summary: str, *options: Option
+) -> Iterator[Record[ResNet]]:
+    """The records of networks that differ in their layers, which `{}` stands for."""
+    for name, build in builders.items():
+        layers = name.removeprefix("wide_").removeprefix("resnet").partition("_")[0]
+        described = summary.format(layers)
+        yield Record(name, build, (WIDTH, NORM, DTYPE, *options), summary=described)
 
 
-_OPTIONS = (WIDTH, NORM, DTYPE)
+_CIFAR = dict(
+    resnet20=resnet20, resnet32=resnet32, resnet44=resnet44, resnet56=resnet56
+)
+_SMALL = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
+_LARGE = dict(resnet101=resnet101, resnet152=resnet152)
+_WIDE = dict(wide_resnet50_2=wide_resnet50_2, wide_resnet101_2=wide_resnet101_2)
+_TWICE = "A ResNet for ImageNet, {} layers, with blocks that are twice as wide inside."
 RECORDS = (
-    *(
-        Record(name, build, _OPTIONS, summary=f"A ResNet for CIFAR, {layers} layers.")
-        for name, build, layers in (
-            ("resnet20", resnet20, 20),
-            ("resnet32", resnet32, 32),
-            ("resnet44", resnet44, 44),
-            ("resnet56", resnet56, 56),
-        )
-    ),
-    *(
-        Record(
-            name,
-            build,
-            (*_OPTIONS, STEM),
-            summary=f"A ResNet for ImageNet, {layers} layers.",
-        )
-        for name, build, layers in (
-            ("resnet18", resnet18, 18),
-            ("resnet34", resnet34, 34),
-            ("resnet50", resnet50, 50),
-            ("resnet101", resnet101, 101),
-            ("resnet152", resnet152, 152),
-        )
-    ),
-    *(
-        Record(
-            name,
-            build,
-            (*_OPTIONS, STEM),
-            summary=f"A ResNet-{layers} with twice as many channels inside its blocks.",
-        )
-        for name, build, layers in (
-            ("wide_resnet50_2", wide_resnet50_2, 50),
-            ("wide_resnet101_2", wide_resnet101_2, 101),
-        )
-    ),
+    *_records(_CIFAR, "A ResNet for CIFAR, {} layers."),
+    *_records(_SMALL | _LARGE, "A ResNet for ImageNet, {} layers.", STEM),
+    *_records(_WIDE, _TWICE, STEM),
 )

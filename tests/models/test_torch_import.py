@@ -216,9 +216,8 @@ def state_dict_of(name: str, **arguments: Any) -> dict[str, np.ndarray]:
 
 
 def test_every_convolutional_architecture_has_pytorch_names():
-    assert {name for name in MODELS if name.startswith(("resnet", "vgg"))} == set(
-        ARCHITECTURES
-    )
+    families = ("resnet", "vgg", "wide_resnet")
+    assert {name for name in MODELS if name.startswith(families)} == set(ARCHITECTURES)
 
 
 # All other architectures differ only in the number of blocks, and tracing them is slow.
