@@ -209,7 +209,7 @@ def _plan(model: ResNet) -> Iterator[_BlockPlan]:
 
 
 def _first_stream(model: ResNet) -> tuple[tuple[str, int], ...]:
-    """The group of the channels that leave the stem, with its size."""
+    """The group of the stem's channels, with its size."""
     return (("stream0", model.channels[0]),)
 
 
@@ -383,13 +383,12 @@ def _records(
     """The records of networks that differ in their layers, which `{}` stands for."""
     for name, build in builders.items():
         layers = name.removeprefix("wide_").removeprefix("resnet").partition("_")[0]
-        described = summary.format(layers)
-        yield Record(name, build, (WIDTH, NORM, DTYPE, *options), summary=described)
+        options_ = (WIDTH, NORM, DTYPE, *options)
+        yield Record(name, build, options_, summary=summary.format(layers))
 
 
-_CIFAR = dict(
-    resnet20=resnet20, resnet32=resnet32, resnet44=resnet44, resnet56=resnet56
-)
+_20_TO_44 = dict(resnet20=resnet20, resnet32=resnet32, resnet44=resnet44)
+_CIFAR = _20_TO_44 | dict(resnet56=resnet56)
 _SMALL = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
 _LARGE = dict(resnet101=resnet101, resnet152=resnet152)
 _WIDE = dict(wide_resnet50_2=wide_resnet50_2, wide_resnet101_2=wide_resnet101_2)
