@@ -148,9 +148,11 @@ def torch_files(folder):
         safetensors.save_file(state_dict, folder / f"{name}.safetensors")
 
 
-# These pages train many agents. Their examples take from 15 seconds to a minute.
+# These pages train many agents, or go through many models. Their examples take from 15
+# seconds to a minute.
 LONG = {
     "docs/tutorials/compare.md",
+    "docs/tutorials/merge.md",
     "docs/tutorials/sweep.md",
     "docs/how-to/data.md",
     "docs/how-to/devices.md",
