@@ -53,16 +53,15 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     models, directory = _files.read(options)
     dataset = _data.load(options, models, directory)
     merging = _merging(options, models, dataset)
-    if dataset is None:
-        log("no data: nothing is evaluated, and statistics are averaged as weights are")
-    elif merging.subject.unmended:
-        log(f"averages are not repaired: {merging.subject.unmended}")
+    if remark := _remark(merging, dataset):
+        log(remark)
     inputs = [jax.tree.map(jnp.asarray, model.variables) for model in models]
     forms = {"plain": inputs}
     moved_units = 0.0
     log(f"matching: {_method(options)}")
     if perms := merging.match(inputs):
         moved_units = _share_of_moved_units(perms)
+        log(f"{100 * moved_units:.1f} % of the units change their places")
         forms["aligned"] = [
             permutation.apply(merging.spec, p, m)
             for p, m in zip(perms, inputs, strict=True)
@@ -91,6 +90,20 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     log(report)
     log(f"wrote {options.out}")
     return summary
+
+
+def _remark(merging: Merging, dataset: Dataset | None) -> str:
+    """Says what is not done, and why; "" if there is nothing to say."""
+    if dataset is None and merging.subject.batch_statistics is not None:
+        return (
+            "no data: nothing is evaluated, and BatchNorm's statistics are averaged as "
+            "weights are; measure them anew before the merged model is used, or give "
+            "--data"
+        )
+    if dataset is None:
+        return "no data: nothing is evaluated"
+    reason = merging.subject.unmended
+    return f"averages are not repaired: {reason}" if reason else ""
 
 
 def _merging(

@@ -2,16 +2,20 @@
 
     dimat merge A B [C ...] --out=DIR
 
-A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0), a PyTorch file
-(.pth, .pt or .safetensors; --model and --data name its architecture and its data set),
-or the --out of an earlier merge. All models are aligned to the first and averaged. Then
-BatchNorm statistics are measured anew; networks without BatchNorm are rescaled
-(REPAIR).
+A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0), the --out of an
+earlier merge, or a PyTorch file (.safetensors, .pth, .pt, .bin, .ckpt; --model names its
+architecture). With --model=path.py:function it is a file for a function of your own:
+one of PyTorch's, .msgpack or .npz, or a folder that Orbax has written. All models are
+aligned to the first and averaged. Then BatchNorm statistics are measured anew; networks
+without BatchNorm are rescaled (REPAIR). Images are a data set or your own (--data).
+Without any, models can be matched by their weights, but nothing is measured.
 
-The command writes into DIR: model/ (the merged model), summary.json, barrier.json and
-barrier.png (loss and accuracy on the straight line from the first model to each other
-one, before and after), and report.md, which it also prints. DIR must be new or empty.
-On bad input the command exits with 2 and writes nothing.
+The command writes into DIR: the merged model (model/, and model.safetensors with the
+names of the PyTorch file that came in; for a function of your own, a file of the kind
+that came in), summary.json, barrier.json and barrier.png (loss and accuracy on the
+straight line from the first model to each other one, before and after), and report.md,
+which it also prints. DIR must be new or empty. On bad input the command exits with 2
+and writes nothing.
 """
 
 import dataclasses
