@@ -65,6 +65,12 @@ CASES = {
         32,
         {"width": 1, "shortcut": "conv1x1"},
     ),
+    "resnet20, shortcuts without weights": Case(
+        "resnet20",
+        resnet(3, 3, 3, width=8, shortcut=("shortcut", 0)),
+        32,
+        {"width": 0.5, "shortcut": "pad"},
+    ),
     "resnet18, CIFAR names": Case(
         "resnet18",
         resnet(2, 2, 2, 2, width=8, shortcut=("shortcut", 1)),
@@ -100,6 +106,12 @@ CASES = {
     ),
 }
 FULL_SIZE = {
+    "wide_resnet50_2": Case(
+        "wide_resnet50_2",
+        resnet(3, 4, 6, 3, width=16, bottleneck=True, wide=True, stem=7, **torchvision),
+        64,
+        {"width": 1 / 4, "stem": "imagenet"},
+    ),
     "resnet50": Case(
         "resnet50",
         resnet(3, 4, 6, 3, width=64, bottleneck=True, stem=7, **torchvision),
