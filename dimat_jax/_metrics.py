@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dimat_jax._digests import blake2b, sync
+from dimat_jax._digests import DIGESTS, blake2b, sync, with_digest
 from dimat_jax._events import Events
 from dimat_jax.errors import UserError, reading, writing
 
@@ -41,7 +41,9 @@ class MetricsError(UserError):
     """The rows of a run are not those that it has written."""
 
 
-def write_json(path: Path, content: Any, lasting: bool = True) -> None:
+def write_json(
+    path: Path, content: Any, lasting: bool = True, *, digested: bool = False
+) -> None:
     """Writes a JSON file. A crash leaves the old file or the new one, never a part.
 
     Args:
@@ -49,9 +51,14 @@ def write_json(path: Path, content: Any, lasting: bool = True) -> None:
         content: Its content. NumPy's numbers and arrays become those of JSON.
         lasting: Whether to wait until the file is on the disk, so that even a power
             failure leaves the old file or the new one.
+        digested: Whether the digests of its folder name the file. They are written
+            first, so a crash in between leaves a digest of a file that is not there.
     """
-    text = json.dumps(_plain(content), indent=2) + "\n"
-    write_bytes(path, text.encode(), lasting)
+    text = (json.dumps(_plain(content), indent=2) + "\n").encode()
+    if digested:
+        digests = path.with_name(DIGESTS)
+        write_bytes(digests, with_digest(path, text), lasting)
+    write_bytes(path, text, lasting)
 
 
 def write_bytes(path: Path, content: bytes, lasting: bool = True) -> None:
