@@ -41,7 +41,6 @@ _CODE = (
     "1 / 0\n",
     "import nowhere_at_all\n",
     "import sys\nsys.exit(0)\n",
-    "raise KeyboardInterrupt\n",
     "class E(BaseException): pass\nraise E('x')\n",
     "x = " + "(" * 500 + ")" * 500 + "\n",
     "get_{kind} = 3\n",
