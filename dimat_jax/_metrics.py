@@ -167,17 +167,13 @@ class MetricsWriter:
             self._packed, text = b"", "".join(map(_line, kept)).encode()
         else:
             self._packed, text = saved, gzip.decompress(saved)
-            there = self._path.read_bytes() if self._path.is_file() else b""
-            if not there.startswith(text):
-                logging.warning(
-                    "%s did not hold the rows that the run had written when it saved "
-                    "its last checkpoint; they are restored from there",
-                    self._path,
-                )
         lines = text.split(b"\n")[:-1]
         self.rows = len(lines)
-        # Both files end with the last row that is kept. See `read_rows` for the order.
         digests = _digests(lines)
+        if saved is not None:
+            _warn_of_changes(self._path, text)
+            _warn_of_changes(self._digests, digests)
+        # Both files end with the last row that is kept. See `read_rows` for the order.
         self._last = digests[-65:-1].decode()
         write_bytes(self._digests, digests)
         write_bytes(self._path, text)
@@ -211,6 +207,17 @@ class MetricsWriter:
             self._is_open = False
             for path in (self._path, self._digests, self._events.path):
                 sync(path)
+
+
+def _warn_of_changes(path: Path, saved: bytes) -> None:
+    """Warns if a file does not begin with what was in it at the last checkpoint."""
+    there = path.read_bytes() if path.is_file() else b""
+    if not there.startswith(saved):
+        logging.warning(
+            "%s did not hold the rows that the run had written when it saved its last "
+            "checkpoint; they are restored from there",
+            path,
+        )
 
 
 def _damaged(path: Path, what: str) -> MetricsError:

@@ -6,6 +6,7 @@ that has just read its modules: it has signals, files, limits and an end of its 
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import resource
@@ -160,6 +161,9 @@ def warm_up() -> None:
     """Imports what the children need, so that none of them has to."""
     for name in _LATER:
         importlib.import_module(name)
+    # What is imported stays, so no child has to look through it, or to copy it.
+    gc.collect()
+    gc.freeze()
 
 
 def _command(arguments: list[str], limits: Limits) -> None:

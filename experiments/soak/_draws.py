@@ -10,6 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from dimat_jax._layouts import LAYOUTS
 from dimat_jax.config import (
     ROOT,
     Config,
@@ -35,7 +36,7 @@ _LARGE = ("resnet", "vgg", "vit")
 _VALUES: dict[str, tuple[Any, ...]] = {
     "seed": (0, 1, 2**32, 2**70 + 3),
     "agents": (2, 3, 4),
-    "rounds": (1, 2, 3),
+    "rounds": (1, 2, 2, 3),
     "batch_size": (10, 16),
     "local_epochs": (0, 1, 1, 2),
     "local_steps": (0, 0, 1, 3),
@@ -60,7 +61,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "optimizer.learning_rate": (0.0, 0.01),
     "optimizer.warmup": (0, 2),
     "server.learning_rate": (0.0, 0.1),
-    "pretrain.epochs": (0, 1, 2),
+    "pretrain.epochs": (0, 1, 1, 2),
     "pretrain.batch_size": (10, 16),
     "pretrain.checkpoint_every": (1, 2),
     "pretrain.cache_dir": ("",),
@@ -81,7 +82,8 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "graph.peers": (1, 2),
     "graph.period": (2, 3),
     "gossip.gamma": (0.0, 0.1),
-    "placement.cpu_devices": (1, 1, 1, 2),
+    "placement.cpu_devices": (1,) * 7 + (2,),
+    "placement.batching": ("vmap",) * 4 + tuple(LAYOUTS),
 }
 _MOST_DRAWS = 10_000
 

@@ -60,7 +60,7 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
     handler: Any = ocp.StandardCheckpointHandler()
     try:
         tree = handler.metadata(directory / str(checkpoints.newest()) / "tree").tree
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
         restored = checkpoints.restore(lambda record: like)
     finally:
         handler.close()
