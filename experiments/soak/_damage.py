@@ -160,9 +160,10 @@ def _names_of(path: Path, numbers: list[int]) -> list[str]:
         is_last = path.name in _UNREAD or number != numbers[0]
         return [f"heckpoint {number} in", *["nothing needs it"] * is_last]
     is_unread = path.name.startswith(_UNREAD)
-    names = {"metrics.digests": ["its rows were"], "metrics.jsonl": ["its rows were"]}
-    own = [path.name, *names.get(path.name, [])]
-    return [*own, *["nothing needs it"] * is_unread]
+    if path.name.startswith("metrics."):
+        # Rows after the last checkpoint are written again.
+        return [path.name, "its rows were", "nothing needs it"]
+    return [path.name, *["nothing needs it"] * is_unread]
 
 
 def _files(folder: Path) -> dict[str, int]:

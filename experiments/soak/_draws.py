@@ -85,6 +85,16 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "placement.cpu_devices": (1,) * 7 + (2,),
     "placement.batching": ("vmap",) * 4 + tuple(LAYOUTS),
 }
+# Options that change no compiled program, or only small ones.
+_FREE = (
+    *("init", "topology", "mixing", "rounds", "local_epochs", "local_steps"),
+    *("faults.absences", "faults.dropout", "eval.every", "pretrain.epochs"),
+    *("data.partition", "data.alpha", "data.classes", "pretrain.partition"),
+    *("checkpoint.every", "checkpoint.every_minutes", "checkpoint.keep"),
+    *("checkpoint.keep_every", "pretrain.checkpoint_every"),
+)
+# How often these are drawn anew before the others are.
+_TRIES = 20
 _MOST_DRAWS = 10_000
 
 SMALL: dict[str, Any] = {
@@ -105,19 +115,22 @@ SMALL: dict[str, Any] = {
 """Fields with which a run takes a second."""
 
 
-def draw(seed: str, folder: Path) -> Config:
+def draw(seed: str, folder: Path, family: str = "") -> Config:
     """Draws a config that its checks accept.
 
     Args:
         seed: The same text gives the same config.
         folder: A folder where a graph's file is put, if the config names one.
+        family: Configs of one family differ only in options that change no compiled
+            program, so that they compile once. By default a config has its own.
     """
-    rng = random.Random(seed)
-    for _ in range(_MOST_DRAWS):
+    for number in range(_MOST_DRAWS):
+        shared = random.Random(f"{family or seed} {number // _TRIES}")
+        rng = random.Random(f"{seed} {number}")
+        values = {path: _value(option, shared) for path, option in OPTIONS.items()}
+        values |= {path: _value(OPTIONS[path], rng) for path in _FREE}
         config = default_config()
-        config.update_from_flattened_dict(
-            {path: _value(option, rng) for path, option in OPTIONS.items()}
-        )
+        config.update_from_flattened_dict(values)
         drop_unread(config)
         if config.graph.file:
             config.graph.file = str(_write_graph(config.agents, folder, rng))

@@ -20,6 +20,8 @@ __all__ = ["Subject", "killed_at_random", "prepare"]
 MOST_SECONDS = 30.0
 # Configs that a theory or a bound refuses are drawn again, so many times.
 _MOST_REFUSED = 20
+# So many cases have configs that share most of their compiled programs.
+_FAMILY = 4
 # A run that is killed by the system gives no message; the others say what they do.
 _SIGNALS = (
     *(signal.SIGKILL,) * 3,
@@ -74,9 +76,10 @@ def prepare(case: Case, **changes: Any) -> Subject:
     """
     for attempt in range(_MOST_REFUSED):
         seed, path = f"{case.seed} {case.name} {attempt}", case.folder / "config.py"
+        family = f"{case.seed} {case.phase} {case.number // _FAMILY} {attempt}"
 
-        def choose(seed: str = seed, path: Path = path) -> None:
-            config = draw(seed, case.folder)
+        def choose(seed: str = seed, path: Path = path, family: str = family) -> None:
+            config = draw(seed, case.folder, family)
             write_config(config, path, **changes)
 
         found = call(choose, case.folder)
