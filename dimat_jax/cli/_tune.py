@@ -27,8 +27,8 @@ def define_flags() -> None:
         "at",
         "communication",
         list(MOMENTS),
-        "Whether the accuracy right after the last communication counts, or that at the "
-        "end of the run.",
+        "Whether the accuracy right after the last communication counts, or that at "
+        "the end of the run.",
     )
 
 
