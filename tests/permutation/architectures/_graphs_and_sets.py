@@ -145,6 +145,6 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
         set_transformer, normal(24, 5, 4), [(4,), (6,), (5,), (5,), (7,)]
     ),
     # The matrix that turns points holds coordinates, which are inputs.
-    "PointNet": lambda: plain(point_net, normal(24, 5, 3), [(5,), (6,), (7,)]),
+    "PointNet": lambda: plain(point_net, normal(24, 5, 3), [(5,), (6,), (7,)], "iota"),
     "NeRF": lambda: plain(nerf, normal(64, 3), [(6,), (7,), (5,), (4,)]),
 }

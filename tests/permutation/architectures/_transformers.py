@@ -312,9 +312,10 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "Perceiver": lambda: plain(perceiver, IMAGES, [(4,), (6,), (5,), (7,)]),
     # The embeddings that both towers share are one group.
     "CLIP": lambda: plain(clip, (IMAGES, TEXTS), [(8,), (6,), (7,), (5,)]),
-    "MLP-Mixer": lambda: linen(MLPMixer(), IMAGES, [(6,), (7,), (8,)]),
+    # The weights that mix places are fixed by them.
+    "MLP-Mixer": lambda: linen(MLPMixer(), IMAGES, [(6,), (7,), (8,)], "a window"),
     # A unit and the unit that gates it are permuted together.
-    "gMLP": lambda: linen(GatedMLP(), IMAGES, [(5,), (6,)]),
+    "gMLP": lambda: linen(GatedMLP(), IMAGES, [(5,), (6,)], "a window"),
     "Conformer": lambda: linen(
         Conformer(), normal(24, 6, 4), [(6,), (8,), *ATTENTION, (7,)]
     ),
