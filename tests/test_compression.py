@@ -19,7 +19,7 @@ complex_numbers = st.complex_numbers(
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(z=arrays(np.complex64, (3, 4), elements=complex_numbers))
 def test_a_complex_leaf_is_compressed_as_its_two_parts(name, z):
     compressor = COMPRESSORS[name]()

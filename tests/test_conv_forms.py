@@ -67,7 +67,7 @@ def both(fn, form, *args):
 
 @pytest.mark.every_nth(2)
 @every_form
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(drawn=convolutions())
 def test_a_form_computes_what_vmap_does_with_all_gradients(form, drawn):
     options, inputs, kernel = drawn

@@ -350,14 +350,14 @@ def ledgers(draw) -> Ledger:
     return ledger
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(ledger=ledgers())
 def test_kinds_links_and_the_server_add_up(ledger):
     assert_adds_up(ledger)
     assert not ledger.by_link.diagonal().any()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(ledger=ledgers())
 def test_a_ledger_survives_json_and_goes_on_as_if_nothing_had_happened(ledger):
     record = json.loads(json.dumps(ledger.record()))
@@ -371,7 +371,7 @@ def test_a_ledger_survives_json_and_goes_on_as_if_nothing_had_happened(ledger):
     assert record == Ledger.of(record).record()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(ledger=ledgers())
 def test_the_record_of_an_older_version_goes_on_too(ledger):
     """Older versions wrote lists of numbers, with None before the first message."""

@@ -81,7 +81,7 @@ def test_every_mixing_fits_every_topology(mixing, topology, n_agents):
 
 
 @all_mixings
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(graph=connected_graphs())
 def test_every_mixing_fits_every_connected_graph(mixing, graph):
     adjacency = from_graph(graph)
@@ -163,7 +163,7 @@ def test_lazy_weights_are_half_oneself():
     assert np.linalg.eigvalsh(lazy(ring)).min() > 0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(n=st.integers(1, 8), density=st.floats(0, 1), seed=seeds)
 def test_any_directed_graph_has_column_and_row_stochastic_weights(n, density, seed):
     adjacency = np.random.default_rng(seed).random((n, n)) < density
@@ -367,7 +367,7 @@ def stacked_tree(n_agents: int, seed: int) -> dict:
     }
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(n_agents=st.sampled_from([1, 3, 5]), seed=seeds)
 def test_mix_is_the_weighted_sum_over_agents(n_agents, seed):
     matrix = np.random.default_rng(seed).normal(size=(n_agents, n_agents))
@@ -380,7 +380,7 @@ def test_mix_is_the_weighted_sum_over_agents(n_agents, seed):
     jax.tree.map(check, jax.jit(mix)(matrix, stacked), stacked)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(data=st.data(), seed=seeds)
 def test_doubly_stochastic_mixing_preserves_the_mean(data, seed):
     n_agents = 5
@@ -468,7 +468,7 @@ complex_numbers = st.complex_numbers(
 )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(x=arrays(np.complex64, (3, 2), elements=complex_numbers), seed=seeds)
 def test_complex_leaves_are_mixed_with_both_their_parts(x, seed):
     matrix = np.random.default_rng(seed).uniform(-1, 1, (3, 3)).astype(np.float32)

@@ -292,7 +292,7 @@ def test_what_sums_to_one_is_told_and_does(topology, mixing, faults):
     assert is_doubly_stochastic(matrices) == doubly
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 7),
     seed=st.integers(0, 2**31),

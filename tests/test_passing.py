@@ -63,7 +63,7 @@ def stacked_tree(placement: Placement, seed: int) -> dict:
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(layout=layouts, density=st.floats(0, 1), seed=st.integers(0, 2**16))
 def test_mixing_over_devices_is_the_product_with_w(layout, density, seed):
     placement = placed(layout)
@@ -85,7 +85,7 @@ def test_mixing_over_devices_is_the_product_with_w(layout, density, seed):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(layout=layouts, seed=st.integers(0, 2**16))
 def test_picking_over_devices_is_indexing(layout, seed):
     placement = placed(layout)

@@ -171,7 +171,7 @@ def test_random_peers_are_others_and_drawn_evenly_and_anew(peers):
         assert len(set(stack.sum(axis=2).ravel())) > 3
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(n_agents=st.integers(1, 60), peers=st.integers(1, 7))
 def test_one_period_of_a_base_graph_averages_any_number_of_agents(n_agents, peers):
     """The length is at most 2 log_(k+1)(n) + 2 (Takezawa et al. 2023)."""

@@ -64,7 +64,7 @@ shapes = st.sampled_from([(), (2,), (2, 3), (0,)])
 dtypes = st.sampled_from([np.float32, np.int32, np.bool_])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(size=st.integers(1, 4), shape=shapes, dtype=dtypes, seed=st.integers(0, 99))
 def test_stack_and_unstack_are_inverse(size, shape, dtype, seed):
     rng = np.random.default_rng(seed)

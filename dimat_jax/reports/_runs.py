@@ -1,7 +1,6 @@
 """The runs of a report, and the config fields in which they differ."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -256,18 +255,11 @@ def _evaluations(rows: list[dict[str, Any]]) -> DataFrame:
     nested = ["bytes_sent_by_kind", "bytes_sent_by_link"]
     kinds = pd.DataFrame([row.get("bytes_sent_by_kind", {}) for row in rows])
     frame = pd.DataFrame(rows).drop(columns=nested, errors="ignore")
-    frame["test_accuracy_std"] = frame.test_accuracy.map(_deviation)
+    # As for seeds: the sample deviation (n - 1), which is NaN for a single agent.
+    frame["test_accuracy_std"] = frame.test_accuracy.map(lambda a: pd.Series(a).std())
     # Before the first round agents do not communicate, and rows do not mention it.
     frame["communicated"] = [row.get("communicated", False) for row in rows]
     return frame.join(kinds.add_prefix(SENT))
-
-
-def _deviation(accuracies: list[float]) -> float:
-    """The sample standard deviation (n - 1) over the agents; NaN for one agent.
-
-    Deviations over seeds have the same convention.
-    """
-    return float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else math.nan
 
 
 def _in_every_panel(described: DataFrame, panels: list[str]) -> DataFrame:

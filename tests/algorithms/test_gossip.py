@@ -110,7 +110,7 @@ def projected(gradients, active):
     alike=st.floats(0, 2),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_the_projection_is_an_independent_solvers(n_others, size, scale, alike, seed):
     rng = np.random.default_rng(seed)
     # The number of gradients is always the same, because every number needs its own

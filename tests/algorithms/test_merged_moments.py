@@ -122,7 +122,7 @@ def test_with_unequal_counts_the_next_step_is_one_learning_rate(name):
 
 
 @pytest.mark.parametrize("name", COUNTING)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(counts=counts, rows=weights)
 def test_whatever_the_counts_and_weights_the_next_step_is_one_learning_rate(
     name, counts, rows
@@ -143,7 +143,7 @@ def adam_of(state: Any) -> Any:
     return found
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(counts=counts, rows=weights, seed=st.integers(0, 2**31))
 def test_unbiased_moments_are_averaged_over_those_who_have_some(counts, rows, seed):
     found, W = subject("adam"), stochastic(rows)
@@ -166,7 +166,7 @@ def test_unbiased_moments_are_averaged_over_those_who_have_some(counts, rows, se
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(count=st.integers(0, MOST), rows=weights, seed=st.integers(0, 2**31))
 def test_with_equal_counts_every_state_is_a_plain_average(name, count, rows, seed):
     found, W = subject(name), stochastic(rows)

@@ -80,7 +80,7 @@ def test_on_a_path_to_a_joint_frame_with_weights():
 
 
 @given(n=st.integers(1, 8), density=st.floats(0, 1), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @pytest.mark.parametrize("frame", ["reference", "joint"])
 @pytest.mark.parametrize("scores", [0, SCORES])
 def test_everything_takes_the_shortest_way_to_the_root_of_its_part(

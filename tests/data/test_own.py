@@ -45,7 +45,7 @@ def test_one_device_holds_the_split_as_it_is():
         np.testing.assert_array_equal(rows, shard)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5),
     n_devices=st.integers(1, 5),

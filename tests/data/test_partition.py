@@ -243,7 +243,7 @@ def test_an_option_that_makes_no_partition_says_why(name, options, message):
     amount=st.one_of(st.floats(0.02, 0.6), st.integers(1, 40)),
     seed=st.integers(0, 100),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_what_is_set_aside_is_like_each_shard_and_nobody_has_it(n_agents, amount, seed):
     labels = np.random.default_rng(seed).integers(4, size=120)
     shards = partition("dirichlet", labels, n_agents, seed=seed, alpha=1.0)

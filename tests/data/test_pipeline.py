@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dimat_jax.data import pipeline
@@ -47,7 +47,6 @@ both_choices = pytest.mark.parametrize("small_shards", ["repeat", "idle"])
 
 
 @both_choices
-@settings(deadline=None)
 @given(shards=shards_of, batch_size=batch_sizes, epoch=st.integers(0, 3))
 def test_an_epoch_has_the_steps_of_the_largest_shard_whose_agent_sees_it_all(
     small_shards, shards, batch_size, epoch
@@ -66,7 +65,6 @@ def test_an_epoch_has_the_steps_of_the_largest_shard_whose_agent_sees_it_all(
         assert np.isin(own, shard).all()
 
 
-@settings(deadline=None)
 @given(shards=shards_of, batch_size=batch_sizes, epoch=st.integers(0, 3))
 def test_small_shards_go_round_again_and_every_batch_is_full(shards, batch_size, epoch):
     indices, mask = epoch_of(Sampler(shards, batch_size, seed=[0]), epoch)
@@ -90,7 +88,6 @@ def test_each_turn_has_an_order_of_its_own_and_what_is_seen_once_more_is_random(
     np.testing.assert_allclose(times, 60 / 11, atol=5 * deviation)
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 20), batches=st.integers(1, 4), epoch=st.integers(0, 3))
 def test_equal_shards_that_fill_their_batches_are_seen_alike_by_both(n, batches, epoch):
     shards = np.split(np.arange(3 * n * batches), 3)
@@ -102,7 +99,6 @@ def test_equal_shards_that_fill_their_batches_are_seen_alike_by_both(n, batches,
         np.testing.assert_array_equal(x, y)
 
 
-@settings(deadline=None)
 @given(shards=shards_of, batch_size=batch_sizes)
 def test_agents_with_small_shards_may_idle(shards, batch_size):
     indices, mask = epoch_of(Sampler(shards, batch_size, [0], "idle"), 0)
@@ -119,7 +115,6 @@ def test_a_choice_for_small_shards_that_does_not_exist_is_refused():
         Sampler([np.arange(3)], 1, [0], "drop")
 
 
-@settings(deadline=None)
 @given(
     shards=shards_of,
     batch_size=batch_sizes,

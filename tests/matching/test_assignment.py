@@ -37,7 +37,7 @@ def favourites_differ(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(scores=matrices(max_units=7))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_no_permutation_scores_more(scores):
     n = len(scores)
     every = np.array(list(itertools.permutations(range(n))))
@@ -47,7 +47,6 @@ def test_no_permutation_scores_more(scores):
 
 
 @given(scores=matrices(max_units=12))
-@settings(deadline=None)
 def test_it_scores_as_much_as_scipys(scores):
     scipys = linear_sum_assignment(scores, maximize=True)[1]
     found = total_score(scores, solve_assignment(scores))
@@ -114,7 +113,6 @@ def test_scores_that_are_not_square_are_refused(shape):
 
 
 @given(scores=matrices(max_units=8), stay=st.sampled_from([0, 0.5, 1.25, 8]))
-@settings(deadline=None)
 def test_units_move_only_if_they_gain_more_than_stay_on_average(scores, stay):
     perm = solve_assignment(prefer_staying(scores, stay))
     for cycle in cycles(perm):

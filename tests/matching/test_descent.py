@@ -80,7 +80,7 @@ seeds = st.integers(0, 2**16)
 @stays
 @pytest.mark.parametrize("joint", [False, True])
 @given(seed=seeds)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_no_step_ever_lowers_the_objective_of_activations(joint, stay, seed):
     rng = np.random.default_rng(seed)
     problem = Problem(scorer_of(seed), solvers(stay)[joint])
@@ -103,7 +103,7 @@ def test_no_step_ever_lowers_the_objective_of_activations(joint, stay, seed):
 
 @stays
 @given(seed=seeds)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_the_objective_changes_by_the_scores_that_a_group_picks(stay, seed):
     """A group of few units weighs no more than its scores, and staying the same."""
     rng = np.random.default_rng(seed)
@@ -132,7 +132,7 @@ def test_where_nothing_moves_staying_counts_once_for_every_unit():
 
 
 @given(seed=seeds)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_the_similarity_is_the_mean_over_groups_of_means_over_units(seed):
     scorer = scorer_of(seed)
     perms = agreeing_perms(scorer, np.random.default_rng(seed))

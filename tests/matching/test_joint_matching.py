@@ -85,7 +85,6 @@ def assert_cycles_are_identities(graph: str, perms: np.ndarray) -> None:
 
 
 @given(graph=graphs, units=sizes, seed=seeds)
-@settings(deadline=None)
 def test_round_every_cycle_the_permutations_are_the_identity(graph, units, seed):
     scores = random_scores(graph, units, seed)
     perms = synchronise(scores, pairs_of(graph), still(graph, units))
@@ -95,7 +94,6 @@ def test_round_every_cycle_the_permutations_are_the_identity(graph, units, seed)
 
 
 @given(graph=graphs, units=sizes, seed=seeds)
-@settings(deadline=None)
 def test_no_component_ever_scores_less_than_before(graph, units, seed):
     scores = random_scores(graph, units, seed)
     pairs, blocks = pairs_of(graph), all_pairs_together(pairs_of(graph)).blocks
@@ -111,7 +109,7 @@ def test_no_component_ever_scores_less_than_before(graph, units, seed):
 
 
 @given(graph=graphs, units=st.integers(1, 4), seed=seeds)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_no_network_can_be_permuted_to_advantage_in_the_end(graph, units, seed):
     scores, pairs = random_scores(graph, units, seed), pairs_of(graph)
     perms = synchronise(scores, pairs, still(graph, units))
@@ -128,7 +126,6 @@ def test_no_network_can_be_permuted_to_advantage_in_the_end(graph, units, seed):
 
 
 @given(graph=graphs, units=sizes, seed=seeds)
-@settings(deadline=None)
 def test_pairs_that_agree_already_all_get_their_best(graph, units, seed):
     planted = from_frames(graph, random_frames(graph, units, seed))
     # Noise that could turn no unit's choice, let alone a cycle of them.
@@ -141,7 +138,6 @@ def test_pairs_that_agree_already_all_get_their_best(graph, units, seed):
 
 
 @given(units=sizes, seed=seeds)
-@settings(deadline=None)
 def test_a_single_pair_gets_its_best_assignment(units, seed):
     scores = random_scores("pair", units, seed)
     found = synchronise(scores, pairs_of("pair"), still("pair", units))
@@ -150,7 +146,6 @@ def test_a_single_pair_gets_its_best_assignment(units, seed):
 
 
 @given(units=sizes, seed=seeds)
-@settings(deadline=None)
 def test_two_directions_of_a_pair_get_the_best_for_their_sum(units, seed):
     pairs = np.array([(0, 1), (1, 0)])
     scores = np.random.default_rng(seed).normal(size=(2, units, units))

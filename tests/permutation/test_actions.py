@@ -140,7 +140,7 @@ def assert_same(tree: Any, other: Any) -> None:
 
 
 @given(case=cases())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_apply_permutes_as_the_definition_says(case):
     spec, variables, (perms,) = case
     permutation.validate(spec, variables)
@@ -152,7 +152,7 @@ def test_apply_permutes_as_the_definition_says(case):
 
 
 @given(case=cases())
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_the_identity_leaves_everything_where_it_is(case):
     spec, variables, _ = case
     identity = permutation.identity(spec, variables)
@@ -160,7 +160,7 @@ def test_the_identity_leaves_everything_where_it_is(case):
 
 
 @given(case=cases(n_perms=2))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_applying_a_composition_is_applying_one_after_the_other(case):
     spec, variables, (first, then) = case
     at_once = permutation.apply(spec, permutation.compose(first, then), variables)
@@ -169,7 +169,7 @@ def test_applying_a_composition_is_applying_one_after_the_other(case):
 
 
 @given(case=cases())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_inverse_undoes(case):
     spec, variables, (perms,) = case
     inverse = permutation.invert(perms)
@@ -181,7 +181,7 @@ def test_the_inverse_undoes(case):
 
 
 @given(case=cases(n_perms=3))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_composition_is_associative_and_has_the_identity(case):
     spec, variables, (a, b, c) = case
     compose, identity = permutation.compose, permutation.identity(spec, variables)

@@ -376,14 +376,14 @@ programs = steps.map(lambda steps: [("dense", 1), *steps])
 shapes = st.lists(st.sampled_from(SIZES), min_size=1, max_size=3)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(programs, shapes)
 def test_what_is_derived_of_random_programs_holds(program, shape):
     check(program, shape)
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, derandomize=True)
+@settings(max_examples=1000, derandomize=True)
 @given(programs, shapes)
 def test_what_is_derived_of_many_random_programs_holds(program, shape):
     check(program, shape)

@@ -98,7 +98,7 @@ def lessons(draw):
     return size, n_axes, steps
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(lessons())
 def test_all_that_was_learnt_holds_for_every_permutation(lesson):
     size, n_axes, steps = lesson
