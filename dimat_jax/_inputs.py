@@ -66,7 +66,7 @@ class Inputs:
             digest = blake2b(content)
             files[field] = {"path": str(path), "copy": copy, "blake2b": digest}
         found = {"files": files, "data": {"blake2b": data}, "versions": versions()}
-        write_json(self._folder / INPUTS, found)
+        write_json(self._folder / INPUTS, found, digested=True)
 
     def check_files(self, config: Config) -> None:
         """Refuses files whose content is not that with which the run has begun.

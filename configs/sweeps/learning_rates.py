@@ -4,10 +4,11 @@
     python -m experiments.tune DIR
 
 All algorithms of the comparison, those that merge too, have the same three seeds, the
-same four cells and the same grid, which goes on where its end is best. A fifth of each agent's images is set aside. The
-second command chooses the rate with the best accuracy on these images, and says so; the
-runs of the comparison train on all images. Some runs at the largest rates diverge, and
-are listed at the end. The 912 runs take about 45 minutes on 2 CPU cores.
+same four cells and the same grid, which goes on where its end is best. A fifth of each
+agent's images is set aside. The second command chooses the rate with the best accuracy
+on these images, and says so; the runs of the comparison train on all images. Some runs
+at the largest rates diverge, and are listed at the end. The 912 runs take about 45
+minutes on 2 CPU cores.
 """
 
 from dimat_jax.configs.sweeps import algorithms
