@@ -170,8 +170,13 @@ class Workdir:
         """
         if not (self.is_started and self._layout.exists()):
             return None
+        fields = read_json(self._layout, dict, ConfigError)
         with concerning(self._layout), reading("the layout", ConfigError):
-            choice = LayoutChoice(**read_json(self._layout, dict, ConfigError))
+            if fields.keys() != set(LayoutChoice._fields):
+                raise ValueError(
+                    f"it needs the fields {', '.join(LayoutChoice._fields)}"
+                )
+            choice = LayoutChoice(**fields)
             BATCHING.check(choice.batching)
             CHUNK.check(choice.chunk)
             return choice
