@@ -12,7 +12,7 @@ from absl import logging
 
 from dimat_jax._folders import map_array
 from dimat_jax.data._dataset import DataError, Dataset, Split, mean_std
-from dimat_jax.errors import reading
+from dimat_jax.errors import concerning, reading
 
 __all__ = ["Decoded", "cached", "read_arrays", "user_cache", "write_arrays"]
 
@@ -102,7 +102,7 @@ def read_arrays(name: str, folder: Path) -> Dataset:
     Raises:
         DataError: an array is missing or damaged.
     """
-    with reading(f"{name}: arrays in {folder}", DataError):
+    with concerning(name), reading(f"arrays in {folder}", DataError):
         return _dataset(name, _read(folder))
 
 
