@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from dimat_jax import options as options
     from dimat_jax import permutation as permutation
     from dimat_jax import placement as placement
+    from dimat_jax import plugins as plugins
     from dimat_jax import reports as reports
     from dimat_jax import sweeps as sweeps
     from dimat_jax import topology as topology

@@ -6,14 +6,13 @@ that read them; `ROOT` holds the options that every run reads, and leads to all 
 (see `dimat_jax.options`).
 """
 
-import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict, FieldReference
 
-from dimat_jax import _checkpoint, algorithms, evaluate
+from dimat_jax import _checkpoint, algorithms, evaluate, plugins
 from dimat_jax._config_form import (
     Config,
     ConfigError,
@@ -48,8 +47,8 @@ from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, faults
 from dimat_jax.optimizers import (
     CLIP_NORM,
     LEARNING_RATE,
-    LEARNING_RATES,
     OPTIMIZER,
+    OPTIMIZERS,
     SCHEDULE,
 )
 from dimat_jax.options import (
@@ -128,9 +127,13 @@ ROOT = (
 """The options that every run reads."""
 
 
-@functools.cache
 def _options() -> dict[str, Option]:
-    """Returns all options by path."""
+    """Returns all options by path, those of installed plugins included.
+
+    Raises:
+        UserError: an installed plugin cannot be used.
+    """
+    plugins.load_installed()
     return {option.path: option for option in every(ROOT)}
 
 
@@ -203,8 +206,8 @@ def resolved(fields: Fields) -> dict[str, Any]:
     for section in ("", "pretrain."):
         rate = section + LEARNING_RATE.path
         # An optimizer that does not exist is refused elsewhere, with a message.
-        suits = LEARNING_RATES.get(whole[section + OPTIMIZER.path], 0.0)
-        whole[rate] = whole[rate] or suits
+        if optimizer := OPTIMIZERS.get(whole[section + OPTIMIZER.path]):
+            whole[rate] = whole[rate] or optimizer.learning_rate
     return whole
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key
 
 from dimat_jax import matching, permutation
 from dimat_jax.matching import _assignment, _weight
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 from dimat_jax.permutation import Perms, PermutationSpec
 from dimat_jax.tree import PyTree
 
@@ -72,7 +72,7 @@ def joint(problem: Problem, match_pair: MatchPair, match_all: MatchAll) -> list[
     return match_all()
 
 
-FRAMES: dict[str, Record[list[Perms]]] = registry(
+FRAMES: Registry[Record[list[Perms]]] = registry(
     Record("reference", reference), Record("joint", joint)
 )
 """`FRAMES[name](problem, match_pair, match_all)` aligns the models in a frame."""
@@ -135,7 +135,7 @@ def none() -> None:
     """The models are averaged as they are."""
 
 
-METHODS: dict[str, Record[Matcher | None]] = registry(
+METHODS: Registry[Record[Matcher | None]] = registry(
     Record("activation", activation, (FRAME, STAY)),
     Record("weight", weight, (FRAME, STAY, RESTARTS)),
     Record("none", none),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from dimat_jax._chosen import check_network, number_of_agents
 from dimat_jax._division import check_samples, divide, load_data
 from dimat_jax._folders import check_output, strangers
+from dimat_jax._inputs import FromPlugin, from_plugins
 from dimat_jax._lock import LOCK_FILES
 from dimat_jax._needs import check_graph_and_steps, check_model
 from dimat_jax._pretrain import pretraining_fields
@@ -49,11 +50,14 @@ class Job(NamedTuple):
         name: The run's name in the sweep.
         config: The run's config.
         workdir: The run's folder.
+        from_plugins: The things of plugins that the config names. The run's process
+            has to import these plugins.
     """
 
     name: str
     config: Config
     workdir: Path
+    from_plugins: Sequence[FromPlugin] = ()
 
     @property
     def is_finished(self) -> bool:
@@ -93,7 +97,7 @@ def prepare(
                 shared = str(workdir / _SHARED)
                 set_if_read(job.config, "pretrain.cache_dir", shared)
             Workdir(job.workdir).check(job.config)
-    return jobs
+    return [job._replace(from_plugins=from_plugins(job.config)) for job in jobs]
 
 
 def check_here(jobs: Sequence[Job]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dimat_jax.cli import _user_code
+from dimat_jax import _user_code
 from dimat_jax.config import Config, expect_all_fields, settle_overrides
 from dimat_jax.errors import UserError, concerning, nearest, reading
 

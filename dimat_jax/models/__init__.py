@@ -15,7 +15,7 @@ import flax.linen as nn
 from dimat_jax._lazy import importer, public_names
 from dimat_jax.models import mlp, resnet, vgg, vit
 from dimat_jax.models._settings import ModelError
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import statistics
 
@@ -28,7 +28,7 @@ __all__ = [
     "to_torch",
 ]
 
-MODELS: dict[str, Record[Any]] = registry(
+MODELS: Registry[Record[Any]] = registry(
     *mlp.RECORDS, *resnet.RECORDS, *vgg.RECORDS, *vit.RECORDS
 )
 """`MODELS[name](n_classes=..., **options)` builds a Flax Linen module."""

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dimat_jax._folders import read_json
+from dimat_jax._inputs import fields_of_run
 from dimat_jax._metrics import read_rows
 from dimat_jax._run_options import ROUNDS
 from dimat_jax.algorithms._merge_times import EVERY as MERGE_EVERY
 from dimat_jax.algorithms._merge_times import UNIT as MERGE_UNIT
 from dimat_jax.algorithms._merge_times import begins_with_merge
-from dimat_jax.config import fields_of_json, fields_read
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.evaluate import EVERY
 from dimat_jax.options import SEED, Option
@@ -118,8 +118,8 @@ def _read(folder: Path) -> FoundRun:
     fields, rows = {}, []
     try:
         with concerning("its config.json"):
-            config = fields_of_json(read_json(folder / "config.json"))
-            fields = {path: str(value) for path, value in fields_read(config).items()}
+            read = fields_of_run(folder)
+            fields = {path: str(value) for path, value in read.items()}
         with concerning("its metrics.jsonl"), reading("a row"):
             found = read_rows(folder)
             _check_rows(found)
