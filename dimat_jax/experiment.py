@@ -122,11 +122,13 @@ class Experiment:
         self.model = models.MODELS[self.config.model.name](
             n_classes=self.dataset.n_classes, **model_arguments(self._fields)
         )
+        shape, aligns = self.dataset.train.images.shape[1:], self.record.aligns
+        spec, activations = models.symmetry(self.model, shape, derives=aligns)
         self.task = Task(
             loss=self._small_shards.weighed(classifier.loss(self.model)),
-            spec=models.permutation_spec(self.model),
-            activations=classifier.activations(self.model),
-            batch_statistics=classifier.batch_statistics(self.model),
+            spec=spec,
+            activations=activations,
+            batch_statistics=classifier.batch_statistics(self.model, shape),
         )
         if self.task.batch_statistics is not None and self.record.uses_graph:
             no_negative_weights(f"{self.record.name} with BatchNorm", self.links)

@@ -121,8 +121,11 @@ def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
     check_model(fields)
     dataset = load_data(config, read)
     division = divide(dataset.train.labels, number_of_agents(fields), fields)
-    model = MODELS[config.model.name](n_classes=1, **model_arguments(fields))
-    has_statistics = classifier.batch_statistics(model) is not None
+    model = MODELS[config.model.name](
+        n_classes=dataset.n_classes, **model_arguments(fields)
+    )
+    shape = dataset.train.images.shape[1:]
+    has_statistics = classifier.has_statistics(model, shape)
     n_test = len(dataset.test.labels)
     check_samples(fields, division, n_test, has_statistics=has_statistics)
     record = record_of(fields)

@@ -4,53 +4,84 @@
 `__call__(x, *, train, mask=None)` returns logits. `permutation_spec(model)` returns the
 spec that the module's file declares. The records at the foot of each file tell which
 options an architecture reads.
+
+`MODELS.add(ModelRecord(name, build, options))` adds a model of your own, of which
+nothing is declared; see `ModelRecord`.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
+from jaxtyping import Array
 
 from dimat_jax._lazy import importer, public_names
-from dimat_jax.models import mlp, resnet, vgg, vit
+from dimat_jax.models import classifier, mlp, resnet, vgg, vit
+from dimat_jax.models._own import OwnModel
+from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import ModelError
-from dimat_jax.options import Option, Record, Registry, registry
+from dimat_jax.options import Option, Registry, registry
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import statistics
+from dimat_jax.tree import PyTree
 
 __all__ = [
     "MODEL",
     "MODELS",
     "ModelError",
+    "ModelRecord",
     "from_torch",
     "permutation_spec",
+    "symmetry",
     "to_torch",
 ]
 
-MODELS: Registry[Record[Any]] = registry(
-    *mlp.RECORDS, *resnet.RECORDS, *vgg.RECORDS, *vit.RECORDS
+MODELS: Registry[ModelRecord] = registry(
+    *mlp.RECORDS, *resnet.RECORDS, *vgg.RECORDS, *vit.RECORDS, kind=ModelRecord
 )
-"""`MODELS[name](n_classes=..., **options)` builds a Flax Linen module."""
+"""`MODELS[name](n_classes=..., **options)` builds a model; see `ModelRecord`."""
 
 MODEL = Option("model.name", "resnet20", "The architecture.", choices=MODELS)
 
-_SPECS: dict[type[nn.Module], Callable[..., PermutationSpec]] = {
-    mlp.MLP: mlp.permutation_spec,
-    resnet.ResNet: resnet.permutation_spec,
-    vgg.VGG: vgg.permutation_spec,
-    vit.ViT: vit.permutation_spec,
-}
-
 
 def permutation_spec(model: nn.Module) -> PermutationSpec:
-    """The declared symmetry of a bundled architecture.
+    """The declared symmetry of an architecture.
 
     Raises:
-        KeyError: `model` is not one of the bundled modules.
+        KeyError: no record in `MODELS` declares a spec for modules of this kind.
     """
-    spec = _SPECS[type(model)](model)
-    return replace(spec, statistics=statistics(spec.axes))
+    for record in MODELS.values():
+        if record.spec is not None and record.module is type(model):
+            spec = record.spec(model)
+            return replace(spec, statistics=statistics(spec.axes))
+    raise KeyError(type(model))
+
+
+def symmetry(
+    model: nn.Module | OwnModel,
+    input_shape: tuple[int, ...],
+    *,
+    derives: bool = True,
+) -> tuple[PermutationSpec, Callable[[PyTree, Array], dict[str, Array]]]:
+    """Returns the symmetry of any model, and the activations that matching compares.
+
+    Where no spec is declared, both are derived from the model.
+
+    Args:
+        model: a model that a record of `MODELS` has built.
+        input_shape: the shape of one input.
+        derives: whether a symmetry is derived where none is declared. Otherwise the
+            spec of such a model permutes nothing.
+
+    Raises:
+        PermutationSpecError: the model cannot be traced.
+    """
+    if isinstance(model, OwnModel):
+        return (
+            model.symmetry(input_shape) if derives else model.no_symmetry(input_shape)
+        )
+    return permutation_spec(model), classifier.activations(model)
 
 
 if TYPE_CHECKING:

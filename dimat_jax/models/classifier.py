@@ -1,6 +1,7 @@
 """The computations of one agent with its model, as pure functions of its variables.
 
-Only this file knows how the bundled modules are called. All other code uses
+Only this file knows how models are called: bundled modules here, and those of users
+through the form that `_own.OwnModel` gives them. All other code uses
 `forward(variables, inputs)` and similar functions, which are written for one agent.
 `Placement.per_agent` lifts them to many agents.
 """
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.merge import UnitMoments, correction, over_last_axes
+from dimat_jax.models._own import OwnModel
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._spec import axis_groups
 from dimat_jax.tree import PyTree, flatten
@@ -25,6 +27,7 @@ __all__ = [
     "batch_statistics",
     "both_modes",
     "forward",
+    "has_statistics",
     "init",
     "loss",
     "tap",
@@ -38,24 +41,32 @@ def tap(module: nn.Module, name: str, units: Array) -> None:
     module.sow("intermediates", name, units, lambda _, new: new, lambda: units)
 
 
-def init(model: nn.Module, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
+Model = nn.Module | OwnModel
+"""A bundled module, or the model of a user."""
+
+
+def init(model: Model, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
     """Makes new variables: {"params": ..., "batch_stats": ...}.
 
     "batch_stats" is missing if the module has no running statistics.
 
     Args:
-        model: a bundled module.
+        model: the model.
         key: the key for the initial weights. It is consumed.
         inputs: a batch of one example. Only its shape matters.
     """
+    if isinstance(model, OwnModel):
+        return model.init(key, inputs)
     variables = model.init(key, jnp.asarray(inputs), train=False)
     return {name: tree for name, tree in variables.items() if name != "intermediates"}
 
 
 def forward(
-    model: nn.Module,
+    model: Model,
 ) -> Callable[[PyTree, Array], Float[Array, "batch classes"]]:
     """Returns `forward(variables, inputs) -> logits` in eval mode."""
+    if isinstance(model, OwnModel):
+        return model.forward
 
     def compute_logits(variables, inputs) -> Any:
         return model.apply(variables, inputs, train=False)
@@ -63,12 +74,14 @@ def forward(
     return compute_logits
 
 
-def both_modes(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
+def both_modes(model: Model) -> Callable[[PyTree, Array], dict[str, Array]]:
     """Returns a function that computes logits in eval and train mode, in float32.
 
     `permutation.verify` checks a symmetry with it: `outputs(variables, inputs) ->
     {"eval": logits, "train": logits}`.
     """
+    if isinstance(model, OwnModel):
+        return model.both_modes()
     model = model.clone(dtype=jnp.float32)
 
     def compute_outputs(variables, inputs):
@@ -81,7 +94,10 @@ def both_modes(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
 
 
 def activations(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
-    """Returns `activations(variables, inputs) -> {tap: array}` in eval mode."""
+    """Returns `activations(variables, inputs) -> {tap: array}` in eval mode.
+
+    The model is a bundled module; `models.symmetry` serves all models.
+    """
 
     def collect_activations(variables, inputs):
         _, state = model.apply(
@@ -93,7 +109,7 @@ def activations(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]
 
 
 def loss(
-    model: nn.Module,
+    model: Model,
 ) -> Callable[
     [PyTree, Batch, Key[Array, ""]], tuple[Array, tuple[PyTree, dict[str, Array]]]
 ]:
@@ -106,15 +122,20 @@ def loss(
         loss nor for batch statistics.
     """
 
-    def cross_entropy(variables, batch, key):
-        logits, model_state = model.apply(
+    def train_forward(variables, inputs, mask, key) -> Any:
+        if isinstance(model, OwnModel):
+            return model.train_forward(variables, inputs, mask, key)
+        return model.apply(
             variables,
-            batch.inputs,
+            inputs,
             train=True,
-            mask=batch.mask,
+            mask=mask,
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
+
+    def cross_entropy(variables, batch, key):
+        logits, model_state = train_forward(variables, batch.inputs, batch.mask, key)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         value = _masked_mean(losses, batch.mask)
         correct = logits.argmax(axis=-1) == batch.labels
@@ -127,16 +148,29 @@ def loss(
     return cross_entropy
 
 
+def has_statistics(model: Model, input_shape: tuple[int, ...]) -> bool:
+    """Whether a model has running statistics, for inputs of a shape."""
+    if isinstance(model, OwnModel):
+        return model.has_statistics(input_shape)
+    return getattr(model, "norm", None) == "batch"
+
+
 def batch_statistics(
-    model: nn.Module,
+    model: Model, input_shape: tuple[int, ...] = ()
 ) -> Callable[[PyTree, Array, Bool[Array, " batch"]], PyTree] | None:
     """Returns a function that measures the means and variances of one batch.
 
     `statistics(variables, inputs, mask)` returns a tree like `variables["batch_stats"]`
     with the statistics of the batch's unmasked examples alone. A model without
     BatchNorm has no such function: the result is None.
+
+    Args:
+        model: the model.
+        input_shape: the shape of one input, which the models of users need.
     """
-    if getattr(model, "norm", None) != "batch":
+    if isinstance(model, OwnModel):
+        return model.batch_statistics(input_shape)
+    if not has_statistics(model, input_shape):
         return None
     # With a momentum of 0 the running statistics are those of the last batch alone.
     model = model.clone(bn_momentum=0.0)
@@ -151,7 +185,7 @@ def batch_statistics(
 
 
 def unit_moments(
-    model: nn.Module, spec: PermutationSpec
+    model: Model, spec: PermutationSpec, input_shape: tuple[int, ...] = ()
 ) -> Callable[..., dict[str, UnitMoments]]:
     """Returns a function that measures the moments of hidden units for `merge.repair`.
 
@@ -159,7 +193,14 @@ def unit_moments(
     hidden if the spec permutes the last axis of its kernel. With targets, the
     pre-activations of each layer are rescaled to have the targets' moments before the
     next layer reads them. Layers without a bias get only the standard deviations.
+
+    Args:
+        model: the model.
+        spec: its permutation symmetry.
+        input_shape: the shape of one input, which the models of users need.
     """
+    if isinstance(model, OwnModel):
+        return model.unit_moments(input_shape)
     layers = {
         leaf.removesuffix("/kernel")
         for leaf, axes in spec.axes.items()

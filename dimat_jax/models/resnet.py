@@ -25,9 +25,9 @@ from dimat_jax.models._norm import (
     normalise,
     tap_axes,
 )
+from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import DTYPE, NORM, NORMS, STEM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import conv, dense
 
@@ -313,9 +313,13 @@ def permutation_spec(model: ResNet) -> PermutationSpec:
 
 
 _OPTIONS = (WIDTH, NORM, DTYPE)
+
+
+_record = partial(ModelRecord, module=ResNet, spec=permutation_spec)
+
 RECORDS = (
     *(
-        Record(name, build, _OPTIONS, summary=f"A ResNet for CIFAR, {layers} layers.")
+        _record(name, build, _OPTIONS, summary=f"A ResNet for CIFAR, {layers} layers.")
         for name, build, layers in (
             ("resnet20", resnet20, 20),
             ("resnet32", resnet32, 32),
@@ -324,7 +328,7 @@ RECORDS = (
         )
     ),
     *(
-        Record(
+        _record(
             name,
             build,
             (*_OPTIONS, STEM),
