@@ -124,7 +124,7 @@ class Together(Mapping[str, T]):
         return len(list(iter(self)))
 
 
-def origin_of(entries: Any, name: str) -> str:
+def origin_of(entries: Any, name: Any) -> str:
     """The module that has added an entry to a registry; see `Registry.origin`."""
     if isinstance(entries, Together):
         return origin_of(entries.source(name), name)

@@ -2,7 +2,7 @@
 
 A config names them, `config.callbacks = "csv,early_stopping"`; `run(...,
 callbacks=[print])` adds functions from Python. A callback is `callback(row)`, where a
-row is a dict as in metrics.jsonl. If it has a method `end(summary)`, that is called with
+row is a dict as in metrics.jsonl. If it has a method `end(summary)`, that gets
 the content of summary.json when the run has ended. With several processes, process 0
 has the callbacks.
 
@@ -21,7 +21,16 @@ from dimat_jax.data.partition import VALIDATION
 from dimat_jax.errors import UserError, in_one_line
 from dimat_jax.options import Option, Record, Registry, arguments, registry
 
-__all__ = ["CALLBACKS", "CallbackError", "CallbackRecord", "Callbacks", "Run", "Stop"]
+__all__ = [
+    "CALLBACKS",
+    "CallbackError",
+    "CallbackRecord",
+    "Callbacks",
+    "Run",
+    "Stop",
+    "check_callbacks",
+    "numbers",
+]
 
 Row = Mapping[str, Any]
 Fields = Mapping[str, Any]

@@ -20,13 +20,14 @@ from dimat_jax._lazy import importer, public_names
 from dimat_jax.models import classifier, mlp, resnet, vgg, vit
 from dimat_jax.models._own import OwnModel
 from dimat_jax.models._record import ModelRecord
-from dimat_jax.models._settings import ModelError
+from dimat_jax.models._settings import DTYPE, ModelError
 from dimat_jax.options import Option, Registry, registry
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import statistics
 from dimat_jax.tree import PyTree
 
 __all__ = [
+    "DTYPE",
     "MODEL",
     "MODELS",
     "ModelError",
