@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dimat_jax._chosen import number_of_agents
@@ -131,7 +132,7 @@ def _traced_init(
         if record.spec is not None:
             return variables
         # A model of a user may draw its variables without looking at the inputs.
-        logits = classifier.forward(model)(variables, images)
+        logits = classifier.forward(model)(variables, jnp.asarray(images))
         if logits.shape != (1, source.n_classes):
             raise ConfigError(
                 f"config.{MODEL.path} is {record.name!r}, which returns an array of "

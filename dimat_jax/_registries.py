@@ -15,6 +15,10 @@ __all__ = ["RegistrationError", "Registry", "Together", "origin_of"]
 
 T = TypeVar("T")
 
+# Functions of these packages may be between a registry and the code that adds to it:
+# checkers of types wrap functions.
+_BETWEEN = (__name__.partition(".")[0], "jaxtyping", "beartype")
+
 
 class RegistrationError(UserError):
     """Something cannot be registered. The message says what, and why not."""
@@ -138,10 +142,11 @@ def _caller() -> str:
     name.
     """
     frame: Any = sys._getframe()
-    while frame.f_globals.get("__name__") == __name__:
+    name = ""
+    while frame.f_back and (not name or name.partition(".")[0] in _BETWEEN):
         frame = frame.f_back
+        name = str(frame.f_globals.get("__name__"))
     module = frame.f_globals
-    name = str(module.get("__name__"))
     is_imported = getattr(sys.modules.get(name), "__dict__", None) is module
     if is_imported or "__file__" not in module:
         return name

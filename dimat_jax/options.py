@@ -150,17 +150,21 @@ class Option:
             raise OptionError(f"{name} is {value!r}; it must be {allowed}")
         if self.empty and not value and isinstance(value, (str, int, float)):
             return
-        names = self.names(value)
-        for part in names if self.choices is not None else []:
-            if part not in self.choices:
-                hint = nearest(str(part), self.choices)
-                raise OptionError(f"{name} is {value!r}; {hint}")
-            if names.count(part) > 1:
-                raise OptionError(f"{name} is {value!r}, which has {part!r} twice")
+        if self.choices is not None:
+            self._check_names(value, name, self.choices)
         if value == "":
             raise OptionError(f"{name} is empty; it must be given here")
         if self.bounds and not self._within(value):
             raise OptionError(f"{name} is {value}; it must be {self.bounds}")
+
+    def _check_names(self, value: Any, name: str, choices: Collection[str]) -> None:
+        names = self.names(value)
+        for part in names:
+            if part not in choices:
+                hint = nearest(str(part), choices)
+                raise OptionError(f"{name} is {value!r}; {hint}")
+            if names.count(part) > 1:
+                raise OptionError(f"{name} is {value!r}, which has {part!r} twice")
 
     def _within(self, value: Any) -> bool:
         # A whole number is finite, and may be too large for a float.
@@ -310,8 +314,7 @@ def every(roots: Iterable[Option]) -> Iterator[Option]:
     waiting, seen = list(roots), dict[str, Option]()
     while waiting:
         option = waiting.pop(0)
-        other = seen.setdefault(option.path, option)
-        if other is not option:
+        if other := seen.get(option.path):
             if repr(other.default) != repr(option.default):
                 raise OptionError(
                     f"two options have the path {option.path!r}, with the defaults "
@@ -319,6 +322,7 @@ def every(roots: Iterable[Option]) -> Iterator[Option]:
                     "another path"
                 )
             continue
+        seen[option.path] = option
         yield option
         opened = [other for _, other in _opened(option)]
         waiting = opened + waiting

@@ -123,7 +123,7 @@ def _plugins(called: str, arguments: Sequence[str]) -> list[str]:
     values = flags.FlagValues()
     flags.DEFINE_multi_string("plugin", [], "See `_define`.", flag_values=values)
     values([called, *arguments], known_only=True)
-    return values["plugin"].value
+    return list(values["plugin"].value or ())
 
 
 def _main(command: Command, arguments: list[str]) -> NoReturn:

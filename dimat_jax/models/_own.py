@@ -55,7 +55,7 @@ class OwnModel(ABC):
     def apply(
         self,
         variables: PyTree,
-        inputs: Array,
+        inputs: ArrayLike,
         mask: Bool[Array, " batch"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Array, PyTree]:
@@ -69,14 +69,14 @@ class OwnModel(ABC):
                 mode, in which there are no new values.
         """
 
-    def forward(self, variables: PyTree, inputs: Array) -> Array:
+    def forward(self, variables: PyTree, inputs: ArrayLike) -> Array:
         """Computes logits in evaluation mode, in float32."""
         return self.apply(variables, inputs)[0].astype(jnp.float32)
 
     def train_forward(
         self,
         variables: PyTree,
-        inputs: Array,
+        inputs: ArrayLike,
         mask: Bool[Array, " batch"] | None,
         key: Key[Array, ""],
     ) -> tuple[Array, PyTree]:

@@ -33,10 +33,11 @@ class EquinoxModel(OwnModel):
     def apply(
         self,
         variables: PyTree,
-        inputs: Array,
+        inputs: ArrayLike,
         mask: Bool[Array, " batch"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Array, PyTree]:
+        inputs = jnp.asarray(inputs)
         static, layout = self._abstract(inputs.shape[1:])
         made = eqx.combine(layout.tree(variables), static)
         module, *state = made if isinstance(made, tuple) else (made,)

@@ -45,10 +45,11 @@ class LinenModel(OwnModel):
     def apply(
         self,
         variables: PyTree,
-        inputs: Array,
+        inputs: ArrayLike,
         mask: Bool[Array, " batch"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Array, PyTree]:
+        inputs = jnp.asarray(inputs)
         if key is None:
             return self.module.apply(variables, inputs, **self._mode(False)), {}
         given = {"mask": mask} if self._takes_mask else {}

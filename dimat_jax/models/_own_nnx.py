@@ -37,10 +37,11 @@ class NnxModel(OwnModel):
     def apply(
         self,
         variables: PyTree,
-        inputs: Array,
+        inputs: ArrayLike,
         mask: Bool[Array, " batch"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Array, PyTree]:
+        inputs = jnp.asarray(inputs)
         graph, layout, streams = self._abstract(inputs.shape[1:])
         states = layout.tree(variables)
         streams = _started(streams, jax.random.key(0) if key is None else key)
