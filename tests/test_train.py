@@ -255,6 +255,7 @@ def test_the_number_of_devices_changes_nothing(tmp_path, finished):
             )
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_number_of_devices(tmp_path, finished):
     def die(line: str) -> None:
         if "round   1    trained" in line:
@@ -268,6 +269,7 @@ def test_a_run_resumes_on_another_number_of_devices(tmp_path, finished):
     np.testing.assert_allclose(ours["test_loss"], theirs["test_loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_runs_share_pretrained_agents(tmp_path):
     cache = str(tmp_path / "agents")
     lines = []
@@ -308,6 +310,7 @@ def test_a_run_waits_for_another_one_that_pretrains_the_same_agents(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_uses_agents_that_another_one_has_trained_since(
     tmp_path, monkeypatch
 ):
@@ -407,6 +410,7 @@ def test_a_round_can_be_counted_in_steps(tmp_path):
     assert [row["step"] for row in read_rows(tmp_path)] == [12, 12, 15, 15, 18]
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_to_about_the_same(tmp_path, finished):
     train.run(small(model__dtype="bfloat16"), tmp_path, quiet)
     ours, theirs = read_rows(tmp_path)[-1], read_rows(finished)[-1]
@@ -496,6 +500,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, mess
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_resnet20_runs_on_real_cifar100(tmp_path, data_dir, data_cache):
     """The run is small, with BatchNorm, recalibration, augmentation and own data."""
     config = cifar100_resnet20.get_config("small")

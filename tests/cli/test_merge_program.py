@@ -64,6 +64,7 @@ def test_a_run_without_a_checkpoint_has_no_agents_yet(tmp_path, workdir):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_two_runs_merge_better_aligned(workdir, merged):
     summary = json.loads((merged / "summary.json").read_text())
     trained = read_rows(workdir)[-1]["test_accuracy"]

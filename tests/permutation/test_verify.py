@@ -106,7 +106,7 @@ def test_declared_symmetries_of_trained_networks_hold(name):
     subject(name).verify(SPECS[name], map_with_path(trained, subject(name).fresh))
 
 
-@pytest.mark.every_nth(8)
+@pytest.mark.every_nth(16)
 @pytest.mark.parametrize(("name", "leaf", "dimension"), ALL_AXES)
 def test_an_axis_in_a_wrong_group_of_the_same_size_is_named(name, leaf, dimension):
     spec = SPECS[name]
@@ -118,7 +118,7 @@ def test_an_axis_in_a_wrong_group_of_the_same_size_is_named(name, leaf, dimensio
     assert says(error, leaf, dimension, wrong, right)
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize(("name", "leaf", "dimension"), ALL_AXES)
 def test_an_axis_left_out_of_its_group_is_named(name, leaf, dimension):
     group = SPECS[name].axes[leaf][dimension]
@@ -166,6 +166,7 @@ def test_permuted_inputs_are_noticed():
     assert says(error, "params/hidden0/kernel", 0, "pixels", None)
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("statistic", ["mean", "var"])
 @pytest.mark.parametrize("norm", ["norm0", "stage2_block2/norm1"])
 def test_a_statistic_left_out_is_noticed_though_a_fresh_network_hides_it(
