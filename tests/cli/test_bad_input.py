@@ -40,15 +40,18 @@ def refused(monkeypatch, capsys, tmp_path, tmp_path_factory) -> Iterator[Command
     # A message must not depend on what other tests have read.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
+    def forget_flags() -> None:
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+
     def run(*arguments: object) -> str:
         before = files(tmp_path)
         try:
             with pytest.raises(SystemExit) as end:
                 cli.main([str(argument) for argument in arguments])
         finally:
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
+            forget_flags()
         printed = capsys.readouterr()
         assert end.value.code == 2, printed
         first, *more = printed.err.splitlines()
@@ -60,6 +63,7 @@ def refused(monkeypatch, capsys, tmp_path, tmp_path_factory) -> Iterator[Command
         return message.removeprefix("error: ")
 
     yield run
+    forget_flags()
     logging.set_verbosity(verbosity)
 
 
