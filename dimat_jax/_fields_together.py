@@ -73,7 +73,8 @@ def _check_batch_norm(fields: Fields) -> None:
     with concerning("config.model", ConfigError), reading(f"{name!r}", ConfigError):
         given = model_arguments(fields)
         model = MODELS[name](n_classes=source.n_classes, **given)
-        normalises = classifier.has_statistics(model, source.image_shape)
+        model = classifier.for_inputs(model, source.image_shape)
+        normalises = classifier.has_statistics(model)
     for option in () if normalises else (BN_DATA, BN_SAMPLES, BN_BATCH_SIZE, BN_WHEN):
         # "none" is true of such a model, so that a config may say it.
         if fields[option.path] not in (option.default, "none"):

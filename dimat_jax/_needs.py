@@ -125,6 +125,7 @@ def _traced_init(
 ) -> ClosedJaxpr:
     """Traces the function that draws a model's variables; see `check_model`."""
     model = record(n_classes=source.n_classes, **dict(given))
+    model = classifier.for_inputs(model, source.image_shape)
     images = np.zeros((1, *source.image_shape), np.float32)
 
     def draw(key):

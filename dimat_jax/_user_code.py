@@ -1,40 +1,24 @@
-"""Runs the code of users: of config files, of sweep files, and of plugins."""
+"""Runs the code of users: configs, sweeps, models, data sets, and plugins."""
 
+import contextlib
 import importlib
 import importlib.util
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from dimat_jax.errors import UserError, in_one_line
 
-__all__ = ["call", "import_module", "load"]
+__all__ = ["call", "import_module", "load", "run"]
 
 
-def load(path: Path) -> ModuleType:
-    """Loads a Python file of a user as a module.
+def call(path: Path, signature: str, *arguments: Any) -> Any:
+    """Loads a Python file of a user, and calls one of its functions.
 
     The file can raise any error, exit, import what is not there, or not parse at all.
     All of this becomes an error that names the file and, if it is known, the line.
-
-    Raises:
-        UserError: The file cannot be loaded. `UserError`s of this library that it
-            raises stay as they are.
-    """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is no Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    with _explained(path):
-        spec.loader.exec_module(module)
-    return module
-
-
-def call(path: Path, signature: str, *arguments: str) -> Any:
-    """Loads a Python file of a user, and calls one of its functions.
 
     Args:
         path: The file.
@@ -42,34 +26,54 @@ def call(path: Path, signature: str, *arguments: str) -> Any:
         arguments: The function's arguments.
 
     Raises:
-        UserError: The file cannot be loaded, lacks the function, or raises an error;
-            see `load`.
+        UserError: The file cannot be loaded, lacks the function, or raises an error.
+            `UserError`s of this library that it raises stay as they are.
     """
-    module = load(path)
-    function = getattr(module, signature.partition("(")[0], None)
-    if not callable(function):
-        raise UserError(f"{path} defines no {signature}")
-    with _explained(path):
+    function = load(path, signature)
+    with _blaming(path):
         return function(*arguments)
 
 
+def load(path: Path, signature: str) -> Callable[..., Any]:
+    """Loads a Python file of a user, and returns one of its functions.
+
+    Raises:
+        UserError: As of `call`.
+    """
+    name, module = signature.partition("(")[0], run(path)
+    if not callable(function := getattr(module, name, None)):
+        raise UserError(f"{path} defines no {signature}")
+    return function
+
+
+def run(path: Path) -> ModuleType:
+    """Runs a Python file of a user as a module.
+
+    Raises:
+        UserError: As of `call`.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is no Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    with _blaming(path):
+        spec.loader.exec_module(module)
+    return module
+
+
 def import_module(name: str) -> ModuleType:
-    """Imports a module of a user by its name. It can raise any error, as a file can.
+    """Imports a module of a user, which can raise any error, as a file can.
 
     Raises:
         UserError: The module cannot be imported.
     """
-    with _explained(None):
+    with _blaming(None):
         return importlib.import_module(name)
 
 
-@contextmanager
-def _explained(path: Path | None) -> Iterator[None]:
-    """Makes errors of a user's code errors with one message; see `load`.
-
-    Args:
-        path: The file of the code; None if the message needs no place in a file.
-    """
+@contextlib.contextmanager
+def _blaming(path: Path | None) -> Iterator[None]:
+    """Makes a UserError of all errors, which says where in the file they arise."""
     try:
         yield
     except (UserError, KeyboardInterrupt):

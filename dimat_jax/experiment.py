@@ -119,16 +119,18 @@ class Experiment:
 
     def _build_task(self) -> None:
         """Builds the model and the task that the agents learn."""
-        self.model = models.MODELS[self.config.model.name](
-            n_classes=self.dataset.n_classes, **model_arguments(self._fields)
+        self.model = classifier.for_inputs(
+            models.MODELS[self.config.model.name](
+                n_classes=self.dataset.n_classes, **model_arguments(self._fields)
+            ),
+            self.dataset.train.images.shape[1:],
+            permutes=self.record.aligns,
         )
-        shape, aligns = self.dataset.train.images.shape[1:], self.record.aligns
-        spec, activations = models.symmetry(self.model, shape, derives=aligns)
         self.task = Task(
             loss=self._small_shards.weighed(classifier.loss(self.model)),
-            spec=spec,
-            activations=activations,
-            batch_statistics=classifier.batch_statistics(self.model, shape),
+            spec=models.permutation_spec(self.model),
+            activations=classifier.activations(self.model),
+            batch_statistics=classifier.batch_statistics(self.model),
         )
         if self.task.batch_statistics is not None and self.record.uses_graph:
             no_negative_weights(f"{self.record.name} with BatchNorm", self.links)

@@ -88,5 +88,5 @@ def _load_file(path: Path) -> None:
         return
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    _user_code.load(path)
+    _user_code.run(path)
     _loaded.add(path)

@@ -58,12 +58,12 @@ def test_wandb_gets_numbers_by_phase_and_one_run_for_all_parts(run, monkeypatch)
         callbacks = Callbacks({"wandb": CALLBACKS["wandb"](run, mode="offline")})
         callbacks(row(2, "merged", accuracy=0.5, name="x"))
         callbacks.end({"round": 2})
+        assert callbacks.error is None
     numbers = {"merged/round": 2, "merged/step": 20, "merged/accuracy": 0.5}
     assert logged == [(numbers, 20)] * 2 and len(ended) == 2
     assert begun[0] == begun[1]
     assert begun[0]["resume"] == "allow" and begun[0]["mode"] == "offline"
     assert begun[0]["config"] == {"seed": 0} and begun[0]["project"] == "dimat_jax"
-    assert callbacks.error is None
 
 
 @pytest.mark.parametrize("better, sign", [("larger", 1), ("smaller", -1)])

@@ -12,7 +12,7 @@ from dimat_jax._merge_models._options import Options
 from dimat_jax.data.pipeline import Samples, share
 from dimat_jax.data.sources import Dataset, Split
 from dimat_jax.evaluate import Evaluator
-from dimat_jax.models import classifier, symmetry
+from dimat_jax.models import classifier, permutation_spec
 from dimat_jax.options import arguments
 from dimat_jax.permutation import Perms
 from dimat_jax.placement import place
@@ -44,12 +44,9 @@ class Merging:
     def __init__(self, options: Options, module: Any, dataset: Dataset):
         self.options = options
         self.module = module
-        shape = dataset.train.images.shape[1:]
-        self.spec, self._activations = symmetry(module, shape)
-        self._batch_statistics = classifier.batch_statistics(module, shape)
-        self._unit_moments = None
-        if self._batch_statistics is None and self.spec.groups:
-            self._unit_moments = classifier.unit_moments(module, self.spec, shape)
+        self.spec = permutation_spec(module)
+        self._batch_statistics = classifier.batch_statistics(module)
+        self._unit_moments = classifier.unit_moments(module, self.spec)
         method = METHODS[options.method]
         self._matcher = method(**arguments(method, vars(options)))
         self._placement = place(1, jax.devices()[:1])
@@ -99,8 +96,9 @@ class Merging:
             self._batches[0][:8],
             verify_key,
         )
+        activations = classifier.activations(self.module)
         return self._matcher(
-            Problem(models, self.spec, self._activations, self._batches, key)
+            Problem(models, self.spec, activations, self._batches, key)
         )
 
     def averages(self, forms: dict[str, list[PyTree]]) -> dict[str, PyTree]:
@@ -139,7 +137,6 @@ class Merging:
     def _mend(self, average: PyTree, models: Sequence[PyTree], weights: Any) -> PyTree:
         if self._batch_statistics is not None:
             return merge.recalibrate(self._batch_statistics, average, self._batches)
-        assert self._unit_moments is not None  # otherwise there is nothing to mend
         return merge.repair(self._unit_moments, average, models, self._batches, weights)
 
     def evaluate(self, model: PyTree) -> tuple[float, float]:

@@ -124,8 +124,8 @@ def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
     model = MODELS[config.model.name](
         n_classes=dataset.n_classes, **model_arguments(fields)
     )
-    shape = dataset.train.images.shape[1:]
-    has_statistics = classifier.has_statistics(model, shape)
+    model = classifier.for_inputs(model, dataset.train.images.shape[1:])
+    has_statistics = classifier.has_statistics(model)
     n_test = len(dataset.test.labels)
     check_samples(fields, division, n_test, has_statistics=has_statistics)
     record = record_of(fields)

@@ -9,22 +9,19 @@ options an architecture reads.
 nothing is declared; see `ModelRecord`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
-from jaxtyping import Array
 
 from dimat_jax._lazy import importer, public_names
-from dimat_jax.models import classifier, mlp, resnet, vgg, vit
+from dimat_jax.models import mlp, resnet, vgg, vit
 from dimat_jax.models._own import OwnModel
 from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import DTYPE, ModelError
 from dimat_jax.options import Option, Registry, registry
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import statistics
-from dimat_jax.tree import PyTree
 
 __all__ = [
     "DTYPE",
@@ -34,7 +31,6 @@ __all__ = [
     "ModelRecord",
     "from_torch",
     "permutation_spec",
-    "symmetry",
     "to_torch",
 ]
 
@@ -46,43 +42,22 @@ MODELS: Registry[ModelRecord] = registry(
 MODEL = Option("model.name", "resnet20", "The architecture.", choices=MODELS)
 
 
-def permutation_spec(model: nn.Module) -> PermutationSpec:
-    """The declared symmetry of an architecture.
+def permutation_spec(model: nn.Module | OwnModel) -> PermutationSpec:
+    """The symmetry of a model that a record of `MODELS` has built.
+
+    It is the declared one, or is derived from the model where none is declared.
 
     Raises:
         KeyError: no record in `MODELS` declares a spec for modules of this kind.
+        PermutationSpecError: the model cannot be traced.
     """
+    if isinstance(model, OwnModel):
+        return model.symmetry[0]
     for record in MODELS.values():
         if record.spec is not None and record.module is type(model):
             spec = record.spec(model)
             return replace(spec, statistics=statistics(spec.axes))
     raise KeyError(type(model))
-
-
-def symmetry(
-    model: nn.Module | OwnModel,
-    input_shape: tuple[int, ...],
-    *,
-    derives: bool = True,
-) -> tuple[PermutationSpec, Callable[[PyTree, Array], dict[str, Array]]]:
-    """Returns the symmetry of any model, and the activations that matching compares.
-
-    Where no spec is declared, both are derived from the model.
-
-    Args:
-        model: a model that a record of `MODELS` has built.
-        input_shape: the shape of one input.
-        derives: whether a symmetry is derived where none is declared. Otherwise the
-            spec of such a model permutes nothing.
-
-    Raises:
-        PermutationSpecError: the model cannot be traced.
-    """
-    if isinstance(model, OwnModel):
-        return (
-            model.symmetry(input_shape) if derives else model.no_symmetry(input_shape)
-        )
-    return permutation_spec(model), classifier.activations(model)
 
 
 if TYPE_CHECKING:

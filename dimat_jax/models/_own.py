@@ -5,6 +5,9 @@ on variables {"params": ..., other collections}. Each kind of module implements 
 two, in a file of its own. What merging needs is derived from them.
 """
 
+import dataclasses
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,20 +32,33 @@ _BATCH = 4
 Activations = Callable[[PyTree, Array], dict[str, Array]]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class OwnModel(ABC):
     """A model of a user.
 
-    Args:
+    Attributes:
         name: the model's name, for messages.
         build: the function that makes a module.
-        arguments: the arguments of `build` that the config gives.
+        n_classes: the number of logits.
+        arguments: the further arguments of `build` that the config gives.
+        input_shape: the shape of one input; () if it is not known yet.
+        permutes: whether the model's symmetry is wanted. If not, `symmetry` is one that
+            permutes nothing.
     """
 
-    def __init__(
-        self, name: str, build: Callable[..., Any], arguments: Mapping[str, Any]
-    ):
-        self.name, self.arguments = name, dict(arguments)
-        self._build = build
+    name: str
+    build: Callable[..., Any]
+    n_classes: int
+    arguments: Mapping[str, Any]
+    input_shape: tuple[int, ...] = ()
+    permutes: bool = True
+
+    def make(self, **further: Any) -> Any:
+        """Calls `build`, with `input_shape` too if it takes this argument."""
+        given = {"n_classes": self.n_classes, **self.arguments, **further}
+        if "input_shape" in inspect.signature(self.build).parameters:
+            given["input_shape"] = self.input_shape
+        return self.build(**given)
 
     @abstractmethod
     def init(self, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
@@ -84,37 +100,34 @@ class OwnModel(ABC):
         logits, updated = self.apply(variables, inputs, mask, key)
         return logits.astype(jnp.float32), updated
 
-    def abstract_variables(self, input_shape: tuple[int, ...]) -> PyTree:
+    @functools.cached_property
+    def abstract_variables(self) -> PyTree:
         """The shapes and dtypes of the variables."""
-        return jax.eval_shape(self.init, jax.random.key(0), _zeros(input_shape, 1))
+        return jax.eval_shape(self.init, jax.random.key(0), self._zeros(1))
 
-    def has_statistics(self, input_shape: tuple[int, ...]) -> bool:
+    @property
+    def has_statistics(self) -> bool:
         """Whether the model has running statistics, as BatchNorm has."""
-        return "batch_stats" in self.abstract_variables(input_shape)
+        return "batch_stats" in self.abstract_variables
 
-    def symmetry(
-        self, input_shape: tuple[int, ...]
-    ) -> tuple[PermutationSpec, Activations]:
-        """Derives the permutation symmetry, and the activations that matching compares.
+    @functools.cached_property
+    def symmetry(self) -> tuple[PermutationSpec, Activations]:
+        """The permutation symmetry, and the activations that matching compares.
 
         Raises:
             PermutationSpecError: the model cannot be traced.
         """
+        if not self.permutes:
+            leaves = flatten(self.abstract_variables)
+            axes = {path: (None,) * len(leaf.shape) for path, leaf in leaves.items()}
+            return PermutationSpec(axes, taps={}), lambda variables, inputs: {}
         return permutation.derive(
             self.forward,
-            self.abstract_variables(input_shape),
-            _zeros(input_shape, _BATCH),
+            self.abstract_variables,
+            self._zeros(_BATCH),
             is_statistic=lambda path: path.startswith("batch_stats/"),
             with_activations=True,
         )
-
-    def no_symmetry(
-        self, input_shape: tuple[int, ...]
-    ) -> tuple[PermutationSpec, Activations]:
-        """What `symmetry` returns for a model whose units are not to be permuted."""
-        leaves = flatten(self.abstract_variables(input_shape))
-        axes = {path: (None,) * len(leaf.shape) for path, leaf in leaves.items()}
-        return PermutationSpec(axes, taps={}), lambda variables, inputs: {}
 
     def both_modes(self) -> Callable[[PyTree, Array], dict[str, Array]]:
         """Returns a function that computes logits in both modes, in float32.
@@ -138,7 +151,7 @@ class OwnModel(ABC):
         return compute_outputs
 
     def batch_statistics(
-        self, input_shape: tuple[int, ...]
+        self,
     ) -> Callable[[PyTree, Array, Array], PyTree] | None:
         """Returns a function that measures the statistics of a batch.
 
@@ -147,7 +160,7 @@ class OwnModel(ABC):
         Raises:
             MergeError: the statistics are not updated as moving averages.
         """
-        if not self.has_statistics(input_shape):
+        if not self.has_statistics:
             return None
         key = jax.random.key(0)
 
@@ -155,7 +168,7 @@ class OwnModel(ABC):
             inputs, mask = given
             return self.train_forward(variables, inputs, mask, key)
 
-        inputs = jax.random.normal(key, (_BATCH, *input_shape))
+        inputs = jax.random.normal(key, (_BATCH, *self.input_shape))
         variables = jax.jit(self.init)(key, inputs[:1])
         given = inputs, jnp.ones(_BATCH, bool)
         measure = merge.batch_statistics(forward, variables, given)
@@ -170,18 +183,21 @@ class OwnModel(ABC):
 
         return statistics
 
-    def unit_moments(self, input_shape: tuple[int, ...]) -> Callable[..., Any]:
+    def unit_moments(self) -> Callable[..., Any]:
         """Returns the function that `merge.repair` needs; see `merge.unit_moments`."""
         exact = self.in_float32()
-        variables = exact.abstract_variables(input_shape)
-        return merge.unit_moments(exact.forward, variables, _zeros(input_shape, _BATCH))
+        variables = exact.abstract_variables
+        return merge.unit_moments(exact.forward, variables, self._zeros(_BATCH))
 
     def in_float32(self) -> "OwnModel":
         """The same model, computing in float32 if it has an argument `dtype`."""
         if "dtype" not in self.arguments:
             return self
         arguments = {**self.arguments, "dtype": jnp.dtype(jnp.float32)}
-        return type(self)(self.name, self._build, arguments)
+        return dataclasses.replace(self, arguments=arguments)
+
+    def _zeros(self, n: int) -> Array:
+        return jnp.zeros((n, *self.input_shape), jnp.float32)
 
 
 def expect_module(name: str, module: Any, kind: type, called: str) -> None:
@@ -248,10 +264,6 @@ class Layout:
                 place = place[name]
             leaves.append(place)
         return jax.tree.unflatten(self._structure, leaves)
-
-
-def _zeros(input_shape: tuple[int, ...], n: int) -> Array:
-    return jnp.zeros((n, *input_shape), jnp.float32)
 
 
 def _is_random(of_key: Callable[[Array], Array]) -> bool:

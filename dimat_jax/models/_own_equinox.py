@@ -26,9 +26,9 @@ class EquinoxModel(OwnModel):
     """
 
     def init(self, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
-        input_shape = jnp.asarray(inputs).shape[1:]
-        arrays, _ = eqx.partition(self._make(key, input_shape), eqx.is_array)
-        return self._abstract(input_shape)[1].variables(arrays)
+        del inputs
+        arrays, _ = eqx.partition(self._make(key), eqx.is_array)
+        return self._abstract[1].variables(arrays)
 
     def apply(
         self,
@@ -38,7 +38,7 @@ class EquinoxModel(OwnModel):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Array, PyTree]:
         inputs = jnp.asarray(inputs)
-        static, layout = self._abstract(inputs.shape[1:])
+        static, layout = self._abstract
         made = eqx.combine(layout.tree(variables), static)
         module, *state = made if isinstance(made, tuple) else (made,)
         module = eqx.nn.inference_mode(module, value=key is None)
@@ -61,19 +61,16 @@ class EquinoxModel(OwnModel):
         updated = layout.variables(eqx.filter(after, eqx.is_array))
         return logits, {name: updated[name] for name in variables if name != "params"}
 
-    def _make(self, key: Key[Array, ""], input_shape: tuple[int, ...]) -> Any:
-        given = dict(self.arguments)
-        if "input_shape" in inspect.signature(self._build).parameters:
-            given["input_shape"] = input_shape
-        made = self._build(key=key, **given)
+    def _make(self, key: Key[Array, ""]) -> Any:
+        made = self.make(key=key)
         module = made[0] if isinstance(made, tuple) else made
         expect_module(self.name, module, eqx.Module, "an Equinox module")
         return made
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019  (models live as long as a program)
-    def _abstract(self, input_shape: tuple[int, ...]) -> tuple[Any, Layout]:
+    @functools.cached_property
+    def _abstract(self) -> tuple[Any, Layout]:
         """What is no array in the module, and the layout of its variables."""
-        made = eqx.filter_eval_shape(self._make, jax.random.key(0), input_shape)
+        made = eqx.filter_eval_shape(self._make, jax.random.key(0))
         shapes, static = eqx.partition(
             made, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
         )

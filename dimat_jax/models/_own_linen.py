@@ -1,5 +1,6 @@
 """Own models that are Flax Linen modules."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -30,13 +31,17 @@ class LinenModel(OwnModel):
     `mask`, the examples that count. `nn.BatchNorm` layers get the mask in any case.
     """
 
-    def __init__(self, name: str, build: Any, arguments: Any):
-        super().__init__(name, build, arguments)
-        self.module = build(**arguments)
-        expect_module(name, self.module, nn.Module, "a Flax Linen module")
-        taken = inspect.signature(type(self.module).__call__).parameters
-        self._modes = {mode: _MODES[mode] for mode in taken if mode in _MODES}
-        self._takes_mask = "mask" in taken
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        """The module, which holds no weights."""
+        module = self.make()
+        expect_module(self.name, module, nn.Module, "a Flax Linen module")
+        return module
+
+    @property
+    def _taken(self) -> list[str]:
+        """The names of the arguments of the module's `__call__`."""
+        return list(inspect.signature(type(self.module).__call__).parameters)
 
     def init(self, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
         made = self.module.init(key, jnp.asarray(inputs), **self._mode(False))
@@ -52,7 +57,7 @@ class LinenModel(OwnModel):
         inputs = jnp.asarray(inputs)
         if key is None:
             return self.module.apply(variables, inputs, **self._mode(False)), {}
-        given = {"mask": mask} if self._takes_mask else {}
+        given = {"mask": mask} if "mask" in self._taken else {}
         # A module may draw from streams of any names.
         rngs = {"dropout": key, "params": key}
         mutable = [name for name in variables if name != "params"]
@@ -77,4 +82,5 @@ class LinenModel(OwnModel):
         return result
 
     def _mode(self, train: bool) -> dict[str, bool]:
-        return {mode: train == value for mode, value in self._modes.items()}
+        known = [mode for mode in self._taken if mode in _MODES]
+        return {mode: train == _MODES[mode] for mode in known}

@@ -1,7 +1,6 @@
 """Own models that are Flax NNX modules."""
 
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -29,10 +28,8 @@ class NnxModel(OwnModel):
     """
 
     def init(self, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
-        inputs = jnp.asarray(inputs)
-        made = self._make(nnx.Rngs(key), inputs.shape[1:])
-        _, layout, _ = self._abstract(inputs.shape[1:])
-        return layout.variables(_split(made)[1])
+        del inputs
+        return self._abstract[1].variables(_split(self._make(nnx.Rngs(key)))[1])
 
     def apply(
         self,
@@ -42,7 +39,7 @@ class NnxModel(OwnModel):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Array, PyTree]:
         inputs = jnp.asarray(inputs)
-        graph, layout, streams = self._abstract(inputs.shape[1:])
+        graph, layout, streams = self._abstract
         states = layout.tree(variables)
         streams = _started(streams, jax.random.key(0) if key is None else key)
         module = nnx.merge(graph, streams, *states.values())
@@ -54,18 +51,15 @@ class NnxModel(OwnModel):
         updated = layout.variables(_split(module)[1])
         return logits, {name: updated[name] for name in variables if name != "params"}
 
-    def _make(self, rngs: nnx.Rngs, input_shape: tuple[int, ...]) -> nnx.Module:
-        given = dict(self.arguments)
-        if "input_shape" in inspect.signature(self._build).parameters:
-            given["input_shape"] = input_shape
-        made = self._build(rngs=rngs, **given)
+    def _make(self, rngs: nnx.Rngs) -> nnx.Module:
+        made = self.make(rngs=rngs)
         expect_module(self.name, made, nnx.Module, "a Flax NNX module")
         return made
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019  (models live as long as a program)
-    def _abstract(self, input_shape: tuple[int, ...]) -> tuple[Any, Layout, Any]:
+    @functools.cached_property
+    def _abstract(self) -> tuple[Any, Layout, Any]:
         """The module's structure, the layout of its variables, and its streams."""
-        made = nnx.eval_shape(lambda: self._make(nnx.Rngs(0), input_shape))
+        made = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
         graph, states, streams = _split(made)
         return graph, Layout(states, lambda path, leaf: path), streams
 

@@ -65,4 +65,5 @@ def _own_model(
         from dimat_jax.models._own_equinox import EquinoxModel as Kind
     else:
         from dimat_jax.models._own_linen import LinenModel as Kind
-    return Kind(name, build, arguments)
+    arguments = dict(arguments)
+    return Kind(name, build, arguments.pop("n_classes"), arguments)

@@ -6,6 +6,7 @@ through the form that `_own.OwnModel` gives them. All other code uses
 `Placement.per_agent` lifts them to many agents.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "activations",
     "batch_statistics",
     "both_modes",
+    "for_inputs",
     "forward",
     "has_statistics",
     "init",
@@ -43,6 +45,21 @@ def tap(module: nn.Module, name: str, units: Array) -> None:
 
 Model = nn.Module | OwnModel
 """A bundled module, or the model of a user."""
+
+
+def for_inputs(
+    model: Model, input_shape: tuple[int, ...], *, permutes: bool = True
+) -> Model:
+    """Tells the model of a user what its inputs are. Bundled modules need not know.
+
+    Args:
+        model: the model.
+        input_shape: the shape of one input.
+        permutes: whether the model's permutation symmetry is wanted; see `OwnModel`.
+    """
+    if not isinstance(model, OwnModel):
+        return model
+    return dataclasses.replace(model, input_shape=input_shape, permutes=permutes)
 
 
 def init(model: Model, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
@@ -93,11 +110,10 @@ def both_modes(model: Model) -> Callable[[PyTree, Array], dict[str, Array]]:
     return compute_outputs
 
 
-def activations(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
-    """Returns `activations(variables, inputs) -> {tap: array}` in eval mode.
-
-    The model is a bundled module; `models.symmetry` serves all models.
-    """
+def activations(model: Model) -> Callable[[PyTree, Array], dict[str, Array]]:
+    """Returns `activations(variables, inputs) -> {tap: array}` in eval mode."""
+    if isinstance(model, OwnModel):
+        return model.symmetry[1]
 
     def collect_activations(variables, inputs):
         _, state = model.apply(
@@ -148,29 +164,25 @@ def loss(
     return cross_entropy
 
 
-def has_statistics(model: Model, input_shape: tuple[int, ...]) -> bool:
-    """Whether a model has running statistics, for inputs of a shape."""
+def has_statistics(model: Model) -> bool:
+    """Whether a model has running statistics."""
     if isinstance(model, OwnModel):
-        return model.has_statistics(input_shape)
+        return model.has_statistics
     return getattr(model, "norm", None) == "batch"
 
 
 def batch_statistics(
-    model: Model, input_shape: tuple[int, ...] = ()
+    model: Model,
 ) -> Callable[[PyTree, Array, Bool[Array, " batch"]], PyTree] | None:
     """Returns a function that measures the means and variances of one batch.
 
     `statistics(variables, inputs, mask)` returns a tree like `variables["batch_stats"]`
     with the statistics of the batch's unmasked examples alone. A model without
     BatchNorm has no such function: the result is None.
-
-    Args:
-        model: the model.
-        input_shape: the shape of one input, which the models of users need.
     """
     if isinstance(model, OwnModel):
-        return model.batch_statistics(input_shape)
-    if not has_statistics(model, input_shape):
+        return model.batch_statistics()
+    if not has_statistics(model):
         return None
     # With a momentum of 0 the running statistics are those of the last batch alone.
     model = model.clone(bn_momentum=0.0)
@@ -185,7 +197,7 @@ def batch_statistics(
 
 
 def unit_moments(
-    model: Model, spec: PermutationSpec, input_shape: tuple[int, ...] = ()
+    model: Model, spec: PermutationSpec
 ) -> Callable[..., dict[str, UnitMoments]]:
     """Returns a function that measures the moments of hidden units for `merge.repair`.
 
@@ -193,14 +205,10 @@ def unit_moments(
     hidden if the spec permutes the last axis of its kernel. With targets, the
     pre-activations of each layer are rescaled to have the targets' moments before the
     next layer reads them. Layers without a bias get only the standard deviations.
-
-    Args:
-        model: the model.
-        spec: its permutation symmetry.
-        input_shape: the shape of one input, which the models of users need.
     """
     if isinstance(model, OwnModel):
-        return model.unit_moments(input_shape)
+        is_mended_so = spec.groups and not model.has_statistics
+        return model.unit_moments() if is_mended_so else _no_moments
     layers = {
         leaf.removesuffix("/kernel")
         for leaf, axes in spec.axes.items()
@@ -235,6 +243,12 @@ def unit_moments(
         return measured
 
     return moments
+
+
+def _no_moments(variables: PyTree, inputs: Array, targets: Any = None) -> dict:
+    """The moments of a model that has no hidden units, or is recalibrated instead."""
+    del variables, inputs, targets
+    return {}
 
 
 def _masked_mean(
