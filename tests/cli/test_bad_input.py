@@ -477,7 +477,7 @@ def test_an_option_whose_path_another_one_has_is_refused(
         message = refused(*QUICKSTART, "--plugin=file.py")
     finally:
         del TOPOLOGIES["a"]
-    assert "two options have the path 'rounds', with the defaults 100 and 3" in message
+    assert "two options have the path 'rounds', with the defaults 3 and 100" in message
 
 
 def test_callbacks_that_cannot_be_used_are_refused(refused, monkeypatch):
