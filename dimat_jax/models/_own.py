@@ -102,8 +102,8 @@ class OwnModel(ABC):
 
     @functools.cached_property
     def abstract_variables(self) -> PyTree:
-        """The shapes and dtypes of the variables."""
-        return jax.eval_shape(self.init, jax.random.key(0), self._zeros(1))
+        """The shapes and dtypes of the variables. Finding them does not start JAX."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), self._zeros(1)))
 
     @property
     def has_statistics(self) -> bool:

@@ -70,7 +70,7 @@ class EquinoxModel(OwnModel):
     @functools.cached_property
     def _abstract(self) -> tuple[Any, Layout]:
         """What is no array in the module, and the layout of its variables."""
-        made = eqx.filter_eval_shape(self._make, jax.random.key(0))
+        made = eqx.filter_eval_shape(lambda: self._make(jax.random.key(0)))
         shapes, static = eqx.partition(
             made, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
         )
