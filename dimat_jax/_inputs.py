@@ -84,7 +84,7 @@ class Inputs:
         if named := from_plugins(config):
             found["plugins"] = named
             found["fields"] = fields_read(fields_of(config))
-        write_json(self._folder / INPUTS, found)
+        write_json(self._folder / INPUTS, found, digested=True)
 
     def check_files(self, config: Config) -> None:
         """Refuses files whose content is not that with which the run has begun.
