@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from dimat_jax._folders import read_json
+from dimat_jax._inputs import fields_of_run
 from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHM
-from dimat_jax.config import fields_of_json, fields_read
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.options import SEED, every
@@ -33,16 +32,18 @@ MOMENTS = {
 }
 """The evaluations that may count. Agents that train alone have only the end."""
 
-# Runs that differ in these fields alone solve other problems, or the same on other
-# graphs. One value of the tuned field is chosen for all of them.
-_CELLS = frozenset(
-    option.path
-    for option in every((TOPOLOGY, PARTITION, PRETRAIN_PARTITION))
-    if option is not SEED
-)
-
 Cell = tuple[tuple[str, Any], ...]
-"""The fields of `_CELLS` that a run reads, with their values, sorted by path."""
+"""The fields of `_cells` that a run reads, with their values, sorted by path."""
+
+
+def _cells() -> frozenset[str]:
+    """The fields that tell problems and graphs apart.
+
+    Runs that differ in these fields alone solve other problems, or the same on other
+    graphs. One value of the tuned field is chosen for all of them.
+    """
+    roots = (TOPOLOGY, PARTITION, PRETRAIN_PARTITION)
+    return frozenset(option.path for option in every(roots) if option is not SEED)
 
 
 class Tuned(NamedTuple):
@@ -212,7 +213,7 @@ def _read(directories: Sequence[str | Path], at: str) -> list[_Run]:
     runs = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         with concerning(path):
-            fields = fields_read(fields_of_json(read_json(path)))
+            fields = fields_of_run(path.parent)
         with reading(path.with_name("metrics.jsonl")):
             rows = read_rows(path.parent)
             if at == "communication":
@@ -236,7 +237,7 @@ def _lines(runs: Sequence[_Run], field: str) -> dict[str, list[_Run]]:
             path
             for path in paths
             if len({str(run.fields.get(path)) for run in its_runs}) > 1
-            and path not in _CELLS | {field, SEED.path}
+            and path not in _cells() | {field, SEED.path}
         ]
         for run in its_runs:
             settings = [
@@ -255,7 +256,7 @@ def _short(path: str) -> str:
 
 
 def _cell_of(run: _Run) -> Cell:
-    return tuple(sorted((p, v) for p, v in run.fields.items() if p in _CELLS))
+    return tuple(sorted((p, v) for p, v in run.fields.items() if p in _cells()))
 
 
 def _tuned(line: str, runs: Sequence[_Run], field: str) -> Tuned:

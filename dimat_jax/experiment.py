@@ -120,8 +120,12 @@ class Experiment:
 
     def _build_task(self) -> None:
         """Builds the model and the task that the agents learn."""
-        self.model = models.MODELS[self.config.model.name](
-            n_classes=self.dataset.n_classes, **model_arguments(self._fields)
+        self.model = classifier.for_inputs(
+            models.MODELS[self.config.model.name](
+                n_classes=self.dataset.n_classes, **model_arguments(self._fields)
+            ),
+            self.dataset.train.images.shape[1:],
+            permutes=self.record.aligns,
         )
         self.task = Task(
             loss=self._small_shards.weighed(classifier.loss(self.model)),

@@ -691,7 +691,8 @@ def test_a_wrong_spec_is_found_before_any_training(tmp_path, monkeypatch):
         axes = {**spec.axes, "params/head/kernel": (None, None)}
         return dataclasses.replace(spec, axes=axes)
 
-    monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
+    record = dataclasses.replace(models.MODELS["mlp"], spec=wrong)
+    monkeypatch.setitem(models.MODELS, "mlp", record)
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match="params/head/kernel"):
         train.run(small(), workdir, quiet)

@@ -103,7 +103,8 @@ def _agent(experiment: Experiment, agents: Any, number: int) -> SavedModel:
     if number >= n_agents:
         raise UserError(f"there is no agent {number}; the run has 0 to {n_agents - 1}")
     arguments = model_arguments(fields_of(experiment.config))
-    arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
+    if "dtype" in arguments:
+        arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
     return SavedModel(
         name=experiment.config.model.name,
         arguments={"n_classes": experiment.dataset.n_classes, **arguments},

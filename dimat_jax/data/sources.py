@@ -25,7 +25,7 @@ from dimat_jax.data._dataset import (
     mean_std,
 )
 from dimat_jax.errors import nearest, reading
-from dimat_jax.options import SEED, Option, Record, registry
+from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
     "SOURCE",
@@ -233,7 +233,7 @@ class Source(Record[Dataset]):
     n_classes: int
 
 
-SOURCES: dict[str, Source] = registry(
+SOURCES: Registry[Source] = registry(
     Source("digits", _digits, image_shape=(8, 8, 1), n_classes=10),
     Source(
         "cifar10",
@@ -259,6 +259,7 @@ SOURCES: dict[str, Source] = registry(
         n_classes=200,
     ),
     Source("random", _random, image_shape=(32, 32, 3), n_classes=100),
+    kind=Source,
 )
 """`SOURCES[name](directory, cache_dir)` reads a data set; see `load`."""
 

@@ -26,9 +26,10 @@ from dimat_jax.models._norm import (
     normalise,
     tap_axes,
 )
+from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import DTYPE, NORM, NORMS, STEM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.options import Option, Record
+from dimat_jax.options import Option
 from dimat_jax.permutation import Axis, Concat, PermutationSpec
 from dimat_jax.permutation._layers import conv, dense
 
@@ -379,12 +380,19 @@ def permutation_spec(model: ResNet) -> PermutationSpec:
 
 def _records(
     builders: dict[str, Callable[..., ResNet]], summary: str, *options: Option
-) -> Iterator[Record[ResNet]]:
+) -> Iterator[ModelRecord]:
     """The records of networks that differ in their layers, which `{}` stands for."""
     for name, build in builders.items():
         layers = name.removeprefix("wide_").removeprefix("resnet").partition("_")[0]
         options_ = (WIDTH, NORM, DTYPE, *options)
-        yield Record(name, build, options_, summary=summary.format(layers))
+        yield ModelRecord(
+            name,
+            build,
+            options_,
+            summary=summary.format(layers),
+            module=ResNet,
+            spec=permutation_spec,
+        )
 
 
 _20_TO_44 = dict(resnet20=resnet20, resnet32=resnet32, resnet44=resnet44)
