@@ -718,7 +718,8 @@ def _wrong_for_trained_weights(monkeypatch) -> None:
 
     classifier_init = classifier.init
     monkeypatch.setattr(classifier, "init", init)
-    monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
+    record = dataclasses.replace(models.MODELS["mlp"], spec=wrong)
+    monkeypatch.setitem(models.MODELS, "mlp", record)
 
 
 @pytest.mark.parametrize(

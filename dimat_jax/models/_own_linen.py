@@ -44,7 +44,8 @@ class LinenModel(OwnModel):
         return list(inspect.signature(type(self.module).__call__).parameters)
 
     def init(self, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
-        made = self.module.init(key, jnp.asarray(inputs), **self._mode(False))
+        module: Any = self.module
+        made = module.init(key, jnp.asarray(inputs), **self._mode(False))
         return {name: tree for name, tree in made.items() if name != "intermediates"}
 
     def apply(
@@ -55,8 +56,9 @@ class LinenModel(OwnModel):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Array, PyTree]:
         inputs = jnp.asarray(inputs)
+        module: Any = self.module
         if key is None:
-            return self.module.apply(variables, inputs, **self._mode(False)), {}
+            return module.apply(variables, inputs, **self._mode(False)), {}
         given = {"mask": mask} if "mask" in self._taken else {}
         # A module may draw from streams of any names.
         rngs = {"dropout": key, "params": key}
@@ -71,7 +73,7 @@ class LinenModel(OwnModel):
             return call(*args, **kwargs)
 
         with nn.intercept_methods(with_mask):
-            result: Any = self.module.apply(
+            return module.apply(
                 variables,
                 inputs,
                 **self._mode(True),
@@ -79,7 +81,6 @@ class LinenModel(OwnModel):
                 mutable=mutable,
                 rngs=rngs,
             )
-        return result
 
     def _mode(self, train: bool) -> dict[str, bool]:
         known = [mode for mode in self._taken if mode in _MODES]

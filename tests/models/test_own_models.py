@@ -69,7 +69,7 @@ def test_the_symmetry_is_derived_and_holds_in_both_modes(orchard, name):
     outputs = classifier.both_modes(model)
     assert set(jax.eval_shape(outputs, variables, X)) == {"eval", "train"}
     permutation.verify(spec, outputs, variables, X, jax.random.key(1))
-    units = classifier.activations(model)(variables, X)
+    units = classifier.activations(model)(variables, jnp.asarray(X))
     assert units.keys() == spec.taps.keys()
     assert all(array.shape == (8, 5) for array in units.values())
     # Dropout drops single units, so the training mode shows no symmetry.
