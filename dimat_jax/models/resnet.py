@@ -177,7 +177,7 @@ class _BlockPlan(NamedTuple):
 def _plan(model: ResNet) -> Iterator[_BlockPlan]:
     """Yields the plans of all blocks, in order."""
     incoming, n_streams = model.channels[0], 1
-    stream = _first_stream(model)
+    stream = (("stream0", incoming),)
     for stage, channels in enumerate(model.channels):
         outgoing = EXPANSION[model.block] * channels
         for block in range(model.blocks[stage]):
@@ -207,11 +207,6 @@ def _plan(model: ResNet) -> Iterator[_BlockPlan]:
             name = f"stage{stage}_block{block}"
             yield _BlockPlan(name, convs, inner, shortcut, stream)
             incoming = outgoing
-
-
-def _first_stream(model: ResNet) -> tuple[tuple[str, int], ...]:
-    """The group of the stem's channels, with its size."""
-    return (("stream0", model.channels[0]),)
 
 
 class _Block(nn.Module):
@@ -352,7 +347,7 @@ def permutation_spec(model: ResNet) -> PermutationSpec:
     def axis(stream: tuple[tuple[str, int], ...]) -> Axis:
         return units(stream[0][0]) if len(stream) == 1 else Concat(*stream)
 
-    stream = _first_stream(model)
+    stream = (("stream0", model.channels[0]),)
     axes = conv("conv0", None, axis(stream))
     axes |= norm_axes(model.norm, "norm0", axis(stream))
     sizes = channel_sizes(model.norm, *stream[0])
@@ -384,11 +379,10 @@ def _records(
     """The records of networks that differ in their layers, which `{}` stands for."""
     for name, build in builders.items():
         layers = name.removeprefix("wide_").removeprefix("resnet").partition("_")[0]
-        options_ = (WIDTH, NORM, DTYPE, *options)
         yield ModelRecord(
             name,
             build,
-            options_,
+            (WIDTH, NORM, DTYPE, *options),
             summary=summary.format(layers),
             module=ResNet,
             spec=permutation_spec,
