@@ -5,8 +5,8 @@ convolution. Both are post-activation. If a block changes the shape, its shortcu
 convolution with a norm; otherwise it is the identity. The CIFAR networks have three
 stages and 3x3 shortcuts, like the networks of the DIMAT paper (and of ZipIt); their
 shortcuts may also be those without weights of He et al. ("pad", option A). The ImageNet
-networks have four stages and 1x1 shortcuts. A bottleneck's stride is on its
-3x3 convolution, as in torchvision ("v1.5").
+networks have four stages and 1x1 shortcuts. A bottleneck's stride is on its 3x3
+convolution, as in torchvision ("v1.5").
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +52,6 @@ __all__ = [
 
 # For each kind of block, the ratio of its outgoing channels to its inner channels.
 EXPANSION = {"basic": 1, "bottleneck": 4}
-# The kinds of stems.
 STEMS = ("cifar", "imagenet")
 # For each kind of shortcut, the kernel size of shortcuts that change the shape. Those
 # that are padded with zeros have no kernel.
@@ -394,9 +393,8 @@ _CIFAR = _20_TO_44 | dict(resnet56=resnet56)
 _SMALL = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
 _LARGE = dict(resnet101=resnet101, resnet152=resnet152)
 _WIDE = dict(wide_resnet50_2=wide_resnet50_2, wide_resnet101_2=wide_resnet101_2)
-_TWICE = "A ResNet for ImageNet, {} layers, with blocks that are twice as wide inside."
 RECORDS = (
     *_records(_CIFAR, "A ResNet for CIFAR, {} layers."),
     *_records(_SMALL | _LARGE, "A ResNet for ImageNet, {} layers.", STEM),
-    *_records(_WIDE, _TWICE, STEM),
+    *_records(_WIDE, "A ResNet for ImageNet, {} layers, twice as wide inside.", STEM),
 )
