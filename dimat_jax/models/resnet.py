@@ -385,14 +385,8 @@ def _records(
     for name, build in builders.items():
         layers = name.removeprefix("wide_").removeprefix("resnet").partition("_")[0]
         options_ = (WIDTH, NORM, DTYPE, *options)
-        yield ModelRecord(
-            name,
-            build,
-            options_,
-            summary=summary.format(layers),
-            module=ResNet,
-            spec=permutation_spec,
-        )
+        record = partial(ModelRecord, module=ResNet, spec=permutation_spec)
+        yield record(name, build, options_, summary=summary.format(layers))
 
 
 _20_TO_44 = dict(resnet20=resnet20, resnet32=resnet32, resnet44=resnet44)
