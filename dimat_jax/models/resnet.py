@@ -384,19 +384,17 @@ def _records(
     """The records of networks that differ in their layers, which `{}` stands for."""
     for name, build in builders.items():
         layers = name.removeprefix("wide_").removeprefix("resnet").partition("_")[0]
-        options_ = (WIDTH, NORM, DTYPE, *options)
-        record = partial(ModelRecord, module=ResNet, spec=permutation_spec)
-        yield record(name, build, options_, summary=summary.format(layers))
+        about, reads = summary.format(layers), (WIDTH, NORM, DTYPE, *options)
+        yield ModelRecord(name, build, reads, (), (), about, ResNet, permutation_spec)
 
 
 _20_TO_44 = dict(resnet20=resnet20, resnet32=resnet32, resnet44=resnet44)
-_CIFAR = _20_TO_44 | dict(resnet56=resnet56)
 _SMALL = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
 _LARGE = dict(resnet101=resnet101, resnet152=resnet152)
 _WIDE = dict(wide_resnet50_2=wide_resnet50_2, wide_resnet101_2=wide_resnet101_2)
 _TWICE = "A ResNet for ImageNet, {} layers, with blocks that are twice as wide inside."
 RECORDS = (
-    *_records(_CIFAR, "A ResNet for CIFAR, {} layers."),
+    *_records(_20_TO_44 | dict(resnet56=resnet56), "A ResNet for CIFAR, {} layers."),
     *_records(_SMALL | _LARGE, "A ResNet for ImageNet, {} layers.", STEM),
     *_records(_WIDE, _TWICE, STEM),
 )
