@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int64
 
 from dimat_jax._digests import DIGESTS
@@ -27,7 +28,7 @@ from dimat_jax.config import (
     fields_read,
 )
 from dimat_jax.data.partition import class_counts
-from dimat_jax.errors import concerning, reading
+from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.experiment import Experiment
 
 __all__ = ["Workdir"]
@@ -76,6 +77,7 @@ class Workdir:
         if self.is_started:
             self._expect_same(config)
             self.read_layout()
+            self._look_at_partition()
             self._inputs.check_files(config)
         elif foreign := strangers(self.path, lambda path: _is_own(path, config)):
             raise ConfigError(
@@ -103,6 +105,15 @@ class Workdir:
                 f"{self.path} holds the run of another config; they differ in "
                 f"{', '.join(differing)}. Choose another workdir"
             )
+
+    def _look_at_partition(self) -> None:
+        """Warns of a damaged partition.json; reports need it, and the run does not."""
+        path = self.path / "partition.json"
+        try:
+            if path.exists():
+                read_json(path)
+        except UserError as error:
+            logging.warning("%s", error)
 
     def create(self, experiment: Experiment) -> Int64[np.ndarray, "agents classes"]:
         """Makes the folder, with config.json and the other files of a run that begins.
@@ -172,8 +183,13 @@ class Workdir:
         """
         if not (self.is_started and self._layout.exists()):
             return None
+        fields = read_json(self._layout, dict, ConfigError)
         with concerning(self._layout), reading("the layout", ConfigError):
-            choice = LayoutChoice(**read_json(self._layout, dict, ConfigError))
+            if fields.keys() != set(LayoutChoice._fields):
+                raise ValueError(
+                    f"it needs the fields {', '.join(LayoutChoice._fields)}"
+                )
+            choice = LayoutChoice(**fields)
             BATCHING.check(choice.batching)
             CHUNK.check(choice.chunk)
             return choice

@@ -21,10 +21,16 @@ from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.options import SEED, every
 from dimat_jax.topology import TOPOLOGY
 
-__all__ = ["MEASURE", "Tuned", "Tuning", "tune"]
+__all__ = ["MEASURE", "MOMENTS", "Tuned", "Tuning", "tune"]
 
 MEASURE = "validation_accuracy_mean"
 """The column of metrics.jsonl by which values are compared."""
+
+MOMENTS = {
+    "communication": "right after the last communication",
+    "end": "at the end of the run",
+}
+"""The evaluations that may count. Agents that train alone have only the end."""
 
 Cell = tuple[tuple[str, Any], ...]
 """The fields of `_cells` that a run reads, with their values, sorted by path."""
@@ -66,7 +72,7 @@ class Tuning(NamedTuple):
 
     Attributes:
         field: the path of the field.
-        phase: the phase of the last evaluation that counts: "merged" or "trained".
+        at: the name in `MOMENTS` of the evaluation that counts.
         validation: the value of data.validation.
         seeds: the seeds of the runs.
         n_cells: the number of problems and graphs, of the line with the most of them.
@@ -76,7 +82,7 @@ class Tuning(NamedTuple):
     """
 
     field: str
-    phase: str
+    at: str
     validation: float
     seeds: list[int]
     n_cells: int
@@ -100,8 +106,8 @@ class Tuning(NamedTuple):
         )
         return (
             f"`{self.field}` was tuned on `{MEASURE}` (%), the accuracy on images that "
-            f"no agent trains on ({VALIDATION.path}={self.validation:g}), at the last "
-            f"evaluation of the phase `{self.phase}`: means over the agents, over "
+            f"no agent trains on ({VALIDATION.path}={self.validation:g}), "
+            f"{MOMENTS[self.at]}: means over the agents, over "
             f"{self.n_cells} cell(s) and over the seed(s) "
             f"{', '.join(map(str, self.seeds))}, ± the deviation over seeds. No test "
             "image was looked at. A star marks a choice at an end of its grid.\n\n"
@@ -140,22 +146,22 @@ def _cell(tuned: Tuned, value: Any) -> str:
 
 
 def tune(
-    directories: Sequence[str | Path], field: str, *, phase: str = "merged"
+    directories: Sequence[str | Path], field: str, *, at: str = "communication"
 ) -> Tuning:
     """Finds the best value of a field for every line of a sweep.
 
     Args:
         directories: the folders of the runs.
         field: the path of the tuned field, e.g. "optimizer.learning_rate".
-        phase: the phase of the last evaluation that counts: "merged", right after a
-            communication, or "trained", after local training.
+        at: which evaluation counts: "communication" is the one right after the last
+            communication, and "end" the last one.
 
     Raises:
         UserError: there are no runs or no validation images, the field has one value
             only, the values of a line were not tried in the same cells with the same
             seeds, or two runs have the same config.
     """
-    runs = _read(directories, phase)
+    runs = _read(directories, at)
     if len({run.fields[field] for run in runs if field in run.fields}) < 2:
         raise UserError(f"the runs have no different values of {field}")
     validation = {run.fields[VALIDATION.path] for run in runs}
@@ -173,7 +179,7 @@ def tune(
     }
     return Tuning(
         field,
-        phase,
+        at,
         validation.pop(),
         sorted({run.fields[SEED.path] for run in runs}),
         max(len({_cell_of(run) for run in line}) for line in lines.values()),
@@ -194,7 +200,7 @@ class _Run(NamedTuple):
     score: float
 
 
-def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
+def _read(directories: Sequence[str | Path], at: str) -> list[_Run]:
     """Reads all runs in or below some folders, in the order in which they began."""
     paths = {
         path.resolve()
@@ -209,7 +215,9 @@ def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
         with concerning(path):
             fields = fields_of_run(path.parent)
         with reading(path.with_name("metrics.jsonl")):
-            rows = [row for row in read_rows(path.parent) if row["phase"] == phase]
+            rows = read_rows(path.parent)
+            if at == "communication":
+                rows = [row for row in rows if row.get("communicated")]
             finished = path.with_name("summary.json").exists() and rows
             score = rows[-1].get(MEASURE) if finished else None
             score = np.nan if score is None else float(score)

@@ -7,6 +7,7 @@ the signal's number. Any other error is a bug, and shows its traceback.
 
 import ast
 import contextlib
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,23 @@ def _reading_flags() -> Iterator[None]:
             raise error.__context__ from None
         is_flag = isinstance(error, flags.Error)
         message = " ".join(str(error).split()) if is_flag else in_one_line(error)
-        raise UserError(message) from error
+        raise UserError(_in_plain_words(message)) from error
+
+
+# What Python and absl say about values of flags, and the same in plain words.
+_PLAIN = (
+    (r"invalid literal for int\(\) with base 10: .*", "expected a whole number"),
+    (r"could not convert string to float: .*", "expected a number"),
+    (r"\('Non-boolean argument to boolean flag', .*\)", "expected true or false"),
+    (r"Could not parse '(.*)': SyntaxError.*", r"the config has no field '\1'"),
+)
+
+
+def _in_plain_words(message: str) -> str:
+    """Replaces what a library says about a flag's value by what is expected."""
+    for said, plain in _PLAIN:
+        message = re.sub(said, plain, message)
+    return message
 
 
 def expect_no(arguments: list[str]) -> None:

@@ -159,6 +159,19 @@ def _check(dataset: Dataset) -> None:
                 f"{dataset.name}: {name} images are of shape {found}, expected "
                 f"{expected}"
             )
+    n_channels = SOURCES[dataset.name].image_shape[-1]
+    for name, values in (("means", dataset.mean), ("deviations", dataset.std)):
+        if values.shape != (n_channels,) or not np.isfinite(values).all():
+            raise DataError(
+                f"{dataset.name}: the {name} of the channels are {values.tolist()}; "
+                f"expected {n_channels} finite number(s)"
+            )
+    names = dataset.class_names
+    if names is not None and len(names) != dataset.n_classes:
+        raise DataError(
+            f"{dataset.name}: there are {len(names)} names of {dataset.n_classes} "
+            "classes"
+        )
 
 
 def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split:

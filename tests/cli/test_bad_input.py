@@ -176,7 +176,11 @@ def test_what_are_no_runs_is_refused(refused, tmp_path, returned, message):
     ("flag", "message"),
     [
         ("--config.roundz=3", 'Did you mean "rounds" instead of "roundz"?'),
-        ("--config.rounds=many", "flag --config.rounds=many: invalid literal for int"),
+        ("--config.rounds=many", "flag --config.rounds=many: expected a whole number"),
+        ("--config.batch_norm.data=3", "config.batch_norm.data is '3'; allowed: "),
+        ("--config.model.width=abc", "--config.model.width=abc: expected a number"),
+        ("--config.augmentation.flip=3", "flip=3: expected true or false"),
+        ("--config.=3", "the config has no field ''"),
         ("--config.rounds=" + "9" * 5000, "Exceeds the limit"),
         ("--config.data=3", "--config.data=3"),
         ("--config.data={'name': 'digits'}", ""),
