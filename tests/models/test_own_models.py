@@ -10,8 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dimat_jax import MODELS, permutation
+from dimat_jax import (
+    ALGORITHMS,
+    CALLBACKS,
+    MODELS,
+    SOURCES,
+    TOPOLOGIES,
+    permutation,
+)
 from dimat_jax._needs import check_model
+from dimat_jax.algorithms import BETWEEN_MERGES
 from dimat_jax.config import (
     ConfigError,
     check,
@@ -22,6 +30,7 @@ from dimat_jax.config import (
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.models import ModelError, ModelRecord, classifier, permutation_spec
 
+REGISTRIES = (ALGORITHMS, BETWEEN_MERGES, CALLBACKS, MODELS, SOURCES, TOPOLOGIES)
 PACKAGE = Path(__file__).parents[1] / "plugin" / "source"
 SHAPE = (4, 4, 1)
 X = np.random.default_rng(0).normal(size=(8, *SHAPE)).astype(np.float32)
@@ -29,14 +38,15 @@ X = np.random.default_rng(0).normal(size=(8, *SHAPE)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def orchard() -> Iterator[None]:
-    before = dict(MODELS)
     sys.path.insert(0, str(PACKAGE))
     import orchard.models  # type: ignore  # noqa: F401
 
     yield
     sys.path.remove(str(PACKAGE))
-    for name in MODELS.keys() - before.keys():
-        del MODELS[name]
+    for registry in REGISTRIES:
+        for name in list(registry):
+            if registry.origin(name).startswith("orchard"):
+                del registry[name]
     for name in [n for n in sys.modules if n.partition(".")[0] == "orchard"]:
         del sys.modules[name]
 
