@@ -720,6 +720,7 @@ def _wrong_for_trained_weights(monkeypatch) -> None:
     monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize(
     ("epochs", "when", "phases"),
     [
