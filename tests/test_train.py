@@ -722,6 +722,7 @@ def _wrong_for_trained_weights(monkeypatch) -> None:
     monkeypatch.setitem(models.MODELS, "mlp", record)
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize(
     ("epochs", "when", "phases"),
     [
