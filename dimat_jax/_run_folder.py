@@ -159,9 +159,11 @@ class Workdir:
 
         Raises:
             ConfigError: There is no config.json, or it cannot be used.
+            UserError: A plugin that the run needs cannot be imported.
         """
-        config = default_config()
         fields = read_json(self._config, dict, ConfigError)
+        self._inputs.load_plugins()
+        config = default_config()
         with concerning(self._config), reading("the config", ConfigError):
             unknown = fields_of(fields).keys() - fields_of(config).keys()
             if unknown:

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 
 __all__ = [
     "DECAY",
@@ -142,7 +142,7 @@ def warmed_up(
     return rising
 
 
-SCHEDULES: dict[str, Record[Schedule]] = registry(
+SCHEDULES: Registry[Record[Schedule]] = registry(
     Record("constant", constant),
     Record("exponential", exponential, (DECAY, UNIT)),
     Record("cosine", cosine, (UNIT,)),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from dimat_jax import _randomness, models, permutation
+from dimat_jax import _randomness, models
 from dimat_jax._chosen import (
     build_chosen,
     build_optimizer,
@@ -47,6 +47,7 @@ from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier
 from dimat_jax.network import Network, networks_kept
 from dimat_jax.options import arguments
+from dimat_jax.permutation._verify import Verification
 from dimat_jax.placement import place
 
 __all__ = ["Experiment", "check_network"]
@@ -119,8 +120,12 @@ class Experiment:
 
     def _build_task(self) -> None:
         """Builds the model and the task that the agents learn."""
-        self.model = models.MODELS[self.config.model.name](
-            n_classes=self.dataset.n_classes, **model_arguments(self._fields)
+        self.model = classifier.for_inputs(
+            models.MODELS[self.config.model.name](
+                n_classes=self.dataset.n_classes, **model_arguments(self._fields)
+            ),
+            self.dataset.train.images.shape[1:],
+            permutes=self.record.aligns,
         )
         self.task = Task(
             loss=self._small_shards.weighed(classifier.loss(self.model)),
@@ -345,21 +350,25 @@ class Experiment:
             one,
         )
 
-    def verify_spec(self) -> None:
-        """Checks the permutation spec, in train and eval mode, on fresh variables.
+    def verify_spec(self, variables: Variables | None = None) -> None:
+        """Checks the permutation spec, in train and eval mode.
+
+        Args:
+            variables: one agent's variables. By default new ones are drawn.
 
         Raises:
             PermutationSpecError: the declared symmetry does not hold.
         """
         init_key, verify_key = jax.random.split(self.key("verify"))
-        permutation.verify(
-            self.task.spec,
-            classifier.both_modes(self.model),
-            jax.jit(self._init)(init_key),
-            # With few examples, BatchNorm of a map of one pixel magnifies rounding.
-            self._example_inputs(32),
-            verify_key,
-        )
+        if variables is None:
+            variables = jax.jit(self._init)(init_key)
+        self._verification(variables, verify_key)
+
+    @cached_property
+    def _verification(self) -> Verification:
+        # With few examples, BatchNorm of a map of one pixel magnifies rounding.
+        inputs = self._example_inputs(32)
+        return Verification(self.task.spec, classifier.both_modes(self.model), inputs)
 
     @property
     def convolves(self) -> bool:

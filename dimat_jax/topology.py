@@ -35,7 +35,7 @@ from dimat_jax._peer_graphs import (
     random_receivers,
 )
 from dimat_jax.errors import UserError, reading
-from dimat_jax.options import SEED, Option, Record, registry
+from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
     "MATRIX_FILE",
@@ -344,7 +344,7 @@ def _connected(draw: Callable[[int], nx.Graph], seed: int) -> Adjacency:
     )
 
 
-TOPOLOGIES: dict[str, Record[Adjacency | Schedule]] = registry(
+TOPOLOGIES: Registry[Record[Adjacency | Schedule]] = registry(
     Record("fully_connected", fully_connected),
     Record("ring", ring),
     Record("path", path),

@@ -13,7 +13,7 @@ the seed and on counters alone.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,14 +31,16 @@ from dimat_jax._race import settled
 from dimat_jax._restored import mend_rows
 from dimat_jax._rounds import Rounds
 from dimat_jax._signals import deferrable
+from dimat_jax._slots import agent_of_slots, local_slots
 from dimat_jax._storage import explained
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
-from dimat_jax.errors import NonFiniteError
+from dimat_jax.errors import NonFiniteError, concerning
 from dimat_jax.experiment import Experiment
+from dimat_jax.permutation._verify import InconclusiveError
 from dimat_jax.placement import refusals_explained
-from dimat_jax.workdir import Results, Workdir, load_agents
+from dimat_jax.workdir import Results, Stopped, Workdir, load_agents
 
 __all__ = ["load_agents", "run"]
 
@@ -53,6 +55,7 @@ def run(
     workdir: str | os.PathLike[str],
     log: Callable[[str], None] = print,
     make_bar: Callable[..., tqdm] = tqdm,
+    callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
 ) -> dict[str, Any]:
     """Runs a config, or what is left of it, and writes all results into `workdir`.
 
@@ -65,6 +68,8 @@ def run(
             config's interrupted run.
         log: A function that receives a line of text for every evaluation.
         make_bar: The class of the progress bar, which counts local steps.
+        callbacks: Functions that receive every row, beside the callbacks that the
+            config names; see `dimat_jax.callbacks`.
 
     Returns:
         The content of `workdir`/summary.json.
@@ -75,6 +80,7 @@ def run(
         StorageError: A file cannot be written, because the disk is full for example.
         Interrupted: A signal has ended the run. What it has done is saved.
         NonFiniteError: A loss is not finite.
+        CallbackError: A callback has failed. What the run has done is saved.
         PlacementError: The devices refuse the layout, or have too little memory.
     """
     folder, log = Workdir(workdir), log if is_main() else _silent
@@ -91,13 +97,16 @@ def run(
             experiment = _prepare(config, folder, log)
             with (
                 refusals_explained(experiment.placement),
-                Results(folder, experiment) as results,
+                Results(folder, experiment, callbacks) as results,
                 _bar(experiment, results, make_bar) as bar,
             ):
                 every = config.checkpoint.every_minutes
                 pauses = RunPauses(results, every, signals, lock)
                 log = log if bar.disable else bar.write
-                _train(experiment, results, pauses, log, bar.update)
+                try:
+                    _train(experiment, results, pauses, log, bar.update)
+                except Stopped as stopped:
+                    log(f"the run ends early: {stopped}")
                 return results.summarize()
 
 
@@ -120,6 +129,7 @@ def _train(
         results.save(state)
     messages = algorithm.messages(state)
     rounds = Rounds(experiment, progress, messages, pauses, tick)
+    verify = _Verifications(experiment, log)
     # Whether agents communicate at the beginning of a round, or while they train.
     at_once = bool(messages.round or messages.server)
 
@@ -130,6 +140,8 @@ def _train(
 
         for part in rounds.parts(number):
             if not rounds.is_begun(part):
+                if part.merge == 1:
+                    verify(state, "before the first merge")
                 state, metrics = rounds.communicate(state, part)
                 if evaluates and part.begins_round and part.merge is not None:
                     changed = at_once or experiment.recalibrates == "communication"
@@ -142,6 +154,7 @@ def _train(
         due = number % config.checkpoint.every == 0 or results.keeps(number)
         if is_last or due:
             results.save(state)
+    verify(state, "at the end of the run")
 
 
 def _finished(folder: Workdir, log: Callable[[str], None]) -> dict[str, Any] | None:
@@ -215,6 +228,58 @@ def _bar(
         unit="step",
         disable=None if is_main() else True,
     )
+
+
+class _Verifications:
+    """Verifies a run's permutation spec on trained weights.
+
+    New weights may hide a wrong spec: an array that an initializer fills with some
+    pattern, for example, may look the same after a permutation of its units.
+
+    Args:
+        experiment: What the run's config describes.
+        log: A function that receives a line of text if rounding hides whether the
+            symmetry holds. A run is not ended for that.
+    """
+
+    def __init__(self, experiment: Experiment, log: Callable[[str], None]):
+        self._experiment = experiment
+        self._log = log
+
+    def __call__(self, state: State, when: str) -> None:
+        """Verifies the spec on the weights of one agent of this process.
+
+        An algorithm that aligns no agents has no use for a spec, which is not verified.
+
+        Args:
+            state: The agents' state.
+            when: When in the run this is, for the message.
+
+        Raises:
+            PermutationSpecError: The declared symmetry does not hold. The message names
+                the group and the leaf that is declared wrongly.
+        """
+        experiment = self._experiment
+        if not experiment.record.aligns:
+            return
+        stacked = experiment.algorithm.variables(state)
+        slot = local_slots(experiment.placement)[0]
+        agent = agent_of_slots(experiment.placement)[slot]
+        one = jax.tree.map(_first_local, stacked)
+        what = f"the permutation spec, on agent {agent}'s weights {when}"
+        with together():
+            try:
+                with concerning(what):
+                    experiment.verify_spec(one)
+            except InconclusiveError as error:
+                self._log(f"{error} (the run goes on)")
+
+
+def _first_local(stacked: jax.Array) -> np.ndarray:
+    """Copies the first row of a stacked array that is on this process's devices."""
+    shards = stacked.addressable_shards
+    first = min(shards, key=lambda shard: shard.index[0].start or 0)
+    return np.array(first.data[0])
 
 
 class _Evaluations:

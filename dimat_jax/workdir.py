@@ -21,10 +21,12 @@ A folder with a config.json holds a run; one with a summary.json, a finished one
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import jax
+from absl import logging
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
@@ -35,8 +37,10 @@ from dimat_jax._restored import SAVED_ROWS, restore, restore_from
 from dimat_jax._run_folder import Workdir
 from dimat_jax._run_progress import Progress
 from dimat_jax.algorithms.base import State, Variables
+from dimat_jax.callbacks import CallbackError, Callbacks, Run
 from dimat_jax.config import (
     ConfigError,
+    fields_of,
     set_if_read,
 )
 from dimat_jax.errors import NonFiniteError
@@ -44,13 +48,17 @@ from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.mixing import spectral_gap
 
-__all__ = ["FAILURE", "Progress", "Results", "Workdir", "load_agents"]
+__all__ = ["FAILURE", "Progress", "Results", "Stopped", "Workdir", "load_agents"]
 
 FAILURE = "failure.json"
 """The file that says why a run has stopped, if a loss was no longer finite."""
 
 _MOST_IN_ROWS = 64
 """Rows have the bytes of every link for at most this number of agents."""
+
+
+class Stopped(Exception):
+    """A callback has ended the run, whose state is saved. The text is the reason."""
 
 
 class Results:
@@ -63,6 +71,7 @@ class Results:
     Args:
         workdir: The run's folder, which exists.
         experiment: What the run's config describes.
+        callbacks: What gets every row, beside the callbacks that the config names.
 
     Attributes:
         progress: How far the run has come. The code that does the work updates it.
@@ -72,7 +81,12 @@ class Results:
             this process reads.
     """
 
-    def __init__(self, workdir: Workdir, experiment: Experiment):
+    def __init__(
+        self,
+        workdir: Workdir,
+        experiment: Experiment,
+        callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
+    ):
         self._workdir = workdir
         self._experiment = experiment
         self._checkpoints = Checkpoints(
@@ -91,6 +105,19 @@ class Results:
         if is_main():
             saved = self._checkpoints.read_attached(SAVED_ROWS)
             self._rows = MetricsWriter(workdir.path, self.progress.rows, saved)
+        self._callbacks = self._start(callbacks)
+        self._stopped = ""
+
+    def _start(self, more: Sequence[Callable[..., Any]]) -> Callbacks | None:
+        """Makes the callbacks; None if there are none. Process 0 has them."""
+        config = self._experiment.config
+        if not config.callbacks and not more:
+            return None
+        if not is_main():
+            return Callbacks({})
+        path = self._workdir.path
+        run = Run(path, config.to_dict(), read_rows(path))
+        return Callbacks.start(fields_of(config), run, more)
 
     def __enter__(self) -> "Results":
         if is_main():
@@ -144,22 +171,52 @@ class Results:
             return
         check_held(self._workdir.path)
         progress, ledger = self.progress, self.progress.ledger
-        self._rows.write(
-            {
-                "round": number,
-                "step": progress.steps_done,
-                "phase": phase,
-                **measures,
-                "bytes_sent_total": ledger.bytes_sent,
-                "bytes_sent_by_kind": ledger.by_kind,
-                "bytes_sent_by_agent": ledger.bytes_sent_by_agent,
-                **self._bytes_sent_by_link(),
-                "comm_rounds_total": ledger.comm_rounds,
-                "present": self._experiment.links.present(number),
-                "seconds_total": progress.total_seconds,
-                **metrics,
-            }
-        )
+        row = {
+            "round": number,
+            "step": progress.steps_done,
+            "phase": phase,
+            **measures,
+            "bytes_sent_total": ledger.bytes_sent,
+            "bytes_sent_by_kind": ledger.by_kind,
+            "bytes_sent_by_agent": ledger.bytes_sent_by_agent,
+            **self._bytes_sent_by_link(),
+            "comm_rounds_total": ledger.comm_rounds,
+            "present": self._experiment.links.present(number),
+            "seconds_total": progress.total_seconds,
+            **metrics,
+        }
+        written = self._rows.write(row)
+        if self._callbacks is not None:
+            self._callbacks(written)
+
+    def stop_if_asked(self, state: State) -> None:
+        """Ends the run if a callback has asked for it, or has failed. It is saved.
+
+        It is called between two rounds, by all processes.
+
+        Raises:
+            Stopped: A callback has asked for it.
+            CallbackError: A callback has failed.
+        """
+        if self._callbacks is None:
+            return
+        reason, failure = from_main([self._callbacks.reason, str(self._failure)])
+        if (reason or failure) and not self.is_saved:
+            self.save(state)
+        if failure:
+            self.wait()
+            raise CallbackError(
+                f"{failure}; the run is saved. The same command goes on, also with "
+                "other callbacks"
+            )
+        if reason:
+            self._stopped = reason
+            raise Stopped(reason)
+
+    @property
+    def _failure(self) -> CallbackError | str:
+        failed = self._callbacks and self._callbacks.error
+        return failed or ""
 
     def _bytes_sent_by_link(self) -> dict[str, Any]:
         """The field of the links' bytes, unless there are too many for every row."""
@@ -228,13 +285,21 @@ class Results:
         if is_main():
             path = self._workdir.path / "summary.json"
             write_json(path, self._summary(), digested=True)
-        return from_main(self._workdir.read_summary() if is_main() else None)
+        summary = from_main(self._workdir.read_summary() if is_main() else None)
+        if self._callbacks is not None:
+            self._callbacks.end(summary)
+        if self._failure:
+            logging.warning("%s; the run has finished without it", self._failure)
+        return summary
 
     def _summary(self) -> dict[str, Any]:
         rows = read_rows(self._workdir.path)
         W = self._experiment.links.mixing_matrix
+        stopped = {"reason": self._stopped, "round": self.progress.round}
         return {
             **rows[-1],
+            # Whether a callback has ended the run before its last round.
+            **({"stopped": stopped} if self._stopped else {}),
             # The last row of each phase. It also shows the agents right after the last
             # merge, before they trained on.
             **{f"last_{row['phase']}": row for row in rows},

@@ -22,8 +22,23 @@ FLOORS = [
         "_jaxprs",
         "_randomness",
     ],
-    ["_storage", "_digests", "_events"],
-    ["_folders", "options", "_conv_forms", "_processes", "_lock", "_signals"],
+    [
+        "_storage",
+        "_digests",
+        "_events",
+        "_labelled",
+        "_registries",
+        "_user_code",
+    ],
+    [
+        "_folders",
+        "options",
+        "plugins",
+        "_conv_forms",
+        "_processes",
+        "_lock",
+        "_signals",
+    ],
     ["_layouts"],
     ["_parts"],
     ["_chunks"],
@@ -49,7 +64,8 @@ FLOORS = [
     ["algorithms"],
     ["evaluate"],
     ["_average"],
-    ["_run_options", "_config_form"],
+    ["_run_options", "_config_form", "callbacks"],
+    ["_fields_together"],
     ["config"],
     ["sweeps"],
     ["_chosen", "_division", "_layout_choice"],
@@ -140,9 +156,9 @@ def test_the_package_never_imports(foreign):
 def test_only_the_reader_of_pytorch_files_and_a_benchmark_import_pytorch():
     assert sorted(importers("torch")) == [
         "dimat_jax._bench._plain_torch",
-        "dimat_jax.models._state_dict",
+        "dimat_jax.models._torch_files",
     ]
-    assert importers("safetensors") == ["dimat_jax.models._state_dict"]
+    assert importers("safetensors") == ["dimat_jax.models._torch_files"]
 
 
 def importers(foreign: str) -> list[str]:

@@ -22,7 +22,9 @@ from dimat_jax.config import ConfigError, default_config, drop_unread
 from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
-from dimat_jax.models import mlp
+from dimat_jax.models import classifier, mlp
+from dimat_jax.permutation import Concat, PermutationSpec, PermutationSpecError
+from dimat_jax.permutation._verify import InconclusiveError, Verification
 from dimat_jax.workdir import Results, Workdir
 
 
@@ -689,11 +691,83 @@ def test_a_wrong_spec_is_found_before_any_training(tmp_path, monkeypatch):
         axes = {**spec.axes, "params/head/kernel": (None, None)}
         return dataclasses.replace(spec, axes=axes)
 
-    monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
+    record = dataclasses.replace(models.MODELS["mlp"], spec=wrong)
+    monkeypatch.setitem(models.MODELS, "mlp", record)
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match="params/head/kernel"):
         train.run(small(), workdir, quiet)
     assert not workdir.exists()
+
+
+def _wrong_for_trained_weights(monkeypatch) -> None:
+    """Lets new biases be 0 or 1, and declares that units with equal ones may move."""
+
+    def init(model, key, inputs):
+        variables = classifier_init(model, key, inputs)
+        bias = variables["params"]["hidden0"]["bias"]
+        variables["params"]["hidden0"]["bias"] = bias.at[:64].set(1)
+        return variables
+
+    def wrong(model):
+        halves = Concat(("first", 64), ("second", 64))
+        axes = dict(mlp.permutation_spec(model).axes)
+        axes["params/hidden0/kernel"] = (None, halves)
+        axes["params/hidden0/bias"] = (None,)
+        axes["params/hidden1/kernel"] = (halves, "hidden1")
+        return PermutationSpec(axes)
+
+    classifier_init = classifier.init
+    monkeypatch.setattr(classifier, "init", init)
+    monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "when", "phases"),
+    [
+        (1, "before the first merge", ["pretrained"]),
+        (0, "at the end of the run", ["pretrained", "merged", "trained"]),
+    ],
+)
+def test_a_spec_that_is_wrong_for_trained_weights_alone_is_found(
+    tmp_path, monkeypatch, epochs, when, phases
+):
+    _wrong_for_trained_weights(monkeypatch)
+    config = drop_unread(small("wm", agents=2, rounds=1, pretrain__epochs=epochs))
+    message = rf"agent 0's weights {when}: .* groups 'first'.*'params/hidden0/kernel'"
+    with pytest.raises(PermutationSpecError, match=message):
+        train.run(config, tmp_path, quiet)
+    assert [row["phase"] for row in read_rows(tmp_path)] == phases
+    assert not (tmp_path / "summary.json").exists()
+    # The same command finds it again, and computes nothing before that.
+    with pytest.raises(PermutationSpecError, match=when):
+        train.run(config, tmp_path, quiet)
+
+
+def test_a_run_verifies_three_times_and_goes_on_if_rounding_hides_the_symmetry(
+    tmp_path, monkeypatch
+):
+    calls, lines = [], []
+    original = Verification.__call__
+
+    def verify(self, variables, key):
+        original(self, variables, key)
+        calls.append((self, variables["params"]["head"]["kernel"]))
+        if len(calls) > 1:
+            raise InconclusiveError("which leaves rounding")
+
+    monkeypatch.setattr(Verification, "__call__", verify)
+    train.run(
+        small("wm", agents=2, rounds=1, pretrain__epochs=1), tmp_path, lines.append
+    )
+    compiled, kernels = zip(*calls, strict=True)
+    # One compiled program does it on new weights, before the merge, and at the end.
+    assert len(compiled) == 3 and len(set(map(id, compiled))) == 1
+    assert all((kernels[n] != kernels[n + 1]).all() for n in range(2))
+    notes = [
+        line for line in lines if "which leaves rounding (the run goes on)" in line
+    ]
+    assert ["the first merge" in note for note in notes] == [True, False]
+    assert (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoints"])

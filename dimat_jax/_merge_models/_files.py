@@ -1,4 +1,4 @@
-"""Reads trained models from runs, from earlier merges, and from PyTorch files."""
+"""Reads trained models: runs, earlier merges, PyTorch files, a user's own weights."""
 
 import dataclasses
 import functools
@@ -8,35 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from dimat_jax import train
+from dimat_jax._merge_models._options import Options, is_own
+from dimat_jax._merge_models._trees import Place, read_tree
 from dimat_jax.config import fields_of, model_arguments
 from dimat_jax.data._dataset import Dataset
 from dimat_jax.errors import UserError, reading
 from dimat_jax.experiment import Experiment
 from dimat_jax.models import _saved
 from dimat_jax.models._saved import SavedModel
-from dimat_jax.models._torch_import import from_torch, infer_arguments
-from dimat_jax.tree import take
+from dimat_jax.models._torch_files import ENDINGS, is_torch_file
+from dimat_jax.models.torch_import import (
+    from_torch,
+    infer_arguments,
+    infer_image_shape,
+)
+from dimat_jax.tree import flatten, take
 
-__all__ = ["check", "data_set", "read"]
+__all__ = [
+    "check",
+    "check_classes",
+    "check_own",
+    "data_set",
+    "place",
+    "read",
+    "torch_file",
+]
 
-# The endings of PyTorch files.
-TORCH = (".pth", ".pt", ".safetensors")
+
+def place(options: Options) -> Place:
+    """Where in files of weights the models are."""
+    entry = tuple(options.entry.split("/")) if options.entry else None
+    return Place(entry, options.prefix)
 
 
-def read(
-    names: Sequence[str], torch_model: str | None, data_dir: str | None
-) -> tuple[list[SavedModel], str | None]:
-    """Reads models.
+def read(options: Options) -> tuple[list[SavedModel], str | None]:
+    """Reads the models of a merge.
 
-    Args:
-        names: the models' names. Each is the workdir of a run (DIR:2 is its agent 2,
-            DIR its agent 0), the folder of a merge, or a PyTorch file.
-        torch_model: the architecture of PyTorch files. These files name no data set and
-            no shape of inputs, so these fields of the models are empty.
-        data_dir: the folder of the runs' data, if it is no longer the one in their
-            configs.
+    PyTorch files name no data set, so this field of the models is empty. Models of the
+    user's own have no arguments and no shape of inputs either; their name is --model.
 
     Returns:
         the models, and the folder of the data, if it is given or a run names it.
@@ -45,11 +57,11 @@ def read(
         UserError: a model cannot be read; the message names it and says why.
     """
 
-    directories = [data_dir]
+    directories = [options.data_dir]
 
     @functools.cache  # Several models may be agents of the same run.
     def load_agents(workdir: Path):
-        experiment, agents = train.load_agents(workdir, data_dir)
+        experiment, agents = train.load_agents(workdir, options.data_dir)
         directories.append(experiment.config.data.dir)
         return experiment, agents
 
@@ -59,21 +71,24 @@ def read(
             path, agent = Path(found[1]), int(found[2])
         if not path.exists():
             raise UserError("there is no such file or folder")
+        if options.model is not None and is_own(options.model):
+            variables = read_tree(path, place(options))
+            return SavedModel(options.model, {}, (), None, variables)
+        if (path / "model").is_dir() and agent is None:
+            return _saved.load(path / "model")
+        if path.is_file() or is_torch_file(path):
+            return _torch(path, options)
         if (path / "config.json").exists():
             return _agent(*load_agents(path), agent or 0)
         if agent is not None:
             raise UserError(f"{path} is no run; only runs have agents to choose from")
-        if path.is_file():
-            return _torch(path, torch_model)
-        if (path / "model").is_dir():
-            return _saved.load(path / "model")
         raise UserError(
             "neither the workdir of a run (no config.json) nor of a merge (no model/), "
-            f"nor a PyTorch file ({', '.join(TORCH)})"
+            f"nor a PyTorch file ({', '.join(ENDINGS)})"
         )
 
     models = []
-    for name in names:
+    for name in options.models:
         try:
             with reading(name):
                 models.append(read_one(name))
@@ -88,7 +103,8 @@ def _agent(experiment: Experiment, agents: Any, number: int) -> SavedModel:
     if number >= n_agents:
         raise UserError(f"there is no agent {number}; the run has 0 to {n_agents - 1}")
     arguments = model_arguments(fields_of(experiment.config))
-    arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
+    if "dtype" in arguments:
+        arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
     return SavedModel(
         name=experiment.config.model.name,
         arguments={"n_classes": experiment.dataset.n_classes, **arguments},
@@ -98,28 +114,39 @@ def _agent(experiment: Experiment, agents: Any, number: int) -> SavedModel:
     )
 
 
-def _torch(path: Path, name: str | None) -> SavedModel:
-    if path.suffix not in TORCH:
-        raise UserError(f"a PyTorch file ends in one of {', '.join(TORCH)}")
-    if name is None:
+def _torch(path: Path, options: Options) -> SavedModel:
+    if not is_torch_file(path):
+        raise UserError(f"a PyTorch file ends in one of {', '.join(ENDINGS)}")
+    if options.model is None:
         raise UserError("--model must say which architecture a PyTorch file holds")
-    variables = from_torch(name, path)
+    where = place(options)
+    name = options.model
+    variables = from_torch(name, path, entry=where.entry, prefix=where.prefix)
     arguments = {**infer_arguments(name, variables), "dtype": "float32"}
-    return SavedModel(name, arguments, (), None, variables)
+    shape = infer_image_shape(name, variables)
+    return SavedModel(name, arguments, shape, None, variables)
+
+
+def torch_file(options: Options) -> Path | None:
+    """The first of the models that is a PyTorch file, if there is any."""
+    paths = [Path(name) for name in options.models]
+    found = (
+        path
+        for path in paths
+        if path.exists() and is_torch_file(path) and not (path / "model").is_dir()
+    )
+    return next(found, None)
 
 
 def data_set(
     names: Sequence[str], models: Sequence[SavedModel], given: str | None
-) -> str:
-    """Finds the name of the data set that all models are for.
+) -> str | None:
+    """Finds the name of the data set that all models are for; None if none is named.
 
     Raises:
-        UserError: the models are for different data sets, or neither a model nor
-            `given` names one.
+        UserError: the models are for different data sets.
     """
     data = given or next((model.data for model in models if model.data), None)
-    if data is None:
-        raise UserError("no model names its data set; --data must name it")
     for name, model in zip(names, models, strict=True):
         if model.data not in (None, data):
             raise UserError(
@@ -129,8 +156,19 @@ def data_set(
     return data
 
 
-def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) -> None:
+def check(
+    names: Sequence[str],
+    models: Sequence[SavedModel],
+    shape: tuple[int, ...],
+    dataset: Dataset | None,
+) -> None:
     """Checks that models have the same architecture, fit the data, and are finite.
+
+    Args:
+        names: the names of the models.
+        models: the models, of bundled architectures.
+        shape: the shape of an image.
+        dataset: the data, if there are any.
 
     Raises:
         UserError: a model does not fit; the message names it, and the setting or leaf.
@@ -145,13 +183,43 @@ def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) 
                     f"{names[0]} and {name} are of different architectures: {field} "
                     f"is {first} and {other}"
                 )
-        if architecture["n_classes"] != dataset.n_classes:
-            raise UserError(
-                f"{name} is for {architecture['n_classes']} classes, but "
-                f"{dataset.name} has {dataset.n_classes}"
-            )
-        shape = dataset.train.images.shape[1:]
+        if dataset is not None:
+            check_classes(name, architecture["n_classes"], dataset)
         _saved.check(model._replace(input_shape=shape), name)
+
+
+def check_classes(name: str, n_classes: int, dataset: Dataset) -> None:
+    """Refuses a model that is for another number of classes than the data have."""
+    if n_classes != dataset.n_classes:
+        raise UserError(
+            f"{name} is for {n_classes} classes, but {dataset.name} has "
+            f"{dataset.n_classes}"
+        )
+
+
+def check_own(names: Sequence[str], models: Sequence[SavedModel]) -> None:
+    """Checks that a user's own models have the same leaves, and that they are finite.
+
+    Raises:
+        UserError: a model does not fit; the message names it, and the leaf.
+    """
+    expected = flatten(models[0].variables)
+    for name, model in zip(names, models, strict=True):
+        leaves = flatten(model.variables)
+        for path in [*expected, *leaves]:
+            if path not in leaves or path not in expected:
+                has, lacks = (names[0], name) if path in expected else (name, names[0])
+                raise UserError(f"{has} has {path!r}, which {lacks} lacks")
+            shapes = np.shape(expected[path]), np.shape(leaves[path])
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{path!r} is of shape {shapes[0]} in {names[0]}, but of shape "
+                    f"{shapes[1]} in {name}"
+                )
+            if bad := int((~np.isfinite(leaves[path])).sum()):
+                raise UserError(
+                    f"{name}: {path!r} holds {bad} value(s) that are NaN or infinite"
+                )
 
 
 def _architecture(model: SavedModel) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from absl import app, flags, logging
 
-from dimat_jax import _processes, _signals
+from dimat_jax import _processes, _signals, plugins
 from dimat_jax._storage import problem
 from dimat_jax.data._cache import user_cache
 from dimat_jax.errors import (
@@ -105,13 +105,30 @@ def _define(command: Command, called: str, arguments: Sequence[str]) -> None:
     shared = set(flags.FLAGS)
     with _reading_flags():
         # A default may be a config, which overrides already change here.
+        flags.DEFINE_multi_string(
+            "plugin",
+            [],
+            "A module, or a file that ends with .py, which adds algorithms, models and "
+            "the like by name. The flag may be repeated.",
+        )
+        # Configs, which are read with the flags, may name things of plugins.
+        plugins.load(*_plugins(called, arguments))
         command.define_flags()
     if {"-h", "-help", "--help"} & set(arguments):
         print(_help(command, called, sorted(set(flags.FLAGS) - shared)))
         sys.exit(0)
 
 
+def _plugins(called: str, arguments: Sequence[str]) -> list[str]:
+    """The values of --plugin, read before all other flags."""
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("plugin", [], "See `_define`.", flag_values=values)
+    values([called, *arguments], known_only=True)
+    return list(values["plugin"].value or ())
+
+
 def _main(command: Command, arguments: list[str]) -> NoReturn:
+    plugins.load_installed()
     command.main(arguments)
     _processes.leave(0)
 

@@ -18,7 +18,7 @@ from dimat_jax._metrics import read_rows
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODELS, _saved, classifier
 from dimat_jax.models._saved import SavedModel
-from dimat_jax.models._torch_import import to_torch
+from dimat_jax.models.torch_import import to_torch
 from dimat_jax.tree import flatten
 
 ROOT = Path(__file__).parents[2]

@@ -258,6 +258,7 @@ def test_bench_merge_compares_ways_to_merge_trained_agents(
     [
         ("scale", "--agents=runs/digits", "--agents is for merge; scale does not"),
         ("train", "--speed=2", "--speed is for scale; train does not"),
+        ("gpt2", "--repeats=1", "--config is not for gpt2, which reads no config"),
     ],
 )
 def test_a_benchmark_refuses_the_flags_of_others(

@@ -66,6 +66,7 @@ CASES = SMALL | {
     "linear": registered("mlp", 4, 4, 1, hidden=()),
     "resnet, layer norm": resnet(8, 8, 1, norm="layer"),
     "resnet, group norm": resnet(8, 8, 1, norm="group"),
+    "resnet, padded shortcuts": resnet(8, 8, 1, shortcut="pad"),
     "resnet, ImageNet stem": resnet(
         32, 32, 3, block="bottleneck", stem="imagenet", shortcut="conv1x1"
     ),

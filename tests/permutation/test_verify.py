@@ -24,6 +24,7 @@ from dimat_jax.permutation import (
     validate,
     verify,
 )
+from dimat_jax.permutation._verify import InconclusiveError, Verification
 from dimat_jax.tree import PyTree, map_with_path
 
 
@@ -279,6 +280,19 @@ def test_every_group_is_moved_even_if_its_random_permutation_is_the_identity():
             verify(spec, lambda v, _: v["w"], variables, X, key(seed))
 
 
+def test_several_networks_are_verified_by_one_program():
+    traced = []
+
+    def forward(variables, x):
+        traced.append(variables)
+        return jnp.tanh(x @ variables["first"]) @ variables["second"]
+
+    check = Verification(TWO_LAYERS, forward, X)
+    for seed in range(3):
+        check({leaf: w + seed for leaf, w in WEIGHTS.items()}, key(seed))
+    assert len(traced) == 1
+
+
 def test_groups_that_only_move_the_outputs_together_are_noticed():
     # One group alone does not change the output, because its difference is multiplied
     # by that of the other group, which is 0.
@@ -299,7 +313,7 @@ def test_outputs_that_are_not_finite_are_refused(bad):
     second = WEIGHTS["second"].copy()
     second[0, 0] = bad
     variables = {**WEIGHTS, "second": second}
-    with pytest.raises(PermutationSpecError, match="not finite"):
+    with pytest.raises(InconclusiveError, match="not finite"):
         verify(TWO_LAYERS, two_layers, variables, X, key())
 
 
@@ -439,7 +453,7 @@ def test_rounding_is_not_blamed_on_a_leaf(function):
         return (x @ variables["w"]).sum(axis=-1) + function(variables["bias"])
 
     verify(spec, forward, variables, X, key())
-    with pytest.raises(PermutationSpecError, match="rounding.*float32") as error:
+    with pytest.raises(InconclusiveError, match="rounding.*float32") as error:
         verify(spec, forward, variables, X, key(), tolerance=1e-12)
     assert not any(name in str(error.value) for name in ("'w'", "'units'", "'bias'"))
 
