@@ -107,7 +107,7 @@ class Workdir:
             )
 
     def _look_at_partition(self) -> None:
-        """Warns of a damaged partition.json; reports need it, and the run does not."""
+        """Warns of a damaged partition.json, which only reports need."""
         path = self.path / "partition.json"
         try:
             if path.exists():

@@ -20,13 +20,15 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("runs", "mistakes"), [(2, 8), pytest.param(12, 60, marks=pytest.mark.slow)]
+    ("runs", "mistakes"), [(1, 6), pytest.param(8, 60, marks=pytest.mark.slow)]
 )
 def test_a_short_soak_finds_nothing(tmp_path, runs, mistakes):
     command = [sys.executable, "-m", "experiments.soak", f"--out={tmp_path}"]
     environment = {k: v for k, v in os.environ.items() if k != "PJRT_NPROC"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = os.environ["DIMAT_TEST_COMPILED"]
     ended = subprocess.run(
-        [*command, "--seed=3", f"--runs={runs}", f"--mistakes={mistakes}"],
+        # The first run of this seed is one of `cdsgd`, which is killed.
+        [*command, "--seed=46", f"--runs={runs}", f"--mistakes={mistakes}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -41,11 +43,11 @@ def test_a_short_soak_finds_nothing(tmp_path, runs, mistakes):
 
 
 def test_drawn_configs_differ_pass_the_checks_and_can_be_drawn_again(tmp_path):
-    drawn = [draw(str(seed), tmp_path) for seed in range(20)]
+    drawn = [draw(str(seed), tmp_path) for seed in range(5)]
     for config in drawn:
         check(config)
-    assert len({config.algorithm for config in drawn}) > 5
-    assert fields_of(draw("7", tmp_path)) == fields_of(drawn[7])
+    assert len({config.algorithm for config in drawn}) > 2
+    assert fields_of(draw("3", tmp_path)) == fields_of(drawn[3])
 
 
 def test_every_wrong_value_of_an_option_is_refused_by_it():
@@ -55,7 +57,7 @@ def test_every_wrong_value_of_an_option_is_refused_by_it():
         values = list(_mistakes.wrong_values(option))
         assert len(values) > 2
         for text in values:
-            kind = str if option.words else type(option.default)
+            kind = type(option.default)
             try:
                 value = {int: int, float: float}.get(kind, str)(text)
             except ValueError:

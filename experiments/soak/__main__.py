@@ -71,9 +71,9 @@ def _parse() -> argparse.Namespace:
 
 def _set_environment(out: Path) -> None:
     """Lets all children compile quickly, and share what they have compiled."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "cache" / "xla"))
     os.environ.update(
         JAX_PLATFORMS="cpu",
-        JAX_COMPILATION_CACHE_DIR=str(out / "cache" / "xla"),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         XDG_CACHE_HOME=str(out / "cache"),

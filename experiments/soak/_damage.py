@@ -77,8 +77,7 @@ def damage(case: Case) -> None:
     """Files of an interrupted or finished run are damaged, one after the other."""
     subject, rng = prepare(case), case.rng
     workdir = case.folder / "run"
-    is_finished = rng.random() < 0.25
-    if is_finished:
+    if rng.random() < 0.25:
         subject.finish(workdir, "a second run")
     else:
         for _ in range(20):
@@ -89,7 +88,7 @@ def damage(case: Case) -> None:
     for number in range(3):
         copy = case.folder / f"damaged-{number}"
         shutil.copytree(workdir, copy)
-        _damage_one(subject, copy, is_finished)
+        _damage_one(subject, copy)
         shutil.rmtree(copy)
     subject.finish(workdir, "a run whose copies were damaged")
 
@@ -100,9 +99,11 @@ def _numbers(workdir: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def _damage_one(subject: Subject, copy: Path, is_finished: bool) -> None:
+def _damage_one(subject: Subject, copy: Path) -> None:
     """Damages one thing in a copy of a run's folder, and lets the run go on there."""
     case, numbers = subject.case, _numbers(copy)
+    # A finished run does not read its checkpoints, but others may load its agents.
+    is_finished = (copy / "summary.json").exists()
     if numbers and case.rng.random() < 0.15:
         what = _foreign_folder(copy, numbers[0], case.rng)
         names = [f"heckpoint {numbers[0] + 1} in", "nothing needs it"]

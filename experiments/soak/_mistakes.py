@@ -112,7 +112,9 @@ def wrong_values(option: Option) -> Iterator[str]:
     if option.at_least is not None:
         yield from (str(int(option.at_least) - 1), f"-1{'0' * 30}")
     if option.above is not None:
-        yield from (f"{option.above:g}", f"{option.above - 1:g}")
+        yield f"{option.above - 1:g}"
+        if option.above or not option.empty:  # 0 may be the empty value.
+            yield f"{option.above:g}"
     if option.at_most is not None:
         yield from (str(int(option.at_most) + 1), f"1{'0' * 30}")
     if option.below is not None:

@@ -279,9 +279,7 @@ def test_a_data_set_is_read_from_arrays_where_there_are_no_records(tmp_path):
     assert_same(copy, original)
 
     (arrays / "test_labels.npy").write_bytes(b"no array")
-    with pytest.raises(
-        DataError, match=f"^cifar10: {arrays}/test_labels.npy cannot be"
-    ):
+    with pytest.raises(DataError, match=f"^cifar10: {arrays}/test_labels.npy ca"):
         load("cifar10", directory=str(tmp_path / "elsewhere"))
 
 
