@@ -60,7 +60,7 @@ class Measuring:
             the fields of a row; see `row_fields`.
         """
         experiment = self._experiment
-        variables = self._evaluated(state, step)
+        variables = self._evaluated(experiment.algorithm.variables(state), step)
         evaluation = experiment.evaluator(variables)
         perms = experiment.algorithm.common_frame(
             variables,
@@ -77,6 +77,24 @@ class Measuring:
             **self._validated(variables),
         }
 
+    def alone(self, variables: Variables, step: int) -> dict[str, Any]:
+        """Measures agents that train alone: only how good each of them is.
+
+        Args:
+            variables: the agents' variables.
+            step: the number of local steps done; see `__call__`.
+        """
+        variables = self._evaluated(variables, step)
+        accuracy, loss, *_ = self._experiment.evaluator(variables)
+        return {
+            "test_accuracy": accuracy,
+            "test_accuracy_mean": accuracy.mean(),
+            "test_accuracy_std": deviation(accuracy),
+            "test_loss": loss,
+            "test_loss_mean": loss.mean(),
+            **self._validated(variables),
+        }
+
     def _validated(self, variables: Variables) -> dict[str, Any]:
         """Evaluates the agents on validation images; empty if the run has none."""
         validator = self._experiment.validator
@@ -89,10 +107,9 @@ class Measuring:
             "validation_loss_mean": loss.mean(),
         }
 
-    def _evaluated(self, state: State, step: int) -> Variables:
+    def _evaluated(self, variables: Variables, step: int) -> Variables:
         """Returns the variables with which the agents are evaluated."""
         experiment = self._experiment
-        variables = experiment.algorithm.variables(state)
         if self._recalibrate is None:
             return variables
         samples = experiment.examples.choose(

@@ -18,24 +18,21 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 import dimat_jax
 from dimat_jax._lock import Lock, held
-from dimat_jax._measuring import Measuring
 from dimat_jax._pauses import RunPauses
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
 from dimat_jax._restored import mend_rows
 from dimat_jax._rounds import Rounds
+from dimat_jax._run_log import RunLog
 from dimat_jax._signals import deferrable
 from dimat_jax._storage import explained
-from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
-from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.placement import refusals_explained
 from dimat_jax.workdir import Results, Workdir, load_agents
@@ -63,7 +60,8 @@ def run(
         config: A config as `config.default_config` describes.
         workdir: The run's folder. It is made if it is missing, and may hold the same
             config's interrupted run.
-        log: A function that receives a line of text for every evaluation.
+        log: A function that receives a line of text for every evaluation, and for
+            every epoch of pre-training and of long rounds.
         make_bar: The class of the progress bar, which counts local steps.
 
     Returns:
@@ -110,16 +108,17 @@ def _train(
 ) -> None:
     """Does what is left of a run: pre-training, and then the rounds."""
     config, algorithm = experiment.config, experiment.algorithm
-    evaluate = _Evaluations(experiment, results, log)
+    run_log = RunLog(experiment, results, log)
+    evaluate = run_log.evaluation
     progress, state = results.progress, results.restore()
     if state is not None:
         log(f"going on after local step {progress.steps_done}")
     if state is None or progress.epoch < config.pretrain.epochs:
-        state, metrics = pretrain(experiment, results, state, log, tick, pauses)
+        state, metrics = pretrain(experiment, results, state, run_log, tick, pauses)
         evaluate("pretrained", 0, state, metrics)
         results.save(state)
     messages = algorithm.messages(state)
-    rounds = Rounds(experiment, progress, messages, pauses, tick)
+    rounds = Rounds(experiment, progress, messages, pauses, tick, run_log.training)
     # Whether agents communicate at the beginning of a round, or while they train.
     at_once = bool(messages.round or messages.server)
 
@@ -215,66 +214,3 @@ def _bar(
         unit="step",
         disable=None if is_main() else True,
     )
-
-
-class _Evaluations:
-    """Evaluates the agents of a run, and reports how good they are.
-
-    Args:
-        experiment: What the run's config describes.
-        results: The run's files, which get a row for every evaluation.
-        log: A function that receives a line of text for every evaluation.
-    """
-
-    def __init__(
-        self, experiment: Experiment, results: Results, log: Callable[[str], None]
-    ):
-        self._measure = Measuring(experiment)
-        self._results = results
-        self._log = log
-        # What was measured last, and the number of local steps done before it.
-        self._last: tuple[int, dict[str, Any]] | None = None
-
-    def __call__(
-        self,
-        phase: str,
-        number: int,
-        state: State,
-        metrics: dict[str, Any],
-        frames: Any = None,
-        changed: bool = True,
-    ) -> None:
-        """Evaluates the agents.
-
-        Args:
-            phase: "pretrained", "merged" or "trained".
-            number: The round; 0 before the first one.
-            state: The agents' state.
-            metrics: Further entries of the row in metrics.jsonl.
-            frames: The agents' frames after the round's communication; None if there
-                was none, or it aligned no agents.
-            changed: Whether the agents may have changed since the last local step. If
-                they have not, an evaluation after that step still holds.
-
-        Raises:
-            NonFiniteError: An agent's test loss is not finite.
-        """
-        step = self._results.progress.steps_done
-        if changed or self._last is None or self._last[0] != step:
-            self._last = step, self._measure(state, frames, number, step)
-        _, measures = self._last
-        loss = measures["test_loss"]
-        if not np.isfinite(loss).all():
-            agents = np.flatnonzero(~np.isfinite(loss)).tolist()
-            raise NonFiniteError(
-                f"the test loss of agent(s) {agents} is not finite in round {number} "
-                f"(phase {phase!r})"
-            )
-        self._results.write(phase, number, measures, metrics)
-        self._log(
-            f"round {number:3d} {phase:>10}: "
-            f"test accuracy {measures['test_accuracy_mean']:.4f} "
-            f"± {measures['test_accuracy_std']:.4f} over agents, "
-            f"loss {measures['test_loss_mean']:.4f}, "
-            f"consensus distance {measures['consensus_distance']:.3g}"
-        )

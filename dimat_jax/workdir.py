@@ -5,7 +5,7 @@
     inputs.json      digests of the data and of files that the config names, versions
     graph.file.json  a copy of such a file, if the config names one (or .npy)
     partition.json   how many training samples of each class every agent has
-    metrics.jsonl    a row for every evaluation
+    metrics.jsonl    a row for every evaluation, and for every epoch in between
     metrics.digests  a digest of every row
     events.out.*     the numbers of these rows, for TensorBoard
     checkpoints/     the newest states, from which a run that was killed goes on
@@ -20,6 +20,7 @@ A folder with a config.json holds a run; one with a summary.json, a finished one
 
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,8 +28,16 @@ import jax
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._events import About
 from dimat_jax._lock import check_held
-from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
+from dimat_jax._metrics import (
+    MetricsWriter,
+    best_rows,
+    read_evaluations,
+    read_rows,
+    write_json,
+)
+from dimat_jax._partition_picture import partition_picture
 from dimat_jax._processes import from_main, is_lost, is_main
 from dimat_jax._restored import SAVED_ROWS, restore, restore_from
 from dimat_jax._run_folder import Workdir
@@ -36,8 +45,11 @@ from dimat_jax._run_progress import Progress
 from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.config import (
     ConfigError,
+    fields_of,
+    fields_read,
     set_if_read,
 )
+from dimat_jax.data.partition import class_counts
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
@@ -89,7 +101,9 @@ class Results:
         self._rows = None
         if is_main():
             saved = self._checkpoints.read_attached(SAVED_ROWS)
-            self._rows = MetricsWriter(workdir.path, self.progress.rows, saved)
+            self._rows = MetricsWriter(
+                workdir.path, self.progress.rows, saved, self._about()
+            )
 
     def __enter__(self) -> "Results":
         if is_main():
@@ -110,6 +124,13 @@ class Results:
             if self._rows is not None and isinstance(error, NonFiniteError):
                 content = {"message": str(error)}
                 write_json(self._workdir.path / FAILURE, content)
+
+    def _about(self) -> About:
+        """What TensorBoard shows of the run beside its rows."""
+        options = fields_read(fields_of(self._experiment.config))
+        experiment = self._experiment
+        counts = class_counts(experiment.dataset.train.labels, experiment.shards)
+        return About(options, partition_picture(counts))
 
     def restore(self) -> State | None:
         """The agents' state in the newest checkpoint, on the devices.
@@ -159,6 +180,44 @@ class Results:
                 **metrics,
             }
         )
+
+    def write_epoch(
+        self, phase: str, number: int, epoch: int, metrics: dict[str, Any]
+    ) -> None:
+        """Adds a row for an epoch between two evaluations.
+
+        Args:
+            phase: "pretraining" or "training".
+            number: The round; 0 for pre-training.
+            epoch: The number of epochs of pre-training or of the round that are done.
+            metrics: Further entries of the row.
+
+        Raises:
+            LockError: Another process has taken the folder over.
+        """
+        if self._rows is None:
+            return
+        check_held(self._workdir.path)
+        done = {"round": number, "step": self.progress.steps_done, "phase": phase}
+        seconds = {"seconds_total": self.progress.total_seconds}
+        self._rows.write({**done, "epoch": epoch, **metrics, **seconds})
+
+    def pretraining_rows(self) -> list[dict[str, Any]]:
+        """The rows of pre-training's epochs that are written."""
+        rows = read_rows(self._workdir.path) if self._rows is not None else []
+        return [row for row in rows if row["phase"] == "pretraining"]
+
+    def write_pretraining_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows of pre-training's epochs that another run has done.
+
+        Epochs that this run has done before are left out.
+        """
+        if self._rows is not None:
+            check_held(self._workdir.path)
+            known = {row["epoch"] for row in self.pretraining_rows()}
+            for row in rows:
+                if row["epoch"] not in known:
+                    self._rows.write(row)
 
     def _bytes_sent_by_link(self) -> dict[str, Any]:
         """The field of the links' bytes, unless there are too many for every row."""
@@ -229,7 +288,7 @@ class Results:
         return from_main(self._workdir.read_summary() if is_main() else None)
 
     def _summary(self) -> dict[str, Any]:
-        rows = read_rows(self._workdir.path)
+        rows = read_evaluations(self._workdir.path)
         W = self._experiment.links.mixing_matrix
         return {
             **rows[-1],
