@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from dimat_jax.data.partition import PARTITIONS as PARTITIONS
     from dimat_jax.data.sources import SOURCES as SOURCES
     from dimat_jax.errors import UserError as UserError
+    from dimat_jax.export import export_model as export_model
     from dimat_jax.matching import activation_matching as activation_matching
     from dimat_jax.matching import (
         joint_activation_matching as joint_activation_matching,
@@ -90,6 +91,7 @@ else:
         "data.partition": ["PARTITIONS"],
         "data.sources": ["SOURCES"],
         "errors": ["UserError"],
+        "export": ["export_model"],
         "matching": [
             "activation_matching",
             "joint_activation_matching",

@@ -34,7 +34,7 @@ __all__ = ["SharedAgents", "pretrain", "pretraining_fields"]
 def pretrain(
     experiment: Experiment,
     results: Results,
-    state: State | None,
+    state: State | Callable[[], Variables],
     run_log: RunLog,
     tick: Callable[[int], Any],
     pauses: RunPauses,
@@ -44,8 +44,8 @@ def pretrain(
     Args:
         experiment: What the run's config describes.
         results: The run's files. Its progress ends at the end of pre-training.
-        state: The agents' state in the middle of pre-training; None at the beginning.
-            It is donated.
+        state: The agents' state in the middle of pre-training, which is donated. At the
+            beginning, a function that returns the variables that agents start with.
         run_log: What reports every epoch.
         tick: A function that is called with the number of steps just done.
         pauses: What may save the state between two steps, or end the run.
@@ -79,7 +79,7 @@ def pretrain(
 def _train_alone(
     experiment: Experiment,
     results: Results,
-    state: State | None,
+    state: State | Callable[[], Variables],
     run_log: RunLog,
     tick: Callable[[int], Any],
     pauses: RunPauses,
@@ -88,8 +88,8 @@ def _train_alone(
     progress, options = results.progress, experiment.config.pretrain
     algorithm, sampler = experiment.pretrain_algorithm, experiment.pretrain_sampler
     steps = sampler.steps_per_epoch
-    if state is None:
-        state = algorithm.init(experiment.initial_variables())
+    if callable(state):
+        state = algorithm.init(state())
     trainer = Trainer(experiment, algorithm, sampler, experiment.key("pretrain"))
     # A step takes a network, but agents that train alone do not look at it.
     networks = [experiment.network_at_round(1)] * steps
@@ -127,7 +127,9 @@ class SharedAgents:
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
-        cache_dir = experiment.config.pretrain.cache_dir
+        config = experiment.config
+        # Runs share what they have trained from random weights.
+        cache_dir = "" if config.init_from else config.pretrain.cache_dir
         self.path = Path(cache_dir) / _fingerprint(experiment) if cache_dir else None
 
     @contextmanager

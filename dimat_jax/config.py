@@ -35,7 +35,7 @@ from dimat_jax._schedules import WARMUP
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
 from dimat_jax.algorithms._ahead import GRADIENT, check_gradient
 from dimat_jax.algorithms._merging import OPT_STATE, check_moments
-from dimat_jax.algorithms.record import INIT
+from dimat_jax.algorithms.record import INIT, INIT_FROM
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data._small_shards import SMALL_SHARDS
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
@@ -92,6 +92,7 @@ ROOT = (
     SEED,
     AGENTS,
     INIT,
+    INIT_FROM,
     ALGORITHM,
     BATCH_SIZE,
     ROUNDS,
@@ -367,6 +368,11 @@ def _check_together(fields: Fields) -> None:
         raise ConfigError(
             "a round trains for local_epochs or for local_steps: one of them must be "
             f"0 and the other not, got {epochs} and {steps}"
+        )
+    if fields[INIT_FROM.path] and fields[INIT.path] != INIT.default:
+        raise ConfigError(
+            f"config.{INIT.path} is {fields[INIT.path]!r}, but with config."
+            f"{INIT_FROM.path} no weights are drawn"
         )
     record = record_of(fields)
     chosen = fields[OPTIMIZER.path]

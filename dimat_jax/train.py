@@ -15,6 +15,7 @@ the seed and on counters alone.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from dimat_jax._restored import mend_rows
 from dimat_jax._rounds import Rounds
 from dimat_jax._run_log import RunLog
 from dimat_jax._signals import deferrable
+from dimat_jax._starting import Start, is_there, read_start
 from dimat_jax._storage import explained
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
@@ -78,15 +80,17 @@ def run(
     folder, log = Workdir(workdir), log if is_main() else _silent
     with explained(folder.path, _GOES_ON), deferrable() as signals:
         _check(config, folder)
-        if (summary := _finished(folder, log)) is not None:
+        if (summary := _finished(folder, config, log)) is not None:
             return summary
         with _locked(folder, log) as lock:
             # Another process may have worked here before the lock was taken.
             with together():
                 folder.check(config)
-            if (summary := _finished(folder, log)) is not None:
+            if (summary := _finished(folder, config, log)) is not None:
                 return summary
-            experiment = _prepare(config, folder, log)
+            with together():
+                _set_rounds(folder, config, log)
+            experiment, start = _prepare(config, folder, log)
             with (
                 refusals_explained(experiment.placement),
                 Results(folder, experiment) as results,
@@ -95,12 +99,13 @@ def run(
                 every = config.checkpoint.every_minutes
                 pauses = RunPauses(results, every, signals, lock)
                 log = log if bar.disable else bar.write
-                _train(experiment, results, pauses, log, bar.update)
+                _train(experiment, start, results, pauses, log, bar.update)
                 return results.summarize()
 
 
 def _train(
     experiment: Experiment,
+    start: Start | None,
     results: Results,
     pauses: RunPauses,
     log: Callable[[str], None],
@@ -114,6 +119,9 @@ def _train(
     if state is not None:
         log(f"going on after local step {progress.steps_done}")
     if state is None or progress.epoch < config.pretrain.epochs:
+        if state is None:
+            state = experiment.initial_variables
+            state = partial(start.variables, experiment) if start else state
         state, metrics = pretrain(experiment, results, state, run_log, tick, pauses)
         evaluate("pretrained", 0, state, metrics)
         results.save(state)
@@ -143,13 +151,23 @@ def _train(
             results.save(state)
 
 
-def _finished(folder: Workdir, log: Callable[[str], None]) -> dict[str, Any] | None:
+def _finished(
+    folder: Workdir, config: Config, log: Callable[[str], None]
+) -> dict[str, Any] | None:
     """The summary of a run that has finished; None if it has not."""
-    if (summary := from_main(folder.read_summary())) is not None:
+    if (summary := from_main(folder.read_summary(config.rounds))) is not None:
         log(f"{folder.path} holds this run, finished")
         if jax.process_count() == 1 and mend_rows(folder.path, summary, log):
             log("its rows were damaged, and are restored from its last checkpoint")
     return summary
+
+
+def _set_rounds(folder: Workdir, config: Config, log: Callable[[str], None]) -> None:
+    """Lets a run that has begun go on to the rounds of a config."""
+    if is_main() and folder.is_started:
+        before = folder.set_rounds(config.rounds)
+        if before is not None:
+            log(f"the run goes on to {config.rounds} rounds; it was one of {before}")
 
 
 @contextmanager
@@ -163,26 +181,43 @@ def _locked(folder: Workdir, log: Callable[[str], None]) -> Iterator[Lock | None
         yield lock
 
 
-def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
-    """Builds and checks a run's experiment, and makes its folder if it is new."""
+def _prepare(
+    config: Config, folder: Workdir, log: Callable[[str], None]
+) -> tuple[Experiment, Start | None]:
+    """Builds and checks a run's experiment, and makes its folder if it is new.
+
+    Returns:
+        The experiment, and the trained weights that the config names. These are None if
+        it names none, or if the run no longer needs them and they are gone.
+    """
     is_new = not from_main(folder.is_started)
+    goes_on = from_main(folder.has_checkpoint)
     with together():
+        start = read_start(config) if is_there(config) or not goes_on else None
         experiment = settled(folder.with_own_files(config), folder, log)
         folder.check_data(experiment)
-    check_equal({"the digest of their data": experiment.data_digest})
+        if start is not None:
+            start.check(experiment)
+            folder.check_start(start.digest)
+    check_equal(
+        {
+            "the digest of their data": experiment.data_digest,
+            "the digest of the weights they start from": start and start.digest,
+        }
+    )
     with together():
         if is_new and experiment.record.aligns:
             experiment.verify_spec()
     with together():
         if is_new and is_main():
-            log(table(folder.create(experiment)))
+            log(table(folder.create(experiment, start and start.digest)))
     with together():
         if not folder.is_started:
             raise ConfigError(
                 f"{folder.path} is not the folder that process 0 writes; all processes "
                 "must see the same workdir"
             )
-    return experiment
+    return experiment, start
 
 
 def _check(config: Config, folder: Workdir) -> None:

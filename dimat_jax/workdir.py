@@ -2,6 +2,7 @@
 
     config.json      the config that the run was started with
     layout.json      how agents share a device, with which the run was started
+    model.json       what is needed to read the agents without their data
     inputs.json      digests of the data and of files that the config names, versions
     graph.file.json  a copy of such a file, if the config names one (or .npy)
     partition.json   how many training samples of each class every agent has
@@ -18,7 +19,6 @@ process writes its part. All processes must see the folder.
 A folder with a config.json holds a run; one with a summary.json, a finished one.
 """
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,6 +29,7 @@ import jax
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._events import About
+from dimat_jax._loaded_run import load_agents
 from dimat_jax._lock import check_held
 from dimat_jax._metrics import (
     MetricsWriter,
@@ -39,16 +40,11 @@ from dimat_jax._metrics import (
 )
 from dimat_jax._partition_picture import partition_picture
 from dimat_jax._processes import from_main, is_lost, is_main
-from dimat_jax._restored import SAVED_ROWS, restore, restore_from
+from dimat_jax._restored import SAVED_ROWS, restore
 from dimat_jax._run_folder import Workdir
 from dimat_jax._run_progress import Progress
-from dimat_jax.algorithms.base import State, Variables
-from dimat_jax.config import (
-    ConfigError,
-    fields_of,
-    fields_read,
-    set_if_read,
-)
+from dimat_jax.algorithms.base import State
+from dimat_jax.config import fields_of, fields_read
 from dimat_jax.data.partition import class_counts
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
@@ -143,8 +139,8 @@ class Results:
         restored = restore(self._experiment, self._checkpoints)
         if restored is None:
             return None
-        _, state, self.totals = restored
-        return state
+        self.totals = restored.totals
+        return restored.state
 
     def write(
         self, phase: str, number: int, measures: dict[str, Any], metrics: dict[str, Any]
@@ -306,31 +302,3 @@ class Results:
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "versions": {"dimat_jax": dimat_jax.__version__, "jax": jax.__version__},
         }
-
-
-def load_agents(
-    workdir: str | os.PathLike[str], data_dir: str | None = None
-) -> tuple[Experiment, Variables]:
-    """Loads the agents of a run, finished or not. The run's folder stays as it is.
-
-    Args:
-        workdir: The run's folder.
-        data_dir: Where the run's data are now, if they have moved.
-
-    Returns:
-        The run's experiment, and the agents' variables in its newest checkpoint: NumPy
-        arrays `[agents, ...]`.
-
-    Raises:
-        UserError: The folder holds no run that can be read, or no checkpoint.
-    """
-    folder = Workdir(workdir)
-    config = folder.with_own_files(folder.read_config())
-    if data_dir:
-        set_if_read(config, "data.dir", data_dir)
-    experiment = Experiment(config)
-    restored = restore_from(experiment, folder.path / "checkpoints")
-    if restored is None:
-        raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
-    algorithm, state, _ = restored
-    return experiment, experiment.placement.gather(algorithm.variables(state))

@@ -434,9 +434,9 @@ def test_a_run_of_an_older_version_is_still_the_same_run(tmp_path):
     experiment, agents = load_agents(tmp_path)
     assert experiment.config.merge.stay == 0.0
     assert jax.tree.leaves(agents)[0].shape[0] == 3
-    older["rounds"] = 1
+    older["seed"] = 1
     path.write_text(json.dumps(older))
-    with pytest.raises(ConfigError, match=r"they differ in rounds \(1 there, 0 here\)"):
+    with pytest.raises(ConfigError, match=r"they differ in seed \(1 there, 0 here\)"):
         Workdir(tmp_path).check(config)
 
 

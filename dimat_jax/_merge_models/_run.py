@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dimat_jax import __version__, permutation
-from dimat_jax._merge_models import _files, _report
+from dimat_jax import __version__, _model_files, permutation
+from dimat_jax._merge_models import _report
 from dimat_jax._merge_models._merging import Merging
 from dimat_jax._merge_models._methods import METHODS
 from dimat_jax._merge_models._options import Options, check
@@ -91,18 +91,20 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
 
 def _read(options: Options) -> tuple[list[SavedModel], Dataset]:
     """Reads the models and their data, and checks that all fit together."""
-    models, data_dir = _files.read(options.models, options.model, options.data_dir)
+    models, data_dir = _model_files.read(
+        options.models, options.model, options.data_dir
+    )
     for name, model in zip(options.models, models, strict=True):
         if options.model not in (None, model.name):
             raise UserError(f"{name} is a {model.name}, but --model={options.model}")
     dataset = sources.load(
-        _files.data_set(options.models, models, options.data),
+        _model_files.data_set(options.models, models, options.data),
         directory=data_dir,
         train_size=options.train_size,
         test_size=options.test_size,
         seed=options.seed,
     )
-    _files.check(options.models, models, dataset)
+    _model_files.check(options.models, models, dataset)
     if options.samples > (available := len(dataset.train.labels)):
         raise UserError(
             f"--samples is {options.samples}, but there are only {available} images"

@@ -2,9 +2,10 @@
 
     dimat merge A B [C ...] --out=DIR
 
-A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0), a PyTorch file
-(.pth, .pt or .safetensors; --model and --data name its architecture and its data set),
-or the --out of an earlier merge. All models are aligned to the first and averaged. Then
+A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0; DIR@10 and
+DIR@10:2 are these at the end of round 10), a PyTorch file (.pth, .pt or .safetensors;
+--model and --data name its architecture and its data set), or the --out of an earlier
+merge or export. All models are aligned to the first and averaged. Then
 BatchNorm statistics are measured anew; networks without BatchNorm are rescaled
 (REPAIR).
 

@@ -11,9 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from dimat_jax._metrics import write_bytes
 from dimat_jax.errors import UserError, reading
 
-__all__ = ["TorchImportError", "float32", "listed", "read_state_dict"]
+__all__ = [
+    "TorchImportError",
+    "float32",
+    "listed",
+    "read_state_dict",
+    "write_safetensors",
+]
 
 
 class TorchImportError(UserError):
@@ -90,6 +97,21 @@ _SAFETENSORS_DTYPES = {
     "BF16": jnp.bfloat16,
     "I64": np.int64,
 }
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a .safetensors file. A crash leaves the whole file or none.
+
+    Raises:
+        TorchImportError: safetensors is not installed.
+    """
+    try:
+        from safetensors.numpy import save
+    except ImportError as error:
+        raise TorchImportError(
+            f"{path}: writing it needs safetensors; pip install 'dimat_jax[torch]'"
+        ) from error
+    write_bytes(path, save(dict(arrays)))
 
 
 def _read_torch(path: Path) -> Any:

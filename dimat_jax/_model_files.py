@@ -9,7 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dimat_jax import train
+from dimat_jax._loaded_run import load_weights
+from dimat_jax.algorithms.base import Variables
 from dimat_jax.config import fields_of, model_arguments
 from dimat_jax.data._dataset import Dataset
 from dimat_jax.errors import UserError, reading
@@ -19,7 +20,15 @@ from dimat_jax.models._saved import SavedModel
 from dimat_jax.models._torch_import import from_torch, infer_arguments
 from dimat_jax.tree import take
 
-__all__ = ["check", "data_set", "read"]
+__all__ = [
+    "check",
+    "data_set",
+    "located",
+    "of_experiment",
+    "read",
+    "read_agents",
+    "refuse_another",
+]
 
 # The endings of PyTorch files.
 TORCH = (".pth", ".pt", ".safetensors")
@@ -32,7 +41,8 @@ def read(
 
     Args:
         names: the models' names. Each is the workdir of a run (DIR:2 is its agent 2,
-            DIR its agent 0), the folder of a merge, or a PyTorch file.
+            DIR its agent 0; DIR@10 and DIR@10:2 are these at the end of round 10), the
+            folder of a merge or of an export, or a PyTorch file.
         torch_model: the architecture of PyTorch files. These files name no data set and
             no shape of inputs, so these fields of the models are empty.
         data_dir: the folder of the runs' data, if it is no longer the one in their
@@ -48,21 +58,21 @@ def read(
     directories = [data_dir]
 
     @functools.cache  # Several models may be agents of the same run.
-    def load_agents(workdir: Path):
-        experiment, agents = train.load_agents(workdir, data_dir)
+    def load_agents(workdir: Path, round: int | None):
+        experiment, agents = load_weights(workdir, data_dir, round)
         directories.append(experiment.config.data.dir)
         return experiment, agents
 
     def read_one(name: str) -> SavedModel:
-        path, agent = Path(name), None
-        if not path.exists() and (found := re.fullmatch(r"(.+):(\d+)", name)):
-            path, agent = Path(found[1]), int(found[2])
+        path, round, agent = located(name)
         if not path.exists():
             raise UserError("there is no such file or folder")
         if (path / "config.json").exists():
-            return _agent(*load_agents(path), agent or 0)
-        if agent is not None:
-            raise UserError(f"{path} is no run; only runs have agents to choose from")
+            return _agent(*load_agents(path, round), agent or 0)
+        if agent is not None or round is not None:
+            raise UserError(
+                f"{path} is no run; only runs have agents and rounds to choose from"
+            )
         if path.is_file():
             return _torch(path, torch_model)
         if (path / "model").is_dir():
@@ -83,18 +93,52 @@ def read(
     return models, next(filter(None, directories), None)
 
 
+def read_agents(name: str) -> list[SavedModel]:
+    """Reads all agents of a run: DIR, or DIR@10 at the end of round 10.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    path, round, _ = located(name)
+    with reading(name):
+        experiment, agents = load_weights(path, None, round)
+    n_agents = experiment.placement.n_agents
+    return [_agent(experiment, agents, number) for number in range(n_agents)]
+
+
+def located(name: str) -> tuple[Path, int | None, int | None]:
+    """The path in a model's name, and the round and the agent that it chooses."""
+    path = Path(name)
+    if path.exists() or not (
+        found := re.fullmatch(r"(.+?)(?:@(\d+))?(?::(\d+))?", name)
+    ):
+        return path, None, None
+    round, agent = (number and int(number) for number in found.groups()[1:])
+    return Path(found[1]), round, agent
+
+
 def _agent(experiment: Experiment, agents: Any, number: int) -> SavedModel:
-    n_agents = len(experiment.shards)
+    n_agents = experiment.placement.n_agents
     if number >= n_agents:
         raise UserError(f"there is no agent {number}; the run has 0 to {n_agents - 1}")
+    return of_experiment(experiment, take(agents, number))
+
+
+def of_experiment(experiment: Experiment, variables: Variables) -> SavedModel:
+    """Describes the model that the agents of an experiment train.
+
+    Args:
+        experiment: the experiment, with its data or without them.
+        variables: one agent's variables.
+    """
     arguments = model_arguments(fields_of(experiment.config))
     arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
     return SavedModel(
         name=experiment.config.model.name,
-        arguments={"n_classes": experiment.dataset.n_classes, **arguments},
-        input_shape=experiment.dataset.train.images.shape[1:],
+        arguments={"n_classes": experiment.n_classes, **arguments},
+        input_shape=experiment.input_shape,
         data=experiment.config.data.name,
-        variables=take(agents, number),
+        variables=variables,
     )
 
 
@@ -135,23 +179,33 @@ def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) 
     Raises:
         UserError: a model does not fit; the message names it, and the setting or leaf.
     """
-    expected = _architecture(models[0])
     for name, model in zip(names, models, strict=True):
-        architecture = _architecture(model)
-        for field in [*expected, *architecture]:
-            first, other = expected.get(field), architecture.get(field)
-            if first != other:
-                raise UserError(
-                    f"{names[0]} and {name} are of different architectures: {field} "
-                    f"is {first} and {other}"
-                )
-        if architecture["n_classes"] != dataset.n_classes:
+        refuse_another(names[0], models[0], name, model)
+        n_classes = _architecture(model)["n_classes"]
+        if n_classes != dataset.n_classes:
             raise UserError(
-                f"{name} is for {architecture['n_classes']} classes, but "
-                f"{dataset.name} has {dataset.n_classes}"
+                f"{name} is for {n_classes} classes, but {dataset.name} has "
+                f"{dataset.n_classes}"
             )
         shape = dataset.train.images.shape[1:]
         _saved.check(model._replace(input_shape=shape), name)
+
+
+def refuse_another(
+    first_name: str, first: SavedModel, name: str, model: SavedModel
+) -> None:
+    """Refuses models of different architectures.
+
+    Raises:
+        UserError: the message names the two, and the setting in which they differ.
+    """
+    expected, found = _architecture(first), _architecture(model)
+    for field in [*expected, *found]:
+        if expected.get(field) != found.get(field):
+            raise UserError(
+                f"{first_name} and {name} are of different architectures: {field} is "
+                f"{expected.get(field)} and {found.get(field)}"
+            )
 
 
 def _architecture(model: SavedModel) -> dict[str, Any]:
