@@ -80,9 +80,10 @@ if TYPE_CHECKING:
     from dimat_jax.permutation import invert as invert
     from dimat_jax.permutation import validate as validate
     from dimat_jax.permutation import verify as verify
+    from dimat_jax.results import run as run
+    from dimat_jax.results import sweep as sweep
     from dimat_jax.topology import TOPOLOGIES as TOPOLOGIES
     from dimat_jax.train import load_agents as load_agents
-    from dimat_jax.train import run as run
 else:
     _HOMES = {
         "algorithms": ["ALGORITHMS"],
@@ -116,8 +117,9 @@ else:
             "validate",
             "verify",
         ],
+        "results": ["run", "sweep"],
         "topology": ["TOPOLOGIES"],
-        "train": ["load_agents", "run"],
+        "train": ["load_agents"],
     }
     __all__ = [name for names in _HOMES.values() for name in names]
     __getattr__ = importer(__name__, _HOMES)

@@ -1,10 +1,9 @@
 """A picture of a partition, drawn without the time that Matplotlib takes to start."""
 
 import io
-from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
 __all__ = ["partition_picture"]
@@ -18,29 +17,28 @@ _PIXELS, _CELL = 960, 40
 _MARGIN, _READABLE = 44, 20
 
 
-def partition_picture(counts: Sequence[Sequence[int]]) -> bytes:
+def partition_picture(counts: Int[np.ndarray, "agents classes"]) -> bytes:
     """Draws how many samples of each class every agent has.
 
     Args:
-        counts: `[agents][classes]`, the numbers of samples.
+        counts: the numbers of samples.
 
     Returns:
         A PNG file: a row for each agent and a column for each class. The darker a cell
         is, the more samples it stands for. Rows and columns are numbered from 0.
     """
-    table = np.array(counts, np.int64)
-    height, width = (_cell(n) for n in table.shape)
-    cells = _colours(table).repeat(height, axis=0).repeat(width, axis=1)
+    height, width = (_cell(n) for n in counts.shape)
+    cells = _colours(counts).repeat(height, axis=0).repeat(width, axis=1)
     size = cells.shape[1] + _MARGIN, cells.shape[0] + _MARGIN
     picture = Image.new("RGB", size, "white")
     picture.paste(Image.fromarray(cells), (_MARGIN, _MARGIN))
     draw = ImageDraw.Draw(picture)
     draw.text((4, 4), "class", "black")
     draw.text((4, _MARGIN // 2), "agent", "black")
-    for agent in range(len(table)) if height >= _READABLE else ():
+    for agent in range(len(counts)) if height >= _READABLE else ():
         middle = _MARGIN + agent * height + height // 2
         draw.text((_MARGIN - 6, middle), str(agent), "black", anchor="rm")
-    for label in range(table.shape[1]) if width >= _READABLE else ():
+    for label in range(counts.shape[1]) if width >= _READABLE else ():
         middle = _MARGIN + label * width + width // 2
         draw.text((middle, _MARGIN - 6), str(label), "black", anchor="mb")
     file = io.BytesIO()
@@ -53,6 +51,6 @@ def _cell(n: int) -> int:
     return max(1, min(_CELL, _PIXELS // n))
 
 
-def _colours(table: Int[np.ndarray, "agents classes"]) -> np.ndarray:
+def _colours(table: Int[np.ndarray, "agents classes"]) -> UInt8[np.ndarray, "..."]:
     share = (table / max(table.max(), 1))[..., None]
     return np.round(_NONE + share * (_MOST - _NONE)).astype(np.uint8)

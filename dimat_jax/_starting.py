@@ -45,7 +45,7 @@ class Start:
             ConfigError: a model is of another architecture, has other leaves or shapes,
                 or is not finite. The message names it, and the setting or the leaf.
         """
-        wanted = of_experiment(experiment, None)
+        wanted = of_experiment(experiment, {})
         with concerning(f"config.{INIT_FROM.path}", ConfigError):
             for name, model in zip(self.names, self.models, strict=True):
                 _model_files.refuse_another("the config's model", wanted, name, model)

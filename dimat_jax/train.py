@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import dimat_jax
 from dimat_jax._lock import Lock, held

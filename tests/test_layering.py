@@ -42,7 +42,7 @@ FLOORS = [
     ["merge"],
     ["_checkpoint", "_metrics", "_run_progress"],
     ["data"],
-    ["models"],
+    ["models", "_compile_cache"],
     ["matching"],
     ["_schedules"],
     ["optimizers", "compression"],
@@ -64,6 +64,7 @@ FLOORS = [
     ["_pretrain", "_race", "_rounds"],
     ["train"],
     ["reports", "_tuning", "_merge_models", "_bench", "_sweeping"],
+    ["results"],
     ["cli"],
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -188,7 +188,7 @@ def test_numbers_reach_tensorboard_by_phase_and_step(tmp_path):
 
 
 def test_tensorboard_shows_options_and_the_partition_whenever_a_run_goes_on(tmp_path):
-    picture = partition_picture([[30, 0], [0, 10]])
+    picture = partition_picture(np.array([[30, 0], [0, 10]]))
     about = About({"agents": 2, "optimizer.name": "sgd", "rate": 0.5}, picture)
     for keep_rows in (0, 1):
         writer = MetricsWriter(tmp_path, keep_rows, None, about)
@@ -216,7 +216,7 @@ def test_tensorboard_shows_options_and_the_partition_whenever_a_run_goes_on(tmp_
 def test_the_picture_of_a_partition_has_a_cell_for_each_agent_and_class(shape):
     counts = np.zeros(shape, int)
     counts[0, 0], counts[1, 2] = 100, 50
-    content = partition_picture(counts.tolist())
+    content = partition_picture(counts)
     picture = np.array(Image.open(io.BytesIO(content)), int)
     height, width = ((n - 44) // m for n, m in zip(picture.shape, shape, strict=False))
     cells = picture[44::height, 44::width].sum(axis=2)[: shape[0], : shape[1]]

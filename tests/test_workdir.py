@@ -78,6 +78,7 @@ def test_a_new_run_has_a_config_and_a_partition_and_no_summary(tmp_path, experim
         "config.json",
         "inputs.json",
         "layout.json",
+        "model.json",
         "partition.json",
     }
     assert folder.read_config().to_json() == experiment.config.to_json()
@@ -127,8 +128,8 @@ def test_there_are_as_many_class_names_as_columns_of_counts(
 def test_a_folder_takes_the_same_config_on_other_devices_but_no_other(folder):
     folder.check(small())
     folder.check(small(placement__cpu_devices=2, checkpoint__keep=7))
-    with pytest.raises(ConfigError, match=r"differ in rounds \(2 there, 3 here\)"):
-        folder.check(small(rounds=3))
+    with pytest.raises(ConfigError, match=r"differ in seed \(0 there, 3 here\)"):
+        folder.check(small(seed=3))
 
 
 def test_a_file_is_no_folder(tmp_path):

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dimat_jax._chosen import check_network, number_of_agents
 from dimat_jax._division import check_samples, divide, load_data
@@ -57,9 +57,14 @@ class Job(NamedTuple):
     workdir: Path
 
     @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of the finished run; None if it has not finished."""
+        return Workdir(self.workdir).read_summary(self.config.rounds)
+
+    @property
     def is_finished(self) -> bool:
         """Whether the folder holds the finished run."""
-        return Workdir(self.workdir).read_summary(self.config.rounds) is not None
+        return self.summary is not None
 
 
 def prepare(
