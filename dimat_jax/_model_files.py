@@ -113,7 +113,7 @@ def located(name: str) -> tuple[Path, int | None, int | None]:
         found := re.fullmatch(r"(.+?)(?:@(\d+))?(?::(\d+))?", name)
     ):
         return path, None, None
-    round, agent = (number and int(number) for number in found.groups()[1:])
+    round, agent = (None if n is None else int(n) for n in found.groups()[1:])
     return Path(found[1]), round, agent
 
 

@@ -34,7 +34,8 @@ __all__ = ["SharedAgents", "pretrain", "pretraining_fields"]
 def pretrain(
     experiment: Experiment,
     results: Results,
-    state: State | Callable[[], Variables],
+    state: State | None,
+    begin: Callable[[], Variables],
     run_log: RunLog,
     tick: Callable[[int], Any],
     pauses: RunPauses,
@@ -44,8 +45,9 @@ def pretrain(
     Args:
         experiment: What the run's config describes.
         results: The run's files. Its progress ends at the end of pre-training.
-        state: The agents' state in the middle of pre-training, which is donated. At the
-            beginning, a function that returns the variables that agents start with.
+        state: The agents' state in the middle of pre-training; None at the beginning.
+            It is donated.
+        begin: A function that returns the variables that the agents start with.
         run_log: What reports every epoch.
         tick: A function that is called with the number of steps just done.
         pauses: What may save the state between two steps, or end the run.
@@ -67,7 +69,7 @@ def pretrain(
             tick(experiment.pretrain_steps - progress.steps_done)
         else:
             variables, metrics = _train_alone(
-                experiment, results, state, run_log, tick, pauses
+                experiment, results, state, begin, run_log, tick, pauses
             )
             seconds, rows = progress.total_seconds, results.pretraining_rows()
             shared.write(variables, metrics, seconds, rows)
@@ -79,7 +81,8 @@ def pretrain(
 def _train_alone(
     experiment: Experiment,
     results: Results,
-    state: State | Callable[[], Variables],
+    state: State | None,
+    begin: Callable[[], Variables],
     run_log: RunLog,
     tick: Callable[[int], Any],
     pauses: RunPauses,
@@ -88,8 +91,8 @@ def _train_alone(
     progress, options = results.progress, experiment.config.pretrain
     algorithm, sampler = experiment.pretrain_algorithm, experiment.pretrain_sampler
     steps = sampler.steps_per_epoch
-    if callable(state):
-        state = algorithm.init(state())
+    if state is None:
+        state = algorithm.init(begin())
     trainer = Trainer(experiment, algorithm, sampler, experiment.key("pretrain"))
     # A step takes a network, but agents that train alone do not look at it.
     networks = [experiment.network_at_round(1)] * steps

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import glob
 import re
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -55,7 +54,7 @@ class Start:
     def digest(self) -> str:
         """A text that differs for other weights, or for another order of the agents."""
         lines = [
-            f"{agent} {path} {leaf.shape} {blake2b(np.ascontiguousarray(leaf).data)}"
+            f"{agent} {path} {leaf.shape} {blake2b(leaf.tobytes())}"
             for agent, model in enumerate(self.models)
             for path, leaf in _leaves(model)
         ]
@@ -141,7 +140,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _by_number(path: str) -> Sequence[tuple[int, str]]:
+def _by_number(path: str) -> list[tuple[int, str]]:
     """Puts agent10 after agent9: numbers in names are compared as numbers."""
     return [
         (int(part), "") if part.isdecimal() else (-1, part)

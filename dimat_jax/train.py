@@ -119,10 +119,12 @@ def _train(
     if state is not None:
         log(f"going on after local step {progress.steps_done}")
     if state is None or progress.epoch < config.pretrain.epochs:
-        if state is None:
-            state = experiment.initial_variables
-            state = partial(start.variables, experiment) if start else state
-        state, metrics = pretrain(experiment, results, state, run_log, tick, pauses)
+        begin = experiment.initial_variables
+        if start is not None:
+            begin = partial(start.variables, experiment)
+        state, metrics = pretrain(
+            experiment, results, state, begin, run_log, tick, pauses
+        )
         evaluate("pretrained", 0, state, metrics)
         results.save(state)
     messages = algorithm.messages(state)

@@ -13,7 +13,7 @@ import pytest
 import dimat_jax
 from dimat_jax import train
 from dimat_jax._metrics import read_evaluations, read_rows
-from dimat_jax._starting import read_start
+from dimat_jax._starting import Start, read_start
 from dimat_jax._without_data import ExperimentWithoutData, Form
 from dimat_jax.config import ConfigError, drop_unread
 from dimat_jax.data._dataset import DataError
@@ -155,7 +155,7 @@ def test_agents_are_loaded_without_their_data(copied, monkeypatch, caplog):
         with pytest.raises(DataError, match="was loaded without its data.*no digits"):
             getattr(experiment, part)
     with pytest.raises(AttributeError):
-        _ = experiment.something_else
+        getattr(experiment, "something_else")  # noqa: B009
     # A run of an older version does not say enough.
     (copied / "model.json").unlink()
     with pytest.raises(DataError, match="^there are no digits"):
@@ -190,6 +190,12 @@ def starting(names: Any, **changes: Any) -> Any:
     return drop_unread(small("wa", **fields))
 
 
+def start_of(config: Any) -> Start:
+    start = read_start(config)
+    assert start is not None
+    return start
+
+
 def test_a_run_starts_from_the_agents_of_another_run(tmp_path, source):
     expected = read_evaluations(source)
     run(starting(f"{source}@1"), tmp_path / "one")
@@ -200,10 +206,11 @@ def test_a_run_starts_from_the_agents_of_another_run(tmp_path, source):
     # its rounds, and may pre-train them.
     run(starting(source, pretrain__epochs=1), tmp_path / "two")
     alone, start, *_ = read_rows(tmp_path / "two")
-    assert alone["train_loss_mean"] < 0.8 * expected[0]["train_loss_mean"]
+    from_random_weights = read_rows(source)[0]["train_loss_mean"]
+    assert alone["train_loss_mean"] < 0.9 * from_random_weights
     _, agents = load_agents(source)
     assert_same(
-        [model.variables for model in read_start(starting(source)).models],
+        [model.variables for model in start_of(starting(source)).models],
         [take(agents, number) for number in range(3)],
     )
 
@@ -214,18 +221,18 @@ def test_a_run_starts_from_models_one_for_each_agent_or_one_for_all(tmp_path, so
     for number in (2, 10, 9):
         export_model(source, folder / f"agent{number}", agent=number % 3)
     # The numbers in names are compared as numbers: 2, 9 and 10.
-    found = read_start(starting(folder / "agent*"))
+    found = start_of(starting(folder / "agent*"))
     assert [Path(name).name for name in found.names] == ["agent2", "agent9", "agent10"]
     assert_same(
         [model.variables for model in found.models],
         [take(agents, number) for number in (2, 0, 1)],
     )
-    one = read_start(starting(f"{source}:1"))
+    one = start_of(starting(f"{source}:1"))
     assert_same([m.variables for m in one.models], [take(agents, 1)] * 3)
     mixed = f"{source}@0:2, {folder / 'agent9'},{source}"
-    found = read_start(starting(mixed))
+    found = start_of(starting(mixed))
     assert_same(found.models[1].variables, take(agents, 0))
-    digests = {start.digest for start in (one, found, read_start(starting(source)))}
+    digests = {start.digest for start in (one, found, start_of(starting(source)))}
     assert len(digests) == 3
 
 
@@ -244,11 +251,11 @@ def test_a_run_starts_from_pytorch_files(tmp_path):
         write_safetensors(path, to_torch("resnet20", variables))
         written.append(variables)
     config = drop_unread(starting(f"{tmp_path}/*.safetensors", model__name="resnet20"))
-    start = read_start(config)
+    start = start_of(config)
     assert_same([model.variables for model in start.models], written)
     assert start.models[0].arguments["width"] == 1
     with pytest.raises(ConfigError, match="does not fit vgg11"):
-        read_start(starting(f"{tmp_path}/*.safetensors", model__name="vgg11"))
+        start_of(starting(f"{tmp_path}/*.safetensors", model__name="vgg11"))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +269,11 @@ def test_a_run_starts_from_pytorch_files(tmp_path):
         ("{there},,{there}", {}, "has an empty name"),
         ("{there}/*.pth", {}, "no file or folder matches"),
         ("{there}/config.json", {}, "a PyTorch file ends in one of"),
-        ("{there}", {"model__width": 32}, "different architectures: width is 32 and"),
+        (
+            "{there}",
+            {"model__width": 32},
+            r"different architectures: hidden is \(32, 32\) and",
+        ),
         ("{there}", {"model__name": "vgg11"}, "architectures: model is vgg11 and mlp"),
         ("{there}", {"init": "same"}, "config.init is 'same', but with config.init_fr"),
     ],
@@ -323,11 +334,13 @@ def test_the_average_that_is_exported_is_the_one_that_the_run_measures(
         inputs = (test.images.astype(np.float32) - experiment.dataset.mean) / (
             experiment.dataset.std
         )
-        logits = model.module.apply(model.variables, jnp.asarray(inputs), train=False)
+        logits: Any = model.module.apply(
+            model.variables, jnp.asarray(inputs), train=False
+        )
         accuracy = float(np.mean(logits.argmax(axis=-1) == test.labels))
         assert accuracy == pytest.approx(row["test_accuracy_average_model"])
     # A run may start from it.
-    found = read_start(starting(tmp_path / "average-None"))
+    found = start_of(starting(tmp_path / "average-None"))
     assert len(found.models) == 3
 
 

@@ -170,10 +170,10 @@ def test_every_epoch_alone_has_a_row_and_a_line(tmp_path, finished):
         both = np.mean([first[name], second[name]], axis=0)
         np.testing.assert_allclose(both, whole[name], rtol=1e-5)
     assert whole["train_loss"] != second["train_loss"]
-    assert lines[2].startswith("pre-training, epoch   2 of 3: training accuracy 0.")
-    assert f", test accuracy {evaluated['test_accuracy_mean']:.4f}" in lines[2]
-    assert lines[2].endswith(" s left of pre-training")
-    assert lines[6].startswith("round   1, epoch 1 of 2: training accuracy 0.")
+    assert lines[3].startswith("pre-training, epoch   2 of 3: training accuracy 0.")
+    assert f", test accuracy {evaluated['test_accuracy_mean']:.4f}" in lines[3]
+    assert lines[3].endswith(" s left of pre-training")
+    assert lines[7].startswith("round   1, epoch 1 of 2: training accuracy 0.")
     # Nobody's results change by what is reported.
     expected = read_evaluations(finished)[:2]
     assert without_times(ours[3:5]) == without_times(expected)
@@ -206,8 +206,8 @@ def test_an_interrupted_run_resumes_with_the_same_results(
 
     def die(line: str) -> None:
         lines.append(line)
-        # The first line says which layout the run has.
-        if n_rows and len(lines) == 1 + n_rows:
+        # The first lines say which layout the run has, and how data are divided.
+        if n_rows and len(lines) == 2 + n_rows:
             raise _Killed
 
     with pytest.raises(_Killed):
