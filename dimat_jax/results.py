@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import auto, tqdm
 
 from dimat_jax import _sweeping, reports, train
 from dimat_jax._compile_cache import keep_compiled
@@ -166,7 +166,7 @@ def run(
     config: Config,
     workdir: str | os.PathLike[str] | None = None,
     log: Callable[[str], None] = print,
-    make_bar: Callable[..., tqdm] = tqdm,
+    make_bar: Callable[..., tqdm] = auto.tqdm,
 ) -> RunResult:
     """Runs a config, or what is left of it; see `train.run`.
 

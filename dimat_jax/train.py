@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import jax
-from tqdm.auto import tqdm
+from tqdm import auto, tqdm
 
 import dimat_jax
 from dimat_jax._lock import Lock, held
@@ -51,7 +51,7 @@ def run(
     config: Config,
     workdir: str | os.PathLike[str],
     log: Callable[[str], None] = print,
-    make_bar: Callable[..., tqdm] = tqdm,
+    make_bar: Callable[..., tqdm] = auto.tqdm,
 ) -> dict[str, Any]:
     """Runs a config, or what is left of it, and writes all results into `workdir`.
 
