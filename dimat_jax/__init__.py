@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dimat_jax import errors as errors
     from dimat_jax import evaluate as evaluate
     from dimat_jax import experiment as experiment
+    from dimat_jax import export as export
     from dimat_jax import ledger as ledger
     from dimat_jax import matching as matching
     from dimat_jax import merge as merge
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from dimat_jax import permutation as permutation
     from dimat_jax import placement as placement
     from dimat_jax import reports as reports
+    from dimat_jax import results as results
     from dimat_jax import sweeps as sweeps
     from dimat_jax import topology as topology
     from dimat_jax import train as train

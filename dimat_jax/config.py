@@ -369,11 +369,8 @@ def _check_together(fields: Fields) -> None:
             "a round trains for local_epochs or for local_steps: one of them must be "
             f"0 and the other not, got {epochs} and {steps}"
         )
-    if fields[INIT_FROM.path] and fields[INIT.path] != INIT.default:
-        raise ConfigError(
-            f"config.{INIT.path} is {fields[INIT.path]!r}, but with config."
-            f"{INIT_FROM.path} no weights are drawn"
-        )
+    if fields[INIT_FROM.path] and (init := fields[INIT.path]) != INIT.default:
+        raise ConfigError(f"config.init is {init!r}, but config.init_from is set")
     record = record_of(fields)
     chosen = fields[OPTIMIZER.path]
     if not record.other_optimizers and chosen != record.optimizer:

@@ -275,7 +275,7 @@ def test_a_run_starts_from_pytorch_files(tmp_path):
             r"different architectures: hidden is \(32, 32\) and",
         ),
         ("{there}", {"model__name": "vgg11"}, "architectures: model is vgg11 and mlp"),
-        ("{there}", {"init": "same"}, "config.init is 'same', but with config.init_fr"),
+        ("{there}", {"init": "same"}, "config.init is 'same', but config.init_from is"),
     ],
 )
 def test_bad_starting_points_are_refused_before_anything_is_written(

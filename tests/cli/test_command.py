@@ -86,6 +86,7 @@ def test_every_command_has_help(name):
         "sweep": ("--sweep\n", "--workdir\n", "--data_dir\n"),
         "report": ("--out\n",),
         "merge": ("--out\n", "--samples\n", "Default: 1000."),
+        "export": ("--out\n", "--agent\n", "--round\n"),
         "bench": ("--out\n", "--repeats\n", "--steps\n", "Default: 3."),
         "show": (),
         "tune": ("--field\n", "--phase\n", "Default: optimizer.learning_rate."),
