@@ -1,6 +1,7 @@
 """Runs and sweeps from Python: what their results offer, and their folders."""
 
 import gc
+import inspect
 import json
 
 import jax
@@ -99,5 +100,4 @@ def test_compiled_programs_are_kept_unless_jax_has_been_told_where(
 
 def test_the_bar_is_one_that_suits_notebooks():
     for function in (train.run, dimat_jax.run):
-        assert function.__defaults__ is not None
-        assert auto.tqdm in function.__defaults__
+        assert inspect.signature(function).parameters["make_bar"].default is auto.tqdm
