@@ -161,8 +161,8 @@ class TimeLeft:
         """The estimate as the end of a line, when some steps are done.
 
         Returns:
-            ", about 3 min left" for example. It is empty at the first call, and once
-            all steps are done.
+            ", about 3 min left" for example. It is empty at the first call, and if less
+            than a second is left.
         """
         now = self._clock()
         if self._first is None:
@@ -171,6 +171,8 @@ class TimeLeft:
         if done <= first or done >= self._steps:
             return ""
         seconds = (now - since) / (done - first) * (self._steps - done)
+        if seconds < 1:
+            return ""
         return f", about {_in_words(seconds)} left{self._of}"
 
 

@@ -18,7 +18,7 @@ def test_the_estimate_is_the_mean_time_of_the_steps_since_the_first_call():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (99, "99 s"), (101, "2 min"), (5990, "100 min"), (7200, "2.0 h")],
+    [(1, "1 s"), (99, "99 s"), (101, "2 min"), (5990, "100 min"), (7200, "2.0 h")],
 )
 def test_a_duration_has_the_unit_that_suits_it(seconds, text):
     now = [0.0]
@@ -29,5 +29,8 @@ def test_a_duration_has_the_unit_that_suits_it(seconds, text):
 
 
 def test_nothing_is_estimated_without_a_step():
-    left = TimeLeft(10)
+    now = [0.0]
+    left = TimeLeft(10, clock=lambda: now[0])
     assert left(3) == left(3) == ""
+    now[0] = 0.5
+    assert left(5) == left(9) == ""  # Less than a second is left.

@@ -172,7 +172,6 @@ def test_every_epoch_alone_has_a_row_and_a_line(tmp_path, finished):
     assert whole["train_loss"] != second["train_loss"]
     assert lines[3].startswith("pre-training, epoch   2 of 3: training accuracy 0.")
     assert f", test accuracy {evaluated['test_accuracy_mean']:.4f}" in lines[3]
-    assert lines[3].endswith(" s left of pre-training")
     assert lines[7].startswith("round   1, epoch 1 of 2: training accuracy 0.")
     # Nobody's results change by what is reported.
     expected = read_evaluations(finished)[:2]
