@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-quick test-slow lint types format docs bench clean
+.PHONY: demo test test-quick test-slow soak lint types format docs bench clean
 
 demo: $(VENV)/installed  ## the quickstart: trains, merges, prints tables, plots
 	$(BIN)/python -m experiments.sweep \
@@ -30,6 +30,9 @@ test-quick: $(VENV)/installed-dev  ## what is worth a run after every edit
 
 test-slow: $(VENV)/installed-dev  ## the tests and the cases that `test` leaves out
 	$(PYTEST) -m slow
+
+soak: $(VENV)/installed  ## random runs are killed and damaged; it goes on for an hour
+	$(BIN)/python -m experiments.soak --out=runs/soak
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

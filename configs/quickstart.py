@@ -15,19 +15,19 @@ from dimat_jax.config import default_config, drop_unread
 # others take Adam, at its own rate.
 LEARNING_RATES = {
     "fedavg": 0.3,
-    "fedprox": 0.1,
+    "fedprox": 0.3,
     "scaffold": 0.1,
     "cdsgd": 0.3,
     "cdmsgd": 0.3,
     "cdadam": 0.01,
     "sgp": 0.3,
     "d2": 0.3,
-    "dsgt": 0.3,
+    "dsgt": 1.0,
     "qgm": 0.3,
     "cga": 0.3,
-    "compcga": 0.1,
-    "choco": 0.3,
-    "relaysgd": 0.3,
+    "compcga": 0.3,
+    "choco": 1.0,
+    "relaysgd": 1.0,
 }
 
 

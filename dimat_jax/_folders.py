@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dimat_jax._digests import expect_unchanged
 from dimat_jax.errors import UserError, reading
 
 __all__ = ["check_output", "check_output_file", "read_json", "strangers"]
@@ -20,7 +21,7 @@ _LONGEST_NAME = 255
 def read_json(
     path: Path, expected: type | None = dict, kind: type[UserError] = UserError
 ) -> Any:
-    """Reads a JSON file.
+    """Reads a JSON file. If its folder has digests, the file must be as it was written.
 
     Args:
         path: The file.
@@ -28,12 +29,15 @@ def read_json(
         kind: The class of the error.
 
     Raises:
-        UserError: The file cannot be read, is no JSON, or holds something else.
+        UserError: The file cannot be read, has changed since it was written, is no
+            JSON, or holds something else.
     """
     with reading(path, kind):
         if path.exists() and not path.is_file():
             raise ValueError("it is no file")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        expect_unchanged(path, text)
+        content = json.loads(text.decode("utf-8"))
     if expected is not None and not isinstance(content, expected):
         found, wanted = type(content).__name__, expected.__name__
         raise kind(f"{path} cannot be used: it holds a {found}, expected a {wanted}")

@@ -72,7 +72,7 @@ class Inputs:
         found = {"files": files, "data": {"blake2b": data}, "versions": versions()}
         if start is not None:
             found[_START] = {"from": config.init_from, "blake2b": start}
-        write_json(self._folder / INPUTS, found)
+        write_json(self._folder / INPUTS, found, digested=True)
 
     def check_files(self, config: Config) -> None:
         """Refuses files whose content is not that with which the run has begun.

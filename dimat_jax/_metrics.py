@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dimat_jax._digests import blake2b, sync
+from dimat_jax._digests import DIGESTS, blake2b, sync, with_digest
 from dimat_jax._events import About, Events
 from dimat_jax.errors import UserError, reading, writing
 
@@ -45,7 +45,9 @@ class MetricsError(UserError):
     """The rows of a run are not those that it has written."""
 
 
-def write_json(path: Path, content: Any, lasting: bool = True) -> None:
+def write_json(
+    path: Path, content: Any, lasting: bool = True, *, digested: bool = False
+) -> None:
     """Writes a JSON file. A crash leaves the old file or the new one, never a part.
 
     Args:
@@ -53,9 +55,14 @@ def write_json(path: Path, content: Any, lasting: bool = True) -> None:
         content: Its content. NumPy's numbers and arrays become those of JSON.
         lasting: Whether to wait until the file is on the disk, so that even a power
             failure leaves the old file or the new one.
+        digested: Whether the digests of its folder name the file. They are written
+            first, so a crash in between leaves a digest of a file that is not there.
     """
-    text = json.dumps(_plain(content), indent=2) + "\n"
-    write_bytes(path, text.encode(), lasting)
+    text = (json.dumps(_plain(content), indent=2) + "\n").encode()
+    if digested:
+        digests = path.with_name(DIGESTS)
+        write_bytes(digests, with_digest(path, text), lasting)
+    write_bytes(path, text, lasting)
 
 
 def write_bytes(path: Path, content: bytes, lasting: bool = True) -> None:
@@ -181,17 +188,13 @@ class MetricsWriter:
             self._packed, text = b"", "".join(map(_line, kept)).encode()
         else:
             self._packed, text = saved, gzip.decompress(saved)
-            there = self._path.read_bytes() if self._path.is_file() else b""
-            if not there.startswith(text):
-                logging.warning(
-                    "%s did not hold the rows that the run had written when it saved "
-                    "its last checkpoint; they are restored from there",
-                    self._path,
-                )
         lines = text.split(b"\n")[:-1]
         self.rows = len(lines)
-        # Both files end with the last row that is kept. See `read_rows` for the order.
         digests = _digests(lines)
+        if saved is not None:
+            _warn_of_changes(self._path, text)
+            _warn_of_changes(self._digests, digests)
+        # Both files end with the last row that is kept. See `read_rows` for the order.
         self._last = digests[-65:-1].decode()
         write_bytes(self._digests, digests)
         write_bytes(self._path, text)
@@ -225,6 +228,17 @@ class MetricsWriter:
             self._is_open = False
             for path in (self._path, self._digests, self._events.path):
                 sync(path)
+
+
+def _warn_of_changes(path: Path, saved: bytes) -> None:
+    """Warns if a file does not begin with what was in it at the last checkpoint."""
+    there = path.read_bytes() if path.is_file() else b""
+    if not there.startswith(saved):
+        logging.warning(
+            "%s did not hold the rows that the run had written when it saved its last "
+            "checkpoint; they are restored from there",
+            path,
+        )
 
 
 def _damaged(path: Path, what: str) -> MetricsError:

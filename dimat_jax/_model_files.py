@@ -12,26 +12,22 @@ import jax.numpy as jnp
 from dimat_jax._loaded_run import load_weights
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.config import fields_of, model_arguments
-from dimat_jax.data._dataset import Dataset
 from dimat_jax.errors import UserError, reading
 from dimat_jax.experiment import Experiment
 from dimat_jax.models import _saved
 from dimat_jax.models._saved import SavedModel
-from dimat_jax.models._torch_import import from_torch, infer_arguments
+from dimat_jax.models._torch_files import ENDINGS, is_torch_file
+from dimat_jax.models.torch_import import from_torch, infer_arguments
 from dimat_jax.tree import take
 
 __all__ = [
-    "check",
-    "data_set",
+    "agent_of",
     "located",
     "of_experiment",
     "read",
     "read_agents",
     "refuse_another",
 ]
-
-# The endings of PyTorch files.
-TORCH = (".pth", ".pt", ".safetensors")
 
 
 def read(
@@ -68,7 +64,7 @@ def read(
         if not path.exists():
             raise UserError("there is no such file or folder")
         if (path / "config.json").exists():
-            return _agent(*load_agents(path, round), agent or 0)
+            return agent_of(*load_agents(path, round), agent or 0)
         if agent is not None or round is not None:
             raise UserError(
                 f"{path} is no run; only runs have agents and rounds to choose from"
@@ -79,7 +75,7 @@ def read(
             return _saved.load(path / "model")
         raise UserError(
             "neither the workdir of a run (no config.json) nor of a merge (no model/), "
-            f"nor a PyTorch file ({', '.join(TORCH)})"
+            f"nor a PyTorch file ({', '.join(ENDINGS)})"
         )
 
     models = []
@@ -103,7 +99,7 @@ def read_agents(name: str) -> list[SavedModel]:
     with reading(name):
         experiment, agents = load_weights(path, None, round)
     n_agents = experiment.placement.n_agents
-    return [_agent(experiment, agents, number) for number in range(n_agents)]
+    return [agent_of(experiment, agents, number) for number in range(n_agents)]
 
 
 def located(name: str) -> tuple[Path, int | None, int | None]:
@@ -117,7 +113,7 @@ def located(name: str) -> tuple[Path, int | None, int | None]:
     return Path(found[1]), round, agent
 
 
-def _agent(experiment: Experiment, agents: Any, number: int) -> SavedModel:
+def agent_of(experiment: Experiment, agents: Any, number: int) -> SavedModel:
     n_agents = experiment.placement.n_agents
     if number >= n_agents:
         raise UserError(f"there is no agent {number}; the run has 0 to {n_agents - 1}")
@@ -143,52 +139,13 @@ def of_experiment(experiment: Experiment, variables: Variables) -> SavedModel:
 
 
 def _torch(path: Path, name: str | None) -> SavedModel:
-    if path.suffix not in TORCH:
-        raise UserError(f"a PyTorch file ends in one of {', '.join(TORCH)}")
+    if not is_torch_file(path):
+        raise UserError(f"a PyTorch file ends in one of {', '.join(ENDINGS)}")
     if name is None:
         raise UserError("--model must say which architecture a PyTorch file holds")
     variables = from_torch(name, path)
     arguments = {**infer_arguments(name, variables), "dtype": "float32"}
     return SavedModel(name, arguments, (), None, variables)
-
-
-def data_set(
-    names: Sequence[str], models: Sequence[SavedModel], given: str | None
-) -> str:
-    """Finds the name of the data set that all models are for.
-
-    Raises:
-        UserError: the models are for different data sets, or neither a model nor
-            `given` names one.
-    """
-    data = given or next((model.data for model in models if model.data), None)
-    if data is None:
-        raise UserError("no model names its data set; --data must name it")
-    for name, model in zip(names, models, strict=True):
-        if model.data not in (None, data):
-            raise UserError(
-                f"{name} was trained on {model.data!r}, whose mean and deviation "
-                f"normalise its inputs, but the data set is {data!r}"
-            )
-    return data
-
-
-def check(names: Sequence[str], models: Sequence[SavedModel], dataset: Dataset) -> None:
-    """Checks that models have the same architecture, fit the data, and are finite.
-
-    Raises:
-        UserError: a model does not fit; the message names it, and the setting or leaf.
-    """
-    for name, model in zip(names, models, strict=True):
-        refuse_another(names[0], models[0], name, model)
-        n_classes = _architecture(model)["n_classes"]
-        if n_classes != dataset.n_classes:
-            raise UserError(
-                f"{name} is for {n_classes} classes, but {dataset.name} has "
-                f"{dataset.n_classes}"
-            )
-        shape = dataset.train.images.shape[1:]
-        _saved.check(model._replace(input_shape=shape), name)
 
 
 def refuse_another(

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dimat_jax._digests import DIGESTS, with_digest, without_digest
 from dimat_jax._folders import read_json
-from dimat_jax._metrics import write_json
+from dimat_jax._metrics import write_bytes, write_json
 from dimat_jax._run_options import PRETRAIN_EPOCHS, ROUNDS
 from dimat_jax._schedules import SCHEDULE, SCHEDULES
 from dimat_jax.config import Config, ConfigError, fields_of, resolved
@@ -59,9 +60,14 @@ def set_rounds(workdir: Path, rounds: int) -> int | None:
     if before == rounds:
         return None
     # If a crash comes in between, the folder holds a run of the former number of
-    # rounds that only lacks its summary.
+    # rounds that only lacks its summary. A file without a digest is not verified.
     (workdir / "summary.json").unlink(missing_ok=True)
+    others = without_digest(path)
+    if others is not None:
+        write_bytes(path.with_name(DIGESTS), others)
     write_json(path, {**content, ROUNDS.path: rounds})
+    if others is not None:
+        write_bytes(path.with_name(DIGESTS), with_digest(path, path.read_bytes()))
     return before
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from dimat_jax._digests import DIGESTS
 from dimat_jax._folders import check_output, read_json, strangers
 from dimat_jax._inputs import INPUTS, Inputs, files_named
 from dimat_jax._layout_choice import LayoutChoice
@@ -37,12 +38,8 @@ __all__ = ["Workdir"]
 # What a run has written into its folder before config.json, if it was killed early. The
 # process of a run of a sweep writes progress.json.
 _EARLY = (
-    "layout.json",
-    "partition.json",
-    "progress.json",
-    FORM,
-    INPUTS,
-    *LOCK_FILES,
+    *("layout.json", "partition.json", "progress.json"),
+    *(FORM, INPUTS, DIGESTS, *LOCK_FILES),
 )
 
 
@@ -139,12 +136,12 @@ class Workdir:
             "classes": names and names[: counts.shape[1]],
             "counts": counts,
         }
-        write_json(self.path / "partition.json", partition)
-        write_json(self._layout, experiment.layout._asdict())
+        write_json(self.path / "partition.json", partition, digested=True)
+        write_json(self._layout, experiment.layout._asdict(), digested=True)
         Form.of(experiment).write(self.path)
         self._inputs.write(config, experiment.data_digest, start)
         # config.json comes last, since it marks the folder as that of a run.
-        write_json(self._config, json.loads(config.to_json()))
+        write_json(self._config, json.loads(config.to_json()), digested=True)
         return counts
 
     def check_data(self, experiment: Experiment) -> None:
@@ -206,7 +203,7 @@ class Workdir:
         if not (self.is_started and self._layout.exists()):
             return None
         with concerning(self._layout), reading("the layout", ConfigError):
-            choice = LayoutChoice.read(self._layout)
+            choice = LayoutChoice(**read_json(self._layout, dict, ConfigError))
             BATCHING.check(choice.batching)
             CHUNK.check(choice.chunk)
             return choice

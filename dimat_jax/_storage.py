@@ -6,10 +6,15 @@ reason is looked for in the whole chain of errors, by its number or by its text.
 
 import contextlib
 import errno
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from absl.logging import get_absl_logger
 
 from dimat_jax.errors import UserError
 
@@ -89,7 +94,8 @@ def explained(folder: Path, advice: str) -> Iterator[None]:
         StorageError: A file cannot be written or read.
     """
     try:
-        yield
+        with _quiet_orbax():
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -98,6 +104,31 @@ def explained(folder: Path, advice: str) -> Iterator[None]:
             raise
         where = "" if "/" in text.partition(": ")[0] else f"{folder}: "
         raise StorageError(f"{where}{text}. {advice}") from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps Orbax's threads from printing the tracebacks of errors within a block.
+
+    The first of these errors is also raised where the checkpoint was asked for.
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+    def report(unraisable: Any) -> None:
+        # Files are still written when Orbax has given up waiting for them.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger, hook = get_absl_logger(), sys.unraisablehook
+    logger.addFilter(is_news)
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        logger.removeFilter(is_news)
 
 
 def _refusal(error: BaseException) -> tuple[str, int]:

@@ -56,7 +56,7 @@ class Form(NamedTuple):
 
     def write(self, workdir: Path) -> None:
         """Writes the form into a run's folder."""
-        write_json(workdir / FORM, self._asdict())
+        write_json(workdir / FORM, self._asdict(), digested=True)
 
     @staticmethod
     def read(workdir: Path) -> "Form | None":

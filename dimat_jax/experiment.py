@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from dimat_jax import _randomness, models, permutation
+from dimat_jax import _randomness, models
 from dimat_jax._chosen import (
     build_chosen,
     build_optimizer,
@@ -47,6 +47,7 @@ from dimat_jax.evaluate import Evaluator
 from dimat_jax.models import classifier
 from dimat_jax.network import Network, networks_kept
 from dimat_jax.options import arguments
+from dimat_jax.permutation._verify import Verification
 from dimat_jax.placement import place
 
 __all__ = ["Experiment", "check_network"]
@@ -131,13 +132,9 @@ class Experiment:
         config = self.config
         devices = devices_of_all_processes(config.placement.cpu_devices)
         self.layout = layout or choose(config, devices[0], lambda: self.convolves)
-        self.placement = place(
-            number_of_agents(self._fields),
-            devices,
-            self.layout.batching,
-            self.layout.chunk,
-            batch_size=config.batch_size,
-        )
+        n_agents = number_of_agents(self._fields)
+        how = self.layout.batching, self.layout.chunk
+        self.placement = place(n_agents, devices, *how, batch_size=config.batch_size)
 
     def _build_task(self, n_classes: int) -> None:
         """Builds the model and the task that the agents learn."""
@@ -361,21 +358,25 @@ class Experiment:
             one,
         )
 
-    def verify_spec(self) -> None:
-        """Checks the permutation spec, in train and eval mode, on fresh variables.
+    def verify_spec(self, variables: Variables | None = None) -> None:
+        """Checks the permutation spec, in train and eval mode.
+
+        Args:
+            variables: one agent's variables. By default new ones are drawn.
 
         Raises:
             PermutationSpecError: the declared symmetry does not hold.
         """
         init_key, verify_key = jax.random.split(self.key("verify"))
-        permutation.verify(
-            self.task.spec,
-            classifier.both_modes(self.model),
-            jax.jit(self._init)(init_key),
-            # With few examples, BatchNorm of a map of one pixel magnifies rounding.
-            self._example_inputs(32),
-            verify_key,
-        )
+        if variables is None:
+            variables = jax.jit(self._init)(init_key)
+        self._verification(variables, verify_key)
+
+    @cached_property
+    def _verification(self) -> Verification:
+        # With few examples, BatchNorm of a map of one pixel magnifies rounding.
+        inputs = self._example_inputs(32)
+        return Verification(self.task.spec, classifier.both_modes(self.model), inputs)
 
     @property
     def convolves(self) -> bool:

@@ -32,8 +32,8 @@ from dimat_jax.algorithms._common_frame import frames_of
 from dimat_jax.errors import UserError
 from dimat_jax.models import _saved
 from dimat_jax.models._saved import SavedModel
-from dimat_jax.models._state_dict import write_safetensors
-from dimat_jax.models._torch_import import ARCHITECTURES, to_torch
+from dimat_jax.models._torch_files import save_safetensors
+from dimat_jax.models.torch_import import ARCHITECTURES, to_torch
 from dimat_jax.tree import flatten, take
 
 __all__ = ["export_model"]
@@ -83,7 +83,7 @@ def export_model(
         model = of_experiment(experiment, take(agents, agent))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == _FILE:
-        write_safetensors(path, _arrays(model))
+        save_safetensors(path, _arrays(model))
     else:
         _write_folder(path, model)
     return path

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dimat_jax._batch_statistics import batch_statistics
+from dimat_jax._labelled import labels_explained
 from dimat_jax._mending import (
     LayerMoments,
     MergeError,
@@ -206,7 +207,9 @@ def _mean(measure: Callable[[PyTree], PyTree], batches: Iterable[PyTree]) -> PyT
     """Measures statistics on batches and averages them, weighted by examples."""
     total, count = None, 0
     for inputs in map(as_arrays, batches):
-        statistics, n = measure(inputs), jax.tree.leaves(inputs)[0].shape[0]
+        with labels_explained(inputs, MergeError):
+            statistics = measure(inputs)
+        n = jax.tree.leaves(inputs)[0].shape[0]
         if total is None:
             total = jax.tree.map(jnp.zeros_like, statistics)
         total, count = _add_batch(total, count, statistics, n)

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import auto, tqdm
 
 import dimat_jax
@@ -31,11 +32,15 @@ from dimat_jax._restored import mend_rows
 from dimat_jax._rounds import Rounds
 from dimat_jax._run_log import RunLog
 from dimat_jax._signals import deferrable
+from dimat_jax._slots import agent_of_slots, local_slots
 from dimat_jax._starting import Start, is_there, read_start
 from dimat_jax._storage import explained
+from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
+from dimat_jax.errors import concerning
 from dimat_jax.experiment import Experiment
+from dimat_jax.permutation._verify import InconclusiveError
 from dimat_jax.placement import refusals_explained
 from dimat_jax.workdir import Results, Workdir, load_agents
 
@@ -129,6 +134,7 @@ def _train(
         results.save(state)
     messages = algorithm.messages(state)
     rounds = Rounds(experiment, progress, messages, pauses, tick, run_log.training)
+    verify = _Verifications(experiment, log)
     # Whether agents communicate at the beginning of a round, or while they train.
     at_once = bool(messages.round or messages.server)
 
@@ -139,6 +145,8 @@ def _train(
 
         for part in rounds.parts(number):
             if not rounds.is_begun(part):
+                if part.merge == 1:
+                    verify(state, "before the first merge")
                 state, metrics = rounds.communicate(state, part)
                 if evaluates and part.begins_round and part.merge is not None:
                     changed = at_once or experiment.recalibrates == "communication"
@@ -151,6 +159,7 @@ def _train(
         due = number % config.checkpoint.every == 0 or results.keeps(number)
         if is_last or due:
             results.save(state)
+    verify(state, "at the end of the run")
 
 
 def _finished(
@@ -251,3 +260,55 @@ def _bar(
         unit="step",
         disable=None if is_main() else True,
     )
+
+
+class _Verifications:
+    """Verifies a run's permutation spec on trained weights.
+
+    New weights may hide a wrong spec: an array that an initializer fills with some
+    pattern, for example, may look the same after a permutation of its units.
+
+    Args:
+        experiment: What the run's config describes.
+        log: A function that receives a line of text if rounding hides whether the
+            symmetry holds. A run is not ended for that.
+    """
+
+    def __init__(self, experiment: Experiment, log: Callable[[str], None]):
+        self._experiment = experiment
+        self._log = log
+
+    def __call__(self, state: State, when: str) -> None:
+        """Verifies the spec on the weights of one agent of this process.
+
+        An algorithm that aligns no agents has no use for a spec, which is not verified.
+
+        Args:
+            state: The agents' state.
+            when: When in the run this is, for the message.
+
+        Raises:
+            PermutationSpecError: The declared symmetry does not hold. The message names
+                the group and the leaf that is declared wrongly.
+        """
+        experiment = self._experiment
+        if not experiment.record.aligns:
+            return
+        stacked = experiment.algorithm.variables(state)
+        slot = local_slots(experiment.placement)[0]
+        agent = agent_of_slots(experiment.placement)[slot]
+        one = jax.tree.map(_first_local, stacked)
+        what = f"the permutation spec, on agent {agent}'s weights {when}"
+        with together():
+            try:
+                with concerning(what):
+                    experiment.verify_spec(one)
+            except InconclusiveError as error:
+                self._log(f"{error} (the run goes on)")
+
+
+def _first_local(stacked: jax.Array) -> np.ndarray:
+    """Copies the first row of a stacked array that is on this process's devices."""
+    shards = stacked.addressable_shards
+    first = min(shards, key=lambda shard: shard.index[0].start or 0)
+    return np.array(first.data[0])

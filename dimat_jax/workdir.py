@@ -11,6 +11,7 @@
     events.out.*     the numbers of these rows, for TensorBoard
     checkpoints/     the newest states, from which a run that was killed goes on
     summary.json     the last rows, once the run has finished
+    digests.json     digests of the JSON files above
     failure.json     why the run has stopped, if a loss was no longer finite
 
 With several processes, process 0 writes all files but the checkpoints, of which each
@@ -119,7 +120,7 @@ class Results:
                 stack.callback(self._rows.close)
             if self._rows is not None and isinstance(error, NonFiniteError):
                 content = {"message": str(error)}
-                write_json(self._workdir.path / FAILURE, content)
+                write_json(self._workdir.path / FAILURE, content, digested=True)
 
     def _about(self) -> About:
         """What TensorBoard shows of the run beside its rows."""
@@ -280,7 +281,8 @@ class Results:
         if self._rows is not None:
             self._rows.close()
         if is_main():
-            write_json(self._workdir.path / "summary.json", self._summary())
+            path = self._workdir.path / "summary.json"
+            write_json(path, self._summary(), digested=True)
         return from_main(self._workdir.read_summary() if is_main() else None)
 
     def _summary(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Small runs, and the program of a process that runs all of them with other processes.
+"""Small runs, and the program of a process that does some with other processes.
 
-python -m tests.processes DIR HOST:PORT N_PROCESSES PROCESS_ID
+python -m tests.processes DIR HOST:PORT N_PROCESSES PROCESS_ID NAME [NAME ...]
 """
 
 import sys
@@ -62,15 +62,15 @@ def config_of(name: str, cpu_devices: int, cache_dir: str = "") -> Config:
     return drop_unread(config)
 
 
-def run_all(directory: Path, cpu_devices: int) -> None:
-    """Runs everything, each in a folder of its own."""
-    for name in RUNS:
+def run_all(names: list[str], directory: Path, cpu_devices: int) -> None:
+    """Does some of the runs, each in a folder of its own."""
+    for name in names:
         config = config_of(name, cpu_devices, str(directory / "pretrained"))
         train.run(config, directory / name)
 
 
 if __name__ == "__main__":
-    _, folder, coordinator, n_processes, process_id = sys.argv
+    _, folder, coordinator, n_processes, process_id, *names = sys.argv
     request_cpu_devices(2)
     with _processes.joined(
         coordinator,
@@ -79,5 +79,5 @@ if __name__ == "__main__":
         arrival_timeout=60,
         heartbeat_timeout=60,
     ):
-        run_all(Path(folder), cpu_devices=2)
+        run_all(names, Path(folder), cpu_devices=2)
     _processes.leave(0)

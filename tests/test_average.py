@@ -107,6 +107,7 @@ def test_one_model_is_recalibrated_like_an_agent_on_the_same_batches(placement):
         )
 
 
+@pytest.mark.slow
 def test_shuffled_copies_are_one_model_once_they_are_aligned():
     """Permutations change the distance of the params, but no prediction."""
     placement = place(5, jax.devices()[:2])

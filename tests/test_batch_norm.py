@@ -58,7 +58,7 @@ def run(config: Config, folder: Path) -> tuple[list[dict], dict[str, np.ndarray]
     return read_evaluations(folder), flatten(variables)
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize(("data", "when"), POLICIES)
 def test_fedavg_is_weight_averaging_on_a_fully_connected_graph(tmp_path, data, when):
     """All agents are present, and have equally many examples."""
@@ -114,6 +114,7 @@ def test_statistics_for_an_evaluation_alone_leave_the_training_alone(
         assert row.get("train_loss") == other.get("train_loss")
 
 
+@pytest.mark.slow
 def test_statistics_that_stay_change_the_training(tmp_path):
     """Train mode does not read them, but the moving average starts from them."""
     _, without = run(small("local", "none", "communication"), tmp_path / "none")

@@ -12,12 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from dimat_jax import _checkpoint, train
+from dimat_jax import _checkpoint, reports, train
 from dimat_jax._checkpoint import CheckpointError, Checkpoints
 from dimat_jax._digests import DIGESTS, damage, write_digests
+from dimat_jax._inputs import Inputs
 from dimat_jax._metrics import read_evaluations
 from dimat_jax._pretrain import SharedAgents
+from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
+from dimat_jax.workdir import Workdir
 from tests.sweeping.small import rows, small
 
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -348,3 +351,60 @@ def test_a_foreign_folder_in_the_place_of_shared_agents_is_set_aside(tmp_path):
     (aside,) = path.parent.glob(f"{path.name}.damaged-*")
     assert (aside / "photo.png").read_bytes() == b"a photo"
     assert SharedAgents(Experiment(config)).read() is not None
+
+
+# The JSON files of a run
+
+
+def _change(path: Path) -> None:
+    """Changes a digit, so that the file is JSON as before."""
+    text = path.read_text()
+    place = max(text.rfind(digit) for digit in "012345678")
+    path.write_text(text[:place] + str(int(text[place]) + 1) + text[place + 1 :])
+    json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train.run(small(rounds=1, pretrain__epochs=1), workdir, lambda line: None)
+    return workdir
+
+
+READERS: dict[str, list[Callable[[Path], object]]] = {
+    "config.json": [
+        lambda path: train.run(small(rounds=1, pretrain__epochs=1), path),
+        lambda path: train.load_agents(path),
+        lambda path: reports.write([str(path)], path.parent / "report"),
+    ],
+    "layout.json": [lambda path: Workdir(path).read_layout()],
+    "inputs.json": [lambda path: Inputs(path).check_data("any data")],
+    "summary.json": [lambda path: train.run(small(rounds=1, pretrain__epochs=1), path)],
+    "partition.json": [lambda path: reports.write([str(path)], path.parent / "report")],
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_changed_file_of_a_run_is_named_by_all_who_read_it(tmp_path, finished, name):
+    for number, read in enumerate(READERS[name]):
+        workdir = shutil.copytree(finished, tmp_path / f"run-{number}")
+        _change(workdir / name)
+        with pytest.raises(UserError) as error:
+            read(workdir)
+        assert f"{name}" in str(error.value)
+        assert "it has changed since it was written. Put back" in str(error.value)
+        assert f"remove {workdir / DIGESTS}" in str(error.value)
+        assert not (tmp_path / "report").exists()
+
+
+def test_damaged_digests_are_named_and_the_files_are_read(tmp_path, finished, caplog):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    flip(workdir / DIGESTS, random.Random(0))
+    with caplog.at_level(logging.WARNING):
+        Workdir(workdir).read_config()
+        Workdir(workdir).read_layout()
+    (message,) = caplog.messages
+    assert f"{workdir / DIGESTS} is damaged" in message
+    (workdir / DIGESTS).unlink()
+    _change(workdir / "config.json")
+    Workdir(workdir).read_config()  # As a person who has changed it on purpose.

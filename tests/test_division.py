@@ -99,7 +99,7 @@ def test_more_images_than_there_are_cannot_be_held_out():
         Experiment(own(data__validation=300))
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize(
     ("changes", "images"),
     [

@@ -220,6 +220,7 @@ def test_by_default_every_agent_takes_every_step_with_a_full_batch(local_steps):
         assert experiment.pretrain_sampler.batch(step)[1].all()
 
 
+@pytest.mark.slow
 def test_agents_may_count_by_their_images():
     """Agents with small shards then idle, and batches count with what fills them."""
     skew = {"data__partition": "quantity_skew", "data__small_shards": "idle"}

@@ -99,7 +99,7 @@ def test_the_permutation_tools_load_no_library_for_training(statement):
 
 def test_weights_from_pytorch_are_offered_without_loading_pytorch():
     loaded = loaded_by("from dimat_jax import from_torch, to_torch")
-    assert "dimat_jax.models._torch_import" in loaded
+    assert "dimat_jax.models.torch_import" in loaded
     assert not loaded & {"torch", "safetensors"}
 
 

@@ -74,7 +74,7 @@ def interrupt(monkeypatch):
     return set_up
 
 
-@pytest.mark.every_nth(8)
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["wa", "cdmsgd"])
 @pytest.mark.parametrize("every", [1, 2, 5, 7])
 def test_a_run_that_is_interrupted_again_and_again_comes_to_the_same_results(
@@ -148,6 +148,7 @@ def test_epochs_of_a_long_round_are_reported_alike_after_interruptions(
     assert_same(tmp_path / "run", tmp_path / "finished")
 
 
+@pytest.mark.slow
 def test_a_run_whose_merges_take_every_step_may_be_interrupted(tmp_path, interrupt):
     changes = {"merge__every": 1, "merge__unit": "steps"}
     merging = config("wa", merge__gradient="before_merge", **changes)
@@ -162,6 +163,7 @@ def test_a_run_whose_merges_take_every_step_may_be_interrupted(tmp_path, interru
     assert_same(tmp_path / "run", tmp_path / "finished")
 
 
+@pytest.mark.slow
 def test_a_run_may_be_loaded_and_moved_within_a_round(tmp_path, finished, interrupt):
     interrupt(8)
     with pytest.raises(Interrupted):
@@ -198,6 +200,7 @@ def test_tensorboard_shows_each_number_once_and_all_of_them(tmp_path, interrupt)
     assert points(tmp_path) == sorted(expected, key=lambda point: point[:2])
 
 
+@pytest.mark.slow
 def test_damaged_rows_come_back_from_the_checkpoint(
     tmp_path, finished, interrupt, caplog
 ):

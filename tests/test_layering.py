@@ -22,8 +22,15 @@ FLOORS = [
         "_jaxprs",
         "_randomness",
     ],
-    ["_folders", "_storage", "_digests", "_events", "_partition_picture"],
-    ["options", "_conv_forms", "_processes", "_lock", "_signals"],
+    [
+        "_storage",
+        "_digests",
+        "_events",
+        "_partition_picture",
+        "_labelled",
+        "_user_code",
+    ],
+    ["_folders", "options", "_conv_forms", "_processes", "_lock", "_signals"],
     ["_layouts"],
     ["_parts"],
     ["_chunks"],
@@ -144,9 +151,9 @@ def test_the_package_never_imports(foreign):
 def test_only_the_reader_of_pytorch_files_and_a_benchmark_import_pytorch():
     assert sorted(importers("torch")) == [
         "dimat_jax._bench._plain_torch",
-        "dimat_jax.models._state_dict",
+        "dimat_jax.models._torch_files",
     ]
-    assert importers("safetensors") == ["dimat_jax.models._state_dict"]
+    assert importers("safetensors") == ["dimat_jax.models._torch_files"]
 
 
 def importers(foreign: str) -> list[str]:

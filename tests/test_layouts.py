@@ -97,6 +97,7 @@ def expected() -> PyTree:
     return numbers(jax.jit(program(placement))(*arguments(placement)))
 
 
+@pytest.mark.every_nth(3)
 @every_layout
 @on_devices
 def test_all_layouts_compute_the_same(expected, layout, n_devices):
@@ -107,7 +108,7 @@ def test_all_layouts_compute_the_same(expected, layout, n_devices):
     assert_close(numbers(run(*arguments(placement))), expected)
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("cores", [1, 2, 3, 64])
 def test_chunks_of_any_size_on_any_cores_compute_the_same(
@@ -129,6 +130,7 @@ def test_a_layout_gives_the_same_bits_every_time(layout):
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
+@pytest.mark.every_nth(2)
 @every_layout
 def test_within_other_functions_a_layout_computes_the_same(expected, layout):
     placement = placed(layout)

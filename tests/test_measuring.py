@@ -115,7 +115,7 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize("algorithm", ["dimat", "local"])
 @pytest.mark.parametrize("evaluations", [1, 2, 3, 4])
 def test_a_run_that_resumes_measures_the_same(tmp_path, whole, algorithm, evaluations):
@@ -134,7 +134,7 @@ def test_a_run_that_resumes_measures_the_same(tmp_path, whole, algorithm, evalua
     assert run(small(algorithm), tmp_path / "killed") == whole
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 3])
 def test_the_number_of_devices_changes_no_measure(tmp_path, whole, devices):
     rows = run(small(placement__cpu_devices=devices), tmp_path)

@@ -185,6 +185,7 @@ def fast_or_slow(names, fast):
     return pytest.mark.parametrize("name", [*fast, *slow])
 
 
+@pytest.mark.every_nth(2)
 @fast_or_slow(WITHOUT_NORM, ["equinox", "haiku"])
 def test_repaired_units_have_the_models_means_and_deviations(name):
     forward, variables = WITHOUT_NORM[name]()

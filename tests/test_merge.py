@@ -370,6 +370,7 @@ def fresh(name: str, n_models: int) -> tuple[Any, list[PyTree], jax.Array]:
 every_kind = pytest.mark.parametrize("name", SEVERAL)
 
 
+@pytest.mark.every_nth(2)
 @every_kind
 def test_repaired_units_have_the_interpolated_means_and_deviations(name):
     moments, models, inputs = fresh(name, 3)
@@ -398,6 +399,7 @@ def test_repaired_units_have_the_interpolated_means_and_deviations(name):
     assert moved == len(after)
 
 
+@pytest.mark.every_nth(2)
 @every_kind
 def test_repair_leaves_a_network_alone_that_nothing_is_wrong_with(name):
     moments, models, inputs = fresh(name, 3)
@@ -475,6 +477,7 @@ def test_a_layer_that_is_called_twice_is_refused():
         classifier.unit_moments(Twice(), spec)(variables, x)
 
 
+@pytest.mark.slow
 def test_a_deep_network_without_norm_is_worth_more_repaired():
     net = trained("vgg without norm")
     aligned = net.aligned()

@@ -229,7 +229,7 @@ everywhere = pytest.mark.parametrize("n_devices", DEVICES)
 both_batchings = pytest.mark.parametrize("batching", BATCHINGS)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @everywhere
 @both_batchings
 def test_per_agent_is_a_loop_over_agents(results, n_devices, batching):
@@ -243,7 +243,7 @@ def test_per_agent_is_a_loop_over_agents(results, n_devices, batching):
     assert there["n"].dtype == np.int32
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(12)
 @everywhere
 @both_batchings
 def test_agents_are_spread_over_all_devices(results, n_devices, batching):

@@ -135,20 +135,28 @@ def without_times(rows: list[dict]) -> list[dict]:
 # All experiments at once ==============================================================
 
 
+# Merging, gossip and push-sum are in every run of the tests.
+IN_EVERY = ("reference frame, five agents", "gossip", "push-sum")
+OTHERS = [name for name in RUNS if name not in IN_EVERY]
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Path:
-    """The folder of the runs that two processes have done."""
+def pair(request, tmp_path_factory) -> Path:
+    """The folder of the runs that two processes have done, for the selected tests."""
     folder = tmp_path_factory.mktemp("pair")
+    cases = [getattr(item, "callspec", None) for item in request.session.items]
+    selected = {case.params.get("name") for case in cases if case}
+    names = [name for name in RUNS if name in selected or name in IN_EVERY]
     coordinator = f"127.0.0.1:{free_port()}"
     processes = [
-        start(["tests.processes", str(folder), coordinator, "2", str(process)])
+        start(["tests.processes", str(folder), coordinator, "2", str(process), *names])
         for process in range(2)
     ]
     for number, process in enumerate(processes):
         code, out, err = ended(process, 280)
         assert code == 0, f"process {number}:\n{out}\n{err}"
         # Process 0 alone reports.
-        n_evaluations = sum(len(read_evaluations(folder / name)) for name in RUNS)
+        n_evaluations = sum(len(read_evaluations(folder / name)) for name in names)
         assert out.count("test accuracy") == (0 if number else n_evaluations)
     return folder
 
@@ -169,10 +177,9 @@ def alone(tmp_path_factory) -> Callable[[str, int], Path]:
 @pytest.mark.parametrize(
     ("name", "cpu_devices"),
     [
-        *((name, 4) for name in RUNS),
-        ("reference frame, five agents", 1),
-        ("gossip", 1),
-        ("push-sum", 1),
+        *((name, 4) for name in IN_EVERY),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in IN_EVERY),
+        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in OTHERS),
     ],
 )
 def test_two_processes_find_what_one_process_finds(pair, alone, name, cpu_devices):
@@ -187,7 +194,13 @@ def test_two_processes_find_what_one_process_finds(pair, alone, name, cpu_device
                 np.testing.assert_allclose(value, expected[field], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["own frames, own data, BatchNorm", "push-sum"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("own frames, own data, BatchNorm", marks=pytest.mark.slow),
+        "push-sum",
+    ],
+)
 def test_the_agents_of_two_processes_are_loaded_in_one(pair, alone, name):
     _, agents = train.load_agents(pair / name)
     _, expected = train.load_agents(alone(name, 4))
@@ -198,12 +211,11 @@ def test_the_agents_of_two_processes_are_loaded_in_one(pair, alone, name):
 
 
 def test_two_processes_share_the_agents_that_they_have_pre_trained(pair):
-    # Four runs of four agents without BatchNorm start from the same ones.
-    assert len(list((pair / "pretrained").iterdir())) == 3
-    first = [
-        read_evaluations(pair / name)[0] for name in ("averages", "gossip", "push-sum")
-    ]
-    assert first[0]["test_loss"] == first[1]["test_loss"] == first[2]["test_loss"]
+    names = [name for name in RUNS if (pair / name).is_dir()]
+    starts = {(RUNS[n].get("agents"), RUNS[n].get("model.norm")) for n in names}
+    assert len(list((pair / "pretrained").iterdir())) == len(starts) < len(names)
+    first = [read_evaluations(pair / name)[0] for name in ("gossip", "push-sum")]
+    assert first[0]["test_loss"] == first[1]["test_loss"]
 
 
 # A process dies =======================================================================
@@ -272,6 +284,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
 # Bad input ============================================================================
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_or_are_missing_end_with_one_message(tmp_path):
     command = (*LONG, f"--workdir={tmp_path / 'run'}")
     other = (*command, "--config.seed=1", "--config.batch_size=16")

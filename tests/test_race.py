@@ -182,6 +182,7 @@ def test_a_run_says_what_it_has_chosen_and_another_one_needs_no_race(racing, tmp
     assert len(racing) == 6
 
 
+@pytest.mark.slow
 def test_a_short_run_follows_the_rule_unless_a_long_one_has_raced(
     racing, monkeypatch, tmp_path
 ):
@@ -222,6 +223,7 @@ def killed_after(n_lines: int) -> Callable[[str], None]:
     return log
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_keeps_its_layout_and_its_results(monkeypatch, tmp_path):
     config = tiny(rounds=2)
     monkeypatch.setattr(_race, "candidates", lambda experiment: [VMAP, IM2COL])

@@ -1,5 +1,7 @@
 """The files around the code: they parse, and agree with pyproject.toml."""
 
+import ast
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,29 @@ def test_every_dependency_has_the_lower_bound_that_the_oldest_job_installs():
     optional = (*extras["sdp"], *extras["slurm"], *extras["torch"])
     bounded = [*PROJECT["dependencies"], *optional]
     assert not [requirement for requirement in bounded if ">=" not in requirement]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if _TEST.search(p.read_text())], ids=lambda p: p.name
+)
+def test_every_test_that_a_page_names_exists(page):
+    for path, name in _TEST.findall(page.read_text()):
+        tree = ast.parse((ROOT / path).read_text())
+        names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert name in names, f"{path} has no {name}"
+
+
+def test_every_promise_of_the_readme_names_its_test():
+    section = (ROOT / "README.md").read_text().partition("## What a run promises")[2]
+    table = section.partition("\n## ")[0].strip().splitlines()[2:]
+    assert len(table) > 10
+    for line in table:
+        _, promise, tests, _ = line.split("|")
+        assert promise.strip().endswith((".", ").")) and _TEST.search(tests), line
 
 
 def test_the_citation_names_the_license_and_the_paper():

@@ -20,7 +20,7 @@ from dimat_jax.data._dataset import DataError
 from dimat_jax.errors import UserError
 from dimat_jax.export import export_model
 from dimat_jax.models import MODELS, _saved, classifier, to_torch
-from dimat_jax.models._state_dict import write_safetensors
+from dimat_jax.models._torch_files import save_safetensors
 from dimat_jax.tree import flatten, take
 from dimat_jax.workdir import Workdir, load_agents
 from tests.sweeping.small import small
@@ -248,7 +248,7 @@ def test_a_run_starts_from_pytorch_files(tmp_path):
             lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), abstract
         )
         path = tmp_path / f"agent{number}.safetensors"
-        write_safetensors(path, to_torch("resnet20", variables))
+        save_safetensors(path, to_torch("resnet20", variables))
         written.append(variables)
     config = drop_unread(starting(f"{tmp_path}/*.safetensors", model__name="resnet20"))
     start = start_of(config)

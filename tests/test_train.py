@@ -22,7 +22,9 @@ from dimat_jax.config import ConfigError, default_config, drop_unread
 from dimat_jax.errors import NonFiniteError, UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
-from dimat_jax.models import mlp
+from dimat_jax.models import classifier, mlp
+from dimat_jax.permutation import Concat, PermutationSpec, PermutationSpecError
+from dimat_jax.permutation._verify import InconclusiveError, Verification
 from dimat_jax.workdir import Results, Workdir
 
 
@@ -317,6 +319,7 @@ def test_the_number_of_devices_changes_nothing(tmp_path, finished):
             )
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_number_of_devices(tmp_path, finished):
     def die(line: str) -> None:
         if "round   1    trained" in line:
@@ -330,6 +333,7 @@ def test_a_run_resumes_on_another_number_of_devices(tmp_path, finished):
     np.testing.assert_allclose(ours["test_loss"], theirs["test_loss"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_runs_share_pretrained_agents(tmp_path):
     cache = str(tmp_path / "agents")
     lines = []
@@ -373,6 +377,7 @@ def test_a_run_waits_for_another_one_that_pretrains_the_same_agents(tmp_path):
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_uses_agents_that_another_one_has_trained_since(
     tmp_path, monkeypatch
 ):
@@ -472,6 +477,7 @@ def test_a_round_can_be_counted_in_steps(tmp_path):
     assert [row["step"] for row in read_evaluations(tmp_path)] == [12, 12, 15, 15, 18]
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_to_about_the_same(tmp_path, finished):
     train.run(small(model__dtype="bfloat16"), tmp_path, quiet)
     ours, theirs = read_evaluations(tmp_path)[-1], read_evaluations(finished)[-1]
@@ -561,6 +567,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, changes, mess
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_resnet20_runs_on_real_cifar100(tmp_path, data_dir, data_cache):
     """The run is small, with BatchNorm, recalibration, augmentation and own data."""
     config = cifar100_resnet20.get_config("small")
@@ -754,6 +761,77 @@ def test_a_wrong_spec_is_found_before_any_training(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="params/head/kernel"):
         train.run(small(), workdir, quiet)
     assert not workdir.exists()
+
+
+def _wrong_for_trained_weights(monkeypatch) -> None:
+    """Lets new biases be 0 or 1, and declares that units with equal ones may move."""
+
+    def init(model, key, inputs):
+        variables = classifier_init(model, key, inputs)
+        bias = variables["params"]["hidden0"]["bias"]
+        variables["params"]["hidden0"]["bias"] = bias.at[:64].set(1)
+        return variables
+
+    def wrong(model):
+        halves = Concat(("first", 64), ("second", 64))
+        axes = dict(mlp.permutation_spec(model).axes)
+        axes["params/hidden0/kernel"] = (None, halves)
+        axes["params/hidden0/bias"] = (None,)
+        axes["params/hidden1/kernel"] = (halves, "hidden1")
+        return PermutationSpec(axes)
+
+    classifier_init = classifier.init
+    monkeypatch.setattr(classifier, "init", init)
+    monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "when", "phases"),
+    [
+        (1, "before the first merge", ["pretrained"]),
+        (0, "at the end of the run", ["pretrained", "merged", "trained"]),
+    ],
+)
+def test_a_spec_that_is_wrong_for_trained_weights_alone_is_found(
+    tmp_path, monkeypatch, epochs, when, phases
+):
+    _wrong_for_trained_weights(monkeypatch)
+    config = drop_unread(small("wm", agents=2, rounds=1, pretrain__epochs=epochs))
+    message = rf"agent 0's weights {when}: .* groups 'first'.*'params/hidden0/kernel'"
+    with pytest.raises(PermutationSpecError, match=message):
+        train.run(config, tmp_path, quiet)
+    assert [row["phase"] for row in read_rows(tmp_path)] == phases
+    assert not (tmp_path / "summary.json").exists()
+    # The same command finds it again, and computes nothing before that.
+    with pytest.raises(PermutationSpecError, match=when):
+        train.run(config, tmp_path, quiet)
+
+
+def test_a_run_verifies_three_times_and_goes_on_if_rounding_hides_the_symmetry(
+    tmp_path, monkeypatch
+):
+    calls, lines = [], []
+    original = Verification.__call__
+
+    def verify(self, variables, key):
+        original(self, variables, key)
+        calls.append((self, variables["params"]["head"]["kernel"]))
+        if len(calls) > 1:
+            raise InconclusiveError("which leaves rounding")
+
+    monkeypatch.setattr(Verification, "__call__", verify)
+    train.run(
+        small("wm", agents=2, rounds=1, pretrain__epochs=1), tmp_path, lines.append
+    )
+    compiled, kernels = zip(*calls, strict=True)
+    # One compiled program does it on new weights, before the merge, and at the end.
+    assert len(compiled) == 3 and len(set(map(id, compiled))) == 1
+    assert all((kernels[n] != kernels[n + 1]).all() for n in range(2))
+    notes = [
+        line for line in lines if "which leaves rounding (the run goes on)" in line
+    ]
+    assert ["the first merge" in note for note in notes] == [True, False]
+    assert (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "checkpoints"])

@@ -166,6 +166,7 @@ def test_without_runs_there_is_one_message(tmp_path):
         tune([tmp_path], RATE)
 
 
+@pytest.mark.slow
 def test_real_runs_are_tuned(tmp_path):
     choices = {RATE: (0.3, 1e-6)}
     config = small("cdsgd", rounds=1, data__validation=0.25, pretrain__epochs=0)

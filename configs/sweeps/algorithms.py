@@ -14,16 +14,25 @@ from dimat_jax.config import drop_unread
 from dimat_jax.configs import quickstart
 from dimat_jax.sweeps import grid
 
-# The algorithms that take Adam in the quickstart take SGD here.
-_WITH_SGD = dict.fromkeys(("local", "centralized", "dimat", "wm", "wa"), 0.1)
-LEARNING_RATES = {**_WITH_SGD, **quickstart.LEARNING_RATES}
+# The algorithms that take Adam in the quickstart take SGD here. All rates were chosen
+# with configs/sweeps/learning_rates.py, on validation images.
+LEARNING_RATES = {
+    "centralized": 0.03,
+    "local": 0.3,
+    "dimat-reference": 0.1,
+    "dimat-own": 0.1,
+    "wm-joint": 0.3,
+    "wa": 0.3,
+    "dimat-cdsgd": 0.3,
+    **quickstart.LEARNING_RATES,
+}
 
 
 def get_config(line: str):
     """Makes the config of a line of the comparison, e.g. "cdsgd" or "dimat-own"."""
     name, _, form = line.partition("-")
     config = quickstart.get_config(name)
-    config.optimizer.learning_rate = LEARNING_RATES[name]
+    config.optimizer.learning_rate = LEARNING_RATES[line]
     # All algorithms use plain SGD, unless their papers choose another optimizer.
     uses_sgd = ALGORITHMS[name].other_optimizers and not name.endswith("cga")
     config.optimizer.name = "sgd" if uses_sgd else ""
@@ -37,7 +46,6 @@ def get_config(line: str):
         config.merge.stay = 0.0
     if form == "cdsgd":
         config.merge.inner = form
-        config.optimizer.learning_rate = LEARNING_RATES[form]
     return drop_unread(config)
 
 

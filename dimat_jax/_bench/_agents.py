@@ -9,7 +9,7 @@ from dimat_jax import workdir
 from dimat_jax.algorithms.base import Variables
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
-from dimat_jax.models._torch_import import from_torch
+from dimat_jax.models.torch_import import from_torch
 from dimat_jax.tree import flatten, stack
 
 __all__ = ["agents_of"]

@@ -37,11 +37,14 @@ class Bench(NamedTuple):
         run: `run(config, settings) -> result` measures. The result consists of what
             JSON can hold. It raises UserError for a config that it cannot measure.
         show: `show(result) -> text` writes the result as tables for people.
+        times_a_config: whether `run` reads the config. If it does not, --config is
+            refused.
     """
 
     name: str
     run: Callable[[Config, Settings], dict[str, Any]]
     show: Callable[[dict[str, Any]], str]
+    times_a_config: bool = True
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

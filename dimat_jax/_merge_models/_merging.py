@@ -1,18 +1,19 @@
 """Matches, averages, mends and evaluates models of one architecture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from dimat_jax import _randomness, merge, permutation
 from dimat_jax._merge_models._methods import METHODS, Problem
 from dimat_jax._merge_models._options import Options
+from dimat_jax._merge_models._subject import Subject
 from dimat_jax.data.pipeline import Samples, share
 from dimat_jax.data.sources import Dataset, Split
 from dimat_jax.evaluate import Evaluator
-from dimat_jax.models import classifier, permutation_spec
 from dimat_jax.options import arguments
 from dimat_jax.permutation import Perms
 from dimat_jax.placement import place
@@ -30,38 +31,58 @@ class Merging:
     """The steps of a merge of models that have the same architecture.
 
     "Mending" an average means to measure its BatchNorm statistics anew, or, in a
-    network without BatchNorm, to rescale its units (REPAIR).
+    network without BatchNorm, to rescale its units (REPAIR). Without data, nothing is
+    mended or evaluated.
 
     Args:
         options: the options of the merge.
-        module: the architecture.
-        dataset: the data for matching, mending and evaluating.
+        subject: the architecture.
+        dataset: the data for matching, mending and evaluating, if there are any.
+        example: a batch of inputs, on which the symmetry is verified.
 
     Attributes:
         spec: the architecture's permutation symmetry.
+        after_evaluation: a function that is called whenever a model has been evaluated.
+        mended: the word for a mended average; "" if there is nothing to mend.
     """
 
-    def __init__(self, options: Options, module: Any, dataset: Dataset):
+    def __init__(
+        self,
+        options: Options,
+        subject: Subject,
+        dataset: Dataset | None,
+        example: Array | np.ndarray,
+    ):
         self.options = options
-        self.module = module
-        self.spec = permutation_spec(module)
-        self._batch_statistics = classifier.batch_statistics(module)
-        self._unit_moments = classifier.unit_moments(module, self.spec)
+        self.after_evaluation: Callable[[], object] = lambda: None
+        self.subject = subject
+        self.spec = subject.spec
         method = METHODS[options.method]
         self._matcher = method(**arguments(method, vars(options)))
         self._placement = place(1, jax.devices()[:1])
+        self._example = example
+        self._batches, self._evaluator, self.mended = [], None, ""
+        if dataset is not None:
+            self._read(dataset)
+
+    def _read(self, dataset: Dataset) -> None:
         test = self._samples(dataset, dataset.test, None, _EVAL_BATCH)
-        self._evaluator = Evaluator(classifier.forward(module), test, self._placement)
-        chosen = self._samples(dataset, dataset.train, options.samples, _BATCH)
+        # The evaluator knows where parameters are in a bundled model's variables alone.
+        self._evaluator = Evaluator(
+            lambda variables, x: self.subject.forward(variables["params"], x),
+            test,
+            self._placement,
+        )
+        chosen = self._samples(dataset, dataset.train, self.options.samples, _BATCH)
         # The last batch is cut where its padding begins.
         self._batches = [
             batch.inputs[: int(mask.sum())]
             for batch, mask in zip(chosen, chosen.mask, strict=True)
         ]
-        # The word for a mended average; "" if there is nothing to mend.
-        self._mended = "repaired" if self.spec.groups else ""
-        if self._batch_statistics is not None:
-            self._mended = "recalibrated"
+        if self.subject.batch_statistics is not None:
+            self.mended = "recalibrated"
+        elif self.subject.unit_moments is not None:
+            self.mended = "repaired"
 
     def _samples(
         self, dataset: Dataset, split: Split, size: int | None, batch_size: int
@@ -90,15 +111,10 @@ class Merging:
             return None
         verify_key, key = jax.random.split(_randomness.seed_key(self.options.seed))
         permutation.verify(
-            self.spec,
-            classifier.both_modes(self.module),
-            models[0],
-            self._batches[0][:8],
-            verify_key,
+            self.spec, self.subject.outputs, models[0], self._example, verify_key
         )
-        activations = classifier.activations(self.module)
         return self._matcher(
-            Problem(models, self.spec, activations, self._batches, key)
+            Problem(models, self.spec, self.subject.activations, self._batches, key)
         )
 
     def averages(self, forms: dict[str, list[PyTree]]) -> dict[str, PyTree]:
@@ -107,9 +123,9 @@ class Merging:
         for form, models in forms.items():
             average = merge.average(models, weights)
             averages[f"{form} average"] = average
-            if self._mended:
+            if self.mended:
                 mended = self._mend(average, models, weights)
-                averages[f"{form} average, {self._mended}"] = mended
+                averages[f"{form} average, {self.mended}"] = mended
         return averages
 
     def curves(
@@ -128,19 +144,23 @@ class Merging:
             def mend(point, t, ends=(a, b)):
                 return self._mend(point, ends, [1 - t, t])
 
-            if self._mended:
-                curves[f"{form}, {self._mended}"] = merge.barrier(
+            if self.mended:
+                curves[f"{form}, {self.mended}"] = merge.barrier(
                     self.evaluate, a, b, ts, repair=mend
                 )
         return curves
 
     def _mend(self, average: PyTree, models: Sequence[PyTree], weights: Any) -> PyTree:
-        if self._batch_statistics is not None:
-            return merge.recalibrate(self._batch_statistics, average, self._batches)
-        return merge.repair(self._unit_moments, average, models, self._batches, weights)
+        known = self.subject
+        if known.batch_statistics is not None:
+            return merge.recalibrate(known.batch_statistics, average, self._batches)
+        assert known.unit_moments is not None
+        return merge.repair(known.unit_moments, average, models, self._batches, weights)
 
     def evaluate(self, model: PyTree) -> tuple[float, float]:
         """The loss (in nats) and the accuracy of a model on the test images."""
-        stacked = jax.tree.map(lambda x: np.asarray(x)[None], model)
+        assert self._evaluator is not None
+        stacked = jax.tree.map(lambda x: np.asarray(x)[None], {"params": model})
         result = self._evaluator(self._placement.put(stacked))
+        self.after_evaluation()
         return float(result.loss[0]), float(result.accuracy[0])

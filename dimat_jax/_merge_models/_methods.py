@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Key
+from tqdm import tqdm
 
 from dimat_jax import matching, permutation
 from dimat_jax.matching import _assignment, _weight
@@ -57,11 +58,12 @@ def reference(
     """All models are aligned to the first."""
     del match_all
     first, *others = problem.models
+    bar = tqdm(others, "matching", unit="", leave=False, disable=None)
     return [
         permutation.identity(problem.spec, first),
         *(
             match_pair(first, other, jax.random.fold_in(problem.key, i))
-            for i, other in enumerate(others)
+            for i, other in enumerate(bar)
         ),
     ]
 
@@ -135,10 +137,21 @@ def none() -> None:
     """The models are averaged as they are."""
 
 
-METHODS: dict[str, Record[Matcher | None]] = registry(
-    Record("activation", activation, (FRAME, STAY)),
-    Record("weight", weight, (FRAME, STAY, RESTARTS)),
-    Record("none", none),
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Method(Record[Matcher | None]):
+    """A method of matching.
+
+    Attributes:
+        needs_data: whether it runs the models on images.
+    """
+
+    needs_data: bool = False
+
+
+METHODS: dict[str, Method] = registry(
+    Method("activation", activation, (FRAME, STAY), needs_data=True),
+    Method("weight", weight, (FRAME, STAY, RESTARTS)),
+    Method("none", none),
 )
 """`METHODS[name](**options)` builds a matcher, or None if nothing is to be matched."""
 

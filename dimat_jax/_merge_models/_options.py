@@ -13,7 +13,7 @@ from dimat_jax.errors import UserError
 from dimat_jax.models import MODELS
 from dimat_jax.options import SEED, Option, describe_readers, read, readers
 
-__all__ = ["OPTIONS", "Options", "check"]
+__all__ = ["OPTIONS", "Options", "check", "is_own"]
 
 
 def _field(option: Option) -> Any:
@@ -29,7 +29,8 @@ class Options:
 
     Attributes:
         models: two or more names. Each is the workdir of a run (DIR:2 is its agent 2,
-            DIR its agent 0), a PyTorch file, or the `out` of an earlier merge.
+            DIR its agent 0), the `out` of an earlier merge, a PyTorch file, or, for a
+            model of your own, a file or folder of weights.
         out: the folder for all results, which must be new or empty.
     """
 
@@ -41,15 +42,39 @@ class Options:
         Option(
             "model",
             None,
-            "The architecture that PyTorch files hold.",
+            "The architecture that PyTorch files hold; or path.py:function for a model "
+            "of your own, with function(variables, inputs) -> outputs. If it has "
+            "running statistics, it also takes train=True, and then returns (outputs, "
+            "updated variables).",
             choices=MODELS.keys(),
+        )
+    )
+    entry: str | None = _field(
+        Option(
+            "entry",
+            None,
+            "The entry of a checkpoint that holds the weights, or the entries that "
+            "lead to it, joined by '/'. By default, it is found.",
+        )
+    )
+    prefix: str | None = _field(
+        Option(
+            "prefix",
+            None,
+            "What the keys of the weights in PyTorch files begin with, as 'model.'. By "
+            "default, it is found for the architectures that have names.",
         )
     )
     data: str | None = _field(
         Option(
             "data",
             None,
-            "The data set. It is needed if no model says what it was trained on.",
+            "The data set, if no model says what it was trained on; or images of your "
+            "own: a folder with a folder for each class (or with two such folders, "
+            "train and test), an .npz file (images and labels, or train_images, "
+            "train_labels, test_images and test_labels), or path.py:function with "
+            "function(directory, cache_dir) -> Dataset. Without data, models can be "
+            "merged by their weights, but nothing is evaluated or measured anew.",
             choices=SOURCES.keys(),
         )
     )
@@ -58,6 +83,32 @@ class Options:
             "data_dir",
             None,
             "The folder of the data set. By default, the one that the runs name.",
+        )
+    )
+    size: tuple[int, ...] | None = _field(
+        Option(
+            "size",
+            None,
+            "The size of your own images, SIDE or HEIGHT,WIDTH,CHANNELS. Others are "
+            "scaled until they cover it, and their middle is cut out. By default, the "
+            "images keep their size. Without data, the size that a model of your own "
+            "takes.",
+        )
+    )
+    mean: tuple[float, ...] | None = _field(
+        Option(
+            "mean",
+            None,
+            "The mean that is subtracted from each channel of your own images, whose "
+            "pixels count from 0 to 1. By default, that of the training images.",
+        )
+    )
+    std: tuple[float, ...] | None = _field(
+        Option(
+            "std",
+            None,
+            "The standard deviation by which each channel of your own images is "
+            "divided, as mean.",
         )
     )
     method: str = _field(METHOD)
@@ -129,14 +180,53 @@ def check(options: Options) -> None:
         )
     for name, option in OPTIONS.items():
         value = getattr(options, name)
-        if value is not None:
+        if value is not None and not (name in _OWN and is_own(value)):
             option.check(value, f"--{name}")
     _refuse_unread(options)
+    _check_form(options)
     merge.check_weights(options.weights, len(options.models))
     check_output(options.out, "--out")
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} exists already; choose a new folder")
+
+
+# The options that may also name something of the user's own.
+_OWN = ("model", "data")
+
+
+def is_own(value: str) -> bool:
+    """Whether a value of --model or --data names something of the user's own."""
+    if value in MODELS or value in SOURCES:
+        return False
+    return ".py:" in value or value.endswith(".npz") or Path(value).is_dir()
+
+
+def _check_form(options: Options) -> None:
+    """Checks how a user's own images are to be made alike and normalised.
+
+    Raises:
+        UserError: an option is wrong, or it is given although nothing reads it.
+    """
+    size = options.size
+    if size is not None and (len(size) not in (1, 3) or min(size) < 1):
+        raise UserError(
+            f"--size is {','.join(map(str, size))}; it must be SIDE or "
+            "HEIGHT,WIDTH,CHANNELS"
+        )
+    if size is not None and len(size) == 3 and size[2] not in (1, 3):
+        raise UserError(f"--size has {size[2]} channels; images have 1 or 3")
+    data = options.data
+    is_images = data is not None and is_own(data) and ".py:" not in data
+    for name in ("size", "mean", "std"):
+        without_data = name == "size" and data is None
+        if getattr(options, name) is not None and not (is_images or without_data):
+            raise UserError(
+                f"--{name} is for images of your own, in a folder or an .npz file; got "
+                f"--data={data}"
+            )
+    if options.std is not None and min(options.std) <= 0:
+        raise UserError(f"--std must be above 0, got {options.std}")
 
 
 def _identity(name: str) -> tuple[str, int]:

@@ -59,6 +59,8 @@ def markdown(
         for line in lines
         for name, curve in line.curves.items()
     ]
+    if not scores:
+        return f"Saved: the {merged}.\n"
     return (
         f"## Test accuracy and loss\n\n{_table(models)}\n\nSaved: the {merged}.\n\n"
         f"## On the straight lines\n\n{_table(barriers)}\n"

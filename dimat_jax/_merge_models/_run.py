@@ -12,20 +12,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from dimat_jax import __version__, _model_files, permutation
-from dimat_jax._merge_models import _report
+from dimat_jax import __version__, _user_code, permutation
+from dimat_jax._merge_models import _data, _files, _report
 from dimat_jax._merge_models._merging import Merging
 from dimat_jax._merge_models._methods import METHODS
 from dimat_jax._merge_models._options import Options, check
 from dimat_jax._merge_models._report import Line
+from dimat_jax._merge_models._subject import bundled, own
+from dimat_jax._merge_models._trees import write_tree
 from dimat_jax._metrics import write_json
-from dimat_jax.data import sources
 from dimat_jax.data.sources import Dataset
 from dimat_jax.errors import UserError
-from dimat_jax.models import _saved
+from dimat_jax.models import MODELS, _saved
 from dimat_jax.models._saved import SavedModel
+from dimat_jax.models.torch_import import save_safetensors, to_torch
 from dimat_jax.permutation import Perms
+from dimat_jax.tree import PyTree
 
 __all__ = ["run"]
 
@@ -46,27 +50,26 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check(options)
-    models, dataset = _read(options)
-    merging = Merging(options, models[0].module, dataset)
+    models, directory = _files.read(options)
+    dataset = _data.load(options, models, directory)
+    merging = _merging(options, models, dataset)
+    if remark := _remark(merging, dataset):
+        log(remark)
     inputs = [jax.tree.map(jnp.asarray, model.variables) for model in models]
     forms = {"plain": inputs}
     moved_units = 0.0
     log(f"matching: {_method(options)}")
     if perms := merging.match(inputs):
         moved_units = _share_of_moved_units(perms)
+        log(f"{100 * moved_units:.1f} % of the units change their places")
         forms["aligned"] = [
             permutation.apply(merging.spec, p, m)
             for p, m in zip(perms, inputs, strict=True)
         ]
     averages = merging.averages(forms)
-    labels = _labels(options.models)
-    named = {**dict(zip(labels, inputs, strict=True)), **averages}
-    scores = {name: merging.evaluate(model) for name, model in named.items()}
-    lines = []
-    for i in range(1, len(inputs)):
-        log(f"the line from {labels[0]} to {labels[i]}")
-        lines.append(Line(labels[0], labels[i], merging.curves(forms, i)))
-
+    scores, lines = {}, []
+    if dataset is not None:
+        scores, lines = _evaluate(options, merging, inputs, forms, averages, log)
     # The last average is aligned and mended, if both are possible. It is the one saved.
     merged = list(averages)[-1]
     report = _report.markdown(scores, lines, merged)
@@ -79,37 +82,83 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
         "versions": {"dimat_jax": __version__, "jax": jax.__version__},
     }
     result = models[0]._replace(
-        input_shape=dataset.train.images.shape[1:],
-        data=dataset.name,
+        input_shape=_data.image_shape(options, models, dataset),
+        data=_data.name_to_save(models, dataset),
         variables=averages[merged],
     )
-    _write(Path(options.out), result, summary, lines, report)
+    _write(options, result, summary, lines, report)
     log(report)
     log(f"wrote {options.out}")
     return summary
 
 
-def _read(options: Options) -> tuple[list[SavedModel], Dataset]:
-    """Reads the models and their data, and checks that all fit together."""
-    models, data_dir = _model_files.read(
-        options.models, options.model, options.data_dir
-    )
+def _remark(merging: Merging, dataset: Dataset | None) -> str:
+    """Says what is not done, and why; "" if there is nothing to say."""
+    if dataset is None and merging.subject.batch_statistics is not None:
+        return (
+            "no data: nothing is evaluated, and BatchNorm's statistics are averaged as "
+            "weights are; measure them anew before the merged model is used, or give "
+            "--data"
+        )
+    if dataset is None:
+        return "no data: nothing is evaluated"
+    reason = merging.subject.unmended
+    return f"averages are not repaired: {reason}" if reason else ""
+
+
+def _merging(
+    options: Options, models: Sequence[SavedModel], dataset: Dataset | None
+) -> Merging:
+    """Checks that models and data fit together, and prepares their merge."""
     for name, model in zip(options.models, models, strict=True):
         if options.model not in (None, model.name):
             raise UserError(f"{name} is a {model.name}, but --model={options.model}")
-    dataset = sources.load(
-        _model_files.data_set(options.models, models, options.data),
-        directory=data_dir,
-        train_size=options.train_size,
-        test_size=options.test_size,
-        seed=options.seed,
-    )
-    _model_files.check(options.models, models, dataset)
-    if options.samples > (available := len(dataset.train.labels)):
-        raise UserError(
-            f"--samples is {options.samples}, but there are only {available} images"
-        )
-    return models, dataset
+    shape = _data.image_shape(options, models, dataset)
+    example = np.random.default_rng(options.seed).normal(size=(8, *shape))
+    example = example.astype(np.float32)
+    name = models[0].name
+    if name in MODELS:
+        _files.check(options.models, models, shape, dataset)
+        return Merging(options, bundled(models[0].module), dataset, example)
+    _files.check_own(options.models, models)
+    path, _, function = name.rpartition(":")
+    forward = _user_code.load(Path(path), f"{function}(variables, inputs) -> logits")
+    variables = jax.tree.map(jnp.asarray, models[0].variables)
+    subject = own(function, forward, variables, example)
+    if dataset is not None:
+        n_classes = jax.eval_shape(forward, variables, example).shape[-1]
+        _files.check_classes(name, n_classes, dataset)
+    return Merging(options, subject, dataset, example)
+
+
+def _evaluate(
+    options: Options,
+    merging: Merging,
+    inputs: Sequence[PyTree],
+    forms: dict[str, list[PyTree]],
+    averages: Mapping[str, PyTree],
+    log: Callable[[str], None],
+) -> tuple[dict[str, tuple[float, float]], list[Line]]:
+    """Evaluates all models and averages, and the lines from the first model.
+
+    Returns:
+        the loss and the accuracy by name, and the lines.
+    """
+    labels = _labels(options.models)
+    named = {**dict(zip(labels, inputs, strict=True)), **averages}
+    n_lines = len(inputs) - 1
+    n_curves = len(forms) * (2 if merging.mended else 1)
+    total = len(named) + n_lines * n_curves * options.points
+    with tqdm(
+        total=total, desc="evaluating", unit="model", leave=False, disable=None
+    ) as bar:
+        merging.after_evaluation = bar.update
+        scores = {name: merging.evaluate(model) for name, model in named.items()}
+        lines = []
+        for i in range(1, len(inputs)):
+            log(f"the line from {labels[0]} to {labels[i]}")
+            lines.append(Line(labels[0], labels[i], merging.curves(forms, i)))
+    return scores, lines
 
 
 def _method(options: Options) -> str:
@@ -156,22 +205,43 @@ def _results(
 
 
 def _write(
-    out: Path,
+    options: Options,
     merged: SavedModel,
     summary: dict[str, Any],
     lines: Sequence[Line],
     report: str,
 ) -> None:
     """Writes all results. If an error occurs, nothing is left on disk."""
+    out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}-{uuid.uuid4().hex}")
     try:
-        _saved.save(partial / "model", merged)
+        partial.mkdir()
+        _write_model(options, merged, partial)
         write_json(partial / "summary.json", summary)
-        write_json(partial / "barrier.json", [line.as_json() for line in lines])
-        _report.figure(lines, partial / "barrier.png")
+        if lines:
+            write_json(partial / "barrier.json", [line.as_json() for line in lines])
+            _report.figure(lines, partial / "barrier.png")
         (partial / "report.md").write_text(report)
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _write_model(options: Options, merged: SavedModel, folder: Path) -> None:
+    """Writes the merged model in the form in which the models came."""
+    place = _files.place(options)
+    if merged.name not in MODELS:
+        write_tree(folder, merged.variables, Path(options.models[0]), place)
+        return
+    _saved.save(folder / "model", merged)
+    if (like := _files.torch_file(options)) is not None:
+        state_dict = to_torch(
+            merged.name,
+            merged.variables,
+            like=like,
+            entry=place.entry,
+            prefix=place.prefix,
+        )
+        save_safetensors(folder / "model.safetensors", state_dict)

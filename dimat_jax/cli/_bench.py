@@ -1,6 +1,7 @@
 """Measures how long merging and training take, in relation to each other.
 
     dimat bench merge|train|scale --out=FILE.json [--config=NAME --config.FIELD=VALUE]
+    dimat bench gpt2 --out=FILE.json
 
 merge: times a merge round by phase, and compares it with the schedule of the published
     code on the same images, with a merge on as few images as it takes, and with a local
@@ -12,6 +13,9 @@ scale: times steps and merges of 1, 2, 5, ... agents, up to the config's number 
     ten minutes are over, and fits how time and memory grow. A cost model predicts 64 to
     4096 agents on the hardware that --bandwidth, --latency, --agents_per_device and
     --speed describe.
+gpt2: derives the spec of a GPT-2 of 124 million parameters, verifies it, and finds the
+    permutations that were planted in a copy, by weights. It reads no config. A call
+    takes minutes on few cores, so --repeats=1 is a good choice.
 
 Each program that is compared runs in a process of its own, and the programs take turns.
 Times are medians over --repeats, after a first call that compiles. A ratio is the
@@ -33,8 +37,12 @@ from dimat_jax.errors import UserError, nearest
 
 __all__ = ["COMMAND"]
 
-# The only benchmark that reads a flag, for flags that not all benchmarks read.
-_ONLY_FOR = {"agents": "merge", **dict.fromkeys(Hardware._fields, "scale")}
+# The benchmarks that read a flag, for flags that not all benchmarks read.
+_ONLY_FOR = {
+    "agents": ("merge",),
+    **dict.fromkeys(Hardware._fields, ("scale",)),
+    **dict.fromkeys(["steps", "full"], ("merge", "train", "scale")),
+}
 
 
 def define_flags() -> None:
@@ -87,9 +95,10 @@ def _settings(bench: str) -> Settings:
         UserError: the benchmark does not read one of the flags that are given.
     """
     given = flags.FLAGS
-    for name, reader in _ONLY_FOR.items():
-        if bench != reader and given[name].present:
-            raise UserError(f"--{name} is for {reader}; {bench} does not read it")
+    for name, readers in _ONLY_FOR.items():
+        if bench not in readers and given[name].present:
+            for_them = " and ".join(readers)
+            raise UserError(f"--{name} is for {for_them}; {bench} does not read it")
     hardware = Hardware(
         given.bandwidth, given.latency, given.agents_per_device, given.speed
     )
@@ -105,13 +114,16 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"the benchmark is {given!r}; {nearest(given, BENCHES)}")
     given = flags.FLAGS
     bench, config = BENCHES[arguments[0]], _bundled.given_config()
+    if not bench.times_a_config and _bundled.is_config_given():
+        raise UserError(f"--config is not for {bench.name}, which reads no config")
     check(config)
     settings = _settings(bench.name)
     check_output_file(given.out, "--out")
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     result = bench.run(config, settings)
-    write_json(out, {"bench": bench.name, **result, "config": config.to_dict()})
+    used = {"config": config.to_dict()} if bench.times_a_config else {}
+    write_json(out, {"bench": bench.name, **result, **used})
     print(bench.show(result))
     print(f"wrote {out}")
 

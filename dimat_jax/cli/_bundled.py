@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dimat_jax.cli import _user_code
+from dimat_jax import _user_code
 from dimat_jax.config import Config, expect_all_fields, settle_overrides
 from dimat_jax.errors import UserError, concerning, nearest, reading
 
@@ -17,6 +17,7 @@ __all__ = [
     "bundled_sweeps",
     "define_config",
     "given_config",
+    "is_config_given",
     "load_config",
     "load_runs",
     "summary",
@@ -108,6 +109,12 @@ def given_config() -> Config:
     assert isinstance(parser, _ConfigParser)  # `define_config` has set it
     original = load_config(parser.argument)
     return settle_overrides(expect_all_fields(flag.value), original, overridden)
+
+
+def is_config_given() -> bool:
+    """Whether the user has given --config, or a field of it."""
+    flag = flags.FLAGS["config"]
+    return bool(flag.present or config_flags.get_override_values(flag))
 
 
 def load_config(name: str) -> Config:

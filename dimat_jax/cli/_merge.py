@@ -2,17 +2,21 @@
 
     dimat merge A B [C ...] --out=DIR
 
-A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0; DIR@10 and
-DIR@10:2 are these at the end of round 10), a PyTorch file (.pth, .pt or .safetensors;
---model and --data name its architecture and its data set), or the --out of an earlier
-merge or export. All models are aligned to the first and averaged. Then
-BatchNorm statistics are measured anew; networks without BatchNorm are rescaled
-(REPAIR).
+A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0; DIR@10:2 and
+DIR@10 are these at the end of round 10), the --out of an earlier merge or export, or a
+PyTorch file (.safetensors, .pth, .pt, .bin, .ckpt; --model names its architecture).
+With --model=path.py:function it is a file for a function of your own: one of PyTorch's,
+.msgpack or .npz, or a folder that Orbax has written. All models are aligned to the
+first and averaged. Then BatchNorm statistics are measured anew; networks without
+BatchNorm are rescaled (REPAIR). Images are a data set or your own (--data). Without
+any, models can be matched by their weights, but nothing is measured.
 
-The command writes into DIR: model/ (the merged model), summary.json, barrier.json and
-barrier.png (loss and accuracy on the straight line from the first model to each other
-one, before and after), and report.md, which it also prints. DIR must be new or empty.
-On bad input the command exits with 2 and writes nothing.
+The command writes into DIR: the merged model (model/, and model.safetensors with the
+names of the PyTorch file that came in; for a function of your own, a file of the kind
+that came in), summary.json, barrier.json and barrier.png (loss and accuracy on the
+straight line from the first model to each other one, before and after), and report.md,
+which it also prints. DIR must be new or empty. On bad input the command exits with 2
+and writes nothing.
 """
 
 import dataclasses
@@ -35,6 +39,12 @@ _DEFINE = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     tuple[float, ...] | None: flags.DEFINE_list,
+    tuple[int, ...] | None: flags.DEFINE_list,
+}
+# What makes numbers of the words of a list.
+_NUMBERS: dict[Any, type] = {
+    tuple[float, ...] | None: float,
+    tuple[int, ...] | None: int,
 }
 _TYPES = {field.name: field.type for field in dataclasses.fields(Options)}
 
@@ -63,11 +73,12 @@ def _meaning(option: Option) -> str:
 def main(models: list[str]) -> None:
     """Merges the models that the arguments name."""
     values: dict[str, Any] = {name: flags.FLAGS[name].value for name in OPTIONS}
-    if values["weights"] is not None:
-        try:
-            values["weights"] = tuple(map(float, values["weights"]))
-        except ValueError as error:
-            raise UserError(f"--weights: {error}") from error
+    for name, value in values.items():
+        if (number := _NUMBERS.get(_TYPES[name])) and value is not None:
+            try:
+                values[name] = tuple(map(number, value))
+            except ValueError as error:
+                raise UserError(f"--{name}: {error}") from error
     run(Options(models=tuple(models), out=flags.FLAGS.out, **values))
 
 

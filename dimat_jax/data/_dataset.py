@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, UInt8
 from PIL import Image
 
 from dimat_jax.errors import UserError, reading
@@ -16,8 +16,10 @@ __all__ = [
     "DataError",
     "Dataset",
     "Split",
+    "choose",
     "decode_image",
     "digest",
+    "is_every_fifth",
     "make_split",
     "mean_std",
 ]
@@ -90,6 +92,44 @@ def mean_std(
     mean = total / images[..., 0].size
     std = np.sqrt(squares / images[..., 0].size - mean**2)
     return mean.astype(np.float32), std.astype(np.float32)
+
+
+def choose(
+    labels: Int[np.ndarray, " samples"], size: int, what: str, seed: list[int]
+) -> Int[np.ndarray, " size"]:
+    """Draws samples, from every class in turn. Their indices are in ascending order.
+
+    Args:
+        labels: the classes of all samples.
+        size: the number of samples to draw.
+        what: the name of the size in error messages.
+        seed: the seed by which they are drawn.
+
+    Raises:
+        DataError: the size is below 1 or above the number of samples.
+    """
+    n_samples = len(labels)
+    if not 1 <= size <= n_samples:
+        raise DataError(f"{what}: expected 1 to {n_samples} samples, got {size}")
+    shuffled = np.random.default_rng(seed).permutation(n_samples)
+    in_turn = np.argsort(_rank_in_class(labels[shuffled]), kind="stable")
+    return np.sort(shuffled[in_turn[:size]])
+
+
+def is_every_fifth(
+    labels: Int[np.ndarray, " samples"],
+) -> Bool[np.ndarray, " samples"]:
+    """Marks every fifth sample of a class, which are used for testing."""
+    return _rank_in_class(labels) % 5 == 0
+
+
+def _rank_in_class(labels: Int[np.ndarray, " samples"]) -> Int[np.ndarray, " samples"]:
+    """Counts for each sample the earlier samples that have the same label."""
+    order = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(labels)) - np.repeat(starts, counts)
+    return ranks
 
 
 def decode_image(

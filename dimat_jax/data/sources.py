@@ -13,10 +13,17 @@ import functools
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 
 from dimat_jax.data import _cifar, _tiny_imagenet
-from dimat_jax.data._dataset import DataError, Dataset, Split, make_split, mean_std
+from dimat_jax.data._dataset import (
+    DataError,
+    Dataset,
+    Split,
+    choose,
+    is_every_fifth,
+    make_split,
+    mean_std,
+)
 from dimat_jax.errors import nearest, reading
 from dimat_jax.options import SEED, Option, Record, registry
 
@@ -156,24 +163,10 @@ def _check(dataset: Dataset) -> None:
 
 def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split:
     """Draws a subset that takes from every class in turn, in the stored order."""
-    n_samples = len(split.labels)
     if size is None:
         return split
-    if not 1 <= size <= n_samples:
-        raise DataError(f"{what}: expected 1 to {n_samples} samples, got {size}")
-    shuffled = np.random.default_rng(seed).permutation(n_samples)
-    in_turn = np.argsort(_rank_in_class(split.labels[shuffled]), kind="stable")
-    kept = np.sort(shuffled[in_turn[:size]])
+    kept = choose(split.labels, size, what, seed)
     return make_split(split.images[kept], split.labels[kept])
-
-
-def _rank_in_class(labels: Int[np.ndarray, " samples"]) -> Int[np.ndarray, " samples"]:
-    """Counts for each sample the earlier samples that have the same label."""
-    order = np.argsort(labels, kind="stable")
-    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    ranks = np.empty_like(order)
-    ranks[order] = np.arange(len(labels)) - np.repeat(starts, counts)
-    return ranks
 
 
 def _digits(directory: str | None, cache_dir: str | None) -> Dataset:
@@ -186,7 +179,7 @@ def _digits(directory: str | None, cache_dir: str | None) -> Dataset:
 
     digits: Any = load_digits()
     images, labels = digits["images"][..., None].astype(np.uint8), digits["target"]
-    tests = _rank_in_class(labels) % 5 == 0
+    tests = is_every_fifth(labels)
     train = make_split(images[~tests], labels[~tests])
     test = make_split(images[tests], labels[tests])
     mean, std = mean_std(train.images)

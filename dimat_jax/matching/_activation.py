@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dimat_jax._labelled import labels_explained
 from dimat_jax._stopwatch import Stopwatch
 from dimat_jax.matching._assignment import STAY
 from dimat_jax.matching._descent import (
@@ -31,6 +32,7 @@ from dimat_jax.matching._descent import (
     pair_score,
     two_networks,
 )
+from dimat_jax.matching._errors import MatchingError
 from dimat_jax.matching._observed import (
     ListedNetworks,
     NetworkPrograms,
@@ -97,8 +99,8 @@ def activation_matching(
     Raises:
         PermutationSpecError: a group has no tap, the spec does not fit the variables,
             or the activations lack a tap or do not have the tap's axes.
-        ValueError: there are no batches, a group's size differs between the networks,
-            or activations are not finite.
+        MatchingError: there are no batches, a group's size differs between the
+            networks, activations are not finite, or batches hold labels.
         OptionError: `stay` is negative or not finite.
     """
     perms = match_activations(
@@ -136,11 +138,11 @@ def match_activations(
 
     Raises:
         PermutationSpecError: as of `activation_matching`.
-        ValueError: as of `activation_matching`.
+        MatchingError: as of `activation_matching`.
     """
     programs = NetworkPrograms(spec, activations)
     _check_models(spec, models)
-    networks = ListedNetworks(programs, models)
+    networks = ListedNetworks(programs, [as_arrays(model) for model in models])
     scorers = activation_scorers(networks, batches, [pairs], as_needed=as_needed)
     _, found = settle(scorers, lambda scorer: descended(Problem(scorer, solver)))
     return found.perms
@@ -153,7 +155,7 @@ def _check_models(spec: PermutationSpec, models: Sequence[PyTree]) -> None:
     for variables in models[1:]:
         for group, shape in group_shapes(spec, variables).items():
             if shape != shapes[group]:
-                raise ValueError(
+                raise MatchingError(
                     f"group {group!r} has {_in_words(shapes[group])} in one network, "
                     f"and {_in_words(shape)} in another"
                 )
@@ -188,7 +190,7 @@ def activation_scorers(
         fetch: brings arrays to the host.
 
     Raises:
-        ValueError: there are no batches.
+        MatchingError: there are no batches.
     """
     stopwatch = stopwatch or Stopwatch()
     moments = [networks.no_moments(wave) for wave in waves]
@@ -199,13 +201,14 @@ def activation_scorers(
         return ActivationScorer(scores, waves, n_batches=n_batches, fetch=fetch)
 
     for batch in map(as_arrays, batches):
-        _add_batch(networks, batch, moments, waves, stopwatch)
+        with labels_explained(batch, MatchingError):
+            _add_batch(networks, batch, moments, waves, stopwatch)
         n_batches += 1
         if as_needed and n_batches & (n_batches - 1) == 0:
             n_scored = n_batches
             yield scorer()
     if not n_batches:
-        raise ValueError("activation matching needs at least one batch of inputs")
+        raise MatchingError("activation matching needs at least one batch of inputs")
     if n_scored < n_batches:
         yield scorer()
 

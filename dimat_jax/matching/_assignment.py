@@ -5,6 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int32
 from scipy.optimize import linear_sum_assignment
 
+from dimat_jax.matching._errors import MatchingError
 from dimat_jax.options import Option
 
 __all__ = ["STAY", "prefer_staying", "solve_assignment"]
@@ -34,15 +35,15 @@ def solve_assignment(
         `sum_u scores[u, perm[u]]` is as large as any permutation can make it.
 
     Raises:
-        ValueError: scores that are not square, or not finite.
+        MatchingError: scores that are not square, or not finite.
     """
     scores = np.asarray(scores)
     if scores.dtype != np.float64:
         scores = scores.astype(np.float32)
     if scores.ndim < 2 or scores.shape[-1] != scores.shape[-2]:
-        raise ValueError(f"scores must be square matrices, got shape {scores.shape}")
+        raise MatchingError(f"scores must be square matrices, got shape {scores.shape}")
     if not np.isfinite(scores).all():
-        raise ValueError("scores must be finite; some are NaN or infinite")
+        raise MatchingError("scores must be finite; some are NaN or infinite")
     n = scores.shape[-1]
     perms = scores.argmax(axis=-1).astype(np.int32)
     for perm, matrix in zip(

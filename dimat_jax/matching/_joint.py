@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, Int32, Key
 from dimat_jax.matching._activation import Activations, match_activations
 from dimat_jax.matching._assignment import STAY, solve_assignment
 from dimat_jax.matching._descent import PairPerms, Pairs, Solver, total_score
+from dimat_jax.matching._errors import MatchingError
 from dimat_jax.matching._weight import RESTARTS, match_weights
 from dimat_jax.matching._weight_scores import Include
 from dimat_jax.permutation import Perms, PermutationSpec, identity
@@ -69,7 +70,7 @@ def joint_activation_matching(
 
     Raises:
         PermutationSpecError: as of `activation_matching`.
-        ValueError: as of `activation_matching`, and if there are no networks.
+        MatchingError: as of `activation_matching`, and if there are no networks.
     """
     return _into_first_frame(
         spec,
@@ -108,7 +109,7 @@ def joint_weight_matching(
 
     Raises:
         PermutationSpecError: as of `weight_matching`.
-        ValueError: as of `weight_matching`, and if there are no networks.
+        MatchingError: as of `weight_matching`, and if there are no networks.
     """
     return _into_first_frame(
         spec,
@@ -138,7 +139,7 @@ def _into_first_frame(
     `match(pairs, solver)` finds the permutations of the pairs that the solver allows.
     """
     if not models:
-        raise ValueError("joint matching needs at least one network")
+        raise MatchingError("joint matching needs at least one network")
     first = identity(spec, models[0])
     if len(models) == 1:
         return [first]

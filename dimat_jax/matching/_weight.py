@@ -27,6 +27,7 @@ from dimat_jax.matching._descent import (
     improve_group,
     two_networks,
 )
+from dimat_jax.matching._errors import MatchingError
 from dimat_jax.matching._weight_scores import (
     Include,
     WeightScorer,
@@ -35,7 +36,7 @@ from dimat_jax.matching._weight_scores import (
 )
 from dimat_jax.options import Option
 from dimat_jax.permutation import Perms, PermutationSpec, group_shapes, validate
-from dimat_jax.tree import PyTree, stack
+from dimat_jax.tree import PyTree, as_arrays, stack
 
 __all__ = [
     "RESTARTS",
@@ -95,7 +96,7 @@ def weight_matching(
 
     Raises:
         PermutationSpecError: a spec that does not fit the networks.
-        ValueError: networks whose shapes differ, weights that are not finite,
+        MatchingError: networks whose shapes differ, weights that are not finite,
             `restarts` < 1, or `stay` < 0.
     """
     perms = match_weights(
@@ -126,7 +127,7 @@ def weight_similarity(
     Returns:
         within [-1, 1]; 0 if a network has no weights but zeros.
     """
-    one, other = (included(tree, include) for tree in (reference, permutee))
+    one, other = (included(as_arrays(tree), include) for tree in (reference, permutee))
 
     def inner(a, b):
         return sum((dot(a[path], b[path]) for path in a), jnp.zeros(()))
@@ -161,21 +162,23 @@ def match_weights(
 
     Raises:
         PermutationSpecError: a spec that does not fit the networks.
-        ValueError: networks whose shapes differ, or weights that are not finite.
+        MatchingError: networks whose shapes differ, or weights that are not finite.
         OptionError: `restarts` < 1.
     """
     for model in models:
         validate(spec, model)
-    leaves = [included(model, include) for model in models]
+    leaves = [included(as_arrays(model), include) for model in models]
     for name, others in zip(names[1:], leaves[1:], strict=True):
         for path, leaf in leaves[0].items():
             if path in others and jnp.shape(others[path]) != jnp.shape(leaf):
-                raise ValueError(
+                raise MatchingError(
                     f"{path!r} has shape {jnp.shape(leaf)} in {names[0]}, but "
                     f"{jnp.shape(others[path])} in {name}"
                 )
             if path not in others:
-                raise ValueError(f"{path!r} is floating in {names[0]}, not in {name}")
+                raise MatchingError(
+                    f"{path!r} is floating in {names[0]}, not in {name}"
+                )
     scorer = WeightScorer(
         spec, group_shapes(spec, models[0]), _stack(leaves), [pairs], names=names
     )

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from dimat_jax.matching._blocks import Block, cut_blocks, take_block
 from dimat_jax.matching._descent import MatchedGroups, PairPerms, Pairs
+from dimat_jax.matching._errors import MatchingError
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._actions import take_of_layers
 from dimat_jax.tree import PyTree, flatten, take
@@ -55,7 +56,7 @@ class WeightScorer:
         names: what to call each network in error messages.
 
     Raises:
-        ValueError: weights that are not finite, or too large to be squared.
+        MatchingError: weights that are not finite, or too large to be squared.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class WeightScorer:
         for term, square in zip(self._terms, squares.T, strict=True):
             for name, finite in zip(names, np.isfinite(square), strict=False):
                 if not finite:
-                    raise ValueError(
+                    raise MatchingError(
                         f"{term.path!r} holds values that are NaN, infinite or beyond "
                         f"1e19 in {name}"
                     )

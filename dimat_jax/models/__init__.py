@@ -54,13 +54,13 @@ def permutation_spec(model: nn.Module) -> PermutationSpec:
 
 
 if TYPE_CHECKING:
-    from dimat_jax.models._torch_import import from_torch as from_torch
-    from dimat_jax.models._torch_import import infer_model as infer_model
-    from dimat_jax.models._torch_import import to_torch as to_torch
+    from dimat_jax.models.torch_import import from_torch as from_torch
+    from dimat_jax.models.torch_import import infer_model as infer_model
+    from dimat_jax.models.torch_import import to_torch as to_torch
 else:
     # That module imports this one; so this one imports it at first use.
     __getattr__ = importer(
-        __name__, {"_torch_import": ["from_torch", "infer_model", "to_torch"]}
+        __name__, {"torch_import": ["from_torch", "infer_model", "to_torch"]}
     )
 
 

@@ -174,7 +174,7 @@ def channel_sizes(kind: str, group: str, channels: int) -> dict[str, int]:
     return dict(zip(_factors(group), (blocks, channels // blocks), strict=True))
 
 
-def tap_axes(rank: int, units: str | Product) -> str | Axes:
+def tap_axes(rank: int, units: Axis) -> str | Axes:
     """The axes of a tap of `rank` dimensions whose last dimension is `units`."""
     return units if isinstance(units, str) else (*(None,) * (rank - 1), units)
 

@@ -1,158 +1,117 @@
-"""Reads PyTorch's state dicts: from files, checkpoints and mappings to arrays by key.
-
-Only this file imports PyTorch, and only to read a file that PyTorch has written.
-"""
+"""Reads PyTorch's state dicts: files, checkpoints and mappings become arrays by key."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from dimat_jax._metrics import write_bytes
-from dimat_jax.errors import UserError, reading
+from dimat_jax.errors import nearest
+from dimat_jax.models._torch_files import TorchImportError, read_file
 
 __all__ = [
-    "TorchImportError",
+    "Entry",
+    "StateDict",
+    "cast_like",
     "float32",
+    "is_floating",
     "listed",
-    "read_state_dict",
-    "write_safetensors",
+    "read_checkpoint",
+    "state_dicts",
 ]
 
+StateDict = str | os.PathLike[str] | Mapping[str, Any]
+"""A file, a folder that holds one, or a mapping to arrays or to such mappings."""
 
-class TorchImportError(UserError):
-    """Weights do not fit an architecture. The message names the keys and the shapes."""
+Entry = str | Sequence[str] | None
+"""The place of a state dict in a checkpoint: one key, or those that lead to it."""
 
 
-def read_state_dict(
-    state_dict: str | os.PathLike[str] | Mapping[str, Any],
-) -> tuple[str, dict[str, Any]]:
-    """Reads a state dict.
-
-    Args:
-        state_dict: a file or a mapping, as for `from_torch`.
+def read_checkpoint(checkpoint: StateDict) -> tuple[str, Mapping[Any, Any]]:
+    """Reads a checkpoint, which may be a state dict or hold some.
 
     Returns:
-        the name of the source for messages, and the arrays by key.
+        the name of the source for messages, and the mapping.
 
     Raises:
-        TorchImportError: the state dict cannot be read, or it holds other things than
-            arrays.
+        TorchImportError: it cannot be read, or it is no mapping.
     """
-    if isinstance(state_dict, Mapping):
-        source, tensors = "the state dict", state_dict
-    elif isinstance(state_dict, (str, os.PathLike)):
-        source, path = os.fspath(state_dict), Path(state_dict)
-        if not path.is_file():
-            raise TorchImportError(f"{source}: there is no such file")
-        read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-        tensors = read(path)
-    else:
+    if isinstance(checkpoint, Mapping):
+        return "the state dict", checkpoint
+    if not isinstance(checkpoint, (str, os.PathLike)):
         raise TorchImportError(
             "expected a file or a mapping of arrays, as module.state_dict() is, got "
-            f"{type(state_dict).__name__}"
+            f"{type(checkpoint).__name__}"
         )
+    source, tensors = os.fspath(checkpoint), read_file(Path(checkpoint))
     if not isinstance(tensors, Mapping):
         raise TorchImportError(
             f"{source}: expected a state dict, found {type(tensors).__name__}"
         )
-    source, tensors = _unwrapped(source, tensors)
-    strangers = [str(key) for key, value in tensors.items() if not _is_array(value)]
-    if strangers:
-        raise TorchImportError(f"{source}: not arrays: {listed(strangers)}")
-    return source, {str(key): value for key, value in tensors.items()}
+    return source, tensors
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        from safetensors import deserialize
-    except ImportError as error:
-        raise TorchImportError(
-            f"{path}: reading it needs safetensors; pip install 'dimat_jax[torch]'"
-        ) from error
-    arrays = {}
-    with reading(f"{path}: as a safetensors file it", TorchImportError):
-        tensors = deserialize(path.read_bytes())
-        for key, tensor in tensors:
-            if tensor["dtype"] not in _SAFETENSORS_DTYPES:
-                raise TorchImportError(
-                    f"{path}: {key!r} holds {tensor['dtype']}; allowed: "
-                    f"{', '.join(_SAFETENSORS_DTYPES)}"
-                )
-            array = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
-            arrays[key] = array.reshape(tensor["shape"])
-    return arrays
+def state_dicts(
+    source: str, checkpoint: Mapping[Any, Any], entry: Entry = None
+) -> dict[str, dict[str, Any]]:
+    """Finds the state dicts in a checkpoint.
 
+    Args:
+        source: the name of the checkpoint for messages.
+        checkpoint: the checkpoint.
+        entry: the place in which to look. None: everywhere.
 
-# The dtypes that are read. This library converts them itself because
-# safetensors.numpy does not know bfloat16. I64 is here for BatchNorm's counts of
-# batches.
-_SAFETENSORS_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-}
-
-
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a .safetensors file. A crash leaves the whole file or none.
+    Returns:
+        the state dicts, by the names of their places for messages.
 
     Raises:
-        TorchImportError: safetensors is not installed.
+        TorchImportError: there is no such entry, or what would be a state dict holds
+            other things than arrays.
     """
-    try:
-        from safetensors.numpy import save
-    except ImportError as error:
-        raise TorchImportError(
-            f"{path}: writing it needs safetensors; pip install 'dimat_jax[torch]'"
-        ) from error
-    write_bytes(path, save(dict(arrays)))
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise TorchImportError(
-            f"{path}: reading it needs PyTorch; pip install 'dimat_jax[torch]', or "
-            "save the weights as .safetensors"
-        ) from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a malformed file can make it raise any error
-        raise TorchImportError(
-            f"{path}: refused. This is neither a .safetensors file nor one in which "
-            "torch.save has put tensors alone; unpickling anything else could execute "
-            "what it holds. Save module.state_dict()"
-        ) from error
-
-
-def _unwrapped(
-    source: str, tensors: Mapping[Any, Any]
-) -> tuple[str, Mapping[Any, Any]]:
-    """Returns the one state dict among a checkpoint's entries, or the mapping itself.
-
-    The source for messages comes first.
-    """
-    inner = [
-        key
-        for key, value in tensors.items()
-        if isinstance(value, Mapping) and value and all(map(_is_array, value.values()))
-    ]
+    if entry is not None:
+        for key in [entry] if isinstance(entry, str) else entry:
+            if not isinstance(checkpoint, Mapping) or key not in checkpoint:
+                keys = map(str, checkpoint) if isinstance(checkpoint, Mapping) else ()
+                raise TorchImportError(
+                    f"{source} has no entry {key!r}; {nearest(key, keys)}"
+                )
+            source, checkpoint = f"{source}[{key!r}]", checkpoint[key]
+        if not isinstance(checkpoint, Mapping):
+            kind = type(checkpoint).__name__
+            raise TorchImportError(f"{source}: expected a state dict, found {kind}")
+    found = dict(_nested(source, checkpoint))
+    # An optimizer's state has mappings of arrays too, but no names of layers.
+    if dotted := {k: v for k, v in found.items() if any("." in str(key) for key in v)}:
+        found = dotted
+    elif len(found) > 1:
+        found = {}
     # Only arrays with axes show that the mapping is a state dict itself: a checkpoint
     # may hold scalar arrays, as its best accuracy.
-    if not inner or any(_is_array(v) and v.ndim for v in tensors.values()):
-        return source, tensors
-    if len(inner) > 1:
-        raise TorchImportError(
-            f"{source}: several entries are state dicts, {listed(inner)}; pass one"
-        )
-    return f"{source}[{inner[0]!r}]", tensors[inner[0]]
+    if not found or any(_is_array(v) and v.ndim for v in checkpoint.values()):
+        found = {source: checkpoint}
+    for name, tensors in found.items():
+        strangers = [str(key) for key, value in tensors.items() if not _is_array(value)]
+        if strangers:
+            raise TorchImportError(f"{name}: not arrays: {listed(strangers)}")
+    return {
+        name: {str(key): value for key, value in tensors.items()}
+        for name, tensors in found.items()
+    }
+
+
+def _nested(
+    source: str, checkpoint: Mapping[Any, Any]
+) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yields the mappings that hold nothing but arrays, each after its place."""
+    for key, value in checkpoint.items():
+        if isinstance(value, Mapping) and value:
+            place = f"{source}[{key!r}]"
+            if all(map(_is_array, value.values())):
+                yield place, value
+            else:
+                yield from _nested(place, value)
 
 
 def _is_array(value: Any) -> bool:
@@ -177,14 +136,45 @@ def float32(source: str, key: str, array: Any) -> np.ndarray:
         )
     with np.errstate(over="ignore"):  # an overflow gives infinity, refused below
         array = np.array(array, np.float32)
-    if n_bad := int((~np.isfinite(array)).sum()):
-        raise TorchImportError(
-            f"{source}: {key!r} holds {n_bad} value(s) that are NaN or infinite"
-        )
+    _check_finite(source, key, np.isfinite(array))
     return array
 
 
-def listed(items: list[str], most: int = 10) -> str:
+def cast_like(source: str, key: str, array: np.ndarray, like: Any) -> Any:
+    """Gives an array the kind of another: NumPy's or PyTorch's, dtype and device.
+
+    Raises:
+        TorchImportError: the other dtype cannot hold a number of the array.
+    """
+    if not is_floating(like):
+        raise TorchImportError(
+            f"{source}: {key!r} holds {like.dtype}, expected floating-point numbers"
+        )
+    if hasattr(like, "new_tensor"):
+        tensor = like.detach().new_tensor(array)
+        _check_finite(source, key, tensor.isfinite().cpu().numpy())
+        return tensor
+    with np.errstate(over="ignore"):  # an overflow gives infinity, refused below
+        array = array.astype(like.dtype)
+    _check_finite(source, key, np.isfinite(array))
+    return array
+
+
+def is_floating(array: Any) -> bool:
+    """Whether an array of JAX, NumPy or PyTorch holds floating-point numbers."""
+    if hasattr(array, "is_floating_point"):
+        return array.is_floating_point()
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _check_finite(source: str, key: str, finite: np.ndarray) -> None:
+    if n_bad := int((~finite).sum()):
+        raise TorchImportError(
+            f"{source}: {key!r} holds {n_bad} value(s) that are NaN or infinite"
+        )
+
+
+def listed(items: Sequence[str], most: int = 10) -> str:
     """Joins the first `most` items to a text, with the number of the others."""
     more = f", and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

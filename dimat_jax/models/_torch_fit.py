@@ -8,19 +8,21 @@ for this library's own, so importing and exporting weights share it.
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from dimat_jax.models._state_dict import TorchImportError, listed
+from dimat_jax.models._state_dict import listed
+from dimat_jax.models._torch_files import TorchImportError
 from dimat_jax.models._torch_names import (
     ARCHITECTURES,
     Leaf,
+    Names,
     Settings,
+    Shape,
+    architecture,
     keys_of,
     leaves_of,
     settings_of,
 )
 
-__all__ = ["FLAX", "TORCH", "Fit", "Framework", "find_fit"]
-
-Shape = tuple[int, ...]
+__all__ = ["FLAX", "TORCH", "Fit", "Framework", "find_fit", "fit_leaves"]
 
 
 class Framework(NamedTuple):
@@ -31,34 +33,41 @@ class Framework(NamedTuple):
         shape: a function from a leaf to its shape.
         inputs: the axis of a kernel's input channels.
         outputs: the axis of a kernel's output channels.
+        may_lack_biases: whether a layer may have a kernel alone. Its bias is then 0.
     """
 
     labels: Callable[[str, tuple[str, ...]], tuple[str, ...]]
     shape: Callable[[Leaf], Shape]
     inputs: int
     outputs: int
+    may_lack_biases: bool
 
 
-FLAX = Framework(lambda path, keys: (path,), lambda leaf: leaf.shape, -2, -1)
-TORCH = Framework(lambda path, keys: keys, lambda leaf: leaf.torch_shape, 1, 0)
+FLAX = Framework(lambda path, keys: (path,), lambda leaf: leaf.shape, -2, -1, False)
+TORCH = Framework(lambda path, keys: keys, lambda leaf: leaf.torch_shape, 1, 0, True)
 
 
 class Fit(NamedTuple):
     """How named arrays fit an architecture.
 
     Attributes:
-        name: a key of `ARCHITECTURES`.
+        name: a key of `ARCHITECTURES`, or words for another model.
         arguments: the arguments of `MODELS[name]`.
         leaves: by the name of each array, the leaf that it is.
         faults: by the kind of a fault, descriptions of the arrays that have it.
-        resembled: the names of other architectures whose leaves have these names.
+        absent: the biases that have no array, because their layers have none.
+        resembled: the names of other architectures to which the arrays belong.
+        unlike: the reason why the arrays belong to a model that this library does not
+            have; "" if there is none.
     """
 
     name: str
     arguments: dict[str, Any]
     leaves: dict[str, Leaf]
     faults: dict[str, list[str]]
+    absent: tuple[Leaf, ...] = ()
     resembled: tuple[str, ...] = ()
+    unlike: str = ""
 
     @property
     def n_faults(self) -> int:
@@ -70,7 +79,11 @@ class Fit(NamedTuple):
         if not self.n_faults:
             return
         arguments = ", ".join(f"{key}={value}" for key, value in self.arguments.items())
-        message = f"{source} does not fit {self.name} ({arguments})"
+        message = f"{source} does not fit {self.name}"
+        if self.arguments:
+            message += f" ({arguments})"
+        if self.unlike:
+            raise TorchImportError(f"{message}: {self.unlike}")
         if self.resembled:
             message += f": these are the names of {' and '.join(self.resembled)}"
         faults = [
@@ -81,26 +94,30 @@ class Fit(NamedTuple):
         raise TorchImportError(f"{message}. {'; '.join(faults)}")
 
 
-def find_fit(name: str, shapes: Mapping[str, Shape], framework: Framework) -> Fit:
+def find_fit(
+    name: str, shapes: Mapping[str, Shape], framework: Framework, names: Names = ()
+) -> Fit:
     """Finds the settings and sizes of an architecture that fit arrays best.
 
     Args:
         name: a key of `ARCHITECTURES`.
         shapes: the shape of each array, by its name.
         framework: the framework whose names and layouts these are.
+        names: a user's names of layers.
 
     Raises:
-        TorchImportError: there is no such architecture.
+        TorchImportError: there is no such architecture, or it lacks a layer of `names`.
     """
     fits = []
     for settings in settings_of(name):
-        fits.append(_fit_settings(name, settings, shapes, framework))
+        fits.append(_fit_settings(name, settings, shapes, framework, names))
         if not fits[-1].n_faults:
             return fits[-1]
     best = min(fits, key=lambda fit: fit.n_faults)
-    if best.faults["missing"] or best.faults["unexpected"]:
-        return best._replace(resembled=_architectures_of(shapes, framework))
-    return best
+    return best._replace(
+        resembled=_resembled(best, shapes, framework),
+        unlike=architecture(name).unlike(shapes),
+    )
 
 
 def _fit_settings(
@@ -108,9 +125,10 @@ def _fit_settings(
     settings: Settings,
     shapes: Mapping[str, Shape],
     framework: Framework,
+    names: Names = (),
 ) -> Fit:
-    found, missing, unexpected = _pair(keys_of(name, settings), shapes, framework)
-    narrow = leaves_of(name, settings)
+    narrow = leaves_of(name, settings, names=names)
+    found = _pair(keys_of(name, settings, names), shapes, framework)[0]
 
     def size(path: str, axis: int) -> int:
         """The size of a leaf's axis, or 0 if no array tells it."""
@@ -121,13 +139,40 @@ def _fit_settings(
     channels = size(stem, framework.outputs)
     image_channels = size(stem, framework.inputs)
     n_classes, features = size(head, framework.outputs), size(head, framework.inputs)
-    sizes_known = all((channels, image_channels, n_classes, features))
-    leaves, arguments = narrow, dict[str, Any](settings)
-    if sizes_known:
-        width = channels / narrow[stem].shape[-1]
-        pixels = max(int(features / (width * narrow[head].shape[0])), 1)
-        leaves = leaves_of(name, settings, n_classes, width, image_channels, pixels)
-        arguments = {"n_classes": n_classes, "width": width, **arguments}
+    if not all((channels, image_channels, n_classes, features)):
+        fit = fit_leaves(name, narrow, shapes, framework, sizes_known=False)
+        return fit._replace(arguments=dict(settings))
+    width = channels / narrow[stem].shape[-1]
+    pixels = max(int(features / (width * narrow[head].shape[0])), 1)
+    sizes = (n_classes, width, image_channels, pixels)
+    leaves = leaves_of(name, settings, *sizes, names)
+    arguments = {"n_classes": n_classes, "width": width, **dict(settings)}
+    return fit_leaves(name, leaves, shapes, framework)._replace(arguments=arguments)
+
+
+def fit_leaves(
+    name: str,
+    leaves: Mapping[str, Leaf],
+    shapes: Mapping[str, Shape],
+    framework: Framework,
+    *,
+    sizes_known: bool = True,
+) -> Fit:
+    """Pairs the leaves of a model with arrays, and collects the faults.
+
+    Args:
+        name: the name of the model for messages.
+        leaves: the leaves of the model, by path.
+        shapes: the shape of each array, by its name.
+        framework: the framework whose names and layouts these are.
+        sizes_known: whether arrays must have the shapes of the leaves. Otherwise, only
+            the numbers of axes must agree.
+    """
+    keys = {path: leaf.keys for path, leaf in leaves.items()}
+    found, missing, unexpected = _pair(keys, shapes, framework)
+    absent = []
+    if framework.may_lack_biases:
+        absent = [p for p in missing if f"{p.removesuffix('bias')}kernel" in found]
     misshapen = []
     for path, label in found.items():
         shape, expected = shapes[label], framework.shape(leaves[path])
@@ -136,17 +181,17 @@ def _fit_settings(
         elif sizes_known and shape != expected:
             misshapen.append(f"{label} {shape}, expected {expected}")
     faults = {
-        "missing": missing,
+        "missing": [name for path, name in missing.items() if path not in absent],
         "unexpected": [f"{label} {shapes[label]}" for label in unexpected],
         "of another shape": misshapen,
     }
     labelled = {label: leaves[path] for path, label in found.items()}
-    return Fit(name, arguments, labelled, faults)
+    return Fit(name, {}, labelled, faults, tuple(leaves[path] for path in absent))
 
 
 def _pair(
     keys: Mapping[str, tuple[str, ...]], labels: Collection[str], framework: Framework
-) -> tuple[dict[str, str], list[str], list[str]]:
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Pairs leaves with the names of arrays.
 
     If arrays have two spellings of one leaf's name, the second of them is unexpected.
@@ -157,16 +202,16 @@ def _pair(
         framework: the framework whose names these are.
 
     Returns:
-        for each leaf's path, the name of its array; the names of the leaves that have
-        no array; and the names of the arrays that belong to no leaf.
+        for each leaf's path, the name of its array; for each leaf that has no array,
+        the name that it would have; and the names of the arrays that belong to no leaf.
     """
-    found, missing, present = {}, [], set(labels)
+    found, missing, present = {}, {}, set(labels)
     for path, spellings in keys.items():
         names = framework.labels(path, spellings)
         if matches := [name for name in names if name in present]:
             found[path] = matches[0]
         else:
-            missing.append(names[0])
+            missing[path] = names[0]
     paired = set(found.values())
     # PyTorch's BatchNorm counts its batches, which has no counterpart in Flax.
     counters = {
@@ -176,15 +221,24 @@ def _pair(
     return found, missing, unexpected
 
 
-def _architectures_of(labels: Collection[str], framework: Framework) -> tuple[str, ...]:
-    """The architectures whose leaves have exactly these names."""
+def _resembled(
+    fit: Fit, shapes: Mapping[str, Shape], framework: Framework
+) -> tuple[str, ...]:
+    """The architectures whose leaves have these names, and these shapes if need be."""
+    names_differ = fit.faults["missing"] or fit.faults["unexpected"]
 
-    def fits(name: str, settings: Settings) -> bool:
-        _, missing, unexpected = _pair(keys_of(name, settings), labels, framework)
-        return not missing and not unexpected
+    def resembles(name: str, settings: Settings) -> bool:
+        _, missing, unexpected = _pair(keys_of(name, settings), shapes, framework)
+        if missing or unexpected:
+            return False
+        fits = (
+            names_differ
+            or not _fit_settings(name, settings, shapes, framework).n_faults
+        )
+        return bool(fits)
 
     return tuple(
         name
         for name in ARCHITECTURES
-        if any(fits(name, settings) for settings in settings_of(name))
+        if any(resembles(name, settings) for settings in settings_of(name))
     )

@@ -17,7 +17,7 @@ import numpy as np
 
 from dimat_jax.errors import nearest
 from dimat_jax.models import MODELS, classifier, permutation_spec
-from dimat_jax.models._state_dict import TorchImportError
+from dimat_jax.models._torch_files import TorchImportError
 from dimat_jax.models.resnet import ResNet
 from dimat_jax.models.vgg import VGG
 from dimat_jax.permutation import Product
@@ -26,15 +26,23 @@ from dimat_jax.tree import flatten
 __all__ = [
     "ARCHITECTURES",
     "Leaf",
+    "Names",
     "Settings",
+    "Shape",
     "architecture",
     "keys_of",
+    "leaf",
     "leaves_of",
     "settings_of",
 ]
 
 Settings = tuple[tuple[str, str], ...]
 """One combination of an architecture's settings: its items, which are hashable."""
+
+Names = tuple[tuple[str, str], ...]
+"""A user's names of layers: pairs of one of our names and the user's, hashable."""
+
+Shape = tuple[int, ...]
 
 Layers = dict[str, tuple[str, ...]]
 """For each layer of a module, the names that PyTorch code has for it."""
@@ -49,12 +57,45 @@ class Architecture(NamedTuple):
             does not have.
         settings: the arguments of `MODELS[name]` that weights tell, with their possible
             values. The most likely value comes first.
-        refused: keys of variants that this library does not have, each with the reason.
+        unlike: a function from the shapes of arrays, by key, to the reason why they
+            are those of a variant that this library does not have; "" if they are not.
     """
 
     layers: Callable[[nn.Module], Layers]
     settings: Mapping[str, tuple[str, ...]]
-    refused: Mapping[str, str] = {}
+    unlike: Callable[[Mapping[str, Shape]], str]
+
+
+def _in_sequence(*names: str) -> tuple[str, ...]:
+    """The names of a head, which may also be in a sequence, behind a dropout e.g."""
+    return names + tuple(f"{name}.{number}" for name in names for number in range(3))
+
+
+def _several_heads(shapes: Mapping[str, Shape]) -> str:
+    for name in ("fc", "linear", "classifier"):
+        layers = [n for n in range(9) if len(shapes.get(f"{name}.{n}.weight", ())) == 2]
+        if len(layers) > 1:
+            numbers = ", ".join(f"{name}.{n}" for n in layers)
+            return (
+                f"a classifier of several dense layers ({numbers}) does not fit; this "
+                "architecture has one dense layer behind the features. Write the model "
+                "as a Flax module and give from_torch a table of its names"
+            )
+    return ""
+
+
+def _unlike_resnet(shapes: Mapping[str, Shape]) -> str:
+    first = shapes.get("layer1.0.conv2.weight", ())
+    if len(first) == 4 and "layer1.0.conv3.weight" in shapes:
+        outputs, inputs = first[:2]
+        before = shapes.get("layer1.0.conv1.weight", (0,))[0]
+        if inputs and inputs < outputs == before:
+            return (
+                f"layer1.0.conv2.weight {first} is a grouped convolution, as ResNeXt "
+                "and RegNet have them, and the ResNets here have none. Write the model "
+                "as a Flax module and give from_torch a table of its names"
+            )
+    return _several_heads(shapes)
 
 
 def _resnet_layers(
@@ -78,7 +119,7 @@ def _resnet_layers(
 
 def _vgg_layers(model: nn.Module) -> Layers:
     assert isinstance(model, VGG)
-    layers: Layers = {"head": ("classifier", "classifier.0", "classifier.1")}
+    layers: Layers = {"head": _in_sequence("classifier", "fc", "linear")}
     # `number` is torchvision's number of a layer, which counts ReLUs and pools too.
     conv, number = 0, 0
     for stage in model.stages:
@@ -92,33 +133,32 @@ def _vgg_layers(model: nn.Module) -> Layers:
 
 _CIFAR_RESNET = Architecture(
     functools.partial(
-        _resnet_layers, shortcut=("shortcut", "downsample"), head=("linear", "fc")
+        _resnet_layers,
+        shortcut=("shortcut", "downsample"),
+        head=_in_sequence("linear", "fc", "classifier"),
     ),
-    settings={"shortcut": ("conv3x3", "conv1x1")},
+    {"shortcut": ("conv3x3", "conv1x1", "pad")},
+    _unlike_resnet,
 )
 _TORCHVISION_RESNET = Architecture(
     functools.partial(
-        _resnet_layers, shortcut=("downsample", "shortcut"), head=("fc", "linear")
+        _resnet_layers,
+        shortcut=("downsample", "shortcut"),
+        head=_in_sequence("fc", "linear", "classifier"),
     ),
-    settings={"stem": ("imagenet", "cifar")},
+    {"stem": ("imagenet", "cifar")},
+    _unlike_resnet,
 )
-_VGG = Architecture(
-    _vgg_layers,
-    settings={"norm": ("batch", "none")},
-    refused={
-        f"classifier.{layer}.weight": "torchvision's classifier of three dense layers "
-        "(classifier.0, .3 and .6) does not fit; the VGGs here have one dense layer "
-        "behind the features"
-        for layer in (3, 6)
-    },
-)
+_VGG = Architecture(_vgg_layers, {"norm": ("batch", "none")}, _several_heads)
 
+_CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56")
+_IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+_WIDE = ("wide_resnet50_2", "wide_resnet101_2")
+_VGGS = ("vgg11", "vgg13", "vgg16", "vgg19")
 ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys(("resnet20", "resnet32", "resnet44", "resnet56"), _CIFAR_RESNET),
-    **dict.fromkeys(
-        ("resnet18", "resnet34", "resnet50", "resnet101"), _TORCHVISION_RESNET
-    ),
-    **dict.fromkeys(("vgg11", "vgg13", "vgg16", "vgg19"), _VGG),
+    **dict.fromkeys(_CIFAR, _CIFAR_RESNET),
+    **dict.fromkeys((*_IMAGENET, *_WIDE), _TORCHVISION_RESNET),
+    **dict.fromkeys(_VGGS, _VGG),
 }
 
 # The PyTorch name of each parameter and statistic of a layer.
@@ -154,24 +194,39 @@ def settings_of(name: str) -> list[Settings]:
 
 
 @functools.cache
-def keys_of(name: str, settings: Settings) -> Mapping[str, tuple[str, ...]]:
-    """For each leaf's path, the spellings of its key in PyTorch's state dict."""
+def keys_of(
+    name: str, settings: Settings, names: Names = ()
+) -> Mapping[str, tuple[str, ...]]:
+    """For each leaf's path, the spellings of its key in PyTorch's state dict.
+
+    Raises:
+        TorchImportError: `names` has a name that no layer has.
+    """
     model = MODELS[name](n_classes=1, **dict(settings))
     layers = ARCHITECTURES[name].layers(model)
-    table = {}
+    given, used, table = dict(names), set(), {}
     for path in permutation_spec(model).axes:
-        _, *layer, parameter = path.split("/")
-        spellings = layers["/".join(layer)]
+        _, *parts, parameter = path.split("/")
+        layer = "/".join(parts)
+        spellings = layers[layer]
+        if own := [known for known in (layer, *spellings) if known in given]:
+            used |= set(own)
+            spellings = tuple(given[known] for known in own)
         table[path] = tuple(f"{s}.{_PARAMETERS[parameter]}" for s in spellings)
+    if unknown := sorted(given.keys() - used):
+        known = [spelling for names_ in layers.values() for spelling in names_]
+        raise TorchImportError(
+            f"names: {name} has no layer {unknown[0]!r}; {nearest(unknown[0], known)}"
+        )
     return table
 
 
 # Shapes and layouts ===================================================================
 
-# For each number of axes, the axes of this library in PyTorch's order. Here the kernel
-# of a convolution is [height, width, in, out], that of a dense layer [pixels of the
-# feature map, channels, out].
-_ORDERS = {1: (0,), 3: (2, 1, 0), 4: (3, 2, 0, 1)}
+# For each number of axes, the axes of a kernel of this library in PyTorch's order. Here
+# the kernel of a convolution is [height, width, in, out], that of a dense layer [pixels
+# of the feature map, channels, out].
+_ORDERS = {3: (2, 1, 0), 4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
 
 
 class Leaf(NamedTuple):
@@ -183,15 +238,17 @@ class Leaf(NamedTuple):
         shape: its shape in this library.
         factors: its shape with the input axis of dense kernels split in two: the pixels
             of a feature map and its channels.
+        is_kernel: whether PyTorch orders its axes differently.
     """
 
     path: str
     keys: tuple[str, ...]
-    shape: tuple[int, ...]
-    factors: tuple[int, ...]
+    shape: Shape
+    factors: Shape
+    is_kernel: bool
 
     @property
-    def torch_shape(self) -> tuple[int, ...]:
+    def torch_shape(self) -> Shape:
         """Its shape in PyTorch."""
         factors = self._torch_factors
         if len(self.shape) == len(factors):
@@ -201,20 +258,31 @@ class Leaf(NamedTuple):
     def to_torch(self, array: np.ndarray) -> np.ndarray:
         """Converts the array from this library's layout to PyTorch's."""
         array = array.reshape(self.factors).transpose(self._order)
-        return np.ascontiguousarray(array.reshape(self.torch_shape))
+        return np.ascontiguousarray(array).reshape(self.torch_shape)
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
         """Converts the array from PyTorch's layout to this library's."""
         array = array.reshape(self._torch_factors).transpose(np.argsort(self._order))
-        return np.ascontiguousarray(array.reshape(self.shape))
+        return np.ascontiguousarray(array).reshape(self.shape)
 
     @property
     def _order(self) -> tuple[int, ...]:
-        return _ORDERS[len(self.factors)]
+        n_axes = len(self.factors)
+        return _ORDERS[n_axes] if self.is_kernel else tuple(range(n_axes))
 
     @property
-    def _torch_factors(self) -> tuple[int, ...]:
+    def _torch_factors(self) -> Shape:
         return tuple(self.factors[axis] for axis in self._order)
+
+
+def leaf(
+    path: str, keys: tuple[str, ...], shape: Shape, is_kernel: bool, pixels: int = 1
+) -> Leaf:
+    """Makes a leaf. A dense kernel reads a feature map of `pixels` pixels."""
+    factors = shape
+    if is_kernel and len(shape) == 2:
+        factors = (pixels, shape[0] // pixels, shape[1])
+    return Leaf(path, keys, shape, factors, is_kernel)
 
 
 @functools.lru_cache(64)
@@ -225,6 +293,7 @@ def leaves_of(
     width: float = 1.0,
     image_channels: int = 3,
     pixels: int = 1,
+    names: Names = (),
 ) -> Mapping[str, Leaf]:
     """Every leaf of a module, by path.
 
@@ -236,6 +305,7 @@ def leaves_of(
         image_channels: the number of channels of the images, 3 for RGB.
         pixels: the number of pixels of the feature map that the head reads. It does not
             matter for a head that reads a mean over the pixels.
+        names: a user's names of layers.
     """
     model = MODELS[name](n_classes=n_classes, width=width, **dict(settings))
     # All architectures reduce 32 x 32 pixels to one, so this image gives a feature map
@@ -244,13 +314,15 @@ def leaves_of(
     variables = jax.eval_shape(
         lambda image: classifier.init(model, jax.random.key(0), image), image
     )
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(variables).items()}
-    keys = keys_of(name, settings)
-    leaves = {}
-    for path, axes in permutation_spec(model).axes.items():
-        shape = factors = shapes[path]
-        if len(shape) == 2:
-            n_pixels = pixels if isinstance(axes[0], Product) else 1
-            factors = (n_pixels, shape[0] // n_pixels, shape[1])
-        leaves[path] = Leaf(path, keys[path], shape, factors)
-    return leaves
+    shapes = {path: tuple(array.shape) for path, array in flatten(variables).items()}
+    keys = keys_of(name, settings, names)
+    return {
+        path: leaf(
+            path,
+            keys[path],
+            shapes[path],
+            path.endswith("/kernel"),
+            pixels if isinstance(axes[0], Product) else 1,
+        )
+        for path, axes in permutation_spec(model).axes.items()
+    }

@@ -3,8 +3,9 @@
 A basic block has two 3x3 convolutions; a bottleneck has a 1x1, a 3x3 and a 1x1
 convolution. Both are post-activation. If a block changes the shape, its shortcut is a
 convolution with a norm; otherwise it is the identity. The CIFAR networks have three
-stages and 3x3 shortcuts, like the networks of the DIMAT paper (and of ZipIt). The
-ImageNet networks have four stages and 1x1 shortcuts. A bottleneck's stride is on its
+stages and 3x3 shortcuts, like the networks of the DIMAT paper (and of ZipIt); their
+shortcuts may also be those without weights of He et al. ("pad", option A). The ImageNet
+networks have four stages and 1x1 shortcuts. A bottleneck's stride is on its
 3x3 convolution, as in torchvision ("v1.5").
 """
 
@@ -27,8 +28,8 @@ from dimat_jax.models._norm import (
 )
 from dimat_jax.models._settings import DTYPE, NORM, NORMS, STEM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.options import Record
-from dimat_jax.permutation import PermutationSpec
+from dimat_jax.options import Option, Record
+from dimat_jax.permutation import Axis, Concat, PermutationSpec
 from dimat_jax.permutation._layers import conv, dense
 
 __all__ = [
@@ -43,14 +44,18 @@ __all__ = [
     "resnet50",
     "resnet56",
     "resnet101",
+    "resnet152",
+    "wide_resnet101_2",
+    "wide_resnet50_2",
 ]
 
 # For each kind of block, the ratio of its outgoing channels to its inner channels.
 EXPANSION = {"basic": 1, "bottleneck": 4}
 # The kinds of stems.
 STEMS = ("cifar", "imagenet")
-# For each kind of shortcut, the kernel size of shortcuts that change the shape.
-SHORTCUTS = {"conv3x3": 3, "conv1x1": 1}
+# For each kind of shortcut, the kernel size of shortcuts that change the shape. Those
+# that are padded with zeros have no kernel.
+SHORTCUTS = {"conv3x3": 3, "conv1x1": 1, "pad": 0}
 
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -66,8 +71,10 @@ class ResNet(nn.Module):
         block: the kind of block, "basic" or "bottleneck".
         stem: "cifar", a 3x3 convolution, or "imagenet", which quarters height and width
             by a 7x7 convolution and a max-pool.
-        shortcut: the kind of shortcut in blocks that change the shape, "conv3x3" or
-            "conv1x1".
+        shortcut: the kind of shortcut in blocks that change the shape: "conv3x3",
+            "conv1x1", or "pad" (every second pixel, and channels of zeros on both
+            sides of the others). "pad" needs batch norm or layer norm.
+        inner: the number of inner channels of bottlenecks, in multiples of `channels`.
         norm: the kind of norm, "batch", "layer" or "group"; see `models._norm`.
         bn_momentum: the share of the running statistics that remains at each step.
         dtype: the dtype of activations. Parameters and statistics are float32.
@@ -79,6 +86,7 @@ class ResNet(nn.Module):
     block: str = "basic"
     stem: str = "cifar"
     shortcut: str = "conv3x3"
+    inner: int = 1
     norm: str = "batch"
     bn_momentum: float = 0.9
     dtype: DTypeLike = jnp.float32
@@ -88,7 +96,11 @@ class ResNet(nn.Module):
         one_of("stem", self.stem, STEMS)
         one_of("shortcut", self.shortcut, SHORTCUTS)
         # Without a norm, activations would double from block to block.
-        one_of("norm", self.norm, [kind for kind in NORMS if kind != "none"])
+        norms = [kind for kind in NORMS if kind != "none"]
+        if self.shortcut == "pad":
+            # The channels that come in and the zeros beside them are no norm groups.
+            norms.remove("group")
+        one_of("norm", self.norm, norms)
         super().__post_init__()
 
     @nn.compact
@@ -132,6 +144,14 @@ class _Conv(NamedTuple):
     stride: int = 1
 
 
+class _Pad(NamedTuple):
+    """Numbers of channels of zeros before and behind those that come in; the stride."""
+
+    low: int
+    high: int
+    stride: int
+
+
 class _BlockPlan(NamedTuple):
     """The layers of one residual block.
 
@@ -140,26 +160,32 @@ class _BlockPlan(NamedTuple):
         convs: the convolutions, one after the other.
         inner: names for the activations between the convolutions. Groups and taps have
             these names.
-        shortcut: the convolution of the shortcut, or None for the identity.
+        shortcut: the convolution or the padding of the shortcut, or None for the
+            identity.
+        stream: the groups of the channels that leave the block, with their sizes. There
+            are several only behind shortcuts without weights.
     """
 
     name: str
     convs: tuple[_Conv, ...]
     inner: tuple[str, ...]
-    shortcut: _Conv | None
+    shortcut: _Conv | _Pad | None
+    stream: tuple[tuple[str, int], ...]
 
 
 def _plan(model: ResNet) -> Iterator[_BlockPlan]:
     """Yields the plans of all blocks, in order."""
-    incoming = model.channels[0]
+    incoming, n_streams = model.channels[0], 1
+    stream = _first_stream(model)
     for stage, channels in enumerate(model.channels):
         outgoing = EXPANSION[model.block] * channels
         for block in range(model.blocks[stage]):
             stride = 2 if stage > 0 and block == 0 else 1
             if model.block == "bottleneck":
+                inside = model.inner * channels
                 convs = (
-                    _Conv(channels, 1),
-                    _Conv(channels, 3, stride),
+                    _Conv(inside, 1),
+                    _Conv(inside, 3, stride),
                     _Conv(outgoing, 1),
                 )
                 inner = ("inner1", "inner2")
@@ -168,9 +194,23 @@ def _plan(model: ResNet) -> Iterator[_BlockPlan]:
                 inner = ("inner",)
             shortcut = None
             if stride > 1 or incoming != outgoing:
+                name, n_streams = f"stream{n_streams}", n_streams + 1
                 shortcut = _Conv(outgoing, SHORTCUTS[model.shortcut], stride)
-            yield _BlockPlan(f"stage{stage}_block{block}", convs, inner, shortcut)
+                parts = ((name, outgoing),)
+                if model.shortcut == "pad":
+                    low = (outgoing - incoming) // 2
+                    shortcut = _Pad(low, outgoing - incoming - low, stride)
+                    new = (f"{name}/low", shortcut.low), (f"{name}/high", shortcut.high)
+                    parts = (new[0], *stream, new[1])
+                stream = tuple(part for part in parts if part[1])
+            name = f"stage{stage}_block{block}"
+            yield _BlockPlan(name, convs, inner, shortcut, stream)
             incoming = outgoing
+
+
+def _first_stream(model: ResNet) -> tuple[tuple[str, int], ...]:
+    """The group of the stem's channels, with its size."""
+    return (("stream0", model.channels[0]),)
 
 
 class _Block(nn.Module):
@@ -195,12 +235,26 @@ class _Block(nn.Module):
             if i < len(self.plan.convs):
                 y = nn.relu(y)
                 tap(self, self.plan.inner[i - 1], y)
-        if self.plan.shortcut is not None:
-            x = self.conv(self.plan.shortcut, name="shortcut_conv")(x)
+        shortcut = self.plan.shortcut
+        if isinstance(shortcut, _Pad):
+            x = x[:, :: shortcut.stride, :: shortcut.stride]
+            x = jnp.pad(x, ((0, 0),) * 3 + ((shortcut.low, shortcut.high),))
+        elif shortcut is not None:
+            x = self.conv(shortcut, name="shortcut_conv")(x)
             x = self.norm(x, name="shortcut_norm")
         y = nn.relu(x + y)
-        tap(self, "stream", y)
+        for name, start, size in _taps(self.plan):
+            tap(self, name, y[..., start : start + size])
         return y
+
+
+def _taps(plan: _BlockPlan) -> Iterator[tuple[str, int, int]]:
+    """Yields the taps of a block's stream: names, first channels, and sizes."""
+    start = 0
+    for group, size in plan.stream:
+        # Each part of a stream has a tap of its own, which is named after its group.
+        yield "stream" if len(plan.stream) == 1 else group, start, size
+        start += size
 
 
 def _conv(layer: _Conv, *, dtype: DTypeLike, name: str) -> nn.Conv:
@@ -252,6 +306,7 @@ def _imagenet(
     width: float = WIDTH.default,
     stem: str = "imagenet",
     norm: str = "batch",
+    inner: int = 1,
     dtype: Any = None,
 ) -> ResNet:
     """Builds four stages. `stem="cifar"` is for images of 32 or 64 pixels."""
@@ -262,6 +317,7 @@ def _imagenet(
         block=block,
         stem=stem,
         shortcut="conv1x1",
+        inner=inner,
         norm=norm,
         dtype=dtype or jnp.float32,
     )
@@ -276,65 +332,69 @@ resnet18 = partial(_imagenet, "basic", (2, 2, 2, 2))
 resnet34 = partial(_imagenet, "basic", (3, 4, 6, 3))
 resnet50 = partial(_imagenet, "bottleneck", (3, 4, 6, 3))
 resnet101 = partial(_imagenet, "bottleneck", (3, 4, 23, 3))
+resnet152 = partial(_imagenet, "bottleneck", (3, 8, 36, 3))
+wide_resnet50_2 = partial(resnet50, inner=2)
+wide_resnet101_2 = partial(resnet101, inner=2)
 
 
 def permutation_spec(model: ResNet) -> PermutationSpec:
     """Declares a group for each residual stream, and one or two inside each block.
 
     A stream runs through all blocks that add to it, so their taps share its group. A
-    shortcut convolution ends one stream and starts the next. With group norm, there
-    are two groups in place of each: `<name>/groups` permutes the norm groups as blocks,
-    and `<name>/within` the channels within them.
+    shortcut convolution ends one stream and starts the next. A shortcut without weights
+    lets the stream go on between two groups of new channels. With group norm, there are
+    two groups in place of each: `<name>/groups` permutes the norm groups as blocks, and
+    `<name>/within` the channels within them.
     """
     units = partial(channel_axis, model.norm)
-    stream, n_streams = "stream0", 1
-    axes = conv("conv0", None, units(stream))
-    axes |= norm_axes(model.norm, "norm0", units(stream))
-    sizes = channel_sizes(model.norm, stream, model.channels[0])
-    taps = {"stem": tap_axes(4, units(stream))}
+
+    def axis(stream: tuple[tuple[str, int], ...]) -> Axis:
+        return units(stream[0][0]) if len(stream) == 1 else Concat(*stream)
+
+    stream = _first_stream(model)
+    axes = conv("conv0", None, axis(stream))
+    axes |= norm_axes(model.norm, "norm0", axis(stream))
+    sizes = channel_sizes(model.norm, *stream[0])
+    taps = {"stem": tap_axes(4, axis(stream))}
     for plan in _plan(model):
-        path, incoming = plan.name, stream
-        if plan.shortcut is not None:
-            stream, n_streams = f"stream{n_streams}", n_streams + 1
-            axes |= conv(f"{path}/shortcut_conv", units(incoming), units(stream))
-            axes |= norm_axes(model.norm, f"{path}/shortcut_norm", units(stream))
-        chain = [incoming, *(f"{path}/{name}" for name in plan.inner), stream]
+        path, incoming, stream = plan.name, axis(stream), plan.stream
+        outgoing = axis(stream)
+        if isinstance(plan.shortcut, _Conv):
+            axes |= conv(f"{path}/shortcut_conv", incoming, outgoing)
+            axes |= norm_axes(model.norm, f"{path}/shortcut_norm", outgoing)
+        inner = {f"{path}/{name}": units(f"{path}/{name}") for name in plan.inner}
+        chain, names = [incoming, *inner.values(), outgoing], [*inner, stream[0][0]]
         for i, (inputs, outputs) in enumerate(pairwise(chain), start=1):
-            axes |= conv(f"{path}/conv{i}", units(inputs), units(outputs))
-            axes |= norm_axes(model.norm, f"{path}/norm{i}", units(outputs))
-            sizes |= channel_sizes(model.norm, outputs, plan.convs[i - 1].channels)
-        taps |= {
-            f"{path}/{name}": tap_axes(4, units(f"{path}/{name}"))
-            for name in plan.inner
-        }
-        taps[f"{path}/stream"] = tap_axes(4, units(stream))
-    axes |= dense("head", units(stream), None)
+            axes |= conv(f"{path}/conv{i}", inputs, outputs)
+            axes |= norm_axes(model.norm, f"{path}/norm{i}", outputs)
+            channels = plan.convs[i - 1].channels
+            sizes |= channel_sizes(model.norm, names[i - 1], channels)
+        taps |= {name: tap_axes(4, units_) for name, units_ in inner.items()}
+        groups = [group for group, _ in stream]
+        for group, (name, _, _) in zip(groups, _taps(plan), strict=True):
+            taps[f"{path}/{name}"] = tap_axes(4, units(group))
+    axes |= dense("head", axis(stream), None)
     return PermutationSpec(axes, taps, sizes)
 
 
-_OPTIONS = (WIDTH, NORM, DTYPE)
+def _records(
+    builders: dict[str, Callable[..., ResNet]], summary: str, *options: Option
+) -> Iterator[Record[ResNet]]:
+    """The records of networks that differ in their layers, which `{}` stands for."""
+    for name, build in builders.items():
+        layers = name.removeprefix("wide_").removeprefix("resnet").partition("_")[0]
+        options_ = (WIDTH, NORM, DTYPE, *options)
+        yield Record(name, build, options_, summary=summary.format(layers))
+
+
+_20_TO_44 = dict(resnet20=resnet20, resnet32=resnet32, resnet44=resnet44)
+_CIFAR = _20_TO_44 | dict(resnet56=resnet56)
+_SMALL = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
+_LARGE = dict(resnet101=resnet101, resnet152=resnet152)
+_WIDE = dict(wide_resnet50_2=wide_resnet50_2, wide_resnet101_2=wide_resnet101_2)
+_TWICE = "A ResNet for ImageNet, {} layers, with blocks that are twice as wide inside."
 RECORDS = (
-    *(
-        Record(name, build, _OPTIONS, summary=f"A ResNet for CIFAR, {layers} layers.")
-        for name, build, layers in (
-            ("resnet20", resnet20, 20),
-            ("resnet32", resnet32, 32),
-            ("resnet44", resnet44, 44),
-            ("resnet56", resnet56, 56),
-        )
-    ),
-    *(
-        Record(
-            name,
-            build,
-            (*_OPTIONS, STEM),
-            summary=f"A ResNet for ImageNet, {layers} layers.",
-        )
-        for name, build, layers in (
-            ("resnet18", resnet18, 18),
-            ("resnet34", resnet34, 34),
-            ("resnet50", resnet50, 50),
-            ("resnet101", resnet101, 101),
-        )
-    ),
+    *_records(_CIFAR, "A ResNet for CIFAR, {} layers."),
+    *_records(_SMALL | _LARGE, "A ResNet for ImageNet, {} layers.", STEM),
+    *_records(_WIDE, _TWICE, STEM),
 )

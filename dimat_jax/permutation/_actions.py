@@ -23,7 +23,7 @@ from dimat_jax.permutation._spec import (
     axis_groups,
     stack_dimensions,
 )
-from dimat_jax.tree import PyTree, map_with_path
+from dimat_jax.tree import PyTree, as_arrays, map_with_path
 
 __all__ = [
     "Perms",
@@ -54,7 +54,7 @@ def apply(spec: PermutationSpec, perms: AnyPerms, variables: PyTree) -> PyTree:
     Args:
         spec: covers every leaf of `variables`.
         perms: a permutation for every group of the spec.
-        variables: any pytree of arrays.
+        variables: any pytree of arrays. PyTorch's tensors become arrays.
 
     Returns:
         Variables of the same structure, shapes and dtypes.
@@ -75,7 +75,7 @@ def apply(spec: PermutationSpec, perms: AnyPerms, variables: PyTree) -> PyTree:
         except PermutationSpecError as error:
             raise PermutationSpecError(f"{path!r}: {error}") from None
 
-    return map_with_path(permute, variables)
+    return map_with_path(permute, as_arrays(variables))
 
 
 def permute_leaf(axes: tuple[Axis, ...], perms: AnyPerms, leaf: ArrayLike) -> Any:

@@ -21,7 +21,7 @@ from dimat_jax.permutation._spec import (
     PermutationSpecWarning,
 )
 from dimat_jax.permutation._taps import read_tap
-from dimat_jax.tree import PyTree
+from dimat_jax.tree import PyTree, as_arrays
 
 __all__ = ["derive"]
 
@@ -132,6 +132,7 @@ def derive(
     spec = reading.spec(reading.taps())
 
     def activations(variables, inputs):
+        variables, inputs = as_arrays((variables, inputs))
         again = read_model(forward, variables, inputs, outputs, is_statistic, keep)
         taps = again.taps()
         if again.spec(taps) != spec:

@@ -19,7 +19,8 @@ from dimat_jax.permutation._jaxpr import shape_of
 from dimat_jax.permutation._nodes import fixed_nodes
 from dimat_jax.permutation._outputs import ChooseOutputs, Forward, call_forward
 from dimat_jax.permutation._pinned import list_axes, list_layers, pinned_layers
-from dimat_jax.permutation._spec import Axes, PermutationSpec, PermutationSpecError
+from dimat_jax.permutation._sizes import array_leaves
+from dimat_jax.permutation._spec import Axes, PermutationSpec
 from dimat_jax.permutation._stacked import Stacks, find_stacks
 from dimat_jax.permutation._statistics import normalising_arguments
 from dimat_jax.permutation._taps import Tap, choose_taps
@@ -33,7 +34,7 @@ from dimat_jax.permutation._units import (
     same,
     unknown,
 )
-from dimat_jax.tree import PyTree, flatten
+from dimat_jax.tree import PyTree, as_arrays, flatten
 
 __all__ = ["Reading", "read_model"]
 
@@ -147,14 +148,8 @@ def read_model(
     keep: Callable[[str, int], bool] | None = None,
 ) -> Reading:
     """Traces a model; see `derive` for the arguments and the errors."""
-    leaves = flatten(variables)
-    for path, leaf in leaves.items():
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise PermutationSpecError(
-                f"the leaf {path!r} is no array, but {type(leaf).__name__}; split the "
-                "variables from what is not traced first (of a TrainState, pass "
-                "state.params)"
-            )
+    variables, inputs = as_arrays((variables, inputs))
+    leaves = array_leaves(variables)
 
     def traced(variables, inputs):
         return call_forward(forward, variables, inputs, outputs)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from dimat_jax.errors import nearest
 from dimat_jax.permutation._spec import (
@@ -16,7 +17,7 @@ from dimat_jax.permutation._spec import (
 )
 from dimat_jax.tree import PyTree, flatten
 
-__all__ = ["group_shapes", "group_sizes", "validate"]
+__all__ = ["array_leaves", "group_shapes", "group_sizes", "validate"]
 
 
 def validate(spec: PermutationSpec, variables: PyTree) -> None:
@@ -67,6 +68,23 @@ def validate(spec: PermutationSpec, variables: PyTree) -> None:
                 )
 
 
+def array_leaves(variables: PyTree) -> dict[str, Any]:
+    """The leaves of variables by path.
+
+    Raises:
+        PermutationSpecError: a leaf is not an array.
+    """
+    leaves = flatten(variables)
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise PermutationSpecError(
+                f"the leaf {path!r} is no array, but {type(leaf).__name__}; split the "
+                "variables from what is not traced first (of a TrainState, pass "
+                "state.params)"
+            )
+    return leaves
+
+
 def group_sizes(spec: PermutationSpec, variables: PyTree) -> dict[str, int]:
     """The number of units of each group, in the order of `spec.groups`.
 
@@ -89,7 +107,8 @@ def group_shapes(
     Raises:
         PermutationSpecError: the axes do not fit the leaves, as in `validate`.
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(variables).items()}
+    leaves = array_leaves(variables)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     for path in shapes:
         if path not in spec.axes:
             raise PermutationSpecError(

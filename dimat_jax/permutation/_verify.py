@@ -1,7 +1,8 @@
 """Verifies a declared symmetry: permutes the units and compares the outputs."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from dimat_jax.permutation._actions import (
-    Perms,
+    AnyPerms,
     apply,
     identity,
     invert,
@@ -24,15 +25,25 @@ from dimat_jax.permutation._outputs import (
     call_forward,
 )
 from dimat_jax.permutation._reading import read_model
-from dimat_jax.permutation._sizes import group_sizes, validate
+from dimat_jax.permutation._sizes import group_shapes, group_sizes, validate
 from dimat_jax.permutation._spec import (
     PermutationSpec,
     PermutationSpecError,
     axis_groups,
 )
-from dimat_jax.tree import PyTree, flatten, is_inexact
+from dimat_jax.tree import PyTree, as_arrays, flatten, is_inexact
 
-__all__ = ["verify"]
+__all__ = ["InconclusiveError", "Verification", "verify"]
+
+_ROUNDING = (
+    "derive finds the declared symmetry in the model's operations, which leaves "
+    "rounding; forward should compute in float32, and BatchNorm needs more or larger "
+    "examples, as statistics of few values magnify it"
+)
+
+
+class InconclusiveError(PermutationSpecError):
+    """Rounding or outputs that are not finite hide whether a symmetry holds."""
 
 
 def verify(
@@ -74,62 +85,125 @@ def verify(
             else the one leaf that explains the change. If the spec and `derive` agree,
             the message names rounding as the cause.
     """
-    validate(spec, variables)
-    noise_key, perm_key = jax.random.split(key)
-    variables = _without_constants(variables, noise_key)
-    check = _Check(forward, variables, inputs, tolerance, outputs)
-    perms = _without_identities(random(spec, variables, perm_key))
-    change = check.output_change(spec, perms)
-    if change <= tolerance:
-        return
-    groups, cause = _find_cause(check, spec, perms, perm_key)
-    named = ", ".join(map(repr, groups))
-    units = (
-        f"the units of group{'s' * (len(groups) > 1)} {named}" if groups else "units"
+    Verification(spec, forward, inputs, outputs=outputs, tolerance=tolerance)(
+        variables, key
     )
-    raise PermutationSpecError(
-        f"permuting {units} moves the outputs by {change:.1e} of the largest (allowed: "
-        f"{tolerance:.0e}): {cause}"
-    )
+
+
+class Verification:
+    """Verifies one spec on the variables of several networks.
+
+    The forward function, and the application of permutations, are compiled once for all
+    of them.
+
+    Args:
+        spec: as in `verify`.
+        forward: as in `verify`.
+        inputs: as in `verify`.
+        outputs: as in `verify`.
+        tolerance: as in `verify`.
+    """
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        forward: Forward,
+        inputs: PyTree,
+        *,
+        outputs: ChooseOutputs | None = None,
+        tolerance: float = 1e-4,
+    ):
+        self._spec = spec
+        self._tolerance = tolerance
+        self._model = _Model(forward, inputs, outputs)
+        self._apply = jax.jit(partial(apply, spec))
+
+    def __call__(self, variables: PyTree, key: Key[Array, ""]) -> None:
+        """Checks the spec on one network's variables.
+
+        Args:
+            variables: as in `verify`.
+            key: as in `verify`; it is consumed.
+
+        Raises:
+            PermutationSpecError: as of `verify`. It is an `InconclusiveError` if the
+                cause is rounding, or outputs that are not finite from the start.
+        """
+        spec, tolerance = self._spec, self._tolerance
+        validate(spec, variables)
+        seeds = np.asarray(jax.random.bits(key, (4,), jnp.uint32))
+        rng = np.random.default_rng(seeds)
+        variables = _without_constants(as_arrays(variables), rng)
+        check = _Check(self._model, variables, tolerance)
+        perms = _draw_perms(spec, variables, rng)
+        change = check.output_change(spec, perms, self._apply(perms, variables))
+        if change <= tolerance:
+            return
+        groups, cause = _find_cause(check, spec, perms, key)
+        named = ", ".join(map(repr, groups))
+        units = (
+            f"the units of group{'s' * (len(groups) > 1)} {named}"
+            if groups
+            else "units"
+        )
+        error = InconclusiveError if cause == _ROUNDING else PermutationSpecError
+        raise error(
+            f"permuting {units} moves the outputs by {change:.1e} of the largest "
+            f"(allowed: {tolerance:.0e}): {cause}"
+        )
+
+
+class _Model:
+    """A model with the inputs on which it is checked.
+
+    Attributes:
+        forward: the forward function as it was given.
+        inputs: the inputs.
+        choose: chooses the outputs that count.
+    """
+
+    def __init__(self, forward: Forward, inputs: PyTree, choose: ChooseOutputs | None):
+        self.forward, self.choose = forward, choose
+        self.inputs = as_arrays(inputs)
+        # It is compiled because the search for a wrong leaf takes many evaluations.
+        self._compiled = jax.jit(lambda v, x: call_forward(forward, v, x, choose))
+
+    def __call__(self, variables: PyTree) -> ForwardOutputs:
+        # With reduced precision, rounding alone would change the outputs.
+        with jax.default_matmul_precision("highest"):
+            return self._compiled(variables, self.inputs)
 
 
 class _Check:
     """Measures how far permuted variables change the outputs."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        variables: PyTree,
-        inputs: PyTree,
-        tolerance: float,
-        choose: ChooseOutputs | None,
-    ):
+    def __init__(self, model: _Model, variables: PyTree, tolerance: float):
         self.variables = variables
-        self._inputs = inputs
+        self._model = model
         self._tolerance = tolerance
-        self._eager = forward
-        self._choose = choose
-        # It is compiled because the search for a wrong leaf takes many evaluations.
-        self._forward = jax.jit(lambda v, x: call_forward(forward, v, x, choose))
-        result = self._run(variables)
+        result = model(variables)
         if not jax.tree.leaves(result.counted):
             raise PermutationSpecError("forward returned no arrays; nothing to verify")
         self._outputs = _as_float32(result)
         if not all(np.isfinite(output).all() for output in self._outputs):
-            raise PermutationSpecError("the outputs are not finite; nothing to verify")
+            raise InconclusiveError("the outputs are not finite; nothing to verify")
 
-    def _run(self, variables: PyTree) -> ForwardOutputs:
-        # With reduced precision, rounding alone would change the outputs.
-        with jax.default_matmul_precision("highest"):
-            return self._forward(variables, self._inputs)
-
-    def output_change(self, spec: PermutationSpec, perms: Perms) -> float:
+    def output_change(
+        self, spec: PermutationSpec, perms: AnyPerms, permuted: PyTree = None
+    ) -> float:
         """The largest change of an output, relative to the largest absolute output.
 
         It is infinite if an output is no longer finite. Updated variables are permuted
         back before they are compared.
+
+        Args:
+            spec: the symmetry.
+            perms: the permutations.
+            permuted: the permuted variables, if they are known already.
         """
-        counted, updates = self._run(apply(spec, perms, self.variables))
+        if permuted is None:
+            permuted = apply(spec, perms, self.variables)
+        counted, updates = self._model(permuted)
         back = invert(perms)
         restored = {
             path: permute_leaf(spec.axes[path], back, leaf)
@@ -143,7 +217,7 @@ class _Check:
             for before, after in zip(self._outputs, outputs, strict=True)
         )
 
-    def holds(self, spec: PermutationSpec, perms: Perms) -> bool:
+    def holds(self, spec: PermutationSpec, perms: AnyPerms) -> bool:
         """Whether these permutations leave the outputs unchanged."""
         return self.output_change(spec, perms) <= self._tolerance
 
@@ -153,8 +227,8 @@ class _Check:
         Because of such operations the spec may lack symmetries. The message is empty
         if derive knows all operations.
         """
-        arguments = (self._eager, self.variables, self._inputs)
-        reading = read_model(*arguments, self._choose)
+        model = self._model
+        reading = read_model(model.forward, self.variables, model.inputs, model.choose)
         return reading.spec({}), reading.missing_rules()
 
 
@@ -167,7 +241,7 @@ def _as_float32(outputs: PyTree) -> list[np.ndarray]:
 
 
 def _find_cause(
-    check: _Check, spec: PermutationSpec, perms: Perms, key: Key[Array, ""]
+    check: _Check, spec: PermutationSpec, perms: AnyPerms, key: Key[Array, ""]
 ) -> tuple[list[str], str]:
     """Finds the groups that change the outputs, and the message on the cause.
 
@@ -176,11 +250,7 @@ def _find_cause(
     derived, doubt = check.derived()
     mistakes = find_mistakes(spec, derived, check.variables)
     if not mistakes:
-        return [], (
-            "derive finds the declared symmetry in the model's operations, which "
-            "leaves rounding; forward should compute in float32, and BatchNorm needs "
-            "more or larger examples, as statistics of few values magnify it"
-        )
+        return [], _ROUNDING
     if not _correction_helps(check, spec, derived, mistakes, key):
         mistakes = []
     by_derive = _groups_of(mistakes, perms), _join(mistakes)
@@ -251,18 +321,17 @@ def _join(mistakes: list[Mistake], at_most: int = 10) -> str:
     return "; ".join([*map(str, mistakes[:at_most]), *more])
 
 
-def _without_constants(variables: PyTree, key: Key[Array, ""]) -> PyTree:
+def _without_constants(variables: PyTree, rng: np.random.Generator) -> PyTree:
     """Puts random positive noise on the leaves that are constant along some axis."""
-    leaves, treedef = jax.tree.flatten(variables)
-    keys = jax.random.split(key, len(leaves))
 
-    def perturb(leaf_key, leaf):
+    def perturb(leaf):
         if not is_inexact(leaf) or not _constant_along_an_axis(leaf):
             return leaf
-        noise = jax.random.uniform(leaf_key, leaf.shape, minval=0.5, maxval=1.5)
-        return jnp.where(leaf == 0, 0.1 * noise, leaf * noise).astype(leaf.dtype)
+        leaf = np.asarray(leaf)
+        noise = rng.uniform(0.5, 1.5, leaf.shape)
+        return np.where(leaf == 0, 0.1 * noise, leaf * noise).astype(leaf.dtype)
 
-    return treedef.unflatten(map(perturb, keys, leaves))
+    return jax.tree.map(perturb, variables)
 
 
 def _constant_along_an_axis(leaf) -> bool:
@@ -273,13 +342,17 @@ def _constant_along_an_axis(leaf) -> bool:
     )
 
 
-def _without_identities(perms: Mapping[str, Array]) -> Perms:
-    """Replaces identities, which would check nothing, by rotations."""
-    return {
-        group: jnp.where(
-            (perm == jnp.arange(perm.shape[-1])).all(axis=-1, keepdims=True),
-            jnp.roll(perm, 1, axis=-1),
-            perm,
-        )
-        for group, perm in perms.items()
-    }
+def _draw_perms(
+    spec: PermutationSpec, variables: PyTree, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Random permutations, and rotations in place of identities, which check nothing.
+
+    They are drawn on the host, as `random` compiles a program for each size of a group.
+    """
+    perms = {}
+    for group, shape in group_shapes(spec, variables).items():
+        units = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+        drawn = rng.permuted(units, axis=-1)
+        is_identity = (drawn == units).all(axis=-1, keepdims=True)
+        perms[group] = np.where(is_identity, np.roll(drawn, 1, axis=-1), drawn)
+    return perms

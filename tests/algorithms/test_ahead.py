@@ -85,7 +85,7 @@ def path_of(case: Case, graph: str, faults: Faults = Faults()) -> np.ndarray:  #
     return np.stack(path)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("opt_state", ["reset", "keep", "merge"])
 @pytest.mark.parametrize("name", ["dimat", "wm", "wa"])

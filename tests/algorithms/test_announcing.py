@@ -79,6 +79,7 @@ def changed(variables: PyTree, seed: int) -> PyTree:
     return PLACEMENT.put(noisy)
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize(
     ("name", "frame"),
     [("wa", "own"), ("dimat", "own"), ("dimat", "reference"), ("wm", "joint")],

@@ -134,7 +134,7 @@ def alone(name: str, data: list[Batch], agent: int) -> PyTree:
     return {"params": {"x": x}, "batch_stats": statistics}
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @every(ON_GRAPHS)
 def test_without_neighbours_agents_train_as_each_would_alone(name):
     subject = built(name)
@@ -180,7 +180,7 @@ def drawing_the_same(name: str) -> Built:
     return on_placement(CASES[name], "convex", placement)
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize(
     ("name", "topology"),
     [
@@ -253,6 +253,7 @@ def weights_for(name: str) -> str:
     return "lazy" if CASES[name].per_step == "d2" else "uniform"
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     ("name", "topology"),
     [
@@ -547,7 +548,7 @@ def test_optimizers_that_are_merged_are_sent():
 # Frames ===============================================================================
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @every(name for name in EVERYONE - RANDOM if "with adam" not in name)
 def test_training_commutes_with_permuting_the_agents_frames(name):
     """This includes momenta: if `aligned` forgot a field, the results would differ.

@@ -178,7 +178,7 @@ SENT = {
 }
 
 
-@pytest.mark.every_nth(8)
+@pytest.mark.every_nth(16)
 @pytest.mark.parametrize("graph", ["ring", "star", "path", "fully_connected", "torus"])
 @pytest.mark.parametrize("name", SENT)
 def test_with_the_default_agents_agree_whatever_the_compressor(name, graph):
@@ -187,6 +187,7 @@ def test_with_the_default_agents_agree_whatever_the_compressor(name, graph):
     assert path.max() < 1.5
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("name", ["int8", "sign", "top_k", "random_k"])
 def test_with_the_default_agents_agree_where_agents_drop_out_and_links_fail(name):
     network = links("ring", "metropolis_hastings", Faults(0.2, 0.3), GRAPHS["ring"])

@@ -203,6 +203,7 @@ def test_every_edge_is_matched_as_its_two_agents_alone(kind, graph, whose):
             np.testing.assert_array_equal(perm, expected[group], f"{receiver}{sender}")
 
 
+@pytest.mark.slow
 def test_the_pairs_to_be_matched_differ():
     # Some units move. Otherwise wrong edges, directions or samples would go unnoticed.
     pairs = [("shared", 0, 1), ("shared", 1, 0), ("shared", 2, 1), ("own", 0, 1)]
@@ -373,7 +374,7 @@ def copies(n_devices: int, batching: Any) -> Agents:
     return Agents(spec, maps_of, each, placement, WeightMatcher(spec, placement))
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize(
     ("n_devices", "batching"), [(1, "vmap"), (1, "unroll"), (2, "vmap"), (3, "vmap")]
 )

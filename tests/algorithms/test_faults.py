@@ -74,7 +74,7 @@ def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in times} for row in rows]
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(9)
 # Centralized training has no network, and D2 refuses a network with faults.
 @pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"centralized", "d2"}))
 def test_every_algorithm_finishes(run, algorithm):
@@ -103,7 +103,7 @@ def test_d2_refuses_to_begin(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("algorithm", ["dimat", "wm"])
 def test_merging_still_beats_training_alone(run, algorithm, seed):
@@ -125,7 +125,7 @@ def test_merging_still_beats_training_alone(run, algorithm, seed):
     assert merged["test_accuracy_mean"] > 0.3
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("algorithm", ["dimat", "wm"])
 def test_merging_still_beats_training_alone_where_examples_are_few(
@@ -150,7 +150,7 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize(
     ("algorithm", "changes"),
     [
@@ -169,6 +169,7 @@ def test_a_killed_run_resumes_with_the_same_results(run, tmp_path, algorithm, ch
     assert without_times(read_rows(tmp_path)) == without_times(read_rows(finished))
 
 
+@pytest.mark.slow
 def test_a_run_with_faults_resumes_on_other_devices(run, tmp_path):
     """There are two devices for five agents, so one slot only fills up a device."""
     finished = run("dsgt")

@@ -206,6 +206,7 @@ def changed(tree: PyTree) -> PyTree:
     )
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("lossy", [False, True])
 @pytest.mark.parametrize("topology", ["ring", "star", "disconnected"])
 @every_frame

@@ -51,7 +51,7 @@ def cases():
                 yield pytest.param(name, batching, marks=marks, id=f"{name}-{batching}")
 
 
-@pytest.mark.every_nth(11)
+@pytest.mark.every_nth(30)
 @pytest.mark.parametrize(("name", "batching"), list(cases()))
 def test_every_algorithm_computes_the_same_in_every_layout(name, batching):
     expected = trained(name, "unroll")

@@ -1,5 +1,8 @@
 """Compares a merge round of stacked, jitted agents with plain NumPy loops."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import numpy as np
 import optax
@@ -99,13 +102,13 @@ class _World:
 
 
 @pytest.fixture(scope="module")
-def worlds() -> dict[str, _World]:
-    return {name: _World(name) for name in MODELS}
+def worlds() -> Callable[[str], _World]:
+    return functools.cache(_World)
 
 
 @pytest.fixture(params=MODELS)
 def world(request, worlds) -> _World:
-    return worlds[request.param]
+    return worlds(request.param)
 
 
 # Batches are ragged on purpose: they have 8 of 17, 18, ... examples.
@@ -137,7 +140,7 @@ STAY = 0.05
 def test_a_merge_round_agrees_with_plain_loops(
     worlds, name, algorithm, topology, frame, policy
 ):
-    world = worlds[name]
+    world = worlds(name)
     W, network = world.network(topology)
     samples = {
         "shared": world.reader.shared(SHARED, BATCH),
@@ -201,7 +204,7 @@ def test_weight_averaging_is_the_mixing_matrix_alone(world):
 
 @pytest.mark.parametrize("policy", ["shared", "own"])
 def test_recalibration_averages_the_statistics_of_batches(worlds, policy):
-    world = worlds["resnet20"]
+    world = worlds("resnet20")
     _, network = world.network("disconnected")
     samples = (
         world.reader.shared(SHARED, BATCH)

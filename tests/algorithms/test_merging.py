@@ -119,6 +119,7 @@ def _is_schedule(path, value) -> bool:
     return "ScaleByScheduleState" in str(path)
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("frame", ["own", "reference", "joint"])
 @pytest.mark.parametrize("name", ["dimat", "wm"])
 def test_where_agents_are_away_each_component_merges_by_itself(name, frame):

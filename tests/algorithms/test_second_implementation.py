@@ -200,6 +200,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize(
     ("name", "scenario"),
     [

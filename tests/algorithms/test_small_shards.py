@@ -165,7 +165,7 @@ all_agents = pytest.mark.parametrize("agents", SHARDS)
 AGREEING = sorted(ALGORITHMS.keys() - {"local", "cga", "compcga", "cdadam"})
 
 
-@pytest.mark.every_nth(7)
+@pytest.mark.every_nth(13)
 @every_batch_size
 @all_agents
 @pytest.mark.parametrize("name", AGREEING)
@@ -178,7 +178,7 @@ def test_if_small_shards_repeat_every_agent_counts_the_same(name, agents, batch_
     assert x == pytest.approx(found.optimum(weights), abs=tolerance)
 
 
-@pytest.mark.every_nth(7)
+@pytest.mark.every_nth(13)
 @every_batch_size
 @all_agents
 @pytest.mark.parametrize("name", AGREEING)
@@ -221,7 +221,7 @@ def test_if_small_shards_repeat_adaptive_and_cross_gradients_are_their_papers(
     np.testing.assert_allclose(x, expected[1:, :, 0], rtol=0, atol=1e-4)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @every_batch_size
 @pytest.mark.parametrize("small_shards", ["repeat", "idle"])
 @pytest.mark.parametrize("name", ["cga", "compcga", "cdadam"])

@@ -130,7 +130,7 @@ ON_GRAPHS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @ON_GRAPHS
 def test_a_constant_step_ends_in_its_fixed_point_off_by_the_order_of_the_step(
     name, graph
@@ -148,7 +148,7 @@ def test_a_constant_step_ends_in_its_fixed_point_off_by_the_order_of_the_step(
         assert 0.1 < distance(ends[1]) / distance(ends[0]) < 0.35
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @ON_GRAPHS
 def test_a_decaying_step_ends_at_the_optimum(name, graph):
     case, share, update = BIASED[name]
@@ -220,6 +220,7 @@ def test_gradient_tracking_reaches_the_optimum_over_lossy_links():
     assert error(trajectory(CASES["dsgt"], network, 2000, 0.05)[-1]) < 1e-4
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("name", ["cdsgd", "dsgt", "sgp", "wa", "fedavg"])
 def test_among_those_who_are_there_all_are_heard_in_the_long_run(name):
     network = links("ring", "uniform", Faults(0.3, 0.3, (Absence(2, 1, 50),)))
@@ -344,6 +345,7 @@ def objection(x: np.ndarray) -> float:
     return float(np.linalg.norm(directions, axis=1).min())
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("name", ["cga", "compcga"])
 def test_cga_ends_where_no_step_is_good_for_everybody(name):
     # CGA's theory bounds the distance of the projected direction from the mean

@@ -75,6 +75,7 @@ assert not {"jax", "numpy", "absl"} & sys.modules.keys()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help(name):
     result = alone(name, "--help")

@@ -92,7 +92,7 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 @pytest.mark.every_nth(3)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_within_seconds_and_nothing_is_lost(
     tmp_path, start, number
 ):
@@ -233,6 +233,7 @@ def test_a_second_run_is_refused_and_changes_nothing(tmp_path, start):
     assert f"{workdir} was in use by process {first.pid} on " in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sweeps_and_runs_keep_out_of_each_others_folders(tmp_path, start, jobs):
     workdir = tmp_path / "out"

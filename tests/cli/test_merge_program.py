@@ -18,7 +18,7 @@ from dimat_jax._metrics import read_evaluations
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODELS, _saved, classifier
 from dimat_jax.models._saved import SavedModel
-from dimat_jax.models._torch_import import to_torch
+from dimat_jax.models.torch_import import to_torch
 from dimat_jax.tree import flatten
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,7 @@ def test_a_run_without_a_checkpoint_has_no_agents_yet(tmp_path, workdir):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_two_runs_merge_better_aligned(workdir, merged):
     summary = json.loads((merged / "summary.json").read_text())
     trained = read_evaluations(workdir)[-1]["test_accuracy"]

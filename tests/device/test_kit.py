@@ -126,6 +126,7 @@ def test_a_hanging_cell_is_killed_and_the_others_run(tmp_path):
     assert cells["out"]["error"] == "too large"
 
 
+@pytest.mark.slow
 def test_a_part_ends_at_its_limit_with_what_it_has(tmp_path):
     status, record = watch(
         tmp_path / "example.json",

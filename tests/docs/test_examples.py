@@ -148,9 +148,10 @@ def torch_files(folder):
         safetensors.save_file(state_dict, folder / f"{name}.safetensors")
 
 
-# These pages train many agents. Their examples take from 15 seconds to a minute.
+# The examples of these pages take from 15 seconds to a minute.
 LONG = {
     "docs/tutorials/compare.md",
+    "docs/tutorials/merge.md",
     "docs/tutorials/sweep.md",
     "docs/how-to/data.md",
     "docs/how-to/devices.md",
@@ -219,6 +220,7 @@ SHELL = [
 ]
 
 
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize("name, block", SHELL)
 def test_shell_blocks_are_correct(name, block, folder, monkeypatch):
     subprocess.run(["bash", "-n", "-c", block.text], check=True)

@@ -109,7 +109,7 @@ def test_activations_tell_every_unit_that_is_alive_and_has_no_twin(case):
     assert_logits_equal(net, permutation.apply(net.subject.spec, found, net.permutee))
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @every_kind
 def test_weights_tell_what_was_planted(case):
     net = trained(case)
@@ -122,7 +122,7 @@ def test_weights_tell_what_was_planted(case):
     assert_logits_equal(net, aligned)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @every_kind
 def test_dead_units_make_no_nan(case):
     net = trained(case)

@@ -97,6 +97,7 @@ def test_the_similarity_is_the_cosine_of_the_permuted_weights(kind, seed):
         )
 
 
+@pytest.mark.every_nth(3)
 @kinds
 @given(seed=seeds)
 @settings(max_examples=5)
@@ -243,6 +244,7 @@ def test_a_planted_permutation_is_found(kind, seed):
     assert_identical(permutation.apply(spec, found, permutee), variables)
 
 
+@pytest.mark.slow
 def test_a_resnets_planted_permutations_are_found_under_noise_as_well():
     model = MODELS["resnet20"](n_classes=10)
     spec = permutation_spec(model)

@@ -218,6 +218,9 @@ def test_a_model_without_taps_has_no_activations():
         ("resnet34", 21_797_672),
         ("resnet50", 25_557_032),
         ("resnet101", 44_549_160),
+        ("wide_resnet50_2", 68_883_240),
+        pytest.param("resnet152", 60_192_808, marks=pytest.mark.slow),
+        pytest.param("wide_resnet101_2", 126_886_696, marks=pytest.mark.slow),
     ],
 )
 def test_imagenet_resnets_have_as_many_parameters_as_torchvisions(name, published):
@@ -244,6 +247,31 @@ def test_cifar_resnets_have_as_many_parameters_as_he_et_als(name, layers, publis
     )
     kernels = [leaf for leaf in flatten(variables) if leaf.endswith("/kernel")]
     assert len([leaf for leaf in kernels if "shortcut" not in leaf]) == layers
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("resnet20", 269_722), ("resnet56", 853_018)]
+)
+def test_shortcuts_without_weights_give_the_known_numbers_of_parameters(name, known):
+    model = MODELS[name](n_classes=10, shortcut="pad")
+    assert n_params(shapes_of(model, 32, 32, 3)["params"]) == known
+
+
+def test_a_stream_goes_on_behind_shortcuts_without_weights():
+    model = MODELS["resnet20"](n_classes=10, shortcut="pad")
+    spec, sizes = permutation_spec(model), sizes_of(model, 32, 32, 3)
+    streams = {g: n for g, n in sizes.items() if g.startswith("stream")}
+    assert streams == {
+        "stream0": 16,
+        "stream1/low": 8,
+        "stream1/high": 8,
+        "stream2/low": 16,
+        "stream2/high": 16,
+    }
+    # The first stream's taps are at the stem and behind every block.
+    assert [len(spec.taps_of(stream)) for stream in streams] == [10, 6, 6, 3, 3]
+    with pytest.raises(ModelError, match="norm is 'group'; allowed: batch, layer"):
+        MODELS["resnet20"](n_classes=10, shortcut="pad", norm="group")
 
 
 @pytest.mark.parametrize("width", [1, 2, 8])

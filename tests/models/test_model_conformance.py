@@ -66,6 +66,7 @@ CASES = SMALL | {
     "linear": registered("mlp", 4, 4, 1, hidden=()),
     "resnet, layer norm": resnet(8, 8, 1, norm="layer"),
     "resnet, group norm": resnet(8, 8, 1, norm="group"),
+    "resnet, padded shortcuts": resnet(8, 8, 1, shortcut="pad"),
     "resnet, ImageNet stem": resnet(
         32, 32, 3, block="bottleneck", stem="imagenet", shortcut="conv1x1"
     ),
@@ -170,7 +171,7 @@ def test_the_table_covers_all_models():
 # Structure, without computing anything ================================================
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @every_name
 @pytest.mark.parametrize("pixels", [32, 64])
 def test_the_spec_fits_the_variables_and_the_taps(name, pixels):
@@ -201,12 +202,13 @@ def assert_spec_fits(model, variables, inputs):
 # Symmetry =============================================================================
 
 
+@pytest.mark.every_nth(3)
 @every_case
 def test_every_case_has_a_valid_spec_with_a_tap_for_each_group(subject):
     assert_spec_fits(subject.model, subject.variables, subject.inputs)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @every_small_case
 def test_verify_finds_nothing_wrong(subject):
     permutation.verify(
@@ -218,7 +220,7 @@ def test_verify_finds_nothing_wrong(subject):
     )
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @every_case
 def test_random_permutations_leave_logits_unchanged_in_both_modes(subject):
     before = subject.logits(subject.variables, subject.inputs)
@@ -241,7 +243,7 @@ def assert_every_permuted_leaf_moved(subject, permuted):
             np.testing.assert_array_equal(moved[path], leaf)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @every_case
 def test_taps_show_the_units_of_their_groups(subject):
     perms = subject.perms(0)
@@ -257,6 +259,7 @@ def test_taps_show_the_units_of_their_groups(subject):
         assert float(jnp.abs(after[tap] - before[tap]).max()) > 1e-2, tap
 
 
+@pytest.mark.every_nth(3)
 @every_small_case
 def test_batch_statistics_are_the_batchs_own_and_permuted_alike(subject):
     statistics = batch_statistics(subject.model)
@@ -288,7 +291,7 @@ def test_batch_statistics_are_the_batchs_own_and_permuted_alike(subject):
 # Stacked agents =======================================================================
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @every_small_case
 def test_vmapped_permutations_of_stacked_agents_equal_the_loop(subject):
     perms, agents = some_agents(subject)
@@ -304,6 +307,7 @@ def test_vmapped_permutations_of_stacked_agents_equal_the_loop(subject):
         assert_close(take(stacked, i), expected, atol=0)
 
 
+@pytest.mark.every_nth(3)
 @every_small_case
 def test_vmapped_logits_of_stacked_agents_equal_the_loop(subject):
     _, agents = some_agents(subject)
@@ -325,6 +329,7 @@ def some_agents(subject) -> tuple[list[permutation.Perms], list[PyTree]]:
 # Precision ============================================================================
 
 
+@pytest.mark.every_nth(3)
 @every_small_case
 def test_bfloat16_computes_in_bfloat16_from_float32_to_float32(subject):
     model = subject.model.clone(dtype=jnp.bfloat16)
@@ -360,7 +365,7 @@ def test_the_constructor_passes_the_dtype_on():
 # Masked examples ======================================================================
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @every_small_case
 def test_masked_examples_count_nowhere_in_train_mode(subject):
     rng = np.random.default_rng(0)
@@ -388,6 +393,7 @@ def test_masked_examples_count_nowhere_in_train_mode(subject):
     assert abs(unmasked["loss"] - smaller["loss"]) > 1e-3
 
 
+@pytest.mark.every_nth(3)
 @every_small_case
 def test_training_updates_the_running_statistics_alone(subject):
     batch = Batch(subject.inputs, jnp.zeros(BATCH, jnp.int32), jnp.ones(BATCH, bool))
@@ -399,6 +405,7 @@ def test_training_updates_the_running_statistics_alone(subject):
     assert set(metrics) == {"loss", "accuracy"}
 
 
+@pytest.mark.every_nth(3)
 @every_small_case
 def test_dead_units_make_nothing_nan(subject):
     dead = jax.tree.map(jnp.zeros_like, subject.variables)

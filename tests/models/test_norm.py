@@ -46,6 +46,7 @@ def outputs_of(apply, x, variables, cotangent):
     return {"y": y, "state": state, "grads": grads}
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("shape", [(12, 5, 4, 3), (12, 3)])

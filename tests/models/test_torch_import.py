@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dimat_jax.models import MODELS
-from dimat_jax.models._torch_import import (
+from dimat_jax.models.classifier import forward, init
+from dimat_jax.models.torch_import import (
     ARCHITECTURES,
     TorchImportError,
     from_torch,
@@ -20,7 +21,6 @@ from dimat_jax.models._torch_import import (
     infer_model,
     to_torch,
 )
-from dimat_jax.models.classifier import forward, init
 from dimat_jax.tree import PyTree, flatten, map_with_path
 
 # What PyTorch computes ================================================================
@@ -65,6 +65,12 @@ CASES = {
         32,
         {"width": 1, "shortcut": "conv1x1"},
     ),
+    "resnet20, shortcuts without weights": Case(
+        "resnet20",
+        resnet(3, 3, 3, width=8, shortcut=("shortcut", 0)),
+        32,
+        {"width": 0.5, "shortcut": "pad"},
+    ),
     "resnet18, CIFAR names": Case(
         "resnet18",
         resnet(2, 2, 2, 2, width=8, shortcut=("shortcut", 1)),
@@ -100,6 +106,12 @@ CASES = {
     ),
 }
 FULL_SIZE = {
+    "wide_resnet50_2": Case(
+        "wide_resnet50_2",
+        resnet(3, 4, 6, 3, width=16, bottleneck=True, wide=True, stem=7, **torchvision),
+        64,
+        {"width": 1 / 4, "stem": "imagenet"},
+    ),
     "resnet50": Case(
         "resnet50",
         resnet(3, 4, 6, 3, width=64, bottleneck=True, stem=7, **torchvision),
@@ -216,9 +228,8 @@ def state_dict_of(name: str, **arguments: Any) -> dict[str, np.ndarray]:
 
 
 def test_every_convolutional_architecture_has_pytorch_names():
-    assert {name for name in MODELS if name.startswith(("resnet", "vgg"))} == set(
-        ARCHITECTURES
-    )
+    families = ("resnet", "vgg", "wide_resnet")
+    assert {name for name in MODELS if name.startswith(families)} == set(ARCHITECTURES)
 
 
 # All other architectures differ only in the number of blocks, and tracing them is slow.
@@ -501,7 +512,12 @@ def test_torchvisions_three_layer_classifier_is_refused_with_the_reason():
     for layer, shape in {0: (32, 64 * 49), 3: (32, 32), 6: (3, 32)}.items():
         state_dict[f"classifier.{layer}.weight"] = np.zeros(shape, np.float32)
         state_dict[f"classifier.{layer}.bias"] = np.zeros(shape[0], np.float32)
-    refuse("vgg11", state_dict, "classifier of three dense layers", "one dense layer")
+    refuse(
+        "vgg11",
+        state_dict,
+        "several dense layers (classifier.0, classifier.3, classifier.6)",
+        "one dense layer",
+    )
 
 
 def test_two_spellings_at_once_are_ambiguous(state_dict):
@@ -545,7 +561,12 @@ def test_entries_that_are_no_arrays_are_named(state_dict):
 
 def test_a_checkpoint_of_several_state_dicts_is_ambiguous(state_dict):
     checkpoint = {"model": state_dict, "model_ema": state_dict}
-    refuse("resnet20", checkpoint, "several entries are state dicts, model, model_ema")
+    refuse(
+        "resnet20",
+        checkpoint,
+        "several state dicts hold a resnet20: the state dict['model'], the state dict["
+        "'model_ema']; choose one with entry= or prefix=",
+    )
 
 
 @pytest.mark.parametrize("name", ["mlp", "resnet21"])
@@ -637,9 +658,14 @@ def test_a_pth_of_something_else_is_refused(tmp_path):
 
 def test_a_safetensors_file_of_other_numbers_is_refused(tmp_path, state_dict):
     save_file = pytest.importorskip("safetensors.numpy").save_file
+    state_dict["bn1.bias"] = np.ones(2, np.uint16)
+    save_file(state_dict, tmp_path / "weights.safetensors")
+    refuse(
+        "resnet20", tmp_path / "weights.safetensors", "'bn1.bias' holds U16; allowed"
+    )
     state_dict["bn1.bias"] = np.ones(2, np.int8)
     save_file(state_dict, tmp_path / "weights.safetensors")
-    refuse("resnet20", tmp_path / "weights.safetensors", "'bn1.bias' holds I8; allowed")
+    refuse("resnet20", tmp_path / "weights.safetensors", "'bn1.bias' holds int8")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def shapes_of(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Any, Any]
     return inputs, jax.eval_shape(partial(init, model), jax.random.key(0), inputs)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize("mode", [forward, both_modes])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_derived_is_what_is_declared(case, mode):
@@ -60,7 +60,7 @@ def test_what_is_derived_is_what_is_declared(case, mode):
     assert spec.statistics == declared.statistics
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.every_nth(8)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_derived_is_what_is_declared_at_full_size(name):
     model = MODELS[name](n_classes=10)
@@ -367,7 +367,7 @@ def derived(name: str) -> Derived:
     return Derived(model, spec, activations, variables, run)
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.every_nth(4)
 @unseen
 def test_an_unseen_model_has_the_groups_that_it_should_have(name):
     model, spec, *_ = derived(name)
@@ -376,7 +376,7 @@ def test_an_unseen_model_has_the_groups_that_it_should_have(name):
     assert sorted(sizes.values()) == sorted(model.sizes)
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.every_nth(4)
 @unseen
 def test_what_was_derived_of_an_unseen_model_holds_and_its_taps_show_it(name):
     subject = derived(name)
@@ -395,6 +395,7 @@ def test_what_was_derived_of_an_unseen_model_holds_and_its_taps_show_it(name):
         assert distance(after[tap], units) > 1e-3, tap
 
 
+@pytest.mark.every_nth(2)
 @pytest.mark.parametrize("name", ["equinox", "nnx", "densenet"])
 def test_what_was_derived_of_an_unseen_model_is_verified(name):
     model, spec, *_ = derived(name)
@@ -412,7 +413,7 @@ def distance(units: jax.Array, others: jax.Array | np.ndarray) -> float:
     return float(jnp.abs(units - others).max() / jnp.abs(others).max())
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.every_nth(4)
 @pytest.mark.parametrize(
     "name", ["equinox, vmapped", "nnx", "densenet", "option A", "scanned"]
 )

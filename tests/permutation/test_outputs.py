@@ -142,7 +142,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
 programs = pytest.mark.parametrize("name", PROGRAMS)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @programs
 def test_updated_variables_are_permuted_like_the_variables(name):
     forward, variables, x, statistics = PROGRAMS[name]()

@@ -21,8 +21,11 @@ from jax import lax
 
 from dimat_jax import permutation
 from dimat_jax.permutation import (
+    Axis,
+    Concat,
     PermutationSpecError,
     PermutationSpecWarning,
+    Product,
     derive,
     explain,
     permute_leaf,
@@ -249,6 +252,33 @@ def captured(seen, weight, rng):
     return x * array.astype(np.float32)
 
 
+def collective(seen, weight, rng):
+    """Collectives over a vmapped axis."""
+    x, d = seen[-1], an_axis(seen[-1], rng)
+    size = x.shape[d]
+    ring = [(n, (n + 1) % size) for n in range(size)]
+    functions = (
+        lambda c: c - lax.pmean(c, "n"),
+        lambda c: c * lax.pmax(c, "n"),
+        lambda c: c + lax.psum(c * c, "n"),
+        lambda c: c + lax.all_gather(c, "n").sum(0),
+        lambda c: c * (1 + lax.axis_index("n")),
+        lambda c: c + lax.ppermute(c, "n", ring),
+        lambda c: c * lax.all_gather(c, "n")[0],
+    )
+    function = functions[rng.integers(len(functions))]
+    return jnp.tanh(jax.vmap(function, d, d, axis_name="n")(x))
+
+
+def unused(seen, weight, rng):
+    """Code on which no output depends. It may do whatever it likes."""
+    x = seen[-1]
+    order_matters(seen, weight, rng)
+    unknown(seen, weight, rng)
+    dead = (x @ weight(x.shape[-1], a_size(rng)))[..., ::-1]
+    return jnp.tanh(jax.jit(lambda x, dead: (x, dead))(x, dead)[0])
+
+
 BLOCKS: dict[str, Block] = {
     block.__name__: block
     for block in (
@@ -257,6 +287,7 @@ BLOCKS: dict[str, Block] = {
         bias,
         branches,
         captured,
+        collective,
         concatenation,
         conv,
         dense,
@@ -278,6 +309,7 @@ BLOCKS: dict[str, Block] = {
         softmax,
         transposition,
         unknown,
+        unused,
     )
 }
 
@@ -336,9 +368,20 @@ def subject(program: Program, shape: Sequence[int]) -> Subject:
             raised = True
     assert raised == announced
     for row in explain(forward, variables, x).rows:
-        assert row.axis is not None or row.reasons
+        assert row.reasons or permutes_all(row.axis)
         assert not announced or "unknown" in dict(program)
     return Subject(forward, variables, x, spec, activations)
+
+
+def permutes_all(axis: Axis) -> bool:
+    """Whether permutations reach every part of an axis with several units."""
+    match axis:
+        case Concat(parts):
+            return all(size == 1 or permutes_all(part) for part, size in parts)
+        case Product(factors):
+            return all(isinstance(factor, str) for factor in factors)
+        case _:
+            return isinstance(axis, str)
 
 
 def check(program: Program, shape: Sequence[int]) -> None:

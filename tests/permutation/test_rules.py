@@ -553,6 +553,7 @@ def network(row: Row, x: jax.Array):
     return lambda v, x: (v["u"] * hidden(v, x)).sum(), variables
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("name", ROWS)
 def test_an_operation_allows_just_what_leaves_the_outputs_alone(name, x):
     row = ROWS[name]

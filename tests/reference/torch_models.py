@@ -33,15 +33,17 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 (with the stride) and 1x1 convolutions beside a shortcut."""
 
     expansion = 4
+    inner = 1
     shortcut_name: str
 
     def __init__(self, inputs: int, channels: int, stride: int, shortcut: tuple):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        inner = self.inner * channels
+        self.conv1 = nn.Conv2d(inputs, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
         add_shortcut(self, inputs, 4 * channels, stride, *shortcut)
 
@@ -52,9 +54,28 @@ class Bottleneck(nn.Module):
         return F.relu(y + self.get_submodule(self.shortcut_name)(x))
 
 
+class WideBottleneck(Bottleneck):
+    """A bottleneck with twice as many channels inside."""
+
+    inner = 2
+
+
+class Pad(nn.Module):
+    """Every second pixel, with a number of channels of zeros on each side."""
+
+    def __init__(self, zeros: int):
+        super().__init__()
+        self.zeros = zeros
+
+    def forward(self, x):
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.zeros, self.zeros))
+
+
 def add_shortcut(block, inputs: int, outputs: int, stride: int, name: str, kernel: int):
     shortcut = nn.Sequential()
-    if stride > 1 or inputs != outputs:
+    if kernel == 0 and inputs != outputs:
+        shortcut = Pad((outputs - inputs) // 2)
+    elif stride > 1 or inputs != outputs:
         padding = kernel // 2
         shortcut = nn.Sequential(
             nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),
@@ -72,9 +93,11 @@ class ResNet(nn.Module):
         width: the number of channels in the first stage.
         n_classes: the number of logits.
         bottleneck: whether blocks are bottlenecks instead of basic blocks.
+        wide: whether bottlenecks have twice as many channels inside.
         stem: the kernel size of the first convolution. With 7 it has a stride, and a
             pool follows.
-        shortcut: the name of shortcuts, and their kernel size.
+        shortcut: the name of shortcuts, and their kernel size. With 0 they have no
+            weights.
         head: the name of the dense layer.
     """
 
@@ -85,12 +108,14 @@ class ResNet(nn.Module):
         width: int,
         n_classes: int,
         bottleneck: bool = False,
+        wide: bool = False,
         stem: int = 3,
         shortcut: tuple[str, int] = ("shortcut", 3),
         head: str = "linear",
     ):
         super().__init__()
         block = Bottleneck if bottleneck else BasicBlock
+        block = WideBottleneck if wide else block
         stride = 2 if stem == 7 else 1
         self.conv1 = nn.Conv2d(3, width, stem, stride, stem // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

@@ -166,6 +166,7 @@ def test_a_round_that_not_all_seeds_have_evaluated_is_not_a_mean_of_the_others(
 # --- What can be read -----------------------------------------------------------------
 
 
+@pytest.mark.every_nth(3)
 @pytest.mark.parametrize("against", ["rounds", "bytes"])
 @pytest.mark.parametrize(
     ("n_lines", "n_panels", "name"),

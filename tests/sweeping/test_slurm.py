@@ -111,6 +111,7 @@ def test_a_sweep_is_submitted_as_an_array_with_its_options(tmp_path, fake_slurm)
     } <= lines
 
 
+@pytest.mark.slow
 def test_the_runs_go_on_as_jobs_and_failures_stop_nobody(tmp_path, capsys):
     executor = make_executor(tmp_path, None, {"timeout_min": 10}, "local")
     made = jobs(

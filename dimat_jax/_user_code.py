@@ -1,16 +1,18 @@
-"""Runs the code of config files and sweep files."""
+"""Runs the code of users' files: configs, sweeps, models and data sets."""
 
+import contextlib
 import importlib.util
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dimat_jax.errors import UserError, in_one_line
 
-__all__ = ["call"]
+__all__ = ["call", "load"]
 
 
-def call(path: Path, signature: str, *arguments: str) -> Any:
+def call(path: Path, signature: str, *arguments: Any) -> Any:
     """Loads a Python file of a user, and calls one of its functions.
 
     The file can raise any error, exit, import what is not there, or not parse at all.
@@ -25,20 +27,38 @@ def call(path: Path, signature: str, *arguments: str) -> Any:
         UserError: The file cannot be loaded, lacks the function, or raises an error.
             `UserError`s of this library that it raises stay as they are.
     """
+    function = load(path, signature)
+    with _blaming(path):
+        return function(*arguments)
+
+
+def load(path: Path, signature: str) -> Callable[..., Any]:
+    """Loads a Python file of a user, and returns one of its functions.
+
+    Raises:
+        UserError: As of `call`.
+    """
     name = signature.partition("(")[0]
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file (.py)")
     module = importlib.util.module_from_spec(spec)
-    try:
+    with _blaming(path):
         spec.loader.exec_module(module)
-        if callable(function := getattr(module, name, None)):
-            return function(*arguments)
+    if not callable(function := getattr(module, name, None)):
+        raise UserError(f"{path} defines no {signature}")
+    return function
+
+
+@contextlib.contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Makes a UserError of all errors, which says where in the file they arise."""
+    try:
+        yield
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise UserError(f"{_place(path, error)}: {_reason(error)}") from error
-    raise UserError(f"{path} defines no {signature}")
 
 
 def _reason(error: BaseException) -> str:

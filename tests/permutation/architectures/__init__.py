@@ -1,0 +1,22 @@
+"""Architectures as their publications describe them, with groups counted by hand."""
+
+from collections.abc import Callable
+
+from tests.permutation.architectures import (
+    _convolutional,
+    _graphs_and_sets,
+    _mixtures,
+    _sequences,
+    _transformers,
+)
+from tests.permutation.architectures._model import Architecture
+
+__all__ = ["ARCHITECTURES", "Architecture"]
+
+ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
+    **_convolutional.ARCHITECTURES,
+    **_transformers.ARCHITECTURES,
+    **_sequences.ARCHITECTURES,
+    **_graphs_and_sets.ARCHITECTURES,
+    **_mixtures.ARCHITECTURES,
+}
