@@ -269,11 +269,7 @@ def test_a_run_starts_from_pytorch_files(tmp_path):
         ("{there},,{there}", {}, "has an empty name"),
         ("{there}/*.pth", {}, "no file or folder matches"),
         ("{there}/config.json", {}, "a PyTorch file ends in one of"),
-        (
-            "{there}",
-            {"model__width": 32},
-            r"different architectures: hidden is \(32, 32\) and",
-        ),
+        ("{there}", {"model__width": 2}, r"architectures: hidden is \(256, 256\) and"),
         ("{there}", {"model__name": "vgg11"}, "architectures: model is vgg11 and mlp"),
         ("{there}", {"init": "same"}, "config.init is 'same', but config.init_from is"),
     ],
