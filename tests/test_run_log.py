@@ -32,5 +32,5 @@ def test_nothing_is_estimated_without_a_step():
     now = [0.0]
     left = TimeLeft(10, clock=lambda: now[0])
     assert left(3) == left(3) == ""
-    now[0] = 0.5
+    now[0] = 0.1
     assert left(5) == left(9) == ""  # Less than a second is left.
