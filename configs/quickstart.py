@@ -22,11 +22,11 @@ LEARNING_RATES = {
     "cdadam": 0.01,
     "sgp": 0.3,
     "d2": 0.3,
-    "dsgt": 1.0,
+    "dsgt": 0.3,
     "qgm": 0.3,
     "cga": 0.3,
     "compcga": 0.3,
-    "choco": 1.0,
+    "choco": 0.3,
     "relaysgd": 1.0,
 }
 

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dimat_jax import algorithms as algorithms
+    from dimat_jax import callbacks as callbacks
     from dimat_jax import cli as cli
     from dimat_jax import compression as compression
     from dimat_jax import config as config
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from dimat_jax import options as options
     from dimat_jax import permutation as permutation
     from dimat_jax import placement as placement
+    from dimat_jax import plugins as plugins
     from dimat_jax import reports as reports
     from dimat_jax import results as results
     from dimat_jax import sweeps as sweeps
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from dimat_jax import tree as tree
     from dimat_jax import workdir as workdir
     from dimat_jax.algorithms import ALGORITHMS as ALGORITHMS
+    from dimat_jax.callbacks import CALLBACKS as CALLBACKS
     from dimat_jax.compression import COMPRESSORS as COMPRESSORS
     from dimat_jax.config import default_config as default_config
     from dimat_jax.data.partition import PARTITIONS as PARTITIONS
@@ -89,6 +92,7 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "algorithms": ["ALGORITHMS"],
+        "callbacks": ["CALLBACKS"],
         "compression": ["COMPRESSORS"],
         "config": ["default_config"],
         "data.partition": ["PARTITIONS"],

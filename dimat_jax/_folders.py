@@ -6,10 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dimat_jax._digests import expect_unchanged
-from dimat_jax.errors import UserError, reading
+import numpy as np
 
-__all__ = ["check_output", "check_output_file", "read_json", "strangers"]
+from dimat_jax._digests import expect_unchanged
+from dimat_jax.errors import UserError, first_line, reading
+
+__all__ = [
+    "check_output",
+    "check_output_file",
+    "map_array",
+    "parse_json",
+    "read_json",
+    "strangers",
+]
 
 # Shells, schedulers and system daemons may write these into a folder.
 _LOGS = (".log", ".out", ".err")
@@ -37,11 +46,49 @@ def read_json(
             raise ValueError("it is no file")
         text = path.read_bytes()
         expect_unchanged(path, text)
-        content = json.loads(text.decode("utf-8"))
+        content = parse_json(text)
     if expected is not None and not isinstance(content, expected):
         found, wanted = type(content).__name__, expected.__name__
         raise kind(f"{path} cannot be used: it holds a {found}, expected a {wanted}")
     return content
+
+
+def parse_json(text: bytes) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        ValueError: It is no JSON. The message says so before it says where.
+    """
+    try:
+        return json.loads(text.decode("utf-8"))
+    except RecursionError:
+        reason = "it has too many brackets within each other"
+    except ValueError as error:
+        reason = "a number is too long" if "limit" in str(error) else first_line(error)
+    raise ValueError(f"it is damaged, or no JSON: {reason}")
+
+
+def map_array(path: Path, kind: type[UserError] = UserError) -> np.ndarray:
+    """Maps the array of a .npy file, so that only its header is read.
+
+    Args:
+        path: The file.
+        kind: The class of the error.
+
+    Raises:
+        UserError: The file cannot be read, or holds no array.
+    """
+    with reading(path, kind):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        with path.open("rb") as file:
+            # NumPy takes any other file for one that could run code.
+            if not file.read(16).startswith(np.lib.format.MAGIC_PREFIX):
+                raise ValueError("it is damaged, or no .npy file")
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError) as error:
+            raise ValueError(f"it is damaged, or no .npy file: {error}") from error
 
 
 def check_output(

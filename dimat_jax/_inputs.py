@@ -1,23 +1,28 @@
-"""What a run depends on beside its config: files that it names, data, and versions.
+"""What a run depends on beside its config: files, data, versions, and plugins.
 
-    inputs.json     digests of the files and of the data, and the versions
+    inputs.json     digests of the files and of the data, the versions, the plugins
     FIELD.SUFFIX    a copy of each file that a field of the config names
 
 A run that goes on with something else would not be the run that has begun. So files and
 data must be the same, and other versions are warned of. The run reads its own copies of
 the files, so the originals may be moved or removed.
+
+A run whose config names things of plugins is read with these plugins only. Reports need
+none: inputs.json of such a run also has the options that the run reads.
 """
 
+import contextlib
 import functools
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 
 import dimat_jax
+from dimat_jax import plugins
 from dimat_jax._digests import blake2b
 from dimat_jax._folders import read_json
 from dimat_jax._metrics import write_bytes, write_json
@@ -28,12 +33,22 @@ from dimat_jax.config import (
     ConfigError,
     copy_of,
     fields_of,
+    fields_of_json,
+    fields_read,
     resolved,
 )
-from dimat_jax.errors import reading
-from dimat_jax.options import read
+from dimat_jax.errors import UserError, concerning, reading
+from dimat_jax.options import every, origin_of, read
 
-__all__ = ["INPUTS", "Inputs", "files_named"]
+__all__ = [
+    "INPUTS",
+    "FromPlugin",
+    "Inputs",
+    "fields_of_run",
+    "files_named",
+    "from_plugins",
+    "load_plugins",
+]
 
 INPUTS = "inputs.json"
 """The file with what a run depends on."""
@@ -72,6 +87,9 @@ class Inputs:
         found = {"files": files, "data": {"blake2b": data}, "versions": versions()}
         if start is not None:
             found[_START] = {"from": config.init_from, "blake2b": start}
+        if named := from_plugins(config):
+            found["plugins"] = named
+            found["fields"] = fields_read(fields_of(config))
         write_json(self._folder / INPUTS, found, digested=True)
 
     def check_files(self, config: Config) -> None:
@@ -98,6 +116,15 @@ class Inputs:
                     f": {path} has changed since the run began. {copy} is the content "
                     "that the run uses. Put it back, or choose another workdir"
                 )
+
+    def load_plugins(self) -> None:
+        """Imports the plugins of which the run's config names something.
+
+        Raises:
+            UserError: A plugin cannot be imported.
+        """
+        named = [FromPlugin(*each) for each in self._content.get("plugins", [])]
+        load_plugins(named, self._folder)
 
     def own_files(self, config: Config) -> Config:
         """Returns the config with the run's own copies of the files that it names."""
@@ -182,6 +209,8 @@ class Inputs:
             texts += [content["data"]["blake2b"], *content["versions"].values()]
             if _START in content:
                 texts += [content[_START]["from"], content[_START]["blake2b"]]
+            for field, name, module in content.get("plugins", []):
+                texts += [field, name, module]
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError("it holds other things than texts")
         return content
@@ -196,6 +225,65 @@ def files_named(config: Config) -> dict[str, Path]:
         for path, option in found.items()
         if option.names_file and whole[path]
     }
+
+
+class FromPlugin(NamedTuple):
+    """Something of a plugin that a config names.
+
+    Attributes:
+        field: The path of the field.
+        name: The name of the thing, which is the field's value.
+        module: The module that has registered it, or the path of its file.
+    """
+
+    field: str
+    name: str
+    module: str
+
+
+def from_plugins(config: Config) -> list[FromPlugin]:
+    """Finds the things of plugins that a config names."""
+    whole = resolved(fields_of(config))
+    return [
+        FromPlugin(path, name, module)
+        for path, option in read(ROOT, whole).items()
+        for name in option.names(whole[path])
+        if (module := origin_of(option.choices, name))
+    ]
+
+
+def load_plugins(named: Iterable[FromPlugin], needed_by: Any) -> None:
+    """Imports plugins, unless the things that are needed of them are known already.
+
+    Args:
+        named: The things that are needed.
+        needed_by: What needs them, for messages.
+
+    Raises:
+        UserError: A plugin cannot be imported.
+    """
+    for field, name, module in named:
+        option = next((each for each in every(ROOT) if each.path == field), None)
+        if option is None or name not in (option.choices or ()):
+            with concerning(f"{needed_by} needs {name!r} ({field})"):
+                plugins.load(module)
+
+
+def fields_of_run(folder: Path) -> dict[str, Any]:
+    """Returns the values of the options that the run of a folder reads, by path.
+
+    Plugins are not needed. The run may be of an older version.
+
+    Raises:
+        UserError: A file of the folder cannot be used.
+    """
+    content = read_json(folder / "config.json")
+    # The file of a run without plugins is not needed here, so it may be damaged.
+    with contextlib.suppress(UserError):
+        recorded = read_json(folder / INPUTS, dict).get("fields")
+        if isinstance(recorded, dict):
+            return recorded
+    return fields_read(fields_of_json(content))
 
 
 def versions() -> dict[str, str]:

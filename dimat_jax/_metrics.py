@@ -202,8 +202,12 @@ class MetricsWriter:
         self._events = Events(workdir, [json.loads(line) for line in lines], about)
         self._is_open = True
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a row: numbers, strings, arrays, and lists and dicts of these."""
+    def write(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Appends a row: numbers, strings, arrays, and lists and dicts of these.
+
+        Returns:
+            The row as it is in the file.
+        """
         line = _line(row).encode()
         self._last = _digest(self._last, line[:-1])
         with writing(self._path), self._path.open("ab") as file:
@@ -212,7 +216,9 @@ class MetricsWriter:
             file.write(f"{self._last}\n".encode())
         self.rows += 1
         self._unpacked += line
-        self._events.add(json.loads(line))
+        written = json.loads(line)
+        self._events.add(written)
+        return written
 
     def packed(self) -> bytes:
         """All rows, compressed. Only rows since the last call are compressed now."""

@@ -128,7 +128,8 @@ def of_experiment(experiment: Experiment, variables: Variables) -> SavedModel:
         variables: one agent's variables.
     """
     arguments = model_arguments(fields_of(experiment.config))
-    arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
+    if "dtype" in arguments:
+        arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
     return SavedModel(
         name=experiment.config.model.name,
         arguments={"n_classes": experiment.n_classes, **arguments},

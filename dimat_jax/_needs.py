@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dimat_jax._chosen import number_of_agents
@@ -20,10 +21,10 @@ from dimat_jax.config import ROOT, ConfigError, model_arguments
 from dimat_jax.data import selection
 from dimat_jax.data.pipeline import PAD
 from dimat_jax.data.sources import SOURCE, SOURCES, Source
-from dimat_jax.errors import in_one_line
+from dimat_jax.errors import UserError, in_one_line
 from dimat_jax.evaluate import BATCH_SIZE as EVAL_BATCH_SIZE
-from dimat_jax.models import MODEL, MODELS, classifier
-from dimat_jax.options import Record, read
+from dimat_jax.models import MODEL, MODELS, ModelRecord, classifier
+from dimat_jax.options import read
 from dimat_jax.placement import AGENTS
 
 __all__ = ["check_graph_and_steps", "check_model", "check_steps", "memory"]
@@ -31,6 +32,8 @@ __all__ = ["check_graph_and_steps", "check_model", "check_steps", "memory"]
 Fields = Mapping[str, Any]
 """The values of a config's fields, by dotted path; empty ones are resolved."""
 
+# What bundled models raise for images of sizes that they cannot take.
+_REFUSALS = (ValueError, TypeError, ArithmeticError)
 # Steps are counted in whole numbers of 32 bits on the devices.
 _MOST_STEPS = 2**31
 # Bytes of an entry of the matrices that every graph needs: float64 and a bool.
@@ -118,15 +121,34 @@ def check_model(fields: Fields) -> ClosedJaxpr:
 
 @functools.lru_cache(maxsize=32)
 def _traced_init(
-    record: Record[Any], given: tuple[tuple[str, Any], ...], source: Source
+    record: ModelRecord, given: tuple[tuple[str, Any], ...], source: Source
 ) -> ClosedJaxpr:
     """Traces the function that draws a model's variables; see `check_model`."""
     model = record(n_classes=source.n_classes, **dict(given))
+    model = classifier.for_inputs(model, source.image_shape)
     images = np.zeros((1, *source.image_shape), np.float32)
+
+    def draw(key):
+        variables = classifier.init(model, key, images)
+        if record.spec is not None:
+            return variables
+        # A model of a user may draw its variables without looking at the inputs.
+        logits = classifier.forward(model)(variables, jnp.asarray(images))
+        if logits.shape != (1, source.n_classes):
+            raise ConfigError(
+                f"config.{MODEL.path} is {record.name!r}, which returns an array of "
+                f"shape {logits.shape} for one image; expected logits, "
+                f"{(1, source.n_classes)}"
+            )
+        return variables, logits
+
     try:
-        draw = functools.partial(classifier.init, model, inputs=images)
         return jax.make_jaxpr(draw)(jax.random.key(0))
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        if record.spec is not None and not isinstance(error, _REFUSALS):
+            raise
         height, width, _ = source.image_shape
         raise ConfigError(
             f"config.{MODEL.path} is {record.name!r}, which cannot take images of "

@@ -62,7 +62,14 @@ class RunPauses:
         return within, totals if within else None
 
     def before_round(self, state: State) -> None:
-        """Is called where no round is half done."""
+        """Is called where no round is half done.
+
+        Raises:
+            Stopped: A callback has asked for the end of the run.
+            CallbackError: A callback has failed.
+            Interrupted: A signal has ended the run. In all cases it is saved.
+        """
+        self._results.stop_if_asked(state)
         if self._signals.is_deferring:
             self._pause(state, None, self._agreed())
 

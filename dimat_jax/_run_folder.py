@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int64
 
 from dimat_jax._digests import DIGESTS
@@ -30,7 +31,7 @@ from dimat_jax.config import (
     fields_read,
 )
 from dimat_jax.data.partition import class_counts
-from dimat_jax.errors import concerning, reading
+from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.experiment import Experiment
 
 __all__ = ["Workdir"]
@@ -79,6 +80,7 @@ class Workdir:
         if self.is_started:
             self._expect_same(config)
             self.read_layout()
+            self._look_at_partition()
             self._inputs.check_files(config)
         elif foreign := strangers(self.path, lambda path: _is_own(path, config)):
             raise ConfigError(
@@ -113,6 +115,15 @@ class Workdir:
     def set_rounds(self, rounds: int) -> int | None:
         """Lets the run go on to another number of rounds; see `_more_rounds`."""
         return set_rounds(self.path, rounds)
+
+    def _look_at_partition(self) -> None:
+        """Warns of a damaged partition.json; reports need it, and the run does not."""
+        path = self.path / "partition.json"
+        try:
+            if path.exists():
+                read_json(path)
+        except UserError as error:
+            logging.warning("%s", error)
 
     def create(
         self, experiment: Experiment, start: str | None = None
@@ -180,9 +191,11 @@ class Workdir:
 
         Raises:
             ConfigError: There is no config.json, or it cannot be used.
+            UserError: A plugin that the run needs cannot be imported.
         """
-        config = default_config()
         fields = read_json(self._config, dict, ConfigError)
+        self._inputs.load_plugins()
+        config = default_config()
         with concerning(self._config), reading("the config", ConfigError):
             unknown = fields_of(fields).keys() - fields_of(config).keys()
             if unknown:
@@ -202,8 +215,13 @@ class Workdir:
         """
         if not (self.is_started and self._layout.exists()):
             return None
+        fields = read_json(self._layout, dict, ConfigError)
         with concerning(self._layout), reading("the layout", ConfigError):
-            choice = LayoutChoice(**read_json(self._layout, dict, ConfigError))
+            if fields.keys() != set(LayoutChoice._fields):
+                raise ValueError(
+                    f"it needs the fields {', '.join(LayoutChoice._fields)}"
+                )
+            choice = LayoutChoice(**fields)
             BATCHING.check(choice.batching)
             CHUNK.check(choice.chunk)
             return choice

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+from dimat_jax._registries import Together
 from dimat_jax._schedules import WARMUP
 from dimat_jax.data.partition import PRETRAIN_PARTITION
 from dimat_jax.optimizers import CLIP_NORM, LEARNING_RATE, OPTIMIZER, SCHEDULE
-from dimat_jax.options import Option
+from dimat_jax.options import Option, Record
 
 __all__ = [
     "BATCH_SIZE",
@@ -55,16 +57,16 @@ def _without_rounds(option: Option) -> Option:
     """Returns a copy of an option whose units of time do not include rounds."""
     choices = option.choices
     if isinstance(choices, Mapping):
-        choices = {
-            name: dataclasses.replace(
-                record, options=tuple(map(_without_rounds, record.options))
-            )
-            for name, record in choices.items()
-        }
+        choices = Together(choices, change=_record_without_rounds)
     elif choices is not None:
         choices = tuple(name for name in choices if name != "rounds")
     opens = tuple(map(_without_rounds, option.opens))
     return dataclasses.replace(option, choices=choices, opens=opens)
+
+
+def _record_without_rounds(record: Record[Any]) -> Record[Any]:
+    options = tuple(map(_without_rounds, record.options))
+    return dataclasses.replace(record, options=options)
 
 
 # There are no rounds in pre-training.

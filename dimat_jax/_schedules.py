@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 
 __all__ = [
     "DECAY",
@@ -155,7 +155,7 @@ class ScheduleRecord(Record[Schedule]):
     uses_total: bool = False
 
 
-SCHEDULES: dict[str, ScheduleRecord] = registry(
+SCHEDULES: Registry[ScheduleRecord] = registry(
     ScheduleRecord("constant", constant),
     ScheduleRecord("exponential", exponential, (DECAY, UNIT)),
     ScheduleRecord("cosine", cosine, (UNIT,), uses_total=True),

@@ -13,30 +13,37 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from dimat_jax._folders import read_json
+from dimat_jax._inputs import fields_of_run
 from dimat_jax._metrics import read_rows
 from dimat_jax.algorithms import ALGORITHM
-from dimat_jax.config import fields_of_json, fields_read
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.options import SEED, every
 from dimat_jax.topology import TOPOLOGY
 
-__all__ = ["MEASURE", "Tuned", "Tuning", "tune"]
+__all__ = ["MEASURE", "MOMENTS", "Tuned", "Tuning", "tune"]
 
 MEASURE = "validation_accuracy_mean"
 """The column of metrics.jsonl by which values are compared."""
 
-# Runs that differ in these fields alone solve other problems, or the same on other
-# graphs. One value of the tuned field is chosen for all of them.
-_CELLS = frozenset(
-    option.path
-    for option in every((TOPOLOGY, PARTITION, PRETRAIN_PARTITION))
-    if option is not SEED
-)
+MOMENTS = {
+    "communication": "right after the last communication",
+    "end": "at the end of the run",
+}
+"""The evaluations that may count. Agents that train alone have only the end."""
 
 Cell = tuple[tuple[str, Any], ...]
-"""The fields of `_CELLS` that a run reads, with their values, sorted by path."""
+"""The fields of `_cells` that a run reads, with their values, sorted by path."""
+
+
+def _cells() -> frozenset[str]:
+    """The fields that tell problems and graphs apart.
+
+    Runs that differ in these fields alone solve other problems, or the same on other
+    graphs. One value of the tuned field is chosen for all of them.
+    """
+    roots = (TOPOLOGY, PARTITION, PRETRAIN_PARTITION)
+    return frozenset(option.path for option in every(roots) if option is not SEED)
 
 
 class Tuned(NamedTuple):
@@ -65,7 +72,7 @@ class Tuning(NamedTuple):
 
     Attributes:
         field: the path of the field.
-        phase: the phase of the last evaluation that counts: "merged" or "trained".
+        at: the name in `MOMENTS` of the evaluation that counts.
         validation: the value of data.validation.
         seeds: the seeds of the runs.
         n_cells: the number of problems and graphs, of the line with the most of them.
@@ -75,7 +82,7 @@ class Tuning(NamedTuple):
     """
 
     field: str
-    phase: str
+    at: str
     validation: float
     seeds: list[int]
     n_cells: int
@@ -99,8 +106,8 @@ class Tuning(NamedTuple):
         )
         return (
             f"`{self.field}` was tuned on `{MEASURE}` (%), the accuracy on images that "
-            f"no agent trains on ({VALIDATION.path}={self.validation:g}), at the last "
-            f"evaluation of the phase `{self.phase}`: means over the agents, over "
+            f"no agent trains on ({VALIDATION.path}={self.validation:g}), "
+            f"{MOMENTS[self.at]}: means over the agents, over "
             f"{self.n_cells} cell(s) and over the seed(s) "
             f"{', '.join(map(str, self.seeds))}, ± the deviation over seeds. No test "
             "image was looked at. A star marks a choice at an end of its grid.\n\n"
@@ -139,22 +146,22 @@ def _cell(tuned: Tuned, value: Any) -> str:
 
 
 def tune(
-    directories: Sequence[str | Path], field: str, *, phase: str = "merged"
+    directories: Sequence[str | Path], field: str, *, at: str = "communication"
 ) -> Tuning:
     """Finds the best value of a field for every line of a sweep.
 
     Args:
         directories: the folders of the runs.
         field: the path of the tuned field, e.g. "optimizer.learning_rate".
-        phase: the phase of the last evaluation that counts: "merged", right after a
-            communication, or "trained", after local training.
+        at: which evaluation counts: "communication" is the one right after the last
+            communication, and "end" the last one.
 
     Raises:
         UserError: there are no runs or no validation images, the field has one value
             only, the values of a line were not tried in the same cells with the same
             seeds, or two runs have the same config.
     """
-    runs = _read(directories, phase)
+    runs = _read(directories, at)
     if len({run.fields[field] for run in runs if field in run.fields}) < 2:
         raise UserError(f"the runs have no different values of {field}")
     validation = {run.fields[VALIDATION.path] for run in runs}
@@ -172,7 +179,7 @@ def tune(
     }
     return Tuning(
         field,
-        phase,
+        at,
         validation.pop(),
         sorted({run.fields[SEED.path] for run in runs}),
         max(len({_cell_of(run) for run in line}) for line in lines.values()),
@@ -193,7 +200,7 @@ class _Run(NamedTuple):
     score: float
 
 
-def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
+def _read(directories: Sequence[str | Path], at: str) -> list[_Run]:
     """Reads all runs in or below some folders, in the order in which they began."""
     paths = {
         path.resolve()
@@ -206,9 +213,11 @@ def _read(directories: Sequence[str | Path], phase: str) -> list[_Run]:
     runs = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime):
         with concerning(path):
-            fields = fields_read(fields_of_json(read_json(path)))
+            fields = fields_of_run(path.parent)
         with reading(path.with_name("metrics.jsonl")):
-            rows = [row for row in read_rows(path.parent) if row["phase"] == phase]
+            rows = read_rows(path.parent)
+            if at == "communication":
+                rows = [row for row in rows if row.get("communicated")]
             finished = path.with_name("summary.json").exists() and rows
             score = rows[-1].get(MEASURE) if finished else None
             score = np.nan if score is None else float(score)
@@ -228,7 +237,7 @@ def _lines(runs: Sequence[_Run], field: str) -> dict[str, list[_Run]]:
             path
             for path in paths
             if len({str(run.fields.get(path)) for run in its_runs}) > 1
-            and path not in _CELLS | {field, SEED.path}
+            and path not in _cells() | {field, SEED.path}
         ]
         for run in its_runs:
             settings = [
@@ -247,7 +256,7 @@ def _short(path: str) -> str:
 
 
 def _cell_of(run: _Run) -> Cell:
-    return tuple(sorted((p, v) for p, v in run.fields.items() if p in _CELLS))
+    return tuple(sorted((p, v) for p, v in run.fields.items() if p in _cells()))
 
 
 def _tuned(line: str, runs: Sequence[_Run], field: str) -> Tuned:

@@ -1,15 +1,17 @@
-"""Runs the code of users' files: configs, sweeps, models and data sets."""
+"""Runs the code of users: configs, sweeps, models, data sets, and plugins."""
 
 import contextlib
+import importlib
 import importlib.util
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dimat_jax.errors import UserError, in_one_line
 
-__all__ = ["call", "load"]
+__all__ = ["call", "import_module", "load", "run"]
 
 
 def call(path: Path, signature: str, *arguments: Any) -> Any:
@@ -38,27 +40,47 @@ def load(path: Path, signature: str) -> Callable[..., Any]:
     Raises:
         UserError: As of `call`.
     """
-    name = signature.partition("(")[0]
+    name, module = signature.partition("(")[0], run(path)
+    if not callable(function := getattr(module, name, None)):
+        raise UserError(f"{path} defines no {signature}")
+    return function
+
+
+def run(path: Path) -> ModuleType:
+    """Runs a Python file of a user as a module.
+
+    Raises:
+        UserError: As of `call`.
+    """
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     with _blaming(path):
         spec.loader.exec_module(module)
-    if not callable(function := getattr(module, name, None)):
-        raise UserError(f"{path} defines no {signature}")
-    return function
+    return module
+
+
+def import_module(name: str) -> ModuleType:
+    """Imports a module of a user, which can raise any error, as a file can.
+
+    Raises:
+        UserError: The module cannot be imported.
+    """
+    with _blaming(None):
+        return importlib.import_module(name)
 
 
 @contextlib.contextmanager
-def _blaming(path: Path) -> Iterator[None]:
+def _blaming(path: Path | None) -> Iterator[None]:
     """Makes a UserError of all errors, which says where in the file they arise."""
     try:
         yield
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise UserError(f"{_place(path, error)}: {_reason(error)}") from error
+        place = "" if path is None else f"{_place(path, error)}: "
+        raise UserError(f"{place}{_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 from dimat_jax.tree import PyTree, is_inexact, nbytes
 
 __all__ = ["COMPRESSOR", "COMPRESSORS", "Compressor", "announce", "with_feedback"]
@@ -246,7 +246,7 @@ def with_feedback(
     return received, lost
 
 
-COMPRESSORS: dict[str, Record[Compressor]] = registry(
+COMPRESSORS: Registry[Record[Compressor]] = registry(
     Record("none", none),
     Record("float16", float16),
     Record("bfloat16", bfloat16),

@@ -6,14 +6,12 @@ that read them; `ROOT` holds the options that every run reads, and leads to all 
 (see `dimat_jax.options`).
 """
 
-import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict, FieldReference
 
-from dimat_jax import _checkpoint, algorithms, evaluate
+from dimat_jax import _checkpoint, algorithms, evaluate, plugins
 from dimat_jax._config_form import (
     Config,
     ConfigError,
@@ -23,6 +21,7 @@ from dimat_jax._config_form import (
     copy_of,
     fields_of,
 )
+from dimat_jax._fields_together import check_together, model_arguments
 from dimat_jax._layouts import BATCHING
 from dimat_jax._run_options import (
     BATCH_SIZE,
@@ -33,30 +32,27 @@ from dimat_jax._run_options import (
 )
 from dimat_jax._schedules import WARMUP
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
-from dimat_jax.algorithms._ahead import GRADIENT, check_gradient
-from dimat_jax.algorithms._merging import OPT_STATE, check_moments
 from dimat_jax.algorithms.record import INIT, INIT_FROM
+from dimat_jax.callbacks import CALLBACK
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data._small_shards import SMALL_SHARDS
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.data.pipeline import FLIP, PAD
-from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
+from dimat_jax.data.selection import BN_DATA, BN_SAMPLES
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
-from dimat_jax.errors import concerning
-from dimat_jax.models import MODEL, MODELS, classifier
-from dimat_jax.network import ABSENCES, DROPOUT, FAULTS, faults
+from dimat_jax.models import MODEL
+from dimat_jax.network import ABSENCES, DROPOUT
 from dimat_jax.optimizers import (
     CLIP_NORM,
     LEARNING_RATE,
-    LEARNING_RATES,
     OPTIMIZER,
+    OPTIMIZERS,
     SCHEDULE,
 )
 from dimat_jax.options import (
     SEED,
     Option,
     OptionError,
-    arguments,
     describe_readers,
     every,
     read,
@@ -125,13 +121,18 @@ ROOT = (
     _checkpoint.KEEP_EVERY,
     CPU_DEVICES,
     BATCHING,
+    CALLBACK,
 )
 """The options that every run reads."""
 
 
-@functools.cache
 def _options() -> dict[str, Option]:
-    """Returns all options by path."""
+    """Returns all options by path, those of installed plugins included.
+
+    Raises:
+        UserError: an installed plugin cannot be used.
+    """
+    plugins.load_installed()
     return {option.path: option for option in every(ROOT)}
 
 
@@ -204,8 +205,8 @@ def resolved(fields: Fields) -> dict[str, Any]:
     for section in ("", "pretrain."):
         rate = section + LEARNING_RATE.path
         # An optimizer that does not exist is refused elsewhere, with a message.
-        suits = LEARNING_RATES.get(whole[section + OPTIMIZER.path], 0.0)
-        whole[rate] = whole[rate] or suits
+        if optimizer := OPTIMIZERS.get(whole[section + OPTIMIZER.path]):
+            whole[rate] = whole[rate] or optimizer.learning_rate
     return whole
 
 
@@ -275,16 +276,6 @@ def settle_overrides(
     return config
 
 
-def model_arguments(fields: Fields) -> dict[str, Any]:
-    """Returns the keyword arguments of `MODELS[name]`.
-
-    Empty options are left out, so that the model's own defaults hold.
-    """
-    found = arguments(MODELS[fields[MODEL.path]], fields)
-    found["dtype"] = jnp.dtype(found["dtype"])
-    return {name: value for name, value in found.items() if value != ""}
-
-
 # Checks ===============================================================================
 
 
@@ -301,7 +292,7 @@ def check(config: Config) -> None:
     for option in found.values():
         _check_value(option, fields)
     _refuse_unread(fields, found)
-    _check_together(whole)
+    check_together(whole, record_of(whole))
 
 
 def expect_all_fields(config: Any) -> Config:
@@ -359,40 +350,3 @@ def _why_unread(path: str, fields: Fields, found: Mapping[str, Option]) -> str:
         f"{' and '.join(now)} {verb} not read it; it is read where "
         f"{describe_readers(routes)}"
     )
-
-
-def _check_together(fields: Fields) -> None:
-    """Checks options whose values depend on each other."""
-    epochs, steps = fields[LOCAL_EPOCHS.path], fields[LOCAL_STEPS.path]
-    if (epochs > 0) == (steps > 0):
-        raise ConfigError(
-            "a round trains for local_epochs or for local_steps: one of them must be "
-            f"0 and the other not, got {epochs} and {steps}"
-        )
-    if fields[INIT_FROM.path] and (init := fields[INIT.path]) != INIT.default:
-        raise ConfigError(f"config.init is {init!r}, but config.init_from is set")
-    record = record_of(fields)
-    chosen = fields[OPTIMIZER.path]
-    if not record.other_optimizers and chosen != record.optimizer:
-        raise ConfigError(
-            f"config.{OPTIMIZER.path} is {chosen!r}, but {record.title} is defined "
-            f"with {record.optimizer!r} only"
-        )
-    if record.merges:
-        entry = COMPRESSOR.entry(fields[COMPRESSOR.path])
-        compressor = entry(**arguments(entry, fields))
-        with concerning("config.merge", ConfigError):
-            check_moments(fields[OPT_STATE.path], compressor)
-            check_gradient(fields[GRADIENT.path], fields[INNER.path])
-    with concerning("config.faults", ConfigError):
-        faults(**{o.keyword: fields[o.path] for o in FAULTS})
-    with concerning("config.model", ConfigError):
-        model = MODELS[fields[MODEL.path]](n_classes=1, **model_arguments(fields))
-    if classifier.batch_statistics(model) is None:
-        for option in (BN_DATA, BN_SAMPLES, BN_BATCH_SIZE, BN_WHEN):
-            # "none" is true of such a model, so that a config may say it.
-            if fields[option.path] not in (option.default, "none"):
-                raise ConfigError(
-                    f"config.{option.path} is {fields[option.path]!r}, but nothing "
-                    f"reads it: {fields[MODEL.path]} has no BatchNorm here"
-                )

@@ -66,8 +66,7 @@ class Experiment:
         record: the record of the algorithm.
         links: the network over time.
         dataset: the data set.
-        n_classes: the number of classes.
-        input_shape: the shape of one input of the model.
+        n_classes, input_shape: the number of classes, and the shape of one input.
         division: who gets which training images.
         shards: for each agent the indices of its training images.
         layout: how agents share a device, and why.
@@ -88,10 +87,10 @@ class Experiment:
 
     def __init__(self, config: Config, layout: LayoutChoice | None = None):
         self._begin(config)
-        n_agents = number_of_agents(self._fields)
         self.dataset = load_data(config)
-        self.input_shape = self.dataset.train.images.shape[1:]
-        self.division = divide(self.dataset.train.labels, n_agents, self._fields)
+        train, n_agents = self.dataset.train, number_of_agents(self._fields)
+        self.input_shape = train.images.shape[1:]
+        self.division = divide(train.labels, n_agents, self._fields)
         self.shards = self.division.shards
         self._build_task(self.dataset.n_classes)
         check_samples(
@@ -102,12 +101,10 @@ class Experiment:
         )
         self._place(layout)
         self._build_samplers(self.division.pretrain_shards)
+        alone = self.pretrain_sampler.steps_per_epoch
         self._build_algorithms(
             [len(shard) for shard in self.shards],
-            {
-                "steps_per_epoch": self.pretrain_sampler.steps_per_epoch,
-                "total_steps": self.pretrain_steps,
-            },
+            {"steps_per_epoch": alone, "total_steps": self.pretrain_steps},
             {
                 "steps_per_epoch": self.sampler.steps_per_epoch,
                 "steps_per_round": self.local_steps,
@@ -118,8 +115,7 @@ class Experiment:
     def _begin(self, config: Config) -> None:
         """Checks the config, and builds the network."""
         check(config)
-        self.config = config
-        self._fields = resolved(fields_of(config))
+        self.config, self._fields = config, resolved(fields_of(config))
         self.record = record_of(self._fields)
         self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
@@ -132,15 +128,19 @@ class Experiment:
         config = self.config
         devices = devices_of_all_processes(config.placement.cpu_devices)
         self.layout = layout or choose(config, devices[0], lambda: self.convolves)
-        n_agents = number_of_agents(self._fields)
-        how = self.layout.batching, self.layout.chunk
-        self.placement = place(n_agents, devices, *how, batch_size=config.batch_size)
+        n_agents, layout = number_of_agents(self._fields), self.layout
+        how = devices, layout.batching, layout.chunk
+        self.placement = place(n_agents, *how, batch_size=config.batch_size)
 
     def _build_task(self, n_classes: int) -> None:
         """Builds the model and the task that the agents learn."""
         self.n_classes = n_classes
-        self.model = models.MODELS[self.config.model.name](
-            n_classes=n_classes, **model_arguments(self._fields)
+        self.model = classifier.for_inputs(
+            models.MODELS[self.config.model.name](
+                n_classes=n_classes, **model_arguments(self._fields)
+            ),
+            self.input_shape,
+            permutes=self.record.aligns,
         )
         self.task = Task(
             loss=self._small_shards.weighed(classifier.loss(self.model)),

@@ -17,7 +17,7 @@ from dimat_jax._fastest_mixing import MixingError, edge_weights
 from dimat_jax._passing import weighted_sums
 from dimat_jax._peer_graphs import PEERS, finite_time_weights
 from dimat_jax._spectrum import second_modulus
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, Together, registry
 from dimat_jax.placement import Placement
 from dimat_jax.topology import (
     MATRIX_FILE,
@@ -374,7 +374,7 @@ def mix(
     return jax.tree.map(mix_leaf, stacked)
 
 
-MIXINGS: dict[str, Record[MixingMatrix]] = registry(
+MIXINGS: Registry[Record[MixingMatrix]] = registry(
     Record("uniform", uniform),
     Record("max_degree", uniform, summary="The same rule as uniform."),
     Record("metropolis_hastings", metropolis_hastings),
@@ -385,7 +385,7 @@ MIXINGS: dict[str, Record[MixingMatrix]] = registry(
 )
 """`MIXINGS[name](adjacency)` applies a rule. It returns a mixing matrix, or a stack."""
 
-WHOLE: dict[str, Record[MixingMatrix]] = registry(
+WHOLE: Registry[Record[MixingMatrix]] = registry(
     Record("file", from_file, (MATRIX_FILE,)),
     Record("finite_time", finite_time, (PEERS,)),
 )
@@ -395,5 +395,5 @@ MIXING = Option(
     "mixing",
     "uniform",
     "The rule that gives the edges of the graph their weights.",
-    choices={**MIXINGS, **WHOLE},
+    choices=Together(MIXINGS, WHOLE),
 )

@@ -6,6 +6,7 @@ of a schedule does not go back if a merge resets an agent's optimizer, and it go
 while an agent is idle because it has no data: see `with_clocks_of`.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +16,15 @@ import optax
 from jaxtyping import Array, Float
 
 from dimat_jax._schedules import SCHEDULE, SCHEDULES, Schedule
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 from dimat_jax.tree import PyTree
 
 __all__ = [
     "CLIP_NORM",
     "LEARNING_RATE",
-    "LEARNING_RATES",
     "OPTIMIZER",
     "OPTIMIZERS",
+    "OptimizerRecord",
     "SCHEDULE",
     "SCHEDULES",
     "clipped",
@@ -35,25 +36,6 @@ __all__ = [
 
 # The decay rates of the first and of the second moment of adam and adamw.
 B1, B2 = 0.9, 0.999
-LEARNING_RATES = {
-    "sgd": 0.1,
-    "momentum": 0.01,
-    "nesterov": 0.01,
-    "heavy_ball": 0.01,
-    "adam": 1e-3,
-    "dadam": 1e-3,
-    "adamw": 1e-3,
-}
-"""The learning rates, by optimizer, of configs that give none. They are places to start
-from: a momentum of 0.9 makes steps ten times as long, and Adam's are scaled."""
-
-LEARNING_RATE = Option(
-    "optimizer.learning_rate",
-    0.0,
-    "The learning rate at the beginning of the schedule.",
-    at_least=0,
-    empty=", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
-)
 MOMENTUM = Option(
     "optimizer.momentum",
     0.9,
@@ -332,14 +314,30 @@ def _times(
     return state._replace(mu=multiply(first, state.mu), nu=multiply(second, state.nu))
 
 
-OPTIMIZERS: dict[str, Record[optax.GradientTransformation]] = registry(
-    Record("sgd", sgd, (WEIGHT_DECAY,)),
-    Record("momentum", momentum, (MOMENTUM, WEIGHT_DECAY)),
-    Record("nesterov", nesterov, (MOMENTUM, WEIGHT_DECAY)),
-    Record("heavy_ball", heavy_ball, (MOMENTUM, FORM, WEIGHT_DECAY)),
-    Record("adam", adam, (WEIGHT_DECAY,)),
-    Record("dadam", dadam, (WEIGHT_DECAY,)),
-    Record("adamw", adamw, (WEIGHT_DECAY,)),
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class OptimizerRecord(Record[optax.GradientTransformation]):
+    """An optimizer. `record(schedule, **options)` builds it.
+
+    Attributes:
+        learning_rate: the learning rate of configs that give none. It is a place to
+            start from: a momentum of 0.9 makes steps ten times as long, and Adam's are
+            scaled.
+    """
+
+    learning_rate: float
+
+
+OPTIMIZERS: Registry[OptimizerRecord] = registry(
+    OptimizerRecord("sgd", sgd, (WEIGHT_DECAY,), learning_rate=0.1),
+    OptimizerRecord("momentum", momentum, (MOMENTUM, WEIGHT_DECAY), learning_rate=0.01),
+    OptimizerRecord("nesterov", nesterov, (MOMENTUM, WEIGHT_DECAY), learning_rate=0.01),
+    OptimizerRecord(
+        "heavy_ball", heavy_ball, (MOMENTUM, FORM, WEIGHT_DECAY), learning_rate=0.01
+    ),
+    OptimizerRecord("adam", adam, (WEIGHT_DECAY,), learning_rate=1e-3),
+    OptimizerRecord("dadam", dadam, (WEIGHT_DECAY,), learning_rate=1e-3),
+    OptimizerRecord("adamw", adamw, (WEIGHT_DECAY,), learning_rate=1e-3),
+    kind=OptimizerRecord,
 )
 """`OPTIMIZERS[name](schedule, **options)` builds an optax optimizer."""
 
@@ -349,4 +347,11 @@ OPTIMIZER = Option(
     "The local optimizer.",
     choices=OPTIMIZERS,
     empty="the algorithm's own",
+)
+LEARNING_RATE = Option(
+    "optimizer.learning_rate",
+    0.0,
+    "The learning rate at the beginning of the schedule.",
+    at_least=0,
+    empty=", ".join(f"{r.learning_rate:g} for {r.name}" for r in OPTIMIZERS.values()),
 )

@@ -11,8 +11,9 @@ with it:
         STAY.check(stay)
 
 A `Record` is one entry of a registry (of topologies, of optimizers, ...): how the thing
-is built, and the options that it reads. A registry is a dict of records by name, and an
-option whose `choices` are a registry leads to the options of the entry that it names.
+is built, and the options that it reads. A registry is a dict of records by name, to
+which other packages may add (see `dimat_jax.plugins`), and an option whose `choices`
+are a registry leads to the options of the entry that it names.
 So the options that a config reads form a tree, and `read` finds all of them. Checks,
 builders, reports and the documentation all use it.
 """
@@ -24,6 +25,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Real as Number
 from typing import Any, Generic, TypeVar
 
+from dimat_jax._registries import Registry, Together, origin_of
 from dimat_jax.errors import UserError, nearest
 
 __all__ = [
@@ -31,9 +33,12 @@ __all__ = [
     "Option",
     "OptionError",
     "Record",
+    "Registry",
+    "Together",
     "arguments",
     "describe_readers",
     "every",
+    "origin_of",
     "read",
     "readers",
     "registry",
@@ -73,6 +78,8 @@ class Option:
             option, and reports do not compare runs by it.
         names_file: whether the value is the path of a file whose content changes
             results. A run keeps a copy of it.
+        several: whether the value may be several of the choices, with commas between
+            them.
     """
 
     path: str
@@ -89,6 +96,7 @@ class Option:
     opens: tuple["Option", ...] = ()
     changes_results: bool = True
     names_file: bool = False
+    several: bool = False
 
     @property
     def keyword(self) -> str:
@@ -142,14 +150,21 @@ class Option:
             raise OptionError(f"{name} is {value!r}; it must be {allowed}")
         if self.empty and not value and isinstance(value, (str, int, float)):
             return
-        if self.choices is not None and value not in self.choices:
-            raise OptionError(
-                f"{name} is {value!r}; {nearest(str(value), self.choices)}"
-            )
+        if self.choices is not None:
+            self._check_names(value, name, self.choices)
         if value == "":
             raise OptionError(f"{name} is empty; it must be given here")
         if self.bounds and not self._within(value):
             raise OptionError(f"{name} is {value}; it must be {self.bounds}")
+
+    def _check_names(self, value: Any, name: str, choices: Collection[str]) -> None:
+        names = self.names(value)
+        for part in names:
+            if part not in choices:
+                hint = nearest(str(part), choices)
+                raise OptionError(f"{name} is {value!r}; {hint}")
+            if names.count(part) > 1:
+                raise OptionError(f"{name} is {value!r}, which has {part!r} twice")
 
     def _within(self, value: Any) -> bool:
         # A whole number is finite, and may be too large for a float.
@@ -161,11 +176,18 @@ class Option:
             and (self.below is None or value < self.below)
         )
 
-    def chosen(self, value: Any) -> "Record[Any] | None":
-        """The record that a value names; None if it names none."""
-        if isinstance(self.choices, Mapping) and value in self.choices:
-            return self.choices[value]
-        return None
+    def names(self, value: Any) -> list[Any]:
+        """The names of choices that a value consists of."""
+        if not self.several:
+            return [value]
+        return [part.strip() for part in value.split(",")] if value else []
+
+    def chosen(self, value: Any) -> "list[Record[Any]]":
+        """The records that a value names. A name without a record is left out."""
+        if not isinstance(self.choices, Mapping):
+            return []
+        names = self.names(value)
+        return [self.choices[name] for name in names if name in self.choices]
 
     def entry(self, name: str) -> "Record[Any]":
         """Returns the record that a value of this option names."""
@@ -174,15 +196,14 @@ class Option:
 
     def opened_by(self, value: Any) -> tuple["Option", ...]:
         """Returns the options that are read because this one has a certain value."""
-        entry = self.chosen(value)
         opened = self.opens if value else ()
-        return (*entry.reads, *opened) if entry else opened
+        return (*(o for entry in self.chosen(value) for o in entry.reads), *opened)
 
     def under(self, section: str) -> "Option":
         """Returns a copy in another section, with the options that it leads to."""
         choices = self.choices
         if isinstance(choices, Mapping):
-            choices = {name: record.under(section) for name, record in choices.items()}
+            choices = Together(choices, change=lambda record: record.under(section))
         return dataclasses.replace(
             self,
             path=f"{section}.{self.path}",
@@ -238,9 +259,14 @@ class Record(Generic[T]):
 R = TypeVar("R", bound=Record)
 
 
-def registry(*records: R) -> dict[str, R]:
-    """Makes a dict of records by name, in the given order."""
-    return {record.name: record for record in records}
+def registry(*records: R, kind: type = Record) -> Registry[R]:
+    """Makes a registry of records, in the given order.
+
+    Args:
+        records: the records that dimat_jax itself has.
+        kind: the class that further records must have.
+    """
+    return Registry({record.name: record for record in records}, kind)
 
 
 def read(roots: Iterable[Option], fields: Fields) -> dict[str, Option]:
@@ -254,8 +280,12 @@ def read(roots: Iterable[Option], fields: Fields) -> dict[str, Option]:
     roots, ignored = list(roots), set()
     while True:
         found = _walk(roots, fields, ignored)
-        entries = [option.chosen(fields[path]) for path, option in found.items()]
-        more = {o.path for entry in entries if entry for o in entry.ignores} - ignored
+        more = {
+            ignored_option.path
+            for path, option in found.items()
+            for entry in option.chosen(fields[path])
+            for ignored_option in entry.ignores
+        } - ignored
         if not more:
             return found
         # What an ignored option would lead to is not read either: walk once more.
@@ -276,13 +306,23 @@ def _walk(
 
 
 def every(roots: Iterable[Option]) -> Iterator[Option]:
-    """Yields all options that any config can read, each path once."""
-    waiting, seen = list(roots), set()
+    """Yields all options that any config can read, each path once.
+
+    Raises:
+        OptionError: two options have the same path, but different defaults.
+    """
+    waiting, seen = list(roots), dict[str, Option]()
     while waiting:
         option = waiting.pop(0)
-        if option.path in seen:
+        if other := seen.get(option.path):
+            if repr(other.default) != repr(option.default):
+                raise OptionError(
+                    f"two options have the path {option.path!r}, with the defaults "
+                    f"{other.default!r} and {option.default!r}; give one of them "
+                    "another path"
+                )
             continue
-        seen.add(option.path)
+        seen[option.path] = option
         yield option
         opened = [other for _, other in _opened(option)]
         waiting = opened + waiting

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,7 @@ def run(
     workdir: str | os.PathLike[str] | None = None,
     log: Callable[[str], None] = print,
     make_bar: Callable[..., tqdm] = auto.tqdm,
+    callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
 ) -> RunResult:
     """Runs a config, or what is left of it; see `train.run`.
 
@@ -179,13 +180,15 @@ def run(
         log: A function that receives a line of text for every evaluation and epoch.
         make_bar: The class of the progress bar. By default it suits notebooks and
             terminals.
+        callbacks: Functions that receive every row; see `train.run`.
 
     Raises:
         UserError: The config cannot be run; see `train.run` for this and other errors.
     """
     keep_compiled()
     folder = _Folder(workdir)
-    return RunResult(folder, train.run(config, folder.path, log, make_bar))
+    summary = train.run(config, folder.path, log, make_bar, callbacks)
+    return RunResult(folder, summary)
 
 
 def sweep(

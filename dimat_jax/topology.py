@@ -8,7 +8,6 @@ agent always has its own weights. A topology that changes over time is a stack
 which options each builder reads.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from dimat_jax._connectivity import (
     spanning_trees,
     union,
 )
+from dimat_jax._folders import map_array, parse_json
 from dimat_jax._peer_graphs import (
     PEERS,
     PERIOD,
@@ -35,7 +35,7 @@ from dimat_jax._peer_graphs import (
     random_receivers,
 )
 from dimat_jax.errors import UserError, reading
-from dimat_jax.options import SEED, Option, Record, registry
+from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
     "MATRIX_FILE",
@@ -296,15 +296,11 @@ def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
     file = Path(file)
     if file.suffix not in (".json", ".npy"):
         raise TopologyError(f"expected a .json or .npy file, got {str(file)!r}")
-    with reading(file, TopologyError):
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no file {file}")
-        if file.suffix == ".npy":
-            # Only the header is read, until the shape is known to be right.
-            matrix = np.load(file, mmap_mode="r", allow_pickle=False)
-        else:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            matrix = np.array(content, np.float64)
+    if file.suffix == ".npy":
+        # Only the header is read, until the shape is known to be right.
+        matrix = map_array(file, TopologyError)
+    else:
+        matrix = _read_matrix(file)
     fits = matrix.ndim in (2, 3) and matrix.shape[-2:] == (n_agents, n_agents)
     if not fits or not matrix.size:
         raise TopologyError(
@@ -315,6 +311,20 @@ def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
     if matrix.dtype.kind not in "biuf" or not np.isfinite(matrix).all():
         raise TopologyError(f"{file} holds entries that are no finite numbers")
     return matrix
+
+
+def _read_matrix(file: Path) -> np.ndarray:
+    """Reads a matrix, or a stack of matrices, from a JSON file."""
+    with reading(file, TopologyError):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}")
+        content = parse_json(file.read_bytes())
+        try:
+            return np.array(content, np.float64)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(
+                "it holds no matrix of numbers, all rows of one length"
+            ) from error
 
 
 def _at_least_one(n_agents: int) -> int:
@@ -334,7 +344,7 @@ def _connected(draw: Callable[[int], nx.Graph], seed: int) -> Adjacency:
     )
 
 
-TOPOLOGIES: dict[str, Record[Adjacency | Schedule]] = registry(
+TOPOLOGIES: Registry[Record[Adjacency | Schedule]] = registry(
     Record("fully_connected", fully_connected),
     Record("ring", ring),
     Record("path", path),

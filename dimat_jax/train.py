@@ -13,7 +13,7 @@ the seed and on counters alone.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ from dimat_jax.errors import concerning
 from dimat_jax.experiment import Experiment
 from dimat_jax.permutation._verify import InconclusiveError
 from dimat_jax.placement import refusals_explained
-from dimat_jax.workdir import Results, Workdir, load_agents
+from dimat_jax.workdir import Results, Stopped, Workdir, load_agents
 
 __all__ = ["load_agents", "run"]
 
@@ -57,6 +57,7 @@ def run(
     workdir: str | os.PathLike[str],
     log: Callable[[str], None] = print,
     make_bar: Callable[..., tqdm] = auto.tqdm,
+    callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
 ) -> dict[str, Any]:
     """Runs a config, or what is left of it, and writes all results into `workdir`.
 
@@ -70,6 +71,8 @@ def run(
         log: A function that receives a line of text for every evaluation, and for
             every epoch of pre-training and of long rounds.
         make_bar: The class of the progress bar, which counts local steps.
+        callbacks: Functions that receive every row, beside the callbacks that the
+            config names; see `dimat_jax.callbacks`.
 
     Returns:
         The content of `workdir`/summary.json.
@@ -80,6 +83,7 @@ def run(
         StorageError: A file cannot be written, because the disk is full for example.
         Interrupted: A signal has ended the run. What it has done is saved.
         NonFiniteError: A loss is not finite.
+        CallbackError: A callback has failed. What the run has done is saved.
         PlacementError: The devices refuse the layout, or have too little memory.
     """
     folder, log = Workdir(workdir), log if is_main() else _silent
@@ -98,13 +102,16 @@ def run(
             experiment, start = _prepare(config, folder, log)
             with (
                 refusals_explained(experiment.placement),
-                Results(folder, experiment) as results,
+                Results(folder, experiment, callbacks) as results,
                 _bar(experiment, results, make_bar) as bar,
             ):
                 every = config.checkpoint.every_minutes
                 pauses = RunPauses(results, every, signals, lock)
                 log = log if bar.disable else bar.write
-                _train(experiment, start, results, pauses, log, bar.update)
+                try:
+                    _train(experiment, start, results, pauses, log, bar.update)
+                except Stopped as stopped:
+                    log(f"the run ends early: {stopped}")
                 return results.summarize()
 
 

@@ -21,11 +21,12 @@ A folder with a config.json holds a run; one with a summary.json, a finished one
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import jax
+from absl import logging
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
@@ -45,6 +46,7 @@ from dimat_jax._restored import SAVED_ROWS, restore
 from dimat_jax._run_folder import Workdir
 from dimat_jax._run_progress import Progress
 from dimat_jax.algorithms.base import State
+from dimat_jax.callbacks import CallbackError, Callbacks, Run
 from dimat_jax.config import fields_of, fields_read
 from dimat_jax.data.partition import class_counts
 from dimat_jax.errors import NonFiniteError
@@ -52,13 +54,17 @@ from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
 from dimat_jax.mixing import spectral_gap
 
-__all__ = ["FAILURE", "Progress", "Results", "Workdir", "load_agents"]
+__all__ = ["FAILURE", "Progress", "Results", "Stopped", "Workdir", "load_agents"]
 
 FAILURE = "failure.json"
 """The file that says why a run has stopped, if a loss was no longer finite."""
 
 _MOST_IN_ROWS = 64
 """Rows have the bytes of every link for at most this number of agents."""
+
+
+class Stopped(Exception):
+    """A callback has ended the run, whose state is saved. The text is the reason."""
 
 
 class Results:
@@ -71,6 +77,7 @@ class Results:
     Args:
         workdir: The run's folder, which exists.
         experiment: What the run's config describes.
+        callbacks: What gets every row, beside the callbacks that the config names.
 
     Attributes:
         progress: How far the run has come. The code that does the work updates it.
@@ -80,7 +87,12 @@ class Results:
             this process reads.
     """
 
-    def __init__(self, workdir: Workdir, experiment: Experiment):
+    def __init__(
+        self,
+        workdir: Workdir,
+        experiment: Experiment,
+        callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
+    ):
         self._workdir = workdir
         self._experiment = experiment
         self._checkpoints = Checkpoints(
@@ -101,6 +113,19 @@ class Results:
             self._rows = MetricsWriter(
                 workdir.path, self.progress.rows, saved, self._about()
             )
+        self._callbacks = self._start(callbacks)
+        self._stopped = ""
+
+    def _start(self, more: Sequence[Callable[..., Any]]) -> Callbacks | None:
+        """Makes the callbacks; None if there are none. Process 0 has them."""
+        config = self._experiment.config
+        if not config.callbacks and not more:
+            return None
+        if not is_main():
+            return Callbacks({})
+        path = self._workdir.path
+        run = Run(path, config.to_dict(), read_rows(path))
+        return Callbacks.start(fields_of(config), run, more)
 
     def __enter__(self) -> "Results":
         if is_main():
@@ -161,22 +186,57 @@ class Results:
             return
         check_held(self._workdir.path)
         progress, ledger = self.progress, self.progress.ledger
-        self._rows.write(
-            {
-                "round": number,
-                "step": progress.steps_done,
-                "phase": phase,
-                **measures,
-                "bytes_sent_total": ledger.bytes_sent,
-                "bytes_sent_by_kind": ledger.by_kind,
-                "bytes_sent_by_agent": ledger.bytes_sent_by_agent,
-                **self._bytes_sent_by_link(),
-                "comm_rounds_total": ledger.comm_rounds,
-                "present": self._experiment.links.present(number),
-                "seconds_total": progress.total_seconds,
-                **metrics,
-            }
-        )
+        row = {
+            "round": number,
+            "step": progress.steps_done,
+            "phase": phase,
+            **measures,
+            "bytes_sent_total": ledger.bytes_sent,
+            "bytes_sent_by_kind": ledger.by_kind,
+            "bytes_sent_by_agent": ledger.bytes_sent_by_agent,
+            **self._bytes_sent_by_link(),
+            "comm_rounds_total": ledger.comm_rounds,
+            "present": self._experiment.links.present(number),
+            "seconds_total": progress.total_seconds,
+            **metrics,
+        }
+        self._add(row)
+
+    def _add(self, row: dict[str, Any]) -> None:
+        """Adds a row, which the callbacks get too."""
+        assert self._rows is not None
+        written = self._rows.write(row)
+        if self._callbacks is not None:
+            self._callbacks(written)
+
+    def stop_if_asked(self, state: State) -> None:
+        """Ends the run if a callback has asked for it, or has failed. It is saved.
+
+        It is called between two rounds, by all processes.
+
+        Raises:
+            Stopped: A callback has asked for it.
+            CallbackError: A callback has failed.
+        """
+        if self._callbacks is None:
+            return
+        reason, failure = from_main([self._callbacks.reason, str(self._failure)])
+        if (reason or failure) and not self.is_saved:
+            self.save(state)
+        if failure:
+            self.wait()
+            raise CallbackError(
+                f"{failure}; the run is saved. The same command goes on, also with "
+                "other callbacks"
+            )
+        if reason:
+            self._stopped = reason
+            raise Stopped(reason)
+
+    @property
+    def _failure(self) -> CallbackError | str:
+        failed = self._callbacks and self._callbacks.error
+        return failed or ""
 
     def write_epoch(
         self, phase: str, number: int, epoch: int, metrics: dict[str, Any]
@@ -197,7 +257,7 @@ class Results:
         check_held(self._workdir.path)
         done = {"round": number, "step": self.progress.steps_done, "phase": phase}
         seconds = {"seconds_total": self.progress.total_seconds}
-        self._rows.write({**done, "epoch": epoch, **metrics, **seconds})
+        self._add({**done, "epoch": epoch, **metrics, **seconds})
 
     def pretraining_rows(self) -> list[dict[str, Any]]:
         """The rows of pre-training's epochs that are written."""
@@ -214,7 +274,7 @@ class Results:
             known = {row["epoch"] for row in self.pretraining_rows()}
             for row in rows:
                 if row["epoch"] not in known:
-                    self._rows.write(row)
+                    self._add(row)
 
     def _bytes_sent_by_link(self) -> dict[str, Any]:
         """The field of the links' bytes, unless there are too many for every row."""
@@ -283,13 +343,21 @@ class Results:
         if is_main():
             path = self._workdir.path / "summary.json"
             write_json(path, self._summary(), digested=True)
-        return from_main(self._workdir.read_summary() if is_main() else None)
+        summary = from_main(self._workdir.read_summary() if is_main() else None)
+        if self._callbacks is not None:
+            self._callbacks.end(summary)
+        if self._failure:
+            logging.warning("%s; the run has finished without it", self._failure)
+        return summary
 
     def _summary(self) -> dict[str, Any]:
         rows = read_evaluations(self._workdir.path)
         W = self._experiment.links.mixing_matrix
+        stopped = {"reason": self._stopped, "round": self.progress.round}
         return {
             **rows[-1],
+            # Whether a callback has ended the run before its last round.
+            **({"stopped": stopped} if self._stopped else {}),
             # The last row of each phase. It also shows the agents right after the last
             # merge, before they trained on.
             **{f"last_{row['phase']}": row for row in rows},

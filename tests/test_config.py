@@ -19,7 +19,7 @@ from dimat_jax.config import (
 from dimat_jax.models import MODELS
 from dimat_jax.models.resnet import ResNet
 from dimat_jax.network import Absence, parse_absences
-from dimat_jax.optimizers import LEARNING_RATES, OPTIMIZERS
+from dimat_jax.optimizers import OPTIMIZERS
 
 
 def config_of(**fields: Any):
@@ -108,7 +108,7 @@ def test_every_algorithm_is_itself_by_default(name):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_a_learning_rate_that_suits_its_optimizer(name):
     fields = resolved(fields_of(changed(algorithm=name)))
-    own = LEARNING_RATES[ALGORITHMS[name].optimizer]
+    own = OPTIMIZERS[ALGORITHMS[name].optimizer].learning_rate
     assert fields["optimizer.learning_rate"] == own > 0
     # Agents pre-train with Adam.
     assert fields["pretrain.optimizer.learning_rate"] == 1e-3
@@ -117,11 +117,12 @@ def test_every_algorithm_has_a_learning_rate_that_suits_its_optimizer(name):
 
 
 def test_every_optimizer_has_a_learning_rate():
-    assert LEARNING_RATES.keys() == OPTIMIZERS.keys()
+    rates = {name: record.learning_rate for name, record in OPTIMIZERS.items()}
+    assert all(rate > 0 for rate in rates.values())
     config = changed(pretrain__optimizer__name="sgd", optimizer__name="momentum")
     fields = resolved(fields_of(config))
-    assert fields["pretrain.optimizer.learning_rate"] == LEARNING_RATES["sgd"]
-    assert fields["optimizer.learning_rate"] == LEARNING_RATES["momentum"]
+    assert fields["pretrain.optimizer.learning_rate"] == rates["sgd"]
+    assert fields["optimizer.learning_rate"] == rates["momentum"]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

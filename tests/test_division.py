@@ -12,6 +12,7 @@ from dimat_jax._metrics import read_evaluations
 from dimat_jax.config import ConfigError, fields_of
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
+from dimat_jax.models import classifier
 from tests.sweeping.small import small
 
 PIXELS = 64  # bytes of a digit, one for each pixel
@@ -170,7 +171,7 @@ def test_validation_accuracy_is_that_of_validation_images(tmp_path):
                 for layer, weights in agents["params"].items()
             }
         }
-        logits = experiment.model.apply(variables, jnp.asarray(inputs), train=False)
+        logits = classifier.forward(experiment.model)(variables, jnp.asarray(inputs))
         accuracy = np.mean(np.asarray(logits).argmax(axis=1) == images.labels[chosen])
         assert last["validation_accuracy"][agent] == pytest.approx(accuracy, abs=1e-6)
     mean = np.mean(last["validation_accuracy"])

@@ -756,7 +756,8 @@ def test_a_wrong_spec_is_found_before_any_training(tmp_path, monkeypatch):
         axes = {**spec.axes, "params/head/kernel": (None, None)}
         return dataclasses.replace(spec, axes=axes)
 
-    monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
+    record = dataclasses.replace(models.MODELS["mlp"], spec=wrong)
+    monkeypatch.setitem(models.MODELS, "mlp", record)
     workdir = tmp_path / "run"
     with pytest.raises(UserError, match="params/head/kernel"):
         train.run(small(), workdir, quiet)
@@ -782,7 +783,8 @@ def _wrong_for_trained_weights(monkeypatch) -> None:
 
     classifier_init = classifier.init
     monkeypatch.setattr(classifier, "init", init)
-    monkeypatch.setitem(models._SPECS, mlp.MLP, wrong)
+    record = dataclasses.replace(models.MODELS["mlp"], spec=wrong)
+    monkeypatch.setitem(models.MODELS, "mlp", record)
 
 
 @pytest.mark.parametrize(

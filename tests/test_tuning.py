@@ -33,6 +33,7 @@ def write_run(folder: Path, score: float | None, **fields: Any) -> None:
         {
             "phase": phase,
             "round": 1,
+            "communicated": phase == "merged",
             "validation_accuracy_mean": accuracy + shift,
             # What was measured on test images would choose the other way round.
             "test_accuracy_mean": 1 - accuracy,
@@ -68,7 +69,7 @@ def test_the_best_mean_over_seeds_wins_by_validation_images(tmp_path):
     for said in (
         "`optimizer.learning_rate` was tuned on `validation_accuracy_mean`",
         "no agent trains on (data.validation=0.2)",
-        "`merged`",
+        "right after the last communication",
         "1 cell(s)",
         "seed(s) 0, 1",
         "No test image was looked at",
@@ -97,9 +98,9 @@ def test_one_value_is_chosen_for_all_cells_of_a_line(tmp_path):
     assert tuning.report().count("** *") == 4
 
 
-def test_the_phase_can_be_chosen(tmp_path):
+def test_the_moment_can_be_chosen(tmp_path):
     write_sweep(tmp_path, {0.1: [0.5], 0.3: [0.4]})
-    (line,) = tune([tmp_path], RATE, phase="trained").lines
+    (line,) = tune([tmp_path], RATE, at="end").lines
     assert line.scores == pytest.approx({0.1: 0.4, 0.3: 0.3})
 
 
@@ -172,7 +173,7 @@ def test_real_runs_are_tuned(tmp_path):
     config = small("cdsgd", rounds=1, data__validation=0.25, pretrain__epochs=0)
     for name, run in grid(choices, {"cdsgd": config}).items():
         train.run(run, tmp_path / name, lambda line: None)
-    (line,) = tune([tmp_path], RATE, phase="trained").lines
+    (line,) = tune([tmp_path], RATE, at="end").lines
     assert line.best == 0.3
     last = read_rows(tmp_path / "0.3-cdsgd")[-1]
     assert line.scores[0.3] == last["validation_accuracy_mean"]

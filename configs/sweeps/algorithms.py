@@ -17,7 +17,7 @@ from dimat_jax.sweeps import grid
 # The algorithms that take Adam in the quickstart take SGD here. All rates were chosen
 # with configs/sweeps/learning_rates.py, on validation images.
 LEARNING_RATES = {
-    "centralized": 0.03,
+    "centralized": 0.3,
     "local": 0.3,
     "dimat-reference": 0.1,
     "dimat-own": 0.1,

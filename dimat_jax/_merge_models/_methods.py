@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dimat_jax import matching, permutation
 from dimat_jax.matching import _assignment, _weight
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 from dimat_jax.permutation import Perms, PermutationSpec
 from dimat_jax.tree import PyTree
 
@@ -74,7 +74,7 @@ def joint(problem: Problem, match_pair: MatchPair, match_all: MatchAll) -> list[
     return match_all()
 
 
-FRAMES: dict[str, Record[list[Perms]]] = registry(
+FRAMES: Registry[Record[list[Perms]]] = registry(
     Record("reference", reference), Record("joint", joint)
 )
 """`FRAMES[name](problem, match_pair, match_all)` aligns the models in a frame."""
@@ -148,7 +148,7 @@ class Method(Record[Matcher | None]):
     needs_data: bool = False
 
 
-METHODS: dict[str, Method] = registry(
+METHODS: Registry[Method] = registry(
     Method("activation", activation, (FRAME, STAY), needs_data=True),
     Method("weight", weight, (FRAME, STAY, RESTARTS)),
     Method("none", none),

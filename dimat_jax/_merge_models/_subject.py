@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 
 from dimat_jax import merge, permutation
@@ -38,8 +37,8 @@ class Subject(NamedTuple):
     unmended: str = ""
 
 
-def bundled(module: nn.Module) -> Subject:
-    """Knows a bundled architecture, which declares its symmetry."""
+def bundled(module: classifier.Model) -> Subject:
+    """Knows a model of `MODELS`."""
     spec = permutation_spec(module)
     return Subject(
         spec,

@@ -19,6 +19,7 @@ from absl import logging
 from tqdm import tqdm
 
 from dimat_jax import train
+from dimat_jax._inputs import load_plugins
 from dimat_jax._lock import held
 from dimat_jax._metrics import write_json
 from dimat_jax._storage import explained
@@ -74,6 +75,7 @@ def _run(job: Job, jax_options: Mapping[str, Any]) -> str | None:
     try:
         for name, value in jax_options.items():
             jax.config.update(name, value)
+        load_plugins(job.from_plugins, f"run {job.name!r}")
         request_cpu_devices(job.config.placement.cpu_devices)
         make_bar = partial(_ProgressFile, job.workdir / PROGRESS)
         train.run(job.config, job.workdir, print, make_bar)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dimat_jax._chosen import check_network, number_of_agents
 from dimat_jax._division import check_samples, divide, load_data
 from dimat_jax._folders import check_output, strangers
+from dimat_jax._inputs import FromPlugin, from_plugins
 from dimat_jax._lock import LOCK_FILES
 from dimat_jax._needs import check_graph_and_steps, check_model
 from dimat_jax._pretrain import pretraining_fields
@@ -50,11 +51,14 @@ class Job(NamedTuple):
         name: The run's name in the sweep.
         config: The run's config.
         workdir: The run's folder.
+        from_plugins: The things of plugins that the config names. The run's process
+            has to import these plugins.
     """
 
     name: str
     config: Config
     workdir: Path
+    from_plugins: Sequence[FromPlugin] = ()
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -99,7 +103,7 @@ def prepare(
                 shared = str(workdir / _SHARED)
                 set_if_read(job.config, "pretrain.cache_dir", shared)
             Workdir(job.workdir).check(job.config)
-    return jobs
+    return [job._replace(from_plugins=from_plugins(job.config)) for job in jobs]
 
 
 def check_here(jobs: Sequence[Job]) -> None:
@@ -125,8 +129,11 @@ def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
     check_model(fields)
     dataset = load_data(config, read)
     division = divide(dataset.train.labels, number_of_agents(fields), fields)
-    model = MODELS[config.model.name](n_classes=1, **model_arguments(fields))
-    has_statistics = classifier.batch_statistics(model) is not None
+    model = MODELS[config.model.name](
+        n_classes=dataset.n_classes, **model_arguments(fields)
+    )
+    model = classifier.for_inputs(model, dataset.train.images.shape[1:])
+    has_statistics = classifier.has_statistics(model)
     n_test = len(dataset.test.labels)
     check_samples(fields, division, n_test, has_statistics=has_statistics)
     record = record_of(fields)

@@ -29,7 +29,7 @@ from dimat_jax.algorithms.base import Algorithm, MergeData, Task
 from dimat_jax.algorithms.merging_record import MergingRecord
 from dimat_jax.algorithms.record import AlgorithmRecord
 from dimat_jax.network import Links
-from dimat_jax.options import Option, registry
+from dimat_jax.options import Option, Registry, registry
 from dimat_jax.placement import Placement
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "algorithm_record",
 ]
 
-BETWEEN_MERGES: dict[str, AlgorithmRecord] = registry(
+BETWEEN_MERGES: Registry[AlgorithmRecord] = registry(
     local.RECORD,
     *cdsgd.RECORDS,
     sgp.RECORD,
@@ -55,13 +55,14 @@ BETWEEN_MERGES: dict[str, AlgorithmRecord] = registry(
     *cga.RECORDS,
     choco.RECORD,
     relaysgd.RECORD,
+    kind=AlgorithmRecord,
 )
 """The algorithms that agents can run between merges.
 
 They do nothing of their own once a round.
 """
 
-MERGING: dict[str, MergingRecord] = registry(dimat.RECORD, wm.RECORD, wa.RECORD)
+MERGING: Registry[MergingRecord] = registry(dimat.RECORD, wm.RECORD, wa.RECORD)
 """The algorithms that merge once a round, on top of one of `BETWEEN_MERGES`."""
 
 INNER = Option(
@@ -101,12 +102,13 @@ def _with_inner(merging: MergingRecord) -> _OverAny:
     return _OverAny(**{**vars(alone), "options": options})
 
 
-ALGORITHMS: dict[str, AlgorithmRecord] = registry(
+ALGORITHMS: Registry[AlgorithmRecord] = registry(
     local.CENTRALIZED,
     *fedavg.RECORDS,
     scaffold.RECORD,
     *BETWEEN_MERGES.values(),
     *(_with_inner(merging) for merging in MERGING.values()),
+    kind=AlgorithmRecord,
 )
 """All algorithms. `ALGORITHMS[name](task, tx, placement, **arguments)` builds one."""
 

@@ -33,7 +33,7 @@ from dimat_jax.algorithms._traffic import (
 )
 from dimat_jax.algorithms.base import Algorithm, State
 from dimat_jax.mixing import mix
-from dimat_jax.options import Record, registry
+from dimat_jax.options import Record, Registry, registry
 from dimat_jax.placement import Placement
 from dimat_jax.topology import Adjacency
 from dimat_jax.tree import PyTree, is_inexact
@@ -313,7 +313,7 @@ def _add_at(
 AS_THEY_ARE = Frame("as they are", average_as_they_are, edges=no_edges)
 """Weight averaging: no agent is aligned with another. No config can choose it."""
 
-FRAMES: dict[str, Frame] = registry(
+FRAMES: Registry[Frame] = registry(
     Frame("own", own_frame, edges=every_edge),
     Frame(
         "reference",

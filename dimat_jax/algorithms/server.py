@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 from dimat_jax.tree import PyTree
 
 __all__ = ["SERVER_OPTIMIZER", "SERVER_OPTIMIZERS", "SERVER_RATE", "ServerOptimizer"]
@@ -184,7 +184,7 @@ def _adaptive(
 
 
 _ADAPTIVE = (SERVER_RATE, MOMENTUM, SECOND_MOMENTUM, ADAPTIVITY)
-SERVER_OPTIMIZERS: dict[str, Record[ServerOptimizer]] = registry(
+SERVER_OPTIMIZERS: Registry[Record[ServerOptimizer]] = registry(
     Record("average", average, (SERVER_RATE,)),
     Record("momentum", momentum, (SERVER_RATE, MOMENTUM)),
     Record("adagrad", adagrad, (SERVER_RATE, MOMENTUM, ADAPTIVITY)),

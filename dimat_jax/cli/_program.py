@@ -7,6 +7,7 @@ the signal's number. Any other error is a bug, and shows its traceback.
 
 import ast
 import contextlib
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import app, flags, logging
 
-from dimat_jax import _processes, _signals
+from dimat_jax import _processes, _signals, plugins
 from dimat_jax._compile_cache import keep_compiled
 from dimat_jax._storage import problem
 from dimat_jax.errors import (
@@ -100,13 +101,30 @@ def _define(command: Command, called: str, arguments: Sequence[str]) -> None:
     shared = set(flags.FLAGS)
     with _reading_flags():
         # A default may be a config, which overrides already change here.
+        flags.DEFINE_multi_string(
+            "plugin",
+            [],
+            "A module, or a file that ends with .py, which adds algorithms, models and "
+            "the like by name. The flag may be repeated.",
+        )
+        # Configs, which are read with the flags, may name things of plugins.
+        plugins.load(*_plugins(called, arguments))
         command.define_flags()
     if {"-h", "-help", "--help"} & set(arguments):
         print(_help(command, called, sorted(set(flags.FLAGS) - shared)))
         sys.exit(0)
 
 
+def _plugins(called: str, arguments: Sequence[str]) -> list[str]:
+    """The values of --plugin, read before all other flags."""
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("plugin", [], "See `_define`.", flag_values=values)
+    values([called, *arguments], known_only=True)
+    return list(values["plugin"].value or ())
+
+
 def _main(command: Command, arguments: list[str]) -> NoReturn:
+    plugins.load_installed()
     command.main(arguments)
     _processes.leave(0)
 
@@ -150,7 +168,23 @@ def _reading_flags() -> Iterator[None]:
             raise error.__context__ from None
         is_flag = isinstance(error, flags.Error)
         message = " ".join(str(error).split()) if is_flag else in_one_line(error)
-        raise UserError(message) from error
+        raise UserError(_in_plain_words(message)) from error
+
+
+# What Python and absl say about values of flags, and the same in plain words.
+_PLAIN = (
+    (r"invalid literal for int\(\) with base 10: .*", "expected a whole number"),
+    (r"could not convert string to float: .*", "expected a number"),
+    (r"\('Non-boolean argument to boolean flag', .*\)", "expected true or false"),
+    (r"Could not parse '(.*)': SyntaxError.*", r"the config has no field '\1'"),
+)
+
+
+def _in_plain_words(message: str) -> str:
+    """Replaces what a library says about a flag's value by what is expected."""
+    for said, plain in _PLAIN:
+        message = re.sub(said, plain, message)
+    return message
 
 
 def expect_no(arguments: list[str]) -> None:

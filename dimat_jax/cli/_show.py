@@ -5,8 +5,8 @@
 TOPIC is one of
 
     configs, sweeps: the bundled ones;
-    algorithms, compressors, mixings, models, optimizers, partitions, sources,
-        topologies: the names that a config can use;
+    algorithms, callbacks, compressors, mixings, models, optimizers, partitions,
+        sources, topologies: the names that a config can use;
     options: every option with its default, its range and its meaning;
     a config (quickstart, quickstart:wa, my_config.py): its fields, and which of them
         differ from the defaults;
@@ -24,6 +24,7 @@ from dimat_jax._folders import read_json
 from dimat_jax._metrics import evaluations, read_rows
 from dimat_jax._option_facts import facts
 from dimat_jax.algorithms import ALGORITHMS
+from dimat_jax.callbacks import CALLBACKS
 from dimat_jax.cli import _bundled, _program
 from dimat_jax.compression import COMPRESSORS
 from dimat_jax.config import ROOT, Config, default_config, fields_of
@@ -41,6 +42,7 @@ __all__ = ["COMMAND"]
 # The registries whose names stand in configs, by topic.
 _REGISTRIES: dict[str, Mapping[str, Record]] = {
     "algorithms": ALGORITHMS,
+    "callbacks": CALLBACKS,
     "compressors": COMPRESSORS,
     "mixings": MIXINGS,
     "models": MODELS,

@@ -1,6 +1,6 @@
 """Chooses a value of a config field for every algorithm, by validation accuracy.
 
-    dimat tune DIR [DIR ...] [--field=optimizer.learning_rate] [--phase=merged|trained]
+    dimat tune DIR [DIR ...] [--field=optimizer.learning_rate] [--at=communication|end]
 
 The DIRs hold the runs of a sweep over the values of the field, which set validation
 images aside (`data.validation`). The command says which field was tuned on what, prints
@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from dimat_jax._metrics import write_json
-from dimat_jax._tuning import tune
+from dimat_jax._tuning import MOMENTS, tune
 from dimat_jax.cli import _program
 from dimat_jax.errors import UserError
 from dimat_jax.optimizers import LEARNING_RATE
@@ -24,11 +24,11 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     flags.DEFINE_string("field", LEARNING_RATE.path, "The field whose values compete.")
     flags.DEFINE_enum(
-        "phase",
-        "merged",
-        ["merged", "trained"],
-        "Whether the accuracy right after the last communication counts, or that after "
-        "the last local training.",
+        "at",
+        "communication",
+        list(MOMENTS),
+        "Whether the accuracy right after the last communication counts, or that at "
+        "the end of the run.",
     )
 
 
@@ -37,7 +37,7 @@ def main(directories: list[str]) -> None:
     if not directories:
         raise UserError("expected the folders of runs: DIR [DIR ...]")
     given = flags.FLAGS
-    tuning = tune(directories, given.field, phase=given.phase)
+    tuning = tune(directories, given.field, at=given.at)
     report, data = (Path(directories[0]) / f"tuned.{end}" for end in ("md", "json"))
     report.write_text(tuning.report())
     write_json(data, tuning.record())

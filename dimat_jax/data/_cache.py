@@ -10,24 +10,31 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from dimat_jax._folders import map_array
 from dimat_jax.data._dataset import DataError, Dataset, Split, mean_std
-from dimat_jax.errors import reading
+from dimat_jax.errors import concerning, reading
 
 __all__ = ["Decoded", "cached", "read_arrays", "user_cache", "write_arrays"]
 
 # The version of the cache. Change it whenever the stored arrays change.
 _FORMAT = "2"
-# The names of the stored arrays.
-_FIELDS = (
-    "train_images",
-    "train_labels",
-    "test_images",
-    "test_labels",
-    "n_classes",
-    "mean",
-    "std",
-    "class_names",  # This array is empty if the names are not known.
-)
+# The names of the stored arrays, with the kinds of their dtypes and their ranks.
+_FIELDS = {
+    "train_images": ("u1", 4),
+    "train_labels": ("i", 1),
+    "test_images": ("u1", 4),
+    "test_labels": ("i", 1),
+    "n_classes": ("i", 0),
+    "mean": ("f", 1),
+    "std": ("f", 1),
+    "class_names": ("U", 1),  # This array is empty if the names are not known.
+}
+_KINDS = {
+    "u1": "bytes (uint8)",
+    "i": "whole numbers",
+    "f": "numbers",
+    "U": "texts",
+}
 
 Decoded = tuple[Split, Split, int, tuple[str, ...] | None]
 """The training split, the test split, the number of classes and the classes' names."""
@@ -95,7 +102,7 @@ def read_arrays(name: str, folder: Path) -> Dataset:
     Raises:
         DataError: an array is missing or damaged.
     """
-    with reading(f"{name}: arrays in {folder}", DataError):
+    with concerning(name), reading(f"arrays in {folder}", DataError):
         return _dataset(name, _read(folder))
 
 
@@ -116,10 +123,22 @@ def _dataset(name: str, arrays: Sequence[np.ndarray]) -> Dataset:
 
 
 def _read(folder: Path) -> list[np.ndarray]:
-    """Maps the stored arrays read-only."""
-    return [
-        np.asarray(np.load(folder / f"{field}.npy", mmap_mode="r")) for field in _FIELDS
-    ]
+    """Maps the stored arrays read-only.
+
+    Raises:
+        DataError: An array is missing or damaged, or of another dtype or rank.
+    """
+    arrays = []
+    for field, (kind, n_axes) in _FIELDS.items():
+        path = folder / f"{field}.npy"
+        array = np.asarray(map_array(path, DataError))
+        if not array.dtype.str[1:].startswith(kind) or array.ndim != n_axes:
+            raise DataError(
+                f"{path} holds an array of {array.dtype} and shape {array.shape}; "
+                f"expected {_KINDS[kind]} with {n_axes} axes"
+            )
+        arrays.append(array)
+    return arrays
 
 
 def _read_or_discard(folder: Path) -> list[np.ndarray] | None:

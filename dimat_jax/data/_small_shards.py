@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.options import Option, Record, Registry, registry
 
 __all__ = ["SMALL_SHARDS", "WAYS", "SmallShards"]
 
@@ -73,7 +73,7 @@ def idle(shard: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(shard)
 
 
-WAYS: dict[str, SmallShards] = registry(
+WAYS: Registry[SmallShards] = registry(
     SmallShards(
         "repeat",
         repeat,

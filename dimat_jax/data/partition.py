@@ -12,7 +12,7 @@ from jaxtyping import Int64, Integer
 from tabulate import tabulate
 
 from dimat_jax.errors import UserError, nearest
-from dimat_jax.options import SEED, Option, Record, registry
+from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
     "PARTITION",
@@ -320,7 +320,7 @@ def _none_empty(shards: list[np.ndarray]) -> list[Shard]:
     return [np.sort(shard) for shard in shards]
 
 
-PARTITIONS: dict[str, Record[list[Shard]]] = registry(
+PARTITIONS: Registry[Record[list[Shard]]] = registry(
     Record("iid", iid, (SEED,)),
     Record("by_class", by_class, (SEED,)),
     Record("dirichlet", dirichlet, (SEED, ALPHA)),

@@ -25,7 +25,7 @@ from dimat_jax.data._dataset import (
     mean_std,
 )
 from dimat_jax.errors import nearest, reading
-from dimat_jax.options import SEED, Option, Record, registry
+from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
     "SOURCE",
@@ -159,6 +159,19 @@ def _check(dataset: Dataset) -> None:
                 f"{dataset.name}: {name} images are of shape {found}, expected "
                 f"{expected}"
             )
+    n_channels = SOURCES[dataset.name].image_shape[-1]
+    for name, values in (("means", dataset.mean), ("deviations", dataset.std)):
+        if values.shape != (n_channels,) or not np.isfinite(values).all():
+            raise DataError(
+                f"{dataset.name}: the {name} of the channels are {values.tolist()}; "
+                f"expected {n_channels} finite number(s)"
+            )
+    names = dataset.class_names
+    if names is not None and len(names) != dataset.n_classes:
+        raise DataError(
+            f"{dataset.name}: there are {len(names)} names of {dataset.n_classes} "
+            "classes"
+        )
 
 
 def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split:
@@ -220,7 +233,7 @@ class Source(Record[Dataset]):
     n_classes: int
 
 
-SOURCES: dict[str, Source] = registry(
+SOURCES: Registry[Source] = registry(
     Source("digits", _digits, image_shape=(8, 8, 1), n_classes=10),
     Source(
         "cifar10",
@@ -246,6 +259,7 @@ SOURCES: dict[str, Source] = registry(
         n_classes=200,
     ),
     Source("random", _random, image_shape=(32, 32, 3), n_classes=100),
+    kind=Source,
 )
 """`SOURCES[name](directory, cache_dir)` reads a data set; see `load`."""
 

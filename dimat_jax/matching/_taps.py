@@ -47,8 +47,9 @@ def tap_units(
     Every position of a feature map is a sample. A stacked group has samples of the
     units of each layer. Where a tap shows several groups, a group's units are averaged
     over the units of the other groups, because the other groups' permutations do not
-    change such a mean. Samples keep their order: if examples are the array's first
-    axis, the samples of one example are consecutive.
+    change such a mean. A complex activation is two samples: its two parts. Samples keep
+    their order: if examples are the array's first axis, the samples of one example are
+    consecutive.
 
     Args:
         spec: the symmetry, with its taps.
@@ -84,9 +85,17 @@ def _tap_units(spec, sizes, group: str, tap: str, activations: Activations) -> A
         axis for axis, other in enumerate(block.groups) if other not in (None, group)
     )
     layers = block.layers_of(group)
-    units = jnp.moveaxis(
-        array.reshape(block.shape).mean(others, keepdims=True, dtype=jnp.float32),
-        (*layers, block.groups.index(group)),
-        (*range(len(layers)), -1),
-    )
-    return units.reshape(*units.shape[: len(layers)], -1, units.shape[-1])
+
+    def by_unit(real: Array) -> Array:
+        units = jnp.moveaxis(
+            real.reshape(block.shape).mean(others, keepdims=True, dtype=jnp.float32),
+            (*layers, block.groups.index(group)),
+            (*range(len(layers)), -1),
+        )
+        return units.reshape(*units.shape[: len(layers)], -1, units.shape[-1])
+
+    if not jnp.iscomplexobj(array):
+        return by_unit(array)
+    # The two parts of a complex number are two samples.
+    both = jnp.stack([by_unit(array.real), by_unit(array.imag)], axis=-2)
+    return both.reshape(*both.shape[:-3], -1, both.shape[-1])

@@ -4,53 +4,60 @@
 `__call__(x, *, train, mask=None)` returns logits. `permutation_spec(model)` returns the
 spec that the module's file declares. The records at the foot of each file tell which
 options an architecture reads.
+
+`MODELS.add(ModelRecord(name, build, options))` adds a model of your own, of which
+nothing is declared; see `ModelRecord`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 
 from dimat_jax._lazy import importer, public_names
 from dimat_jax.models import mlp, resnet, vgg, vit
-from dimat_jax.models._settings import ModelError
-from dimat_jax.options import Option, Record, registry
+from dimat_jax.models._own import OwnModel
+from dimat_jax.models._record import ModelRecord
+from dimat_jax.models._settings import DTYPE, ModelError
+from dimat_jax.options import Option, Registry, registry
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import statistics
 
 __all__ = [
+    "DTYPE",
     "MODEL",
     "MODELS",
     "ModelError",
+    "ModelRecord",
     "from_torch",
     "permutation_spec",
     "to_torch",
 ]
 
-MODELS: dict[str, Record[Any]] = registry(
-    *mlp.RECORDS, *resnet.RECORDS, *vgg.RECORDS, *vit.RECORDS
+MODELS: Registry[ModelRecord] = registry(
+    *mlp.RECORDS, *resnet.RECORDS, *vgg.RECORDS, *vit.RECORDS, kind=ModelRecord
 )
-"""`MODELS[name](n_classes=..., **options)` builds a Flax Linen module."""
+"""`MODELS[name](n_classes=..., **options)` builds a model; see `ModelRecord`."""
 
 MODEL = Option("model.name", "resnet20", "The architecture.", choices=MODELS)
 
-_SPECS: dict[type[nn.Module], Callable[..., PermutationSpec]] = {
-    mlp.MLP: mlp.permutation_spec,
-    resnet.ResNet: resnet.permutation_spec,
-    vgg.VGG: vgg.permutation_spec,
-    vit.ViT: vit.permutation_spec,
-}
 
+def permutation_spec(model: nn.Module | OwnModel) -> PermutationSpec:
+    """The symmetry of a model that a record of `MODELS` has built.
 
-def permutation_spec(model: nn.Module) -> PermutationSpec:
-    """The declared symmetry of a bundled architecture.
+    It is the declared one, or is derived from the model where none is declared.
 
     Raises:
-        KeyError: `model` is not one of the bundled modules.
+        KeyError: no record in `MODELS` declares a spec for modules of this kind.
+        PermutationSpecError: the model cannot be traced.
     """
-    spec = _SPECS[type(model)](model)
-    return replace(spec, statistics=statistics(spec.axes))
+    if isinstance(model, OwnModel):
+        return model.symmetry[0]
+    for record in MODELS.values():
+        if record.spec is not None and record.module is type(model):
+            spec = record.spec(model)
+            return replace(spec, statistics=statistics(spec.axes))
+    raise KeyError(type(model))
 
 
 if TYPE_CHECKING:

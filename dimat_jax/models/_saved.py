@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,12 +44,12 @@ class SavedModel(NamedTuple):
     variables: PyTree
 
     @property
-    def module(self) -> nn.Module:
-        """The Flax module that the variables belong to."""
-        return build(self.name, self.arguments)
+    def module(self) -> classifier.Model:
+        """The model that the variables belong to."""
+        return classifier.for_inputs(build(self.name, self.arguments), self.input_shape)
 
 
-def build(name: str, arguments: dict[str, Any]) -> nn.Module:
+def build(name: str, arguments: dict[str, Any]) -> classifier.Model:
     """Builds `MODELS[name](**arguments)` from arguments as JSON has them.
 
     Raises:

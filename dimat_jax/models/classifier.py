@@ -1,10 +1,12 @@
 """The computations of one agent with its model, as pure functions of its variables.
 
-Only this file knows how the bundled modules are called. All other code uses
+Only this file knows how models are called: bundled modules here, and those of users
+through the form that `_own.OwnModel` gives them. All other code uses
 `forward(variables, inputs)` and similar functions, which are written for one agent.
 `Placement.per_agent` lifts them to many agents.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from dimat_jax.data.pipeline import Batch
 from dimat_jax.merge import UnitMoments, correction, over_last_axes
+from dimat_jax.models._own import OwnModel
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._spec import axis_groups
 from dimat_jax.tree import PyTree, flatten
@@ -24,7 +27,9 @@ __all__ = [
     "activations",
     "batch_statistics",
     "both_modes",
+    "for_inputs",
     "forward",
+    "has_statistics",
     "init",
     "loss",
     "tap",
@@ -38,24 +43,47 @@ def tap(module: nn.Module, name: str, units: Array) -> None:
     module.sow("intermediates", name, units, lambda _, new: new, lambda: units)
 
 
-def init(model: nn.Module, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
+Model = nn.Module | OwnModel
+"""A bundled module, or the model of a user."""
+
+
+def for_inputs(
+    model: Model, input_shape: tuple[int, ...], *, permutes: bool = True
+) -> Model:
+    """Tells the model of a user what its inputs are. Bundled modules need not know.
+
+    Args:
+        model: the model.
+        input_shape: the shape of one input.
+        permutes: whether the model's permutation symmetry is wanted; see `OwnModel`.
+    """
+    if not isinstance(model, OwnModel):
+        return model
+    return dataclasses.replace(model, input_shape=input_shape, permutes=permutes)
+
+
+def init(model: Model, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:
     """Makes new variables: {"params": ..., "batch_stats": ...}.
 
     "batch_stats" is missing if the module has no running statistics.
 
     Args:
-        model: a bundled module.
+        model: the model.
         key: the key for the initial weights. It is consumed.
         inputs: a batch of one example. Only its shape matters.
     """
+    if isinstance(model, OwnModel):
+        return model.init(key, inputs)
     variables = model.init(key, jnp.asarray(inputs), train=False)
     return {name: tree for name, tree in variables.items() if name != "intermediates"}
 
 
 def forward(
-    model: nn.Module,
+    model: Model,
 ) -> Callable[[PyTree, Array], Float[Array, "batch classes"]]:
     """Returns `forward(variables, inputs) -> logits` in eval mode."""
+    if isinstance(model, OwnModel):
+        return model.forward
 
     def compute_logits(variables, inputs) -> Any:
         return model.apply(variables, inputs, train=False)
@@ -63,12 +91,14 @@ def forward(
     return compute_logits
 
 
-def both_modes(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
+def both_modes(model: Model) -> Callable[[PyTree, Array], dict[str, Array]]:
     """Returns a function that computes logits in eval and train mode, in float32.
 
     `permutation.verify` checks a symmetry with it: `outputs(variables, inputs) ->
     {"eval": logits, "train": logits}`.
     """
+    if isinstance(model, OwnModel):
+        return model.both_modes()
     model = model.clone(dtype=jnp.float32)
 
     def compute_outputs(variables, inputs):
@@ -80,8 +110,10 @@ def both_modes(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
     return compute_outputs
 
 
-def activations(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]:
+def activations(model: Model) -> Callable[[PyTree, Array], dict[str, Array]]:
     """Returns `activations(variables, inputs) -> {tap: array}` in eval mode."""
+    if isinstance(model, OwnModel):
+        return model.symmetry[1]
 
     def collect_activations(variables, inputs):
         _, state = model.apply(
@@ -93,7 +125,7 @@ def activations(model: nn.Module) -> Callable[[PyTree, Array], dict[str, Array]]
 
 
 def loss(
-    model: nn.Module,
+    model: Model,
 ) -> Callable[
     [PyTree, Batch, Key[Array, ""]], tuple[Array, tuple[PyTree, dict[str, Array]]]
 ]:
@@ -106,15 +138,20 @@ def loss(
         loss nor for batch statistics.
     """
 
-    def cross_entropy(variables, batch, key):
-        logits, model_state = model.apply(
+    def train_forward(variables, inputs, mask, key) -> Any:
+        if isinstance(model, OwnModel):
+            return model.train_forward(variables, inputs, mask, key)
+        return model.apply(
             variables,
-            batch.inputs,
+            inputs,
             train=True,
-            mask=batch.mask,
+            mask=mask,
             mutable=["batch_stats"],
             rngs={"dropout": key},
         )
+
+    def cross_entropy(variables, batch, key):
+        logits, model_state = train_forward(variables, batch.inputs, batch.mask, key)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         value = _masked_mean(losses, batch.mask)
         correct = logits.argmax(axis=-1) == batch.labels
@@ -127,8 +164,15 @@ def loss(
     return cross_entropy
 
 
+def has_statistics(model: Model) -> bool:
+    """Whether a model has running statistics."""
+    if isinstance(model, OwnModel):
+        return model.has_statistics
+    return getattr(model, "norm", None) == "batch"
+
+
 def batch_statistics(
-    model: nn.Module,
+    model: Model,
 ) -> Callable[[PyTree, Array, Bool[Array, " batch"]], PyTree] | None:
     """Returns a function that measures the means and variances of one batch.
 
@@ -136,7 +180,9 @@ def batch_statistics(
     with the statistics of the batch's unmasked examples alone. A model without
     BatchNorm has no such function: the result is None.
     """
-    if getattr(model, "norm", None) != "batch":
+    if isinstance(model, OwnModel):
+        return model.batch_statistics()
+    if not has_statistics(model):
         return None
     # With a momentum of 0 the running statistics are those of the last batch alone.
     model = model.clone(bn_momentum=0.0)
@@ -151,7 +197,7 @@ def batch_statistics(
 
 
 def unit_moments(
-    model: nn.Module, spec: PermutationSpec
+    model: Model, spec: PermutationSpec
 ) -> Callable[..., dict[str, UnitMoments]]:
     """Returns a function that measures the moments of hidden units for `merge.repair`.
 
@@ -160,6 +206,9 @@ def unit_moments(
     pre-activations of each layer are rescaled to have the targets' moments before the
     next layer reads them. Layers without a bias get only the standard deviations.
     """
+    if isinstance(model, OwnModel):
+        is_mended_so = spec.groups and not model.has_statistics
+        return model.unit_moments() if is_mended_so else _no_moments
     layers = {
         leaf.removesuffix("/kernel")
         for leaf, axes in spec.axes.items()
@@ -194,6 +243,12 @@ def unit_moments(
         return measured
 
     return moments
+
+
+def _no_moments(variables: PyTree, inputs: Array, targets: Any = None) -> dict:
+    """The moments of a model that has no hidden units, or is recalibrated instead."""
+    del variables, inputs, targets
+    return {}
 
 
 def _masked_mean(

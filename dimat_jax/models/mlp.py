@@ -1,5 +1,6 @@
 """A multilayer perceptron with ReLUs."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -7,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import norm_axes, normalise
+from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import DTYPE, NORM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import dense
 
@@ -90,4 +91,6 @@ def permutation_spec(model: MLP) -> PermutationSpec:
     return PermutationSpec(axes, taps)
 
 
-RECORDS = (Record("mlp", mlp, (WIDTH, NORM, DTYPE)),)
+_record = partial(ModelRecord, module=MLP, spec=permutation_spec)
+
+RECORDS = (_record("mlp", mlp, (WIDTH, NORM, DTYPE)),)

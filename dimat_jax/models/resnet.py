@@ -5,8 +5,8 @@ convolution. Both are post-activation. If a block changes the shape, its shortcu
 convolution with a norm; otherwise it is the identity. The CIFAR networks have three
 stages and 3x3 shortcuts, like the networks of the DIMAT paper (and of ZipIt); their
 shortcuts may also be those without weights of He et al. ("pad", option A). The ImageNet
-networks have four stages and 1x1 shortcuts. A bottleneck's stride is on its
-3x3 convolution, as in torchvision ("v1.5").
+networks have four stages and 1x1 shortcuts. A bottleneck's stride is on its 3x3
+convolution, as in torchvision ("v1.5").
 """
 
 from collections.abc import Callable, Iterator
@@ -26,9 +26,10 @@ from dimat_jax.models._norm import (
     normalise,
     tap_axes,
 )
+from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import DTYPE, NORM, NORMS, STEM, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.options import Option, Record
+from dimat_jax.options import Option
 from dimat_jax.permutation import Axis, Concat, PermutationSpec
 from dimat_jax.permutation._layers import conv, dense
 
@@ -51,7 +52,6 @@ __all__ = [
 
 # For each kind of block, the ratio of its outgoing channels to its inner channels.
 EXPANSION = {"basic": 1, "bottleneck": 4}
-# The kinds of stems.
 STEMS = ("cifar", "imagenet")
 # For each kind of shortcut, the kernel size of shortcuts that change the shape. Those
 # that are padded with zeros have no kernel.
@@ -176,7 +176,7 @@ class _BlockPlan(NamedTuple):
 def _plan(model: ResNet) -> Iterator[_BlockPlan]:
     """Yields the plans of all blocks, in order."""
     incoming, n_streams = model.channels[0], 1
-    stream = _first_stream(model)
+    stream = (("stream0", incoming),)
     for stage, channels in enumerate(model.channels):
         outgoing = EXPANSION[model.block] * channels
         for block in range(model.blocks[stage]):
@@ -206,11 +206,6 @@ def _plan(model: ResNet) -> Iterator[_BlockPlan]:
             name = f"stage{stage}_block{block}"
             yield _BlockPlan(name, convs, inner, shortcut, stream)
             incoming = outgoing
-
-
-def _first_stream(model: ResNet) -> tuple[tuple[str, int], ...]:
-    """The group of the stem's channels, with its size."""
-    return (("stream0", model.channels[0]),)
 
 
 class _Block(nn.Module):
@@ -351,7 +346,7 @@ def permutation_spec(model: ResNet) -> PermutationSpec:
     def axis(stream: tuple[tuple[str, int], ...]) -> Axis:
         return units(stream[0][0]) if len(stream) == 1 else Concat(*stream)
 
-    stream = _first_stream(model)
+    stream = (("stream0", model.channels[0]),)
     axes = conv("conv0", None, axis(stream))
     axes |= norm_axes(model.norm, "norm0", axis(stream))
     sizes = channel_sizes(model.norm, *stream[0])
@@ -379,12 +374,18 @@ def permutation_spec(model: ResNet) -> PermutationSpec:
 
 def _records(
     builders: dict[str, Callable[..., ResNet]], summary: str, *options: Option
-) -> Iterator[Record[ResNet]]:
+) -> Iterator[ModelRecord]:
     """The records of networks that differ in their layers, which `{}` stands for."""
     for name, build in builders.items():
         layers = name.removeprefix("wide_").removeprefix("resnet").partition("_")[0]
-        options_ = (WIDTH, NORM, DTYPE, *options)
-        yield Record(name, build, options_, summary=summary.format(layers))
+        yield ModelRecord(
+            name,
+            build,
+            (WIDTH, NORM, DTYPE, *options),
+            summary=summary.format(layers),
+            module=ResNet,
+            spec=permutation_spec,
+        )
 
 
 _20_TO_44 = dict(resnet20=resnet20, resnet32=resnet32, resnet44=resnet44)
@@ -392,9 +393,8 @@ _CIFAR = _20_TO_44 | dict(resnet56=resnet56)
 _SMALL = dict(resnet18=resnet18, resnet34=resnet34, resnet50=resnet50)
 _LARGE = dict(resnet101=resnet101, resnet152=resnet152)
 _WIDE = dict(wide_resnet50_2=wide_resnet50_2, wide_resnet101_2=wide_resnet101_2)
-_TWICE = "A ResNet for ImageNet, {} layers, with blocks that are twice as wide inside."
 RECORDS = (
     *_records(_CIFAR, "A ResNet for CIFAR, {} layers."),
     *_records(_SMALL | _LARGE, "A ResNet for ImageNet, {} layers.", STEM),
-    *_records(_WIDE, _TWICE, STEM),
+    *_records(_WIDE, "A ResNet for ImageNet, {} layers, twice as wide inside.", STEM),
 )

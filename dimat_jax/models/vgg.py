@@ -22,9 +22,9 @@ from dimat_jax.models._norm import (
     normalise,
     tap_axes,
 )
+from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import DTYPE, NORM, NORMS, WIDTH, one_of, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import conv, dense, flattened
 
@@ -148,8 +148,10 @@ def permutation_spec(model: VGG) -> PermutationSpec:
     return PermutationSpec(axes, taps, sizes)
 
 
+_record = partial(ModelRecord, module=VGG, spec=permutation_spec)
+
 RECORDS = tuple(
-    Record(name, build, (WIDTH, NORM, DTYPE), summary=summary)
+    _record(name, build, (WIDTH, NORM, DTYPE), summary=summary)
     for name, build, summary in (
         ("vgg11", vgg11, "VGG with 8 convolutions, normalisation and one dense head."),
         ("vgg13", vgg13, "VGG with 10 convolutions, normalisation and one dense head."),

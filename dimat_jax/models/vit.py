@@ -15,9 +15,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import EPSILON
+from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import DTYPE, WIDTH, ModelError, scaled
 from dimat_jax.models.classifier import tap
-from dimat_jax.options import Record
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._layers import conv, dense, dense_general, layer_norm
 
@@ -198,4 +198,6 @@ def permutation_spec(model: ViT) -> PermutationSpec:
     return PermutationSpec(axes, taps)
 
 
-RECORDS = (Record("vit", vit, (WIDTH, DTYPE)),)
+_record = partial(ModelRecord, module=ViT, spec=permutation_spec)
+
+RECORDS = (_record("vit", vit, (WIDTH, DTYPE)),)

@@ -132,7 +132,11 @@ def list_layers(layers: Iterable[PinnedLayer], at_most: int = 4) -> str:
     axes: dict[frozenset[Reason], list[tuple[str, int]]] = {}
     for layer in layers:
         axes.setdefault(layer.reasons, []).extend(layer.axes)
-    texts = [str(PinnedLayer(own, reasons)) for reasons, own in axes.items()]
+    # An axis that is split into factors belongs to a layer for each factor.
+    texts = [
+        str(PinnedLayer(list(dict.fromkeys(own)), reasons))
+        for reasons, own in axes.items()
+    ]
     more = [f"and {len(texts) - at_most} more layers"] if len(texts) > at_most else []
     return "; ".join([*texts[:at_most], *more])
 

@@ -3,6 +3,7 @@
 from collections.abc import Container, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,9 @@ _ROUNDING = (
     "rounding; forward should compute in float32, and BatchNorm needs more or larger "
     "examples, as statistics of few values magnify it"
 )
+
+# Groups with fewer units are tried with a second permutation.
+_FEW = 8
 
 
 class InconclusiveError(PermutationSpecError):
@@ -135,10 +139,16 @@ class Verification:
         rng = np.random.default_rng(seeds)
         variables = _without_constants(as_arrays(variables), rng)
         check = _Check(self._model, variables, tolerance)
-        perms = _draw_perms(spec, variables, rng)
-        change = check.output_change(spec, perms, self._apply(perms, variables))
-        if change <= tolerance:
-            return
+        for perms in _draw_perms(spec, variables, rng):
+            change = check.output_change(spec, perms, self._apply(perms, variables))
+            if change > tolerance:
+                self._refuse(check, perms, change, key)
+
+    def _refuse(
+        self, check: "_Check", perms: AnyPerms, change: float, key: Key[Array, ""]
+    ) -> NoReturn:
+        """Raises the error that says why permutations change the outputs."""
+        spec, tolerance = self._spec, self._tolerance
         groups, cause = _find_cause(check, spec, perms, key)
         named = ", ".join(map(repr, groups))
         units = (
@@ -344,15 +354,23 @@ def _constant_along_an_axis(leaf) -> bool:
 
 def _draw_perms(
     spec: PermutationSpec, variables: PyTree, rng: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """Random permutations, and rotations in place of identities, which check nothing.
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields permutations to try. None of the first ones is the identity.
 
-    They are drawn on the host, as `random` compiles a program for each size of a group.
+    A random permutation of few units may be one that a smaller symmetry allows: every
+    third one of four units keeps two pairs together. So few units are rotated once
+    more. If the symmetry allows both permutations, then it allows the rotation too.
+
+    The permutations are drawn on the host, because `random` compiles a program for each
+    size of a group.
     """
     perms = {}
     for group, shape in group_shapes(spec, variables).items():
         units = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
         drawn = rng.permuted(units, axis=-1)
         is_identity = (drawn == units).all(axis=-1, keepdims=True)
+        # An identity would check nothing.
         perms[group] = np.where(is_identity, np.roll(drawn, 1, axis=-1), drawn)
-    return perms
+    yield perms
+    if any(perm.shape[-1] < _FEW for perm in perms.values()):
+        yield {group: np.roll(perm, 1, axis=-1) for group, perm in perms.items()}

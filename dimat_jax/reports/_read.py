@@ -4,6 +4,7 @@ A report counts the runs that have finished, and each of them once. All others a
 listed with the reason.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dimat_jax._folders import read_json
+from dimat_jax._inputs import fields_of_run
 from dimat_jax._metrics import read_evaluations
 from dimat_jax._run_options import ROUNDS
 from dimat_jax.algorithms._merge_times import EVERY as MERGE_EVERY
 from dimat_jax.algorithms._merge_times import UNIT as MERGE_UNIT
 from dimat_jax.algorithms._merge_times import begins_with_merge
-from dimat_jax.config import fields_of_json, fields_read
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.evaluate import EVERY
 from dimat_jax.options import SEED, Option
@@ -118,8 +119,8 @@ def _read(folder: Path) -> FoundRun:
     fields, rows = {}, []
     try:
         with concerning("its config.json"):
-            config = fields_of_json(read_json(folder / "config.json"))
-            fields = {path: str(value) for path, value in fields_read(config).items()}
+            read = fields_of_run(folder)
+            fields = {path: str(value) for path, value in read.items()}
         with concerning("its metrics.jsonl"), reading("a row"):
             found = read_evaluations(folder)
             _check_rows(found)
@@ -150,7 +151,7 @@ def _state(
     folder: Path, fields: dict[str, str], rows: list[dict[str, Any]]
 ) -> tuple[str, str]:
     """The state of a run, and the reason if it is not "finished"."""
-    n_rounds, every = int(fields[ROUNDS.path]), int(fields[EVERY.path])
+    n_rounds, every = _n_rounds(folder, fields), int(fields[EVERY.path])
     there = Counter((row["round"], row["phase"]) for row in rows)
     reached = max((number for number, _ in there), default=0)
     failure = folder / FAILURE
@@ -186,6 +187,17 @@ def _state(
     if missing is not None:
         return "damaged", f"it lacks evaluations of round {missing}"
     return "finished", ""
+
+
+def _n_rounds(folder: Path, fields: dict[str, str]) -> int:
+    """The number of rounds that a run does, unless it is interrupted."""
+    summary = folder / "summary.json"
+    with contextlib.suppress(UserError):
+        # A callback may have ended the run before its last round.
+        stopped = read_json(summary, dict).get("stopped") if summary.exists() else None
+        if isinstance(stopped, dict):
+            return int(stopped["round"])
+    return int(fields[ROUNDS.path])
 
 
 def _value(fields: dict[str, str], option: Option) -> str:

@@ -54,9 +54,10 @@ def _paths(*roots: Option) -> tuple[str, ...]:
     return tuple(option.path for option in every(roots) if option is not SEED)
 
 
-# Where these fields differ, figures have panels; where others do, lines. The first ones
-# say which images the agents learn and are measured on.
-_PANELS = _paths(
+# Where these options and those that they lead to differ, figures have panels; where
+# others do, lines. The first ones say which images the agents learn and are measured
+# on.
+_PANELS = (
     SOURCE,
     TRAIN_SIZE,
     TEST_SIZE,
@@ -67,10 +68,6 @@ _PANELS = _paths(
     PARTITION,
     PRETRAIN_PARTITION,
 )
-# The options of a graph and of a partition, by path, with the option that opens them.
-_OPENED_BY = {
-    path: root.path for root in (TOPOLOGY, PARTITION) for path in _paths(root)[1:]
-}
 # The fields in which two partitions of the same name and options can differ.
 _SPLIT_BY = (SOURCE.path, TRAIN_SIZE.path, AGENTS.path)
 # How many runs a message lists at most.
@@ -226,7 +223,9 @@ def _configs(runs: Sequence[FoundRun]) -> DataFrame:
     """
     configs = {run.folder: run.fields for run in runs}
     read: DataFrame = pd.DataFrame.from_dict(configs, orient="index")
-    return read[[option.path for option in every(ROOT) if option.path in read]]
+    known = [option.path for option in every(ROOT) if option.path in read]
+    # The options of a plugin that is not there come last.
+    return read[[*known, *read.columns.difference(known)]]
 
 
 def _left_out(
@@ -298,11 +297,12 @@ def _in_every_panel(described: DataFrame, panels: list[str]) -> DataFrame:
 def _varying(read: DataFrame) -> tuple[list[str], list[str], list[str]]:
     """Which fields vary: those of panels, those of lines, and algorithms' settings."""
     panels, lines, settings = [], ["algorithm"], []
+    of_panels = _paths(*_PANELS)
     values = read.groupby("algorithm").nunique()
     for field in read.columns.difference(["algorithm", _REPEATS], sort=False):
         if not _varies(read, field):
             continue
-        if field in _PANELS:
+        if field in of_panels:
             # Most runs pre-train on the partition on which they train later. The two
             # fields are then equal in all runs, and one of them is enough.
             if not any(read[field].equals(read[panel]) for panel in panels):
@@ -322,7 +322,8 @@ def _varies(read: DataFrame, field: str) -> bool:
     """
     if read[field].nunique() > 1:
         return True
-    opener = _OPENED_BY.get(field)
+    roots = (root for root in (TOPOLOGY, PARTITION) if field in _paths(root)[1:])
+    opener = next((root.path for root in roots), None)
     return opener in read and read[field][read[opener].notna()].nunique(False) > 1
 
 

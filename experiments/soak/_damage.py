@@ -159,6 +159,9 @@ def _names_of(path: Path, numbers: list[int]) -> list[str]:
         number = int(parts[1])
         is_last = path.name in _UNREAD or number != numbers[0]
         return [f"heckpoint {number} in", *["nothing needs it"] * is_last]
+    if path.name == "digests.json":
+        # Without it nothing is verified, as in the folder of an older version.
+        return ["digests.json", "nothing needs it"]
     is_unread = path.name.startswith(_UNREAD)
     if path.name.startswith("metrics."):
         # Rows after the last checkpoint are written again.

@@ -4,6 +4,7 @@ The commands run in this process, because their imports take seconds. None of th
 so far that it trains, compiles or writes anything.
 """
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from absl import flags, logging
 
-from dimat_jax import _signals, cli, train
+from dimat_jax import TOPOLOGIES, _signals, cli, plugins, train
 from dimat_jax.cli import _program, _sweep, _train
 from dimat_jax.config import default_config
 
@@ -39,15 +40,18 @@ def refused(monkeypatch, capsys, tmp_path, tmp_path_factory) -> Iterator[Command
     # A message must not depend on what other tests have read.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
+    def forget_flags() -> None:
+        for name in set(flags.FLAGS) - known:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+
     def run(*arguments: object) -> str:
         before = files(tmp_path)
         try:
             with pytest.raises(SystemExit) as end:
                 cli.main([str(argument) for argument in arguments])
         finally:
-            for name in set(flags.FLAGS) - known:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
+            forget_flags()
         printed = capsys.readouterr()
         assert end.value.code == 2, printed
         first, *more = printed.err.splitlines()
@@ -59,6 +63,7 @@ def refused(monkeypatch, capsys, tmp_path, tmp_path_factory) -> Iterator[Command
         return message.removeprefix("error: ")
 
     yield run
+    forget_flags()
     logging.set_verbosity(verbosity)
 
 
@@ -171,7 +176,11 @@ def test_what_are_no_runs_is_refused(refused, tmp_path, returned, message):
     ("flag", "message"),
     [
         ("--config.roundz=3", 'Did you mean "rounds" instead of "roundz"?'),
-        ("--config.rounds=many", "flag --config.rounds=many: invalid literal for int"),
+        ("--config.rounds=many", "flag --config.rounds=many: expected a whole number"),
+        ("--config.batch_norm.data=3", "config.batch_norm.data is '3'; allowed: "),
+        ("--config.model.width=abc", "--config.model.width=abc: expected a number"),
+        ("--config.augmentation.flip=3", "flip=3: expected true or false"),
+        ("--config.=3", "the config has no field ''"),
         ("--config.rounds=" + "9" * 5000, "Exceeds the limit"),
         ("--config.data=3", "--config.data=3"),
         ("--config.data={'name': 'digits'}", ""),
@@ -410,3 +419,78 @@ def test_a_config_with_numpys_numbers_is_a_config(tmp_path):
     config = default_config()
     config.optimizer.learning_rate = np.float64(0.5)
     assert json.loads(config.to_json())["optimizer"]["learning_rate"] == 0.5
+
+
+# Plugins and callbacks ----------------------------------------------------------------
+
+OPTIONS = "from dimat_jax.options import Option, Record\n"
+TOPOLOGY = f"{OPTIONS}from dimat_jax import TOPOLOGIES\n"
+PLUGINS = {
+    "import nowhere_at_all": "file.py, line 1: ModuleNotFoundError: No module named",
+    "import sys\nsys.exit(0)": "file.py, line 2: the file ends the program",
+    f"{TOPOLOGY}TOPOLOGIES.add(Record('ring', print))": (
+        "the name 'ring' is taken by a Record of dimat_jax; choose another name"
+    ),
+    f"{TOPOLOGY}TOPOLOGIES.add(print)": "expected a Record to register, got <built-in",
+    f"{OPTIONS}from dimat_jax import MODELS\nMODELS.add(Record('a', print))": (
+        "expected a ModelRecord to register, got"
+    ),
+}
+
+
+@pytest.mark.parametrize("code", PLUGINS)
+@pytest.mark.parametrize("command", [QUICKSTART, ("report", ".")], ids=["train", "rep"])
+def test_a_plugin_that_cannot_be_used_is_named(refused, tmp_path, code, command):
+    (tmp_path / "file.py").write_text(code)
+    message = refused(*command, "--plugin=file.py")
+    assert message.startswith("the plugin 'file.py': ") and PLUGINS[code] in message
+
+
+def test_a_plugin_that_is_not_there_is_named(refused):
+    for plugin, reason in {
+        "nowhere_at_all": "ModuleNotFoundError: No module named 'nowhere_at_all'",
+        "nowhere.py": "there is no file",
+    }.items():
+        message = refused(*QUICKSTART, "--plugin", plugin)
+        assert message.startswith(f"the plugin {plugin!r}: {reason}")
+
+
+def test_an_installed_plugin_that_cannot_be_used_is_named(
+    refused, tmp_path, monkeypatch
+):
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[dimat_jax.plugins]\na = nowhere_at_all\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "_installed", set())
+    assert refused(*QUICKSTART) == (
+        "the plugin 'nowhere_at_all': ModuleNotFoundError: No module named "
+        "'nowhere_at_all'. It is an entry point of broken; mend or uninstall that"
+    )
+
+
+def test_an_option_whose_path_another_one_has_is_refused(
+    refused, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plugins, "_loaded", set())
+    (tmp_path / "file.py").write_text(
+        f"{TOPOLOGY}TOPOLOGIES.add(Record('a', print, (Option('rounds', 3, 'x'),)))"
+    )
+    try:
+        message = refused(*QUICKSTART, "--plugin=file.py")
+    finally:
+        del TOPOLOGIES["a"]
+    assert "two options have the path 'rounds', with the defaults 3 and 100" in message
+
+
+def test_callbacks_that_cannot_be_used_are_refused(refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for names, message in {
+        "cvs": "config.callbacks is 'cvs'; allowed: csv, early_stopping, wandb; did ",
+        "csv,csv": "config.callbacks is 'csv,csv', which has 'csv' twice",
+        "csv, wandb": "config.callbacks names wandb, which is not installed: pip ",
+        "early_stopping": "config.early_stopping.field is 'validation_accuracy_mean', "
+        "but config.data.validation is 0: there are no validation images",
+    }.items():
+        assert refused(*QUICKSTART, f"--config.callbacks={names}").startswith(message)

@@ -90,7 +90,7 @@ def test_every_command_has_help(name):
         "export": ("--out\n", "--agent\n", "--round\n"),
         "bench": ("--out\n", "--repeats\n", "--steps\n", "Default: 3."),
         "show": (),
-        "tune": ("--field\n", "--phase\n", "Default: optimizer.learning_rate."),
+        "tune": ("--field\n", "--at\n", "Default: optimizer.learning_rate."),
     }[name]
     for flag in flags:
         assert flag in result.stdout

@@ -1,6 +1,7 @@
 """Tests of a user's own images: folders by class, and .npz files."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_the_middle_is_cut_out(tmp_path):
     assert (found.train.images == 200).all()
 
 
-def arrays(n: int = 10, **changes) -> dict[str, np.ndarray]:
+def arrays(n: int = 10, **changes: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     images = rng.integers(256, size=(n, 4, 4), dtype=np.uint8)
     return {"images": images, "labels": np.arange(n)[:, None] % 2, **changes}
@@ -102,7 +103,7 @@ def test_an_npz_file(tmp_path):
     found = read_images(path, Form((0, 0, 1)))
     assert found.train.images.shape == (8, 4, 4, 1)
     assert found.n_classes == 2 and found.class_names is None
-    splits = {
+    splits: dict[str, Any] = {
         f"{split}_{name}": array
         for split, n in (("train", 6), ("test", 4))
         for name, array in arrays(n).items()

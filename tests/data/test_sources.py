@@ -279,7 +279,9 @@ def test_a_data_set_is_read_from_arrays_where_there_are_no_records(tmp_path):
     assert_same(copy, original)
 
     (arrays / "test_labels.npy").write_bytes(b"no array")
-    with pytest.raises(DataError, match=f"cifar10: arrays in {arrays} cannot be"):
+    with pytest.raises(
+        DataError, match=f"^cifar10: {arrays}/test_labels.npy cannot be"
+    ):
         load("cifar10", directory=str(tmp_path / "elsewhere"))
 
 
@@ -521,6 +523,18 @@ def test_an_encrypted_zip_is_refused(tiny, tmp_path):
         ("train_labels", np.zeros(3, np.int32), "images and 3 labels"),
         ("train_images", np.zeros((6, 8, 8, 3), np.uint8), "expected (32, 32, 3)"),
         ("n_classes", np.array(-5), "the classes are 0 to -6"),
+        ("n_classes", np.arange(3), "expected whole numbers with 0 axes"),
+        (
+            "train_images",
+            np.zeros((6, 32, 32, 3)),
+            "expected bytes (uint8) with 4 axes",
+        ),
+        ("train_images", np.array(3, np.uint8), "expected bytes (uint8) with 4 axes"),
+        ("test_labels", np.array(["a"] * 6), "expected whole numbers with 1 axes"),
+        ("mean", np.full(3, np.nan, np.float32), "the means of the channels are [nan,"),
+        ("std", np.ones(7, np.float32), "expected 3 finite number(s)"),
+        ("class_names", np.array(["a", "b"]), "there are 2 names of 10 classes"),
+        ("class_names", np.arange(10), "expected texts with 1 axes"),
     ],
 )
 def test_arrays_that_are_no_data_set_are_refused(tmp_path, field, array, message):
@@ -531,6 +545,19 @@ def test_arrays_that_are_no_data_set_are_refused(tmp_path, field, array, message
     with pytest.raises(DataError) as raised:
         load("cifar10", directory=str(tmp_path))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x93NUMPY\x01\x00v\x00{'descr'"])
+def test_a_damaged_array_is_named_by_its_file(tmp_path, content):
+    split = make_split(np.zeros((6, 32, 32, 3), np.uint8), np.arange(6))
+    folder = tmp_path / "cifar10" / "arrays"
+    _cache.write_arrays(folder, (split, split, 10, None))
+    (folder / "std.npy").write_bytes(content)
+    with pytest.raises(DataError) as raised:
+        load("cifar10", directory=str(tmp_path))
+    path = folder / "std.npy"
+    assert f"{path} cannot be used: it is damaged, or no .npy file" in str(raised.value)
+    assert "pickle" not in str(raised.value)
 
 
 def test_a_truncated_zip_is_refused(tiny, tmp_path):

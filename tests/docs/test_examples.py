@@ -25,6 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dimat_jax.algorithms import ALGORITHMS, BETWEEN_MERGES
+from dimat_jax.callbacks import CALLBACKS
 from dimat_jax.cli import COMMANDS
 from dimat_jax.cli._bundled import load_config
 from dimat_jax.compression import COMPRESSORS
@@ -119,7 +120,7 @@ def test_readme_tutorials_and_how_tos_have_examples():
 def registries() -> Iterator[None]:
     """Takes back what examples add to registries, which other tests share."""
     found = [ALGORITHMS, BETWEEN_MERGES, COMPRESSORS, MIXINGS, MODELS, OPTIMIZERS]
-    found += [PARTITIONS, SOURCES, TOPOLOGIES]
+    found += [CALLBACKS, PARTITIONS, SOURCES, TOPOLOGIES]
     before = [dict(registry) for registry in found]
     yield
     for registry, entries in zip(found, before, strict=True):

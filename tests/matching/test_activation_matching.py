@@ -25,7 +25,7 @@ from dimat_jax.matching._descent import (
     every_pair_alone,
     two_networks,
 )
-from dimat_jax.matching._taps import with_last_taps
+from dimat_jax.matching._taps import tap_units, with_last_taps
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import activations, forward, init, loss
 from dimat_jax.permutation import Perms, PermutationSpec, PermutationSpecError
@@ -469,3 +469,13 @@ def test_with_last_taps_running_statistics_stay_statistics():
         {"w": ("a",), "mean": ("a",)}, taps={"tap": "a"}, statistics={"mean"}
     )
     assert with_last_taps(spec).statistics == {"mean"}
+
+
+def test_a_complex_activation_is_two_samples():
+    rng = np.random.default_rng(0)
+    real, imaginary = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    spec = PermutationSpec({"w": (None, "units")}, taps={"tap": "units"})
+    shown = {"tap": jnp.asarray(real + 1j * imaginary)}
+    found = tap_units(spec, {"units": 4}, shown)["units"]["tap"]
+    expected = np.stack([real, imaginary], axis=1).reshape(6, 4)
+    np.testing.assert_array_equal(found, expected)

@@ -245,6 +245,15 @@ def test_a_convolution_that_looks_permutable_is_announced():
     assert "the captured array float32[4]" in message
 
 
+def test_a_layer_whose_units_are_split_is_listed_once():
+    def between(h):
+        h = h.reshape(-1, 2, 3)
+        return h[:, ::-1, ::-1].reshape(-1, 6)
+
+    message = announced(network(between), WEIGHTS, X)
+    assert message.count("'a' axis 1") == message.count("'b' axis 0") == 1
+
+
 @pytest.mark.parametrize(
     "forward",
     [

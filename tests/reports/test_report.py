@@ -251,7 +251,7 @@ def test_every_option_of_the_data_a_graph_or_a_partition_makes_panels():
     images = {"data.name", "data.train_size", "data.test_size", "eval.samples"}
     images |= {"data.validation", "data.held_out"}
     panels = {"topology", "data.partition", "pretrain.partition", *images, *read}
-    assert set(_runs._PANELS) == panels - {"seed"}
+    assert set(_runs._paths(*_runs._PANELS)) == panels - {"seed"}
 
 
 def test_the_partition_for_pretraining_is_told_where_it_is_not_always_the_same(

@@ -1,4 +1,7 @@
-"""Architectures as their publications describe them, with groups counted by hand."""
+"""Architectures as their publications describe them, with groups counted by hand.
+
+`test_stacked` has more with stacked layers, among them `nn.scan` over a transformer's.
+"""
 
 from collections.abc import Callable
 

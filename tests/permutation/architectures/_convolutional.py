@@ -69,26 +69,6 @@ class AlexNet(eqx.Module):
         return x
 
 
-class VGG(nnx.Module):
-    """Simonyan and Zisserman 2015, with batch normalisation."""
-
-    def __init__(self, rngs):
-        channels = (3, 4, 4, 6)
-        self.convs = nnx.List(
-            [
-                nnx.Conv(i, o, (3, 3), rngs=rngs)
-                for i, o in zip(channels, channels[1:], strict=False)
-            ]
-        )
-        self.norms = nnx.List([nnx.BatchNorm(o, rngs=rngs) for o in channels[1:]])
-        self.head = nnx.Linear(6, CLASSES, rngs=rngs)
-
-    def __call__(self, x):
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.relu(norm(conv(x)))
-        return self.head(nnx.max_pool(x, (6, 6)).reshape(len(x), -1))
-
-
 class ResNet(nn.Module):
     """He et al. 2016: two stages of one block each, the second with a projection."""
 
@@ -237,7 +217,6 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "AlexNet, Equinox": lambda: equinox(
         AlexNet(jax.random.key(0)), _channels_first(), [(5,), (6,), (4,), (8,)]
     ),
-    "VGG, NNX": lambda: nnx_model(VGG, IMAGES, [(4,), (4,), (6,)]),
     # Two streams, and the inner channels of two blocks.
     "ResNet": lambda: linen(ResNet(), IMAGES, [(4,), (4,), (6,), (6,)]),
     "pre-activation ResNet, NNX": lambda: nnx_model(

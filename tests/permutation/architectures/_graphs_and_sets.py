@@ -55,15 +55,6 @@ def gat(w, graph):
     return jax.nn.elu(y).reshape(len(x), 10) @ w("out", 10, CLASSES)
 
 
-def sage(w, graph):
-    """Hamilton et al. 2017: a node beside the maximum of its neighbours."""
-    x, senders, receivers = graph
-    pooled = jax.nn.relu(x @ w("pool", 4, 6) + w("bias", 6))
-    around = jnp.maximum(jax.ops.segment_max(pooled[senders], receivers, NODES), 0)
-    h = jax.nn.relu(jnp.concatenate([x, around], axis=-1) @ w("w", 10, 5))
-    return h / jnp.linalg.norm(h + 0.1, axis=-1, keepdims=True) @ w("out", 5, CLASSES)
-
-
 def message_passing(w, graph):
     """Gilmer et al. 2017: messages from pairs of nodes, and a gated update."""
     x, senders, receivers = graph
@@ -134,7 +125,6 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "GCN": lambda: linen(GCN(), a_graph(), [(5,), (6,)]),
     # The heads, and the features within each.
     "GAT": lambda: plain(gat, a_graph(), [(2,), (5,)]),
-    "GraphSAGE": lambda: plain(sage, a_graph(), [(6,), (5,)]),
     # The state of a node, the units of a message's network, and the message.
     "message passing": lambda: plain(message_passing, a_graph(), [(5,), (7,), (6,)]),
     # The stream, the filter's units, the filter, and two more layers.
@@ -145,6 +135,6 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
         set_transformer, normal(24, 5, 4), [(4,), (6,), (5,), (5,), (7,)]
     ),
     # The matrix that turns points holds coordinates, which are inputs.
-    "PointNet": lambda: plain(point_net, normal(24, 5, 3), [(5,), (6,), (7,)]),
+    "PointNet": lambda: plain(point_net, normal(24, 5, 3), [(5,), (6,), (7,)], "iota"),
     "NeRF": lambda: plain(nerf, normal(64, 3), [(6,), (7,), (5,), (4,)]),
 }

@@ -26,17 +26,6 @@ SERIES = normal(24, 6, 4)
 CLASSES = 3
 
 
-class Bidirectional(nn.Module):
-    """Graves and Schmidhuber 2005: two LSTMs, one of which reads backwards."""
-
-    @nn.compact
-    def __call__(self, x):
-        forward = nn.RNN(nn.OptimizedLSTMCell(5))
-        backward = nn.RNN(nn.OptimizedLSTMCell(6))
-        sequence: Any = nn.Bidirectional(forward, backward)(x)
-        return nn.Dense(CLASSES)(sequence)
-
-
 class StackedGRU(nnx.Module):
     """Cho et al. 2014: two layers of gated recurrent units."""
 
@@ -147,7 +136,6 @@ def neural_ode(w, x):
 
 ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "LSTM, Equinox": lambda: equinox(LSTM(jax.random.key(0)), SERIES, [(6,)]),
-    "bidirectional LSTM": lambda: linen(Bidirectional(), SERIES, [(5,), (6,)]),
     "stacked GRU, NNX": lambda: nnx_model(StackedGRU, SERIES, [(5,), (6,)]),
     "ConvLSTM": lambda: linen(ConvLSTM(), normal(12, 3, 4, 4, 2), [(4,)]),
     # The embedding, the encoder's states, the decoder's, and the attention's units.

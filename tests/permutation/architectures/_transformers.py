@@ -192,16 +192,6 @@ def multi_query(w, texts):
     return (x + y @ w("o", 6, 6)) @ w("head", 6, 11)
 
 
-def albert(w, texts):
-    """Lan et al. 2020: all layers share their weights; a narrow embedding."""
-    x = w("embed", 11, 4)[texts] @ w("widen", 4, 6)
-    for _ in range(2):
-        q, k, v = (heads_of(w, n, x, 6) for n in "qkv")
-        x = x + jnp.einsum("bthd,hdw->btw", attend(q, k, v), w("o", 2, 3, 6))
-        x = rms_norm(x + jax.nn.gelu(x @ w("up", 6, 8)) @ w("down", 8, 6), w("n", 6))
-    return x @ w("head", 6, 11)
-
-
 def perceiver(w, images):
     """Jaegle et al. 2021: a few latent tokens read the image, and are averaged."""
     x = images.reshape(len(images), -1, 3)
@@ -252,40 +242,6 @@ class GatedMLP(nn.Module):
         return nn.Dense(CLASSES)(x.mean(1))
 
 
-class Conformer(nn.Module):
-    """Gulati et al. 2020: attention, and a gated depthwise convolution."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(6)(x)
-        x = x + 0.5 * nn.Dense(6)(nn.swish(nn.Dense(8)(nn.LayerNorm()(x))))
-        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
-        y = nn.glu(nn.Conv(2 * 7, (1,))(nn.LayerNorm()(x)))
-        y = nn.Conv(7, (3,), feature_group_count=7)(y)
-        y = nn.swish(nn.BatchNorm(use_running_average=True)(y))
-        x = nn.LayerNorm()(x + nn.Conv(6, (1,))(y))
-        return nn.Dense(CLASSES)(x)
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
-        return x + nn.Dense(6)(nn.gelu(nn.Dense(9)(nn.LayerNorm()(x)))), None
-
-
-class ScannedGPT(nn.Module):
-    """A GPT whose layers are stacked, as large models are compiled."""
-
-    @nn.compact
-    def __call__(self, texts):
-        x = nn.Embed(11, 6)(texts)
-        layers = nn.scan(
-            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
-        return nn.Dense(11)(layers()(x, None)[0])
-
-
 # The heads, the dimensions of queries and keys, and those of values.
 ATTENTION: list[tuple[int, ...]] = [(2,), (3,), (3,)]
 
@@ -307,19 +263,12 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     "multi-query attention": lambda: plain(
         multi_query, TEXTS, [(6,), (2,), (3,), (3,)]
     ),
-    "ALBERT": lambda: plain(albert, TEXTS, [(4,), (6,), *ATTENTION, (8,)]),
     # The order of the latent tokens is a symmetry as well, as their mean counts.
     "Perceiver": lambda: plain(perceiver, IMAGES, [(4,), (6,), (5,), (7,)]),
     # The embeddings that both towers share are one group.
     "CLIP": lambda: plain(clip, (IMAGES, TEXTS), [(8,), (6,), (7,), (5,)]),
-    "MLP-Mixer": lambda: linen(MLPMixer(), IMAGES, [(6,), (7,), (8,)]),
+    # The weights that mix places are fixed by them.
+    "MLP-Mixer": lambda: linen(MLPMixer(), IMAGES, [(6,), (7,), (8,)], "a window"),
     # A unit and the unit that gates it are permuted together.
-    "gMLP": lambda: linen(GatedMLP(), IMAGES, [(5,), (6,)]),
-    "Conformer": lambda: linen(
-        Conformer(), normal(24, 6, 4), [(6,), (8,), *ATTENTION, (7,)]
-    ),
-    # Heads are permuted within each of 3 layers, and so are dimensions and units.
-    "scanned GPT": lambda: linen(
-        ScannedGPT(), TEXTS, [(6,), (3, 2), (3, 3), (3, 3), (3, 9)]
-    ),
+    "gMLP": lambda: linen(GatedMLP(), IMAGES, [(5,), (6,)], "a window"),
 }

@@ -1,0 +1,87 @@
+"""Checks of a config's fields whose values depend on each other."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from dimat_jax._config_form import ConfigError, Fields
+from dimat_jax._run_options import LOCAL_EPOCHS, LOCAL_STEPS
+from dimat_jax.algorithms import INNER, AlgorithmRecord
+from dimat_jax.algorithms._ahead import GRADIENT, check_gradient
+from dimat_jax.algorithms._merging import OPT_STATE, check_moments
+from dimat_jax.algorithms.record import INIT, INIT_FROM
+from dimat_jax.callbacks import check_callbacks
+from dimat_jax.compression import COMPRESSOR
+from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
+from dimat_jax.data.sources import SOURCE, SOURCES
+from dimat_jax.errors import concerning, reading
+from dimat_jax.models import MODEL, MODELS, classifier
+from dimat_jax.network import FAULTS, faults
+from dimat_jax.optimizers import OPTIMIZER
+from dimat_jax.options import arguments
+
+__all__ = ["check_together", "model_arguments"]
+
+
+def model_arguments(fields: Fields) -> dict[str, Any]:
+    """Returns the keyword arguments of `MODELS[name]`.
+
+    Empty options are left out, so that the model's own defaults hold.
+    """
+    found = arguments(MODELS[fields[MODEL.path]], fields)
+    if "dtype" in found:
+        found["dtype"] = jnp.dtype(found["dtype"])
+    return {name: value for name, value in found.items() if value != ""}
+
+
+def check_together(fields: Fields, record: AlgorithmRecord) -> None:
+    """Checks options whose values depend on each other.
+
+    Args:
+        fields: the config's fields; empty ones are resolved.
+        record: the record of the config's algorithm.
+
+    Raises:
+        ConfigError: they do not go together; the message names them.
+    """
+    epochs, steps = fields[LOCAL_EPOCHS.path], fields[LOCAL_STEPS.path]
+    if (epochs > 0) == (steps > 0):
+        raise ConfigError(
+            "a round trains for local_epochs or for local_steps: one of them must be "
+            f"0 and the other not, got {epochs} and {steps}"
+        )
+    if fields[INIT_FROM.path] and (init := fields[INIT.path]) != INIT.default:
+        raise ConfigError(f"config.init is {init!r}, but config.init_from is set")
+    chosen = fields[OPTIMIZER.path]
+    if not record.other_optimizers and chosen != record.optimizer:
+        raise ConfigError(
+            f"config.{OPTIMIZER.path} is {chosen!r}, but {record.title} is defined "
+            f"with {record.optimizer!r} only"
+        )
+    if record.merges:
+        entry = COMPRESSOR.entry(fields[COMPRESSOR.path])
+        compressor = entry(**arguments(entry, fields))
+        with concerning("config.merge", ConfigError):
+            check_moments(fields[OPT_STATE.path], compressor)
+            check_gradient(fields[GRADIENT.path], fields[INNER.path])
+    with concerning("config.faults", ConfigError):
+        faults(**{o.keyword: fields[o.path] for o in FAULTS})
+    _check_batch_norm(fields)
+    check_callbacks(fields)
+
+
+def _check_batch_norm(fields: Fields) -> None:
+    """Refuses options of BatchNorm for a model that has none."""
+    name, source = fields[MODEL.path], SOURCES[fields[SOURCE.path]]
+    with concerning("config.model", ConfigError), reading(f"{name!r}", ConfigError):
+        given = model_arguments(fields)
+        model = MODELS[name](n_classes=source.n_classes, **given)
+        model = classifier.for_inputs(model, source.image_shape)
+        normalises = classifier.has_statistics(model)
+    for option in () if normalises else (BN_DATA, BN_SAMPLES, BN_BATCH_SIZE, BN_WHEN):
+        # "none" is true of such a model, so that a config may say it.
+        if fields[option.path] not in (option.default, "none"):
+            raise ConfigError(
+                f"config.{option.path} is {fields[option.path]!r}, but nothing reads "
+                f"it: {name} has no BatchNorm here"
+            )

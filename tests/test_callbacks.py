@@ -1,0 +1,117 @@
+"""Callbacks get every row of a run, and may end it."""
+
+import sys
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from dimat_jax import train
+from dimat_jax._metrics import read_rows
+from dimat_jax.callbacks import (
+    CALLBACKS,
+    CallbackError,
+    Callbacks,
+    Run,
+    Stop,
+    early_stopping,
+)
+from tests.sweeping.small import rows as without_times
+from tests.sweeping.small import small
+
+
+def row(number: int, phase: str = "trained", **fields) -> dict:
+    return {"round": number, "step": 10 * number, "phase": phase, **fields}
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    (tmp_path / "config.json").write_text("{}")
+    return Run(tmp_path, {"seed": 0}, [])
+
+
+def test_csv_has_the_numbers_of_all_rows(run):
+    earlier = [row(0, "pretrained", accuracy=0.1, by_agent=[0.1, 0.2])]
+    callback = CALLBACKS["csv"](run._replace(rows=earlier))
+    callback(row(1, "merged", accuracy=0.5))
+    callback(row(1, "trained", accuracy=0.6, loss=2))
+    table = pd.read_csv(run.workdir / "metrics.csv")
+    assert list(table.columns) == ["phase", "round", "step", "accuracy", "loss"]
+    assert table.accuracy.tolist() == [0.1, 0.5, 0.6]
+    assert table.phase.tolist() == ["pretrained", "merged", "trained"]
+
+
+def test_wandb_gets_numbers_by_phase_and_one_run_for_all_parts(run, monkeypatch):
+    """With a stand-in that has the functions of wandb which are called."""
+    begun, logged, ended = [], [], []
+    session = SimpleNamespace(
+        log=lambda numbers, step: logged.append((numbers, step)),
+        finish=lambda: ended.append(True),
+    )
+
+    def init(**options):
+        begun.append(options)
+        return session
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for _ in range(2):
+        callbacks = Callbacks({"wandb": CALLBACKS["wandb"](run, mode="offline")})
+        callbacks(row(2, "merged", accuracy=0.5, name="x"))
+        callbacks.end({"round": 2})
+        assert callbacks.error is None
+    numbers = {"merged/round": 2, "merged/step": 20, "merged/accuracy": 0.5}
+    assert logged == [(numbers, 20)] * 2 and len(ended) == 2
+    assert begun[0] == begun[1]
+    assert begun[0]["resume"] == "allow" and begun[0]["mode"] == "offline"
+    assert begun[0]["config"] == {"seed": 0} and begun[0]["project"] == "dimat_jax"
+
+
+@pytest.mark.parametrize("better, sign", [("larger", 1), ("smaller", -1)])
+def test_early_stopping_ends_after_evaluations_without_improvement(run, better, sign):
+    options = {"field": "x", "better": better, "patience": 2}
+    values = [0.1, 0.4, 0.3, 0.5, 0.5, 0.2]
+    rows = [row(i, x=sign * value) for i, value in enumerate(values)]
+    watch = early_stopping(run, **options)
+    for each in rows[:5]:
+        watch(row(each["round"], "merged", x=sign * 9.0))
+        watch(each)
+    # A run that goes on remembers what it has seen.
+    again = early_stopping(run._replace(rows=rows[:5]), **options)
+    for callback in (watch, again):
+        with pytest.raises(Stop, match="x has not improved in the last 2 evaluations"):
+            callback(rows[5])
+
+
+def test_a_failure_is_noted_once_and_hinders_no_other_callback():
+    seen = []
+
+    def fail(row):
+        raise OSError("the line is dead")
+
+    callbacks = Callbacks({"fail": fail, "see": seen.append})
+    for number in range(2):
+        callbacks(row(number))
+    assert len(seen) == 2 and not callbacks.reason
+    assert str(callbacks.error) == "the callback 'fail' has failed: the line is dead"
+
+
+def test_a_run_whose_callback_fails_is_saved_and_goes_on(tmp_path):
+    config, seen = small(rounds=3), []
+
+    def fail(row):
+        if row["phase"] == "trained":
+            raise OSError("the line is dead")
+
+    with pytest.raises(CallbackError, match="the line is dead; the run is saved"):
+        train.run(config, tmp_path / "run", callbacks=[fail, seen.append])
+    assert seen == read_rows(tmp_path / "run")
+    assert [each["phase"] for each in seen] == ["pretrained", "merged", "trained"]
+
+    def stop(row):
+        if row["round"] == 2:
+            raise Stop("enough")
+
+    summary = train.run(config, tmp_path / "run", callbacks=[stop])
+    assert summary["stopped"] == {"reason": f"{stop!r}: enough", "round": 2}
+    assert summary["round"] == 2
+    assert len(without_times(tmp_path / "run")) == 5
