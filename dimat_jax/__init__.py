@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dimat_jax import errors as errors
     from dimat_jax import evaluate as evaluate
     from dimat_jax import experiment as experiment
+    from dimat_jax import export as export
     from dimat_jax import ledger as ledger
     from dimat_jax import matching as matching
     from dimat_jax import merge as merge
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from dimat_jax import placement as placement
     from dimat_jax import plugins as plugins
     from dimat_jax import reports as reports
+    from dimat_jax import results as results
     from dimat_jax import sweeps as sweeps
     from dimat_jax import topology as topology
     from dimat_jax import train as train
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from dimat_jax.data.partition import PARTITIONS as PARTITIONS
     from dimat_jax.data.sources import SOURCES as SOURCES
     from dimat_jax.errors import UserError as UserError
+    from dimat_jax.export import export_model as export_model
     from dimat_jax.matching import activation_matching as activation_matching
     from dimat_jax.matching import (
         joint_activation_matching as joint_activation_matching,
@@ -82,9 +85,10 @@ if TYPE_CHECKING:
     from dimat_jax.permutation import invert as invert
     from dimat_jax.permutation import validate as validate
     from dimat_jax.permutation import verify as verify
+    from dimat_jax.results import run as run
+    from dimat_jax.results import sweep as sweep
     from dimat_jax.topology import TOPOLOGIES as TOPOLOGIES
     from dimat_jax.train import load_agents as load_agents
-    from dimat_jax.train import run as run
 else:
     _HOMES = {
         "algorithms": ["ALGORITHMS"],
@@ -94,6 +98,7 @@ else:
         "data.partition": ["PARTITIONS"],
         "data.sources": ["SOURCES"],
         "errors": ["UserError"],
+        "export": ["export_model"],
         "matching": [
             "activation_matching",
             "joint_activation_matching",
@@ -118,8 +123,9 @@ else:
             "validate",
             "verify",
         ],
+        "results": ["run", "sweep"],
         "topology": ["TOPOLOGIES"],
-        "train": ["load_agents", "run"],
+        "train": ["load_agents"],
     }
     __all__ = [name for names in _HOMES.values() for name in names]
     __getattr__ = importer(__name__, _HOMES)

@@ -18,7 +18,7 @@ from dimat_jax.evaluate import consensus_distance
 from dimat_jax.placement import Placement
 from dimat_jax.tree import PyTree, exact_dtype, is_inexact
 
-__all__ = ["Average", "AverageModel"]
+__all__ = ["Average", "AverageModel", "Averaging"]
 
 
 class Average(NamedTuple):
@@ -36,8 +36,65 @@ class Average(NamedTuple):
     consensus_distance: float
 
 
+class Averaging:
+    """Averages all agents' models; every agent counts 1/N.
+
+    Args:
+        task: the task, of which the symmetry and the BatchNorm statistics are used.
+        placement: the devices on which the agents live.
+    """
+
+    def __init__(self, task: Task, placement: Placement):
+        self._n_agents = placement.n_agents
+        self._align = placement.per_agent(partial(permutation.apply, task.spec))
+        self._average = jax.jit(self._averaged, out_shardings=placement.replicated)
+        self._recalibrate = None
+        if task.batch_statistics is not None:
+            self._recalibrate = Recalibrator(task.batch_statistics, placement)
+
+    def __call__(
+        self,
+        variables: Variables,
+        perms: dict[str, np.ndarray],
+        calibration: Samples | None,
+    ) -> tuple[Variables, Float[Array, ""]]:
+        """Averages the agents.
+
+        Args:
+            variables: the agents' stacked variables.
+            perms: the permutations that align all agents, stacked. It is empty if the
+                agents are averaged as they are.
+            calibration: the examples on which the BatchNorm statistics of the average
+                model are measured. None: they are the averages of the agents' ones.
+
+        Returns:
+            the average model, of which every device holds a copy; and the consensus
+            distance of the agents' params in the frame in which they were averaged.
+        """
+        model, distance = self._average(variables, perms)
+        if self._recalibrate is not None and calibration is not None:
+            model = self._recalibrate.of_one_model(model, calibration)
+        return model, distance
+
+    def _averaged(
+        self, variables: Variables, perms: PyTree
+    ) -> tuple[Variables, Float[Array, ""]]:
+        """Computes the average model, and the consensus distance of the agents."""
+        if perms:
+            variables = self._align(perms, variables)
+
+        def mean(leaf):
+            if not is_inexact(leaf):
+                return leaf[0]
+            exact = leaf[: self._n_agents].astype(exact_dtype(leaf.dtype))
+            return exact.mean(axis=0).astype(leaf.dtype)
+
+        distance = consensus_distance(variables["params"], self._n_agents)
+        return jax.tree.map(mean, variables), distance
+
+
 class AverageModel:
-    """Evaluates the average of all agents' models; every agent counts 1/N.
+    """Evaluates the average of all agents' models; see `Averaging`.
 
     The agents share out the evaluation samples. So a pass of the average model takes a
     part of the time of the agents' own pass, and the memory of one more model on every
@@ -61,11 +118,7 @@ class AverageModel:
         n_samples = int(samples.mask.sum())
         size = min(samples.mask.shape[1], -(-n_samples // placement.n_agents))
         self._samples = samples.divided(placement.n_agents, size)
-        self._align = placement.per_agent(partial(permutation.apply, task.spec))
-        self._average = jax.jit(self._averaged, out_shardings=placement.replicated)
-        self._recalibrate = None
-        if task.batch_statistics is not None:
-            self._recalibrate = Recalibrator(task.batch_statistics, placement)
+        self._average = Averaging(task, placement)
 
         def count(totals, variables, batch):
             logits = forward(variables, batch.inputs)
@@ -86,18 +139,8 @@ class AverageModel:
         perms: dict[str, np.ndarray],
         calibration: Samples | None,
     ) -> Average:
-        """Averages and evaluates the agents.
-
-        Args:
-            variables: the agents' stacked variables.
-            perms: the permutations that align all agents, stacked. It is empty if the
-                agents are averaged as they are.
-            calibration: the examples on which the BatchNorm statistics of the average
-                model are measured. None: they are the averages of the agents' ones.
-        """
-        model, distance = self._average(variables, perms)
-        if self._recalibrate is not None and calibration is not None:
-            model = self._recalibrate.of_one_model(model, calibration)
+        """Averages and evaluates the agents; see `Averaging.__call__`."""
+        model, distance = self._average(variables, perms, calibration)
         totals = self._placement.zeros(2)
         for batch in self._samples:
             totals = self._count(totals, model, batch)
@@ -106,20 +149,3 @@ class AverageModel:
         return Average(
             float(correct / n_samples), float(loss / n_samples), float(distance)
         )
-
-    def _averaged(
-        self, variables: Variables, perms: PyTree
-    ) -> tuple[Variables, Float[Array, ""]]:
-        """Computes the average model, and the consensus distance of the agents."""
-        n_agents = self._placement.n_agents
-        if perms:
-            variables = self._align(perms, variables)
-
-        def mean(leaf):
-            if not is_inexact(leaf):
-                return leaf[0]
-            exact = leaf[:n_agents].astype(exact_dtype(leaf.dtype))
-            return exact.mean(axis=0).astype(leaf.dtype)
-
-        distance = consensus_distance(variables["params"], n_agents)
-        return jax.tree.map(mean, variables), distance

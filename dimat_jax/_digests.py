@@ -27,6 +27,7 @@ __all__ = [
     "expect_unchanged",
     "sync",
     "with_digest",
+    "without_digest",
     "write_digests",
 ]
 
@@ -118,6 +119,19 @@ def with_digest(path: Path, content: bytes) -> bytes:
     digests = path.with_name(DIGESTS)
     files = _files(digests.read_bytes()) if digests.is_file() else None
     return _text({**(files or {}), path.name: _facts_of(content)}).encode()
+
+
+def without_digest(path: Path) -> bytes | None:
+    """Returns the digests of a file's folder without that of the file.
+
+    Returns:
+        None if the folder has no digests that can be used.
+    """
+    digests = path.with_name(DIGESTS)
+    files = _files(digests.read_bytes()) if digests.is_file() else None
+    if files is None:
+        return None
+    return _text({name: files[name] for name in files if name != path.name}).encode()
 
 
 def expect_unchanged(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The numbers of a run's rows as TensorBoard events.
+"""A run for TensorBoard: the numbers of its rows, its options, and its partition.
 
 The events are written by the thread that adds them, so that a full disk is an error
 there. TensorboardX's own writer has a thread of its own; if that thread fails, the
@@ -9,13 +9,40 @@ import socket
 import struct
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dimat_jax.errors import writing
 
-__all__ = ["Events"]
+__all__ = ["About", "Events"]
+
+# The fields of a row that have a number for each agent, and are curves in TensorBoard.
+_BY_AGENT = (
+    "test_accuracy",
+    "test_loss",
+    "train_accuracy",
+    "train_loss",
+    "validation_accuracy",
+)
+# Runs with more agents have no curves by agent.
+_MOST_AGENTS = 64
+# The fields of a row that say which row it is.
+_PLACE = ("round", "step", "epoch")
+# The curves that the table of hyperparameters shows.
+_RESULTS = ("merged/test_accuracy_mean", "trained/test_accuracy_mean")
+
+
+class About(NamedTuple):
+    """What TensorBoard shows of a run beside its rows.
+
+    Attributes:
+        options: the options that the run reads, by path.
+        partition: a PNG file that shows the partition; None if there is none.
+    """
+
+    options: Mapping[str, Any]
+    partition: bytes | None = None
 
 
 class Events:
@@ -28,9 +55,15 @@ class Events:
     Args:
         workdir: The run's folder, which exists.
         rows: The rows that the run has already.
+        about: What else is shown of the run.
     """
 
-    def __init__(self, workdir: Path, rows: Sequence[dict[str, Any]]):
+    def __init__(
+        self,
+        workdir: Path,
+        rows: Sequence[dict[str, Any]],
+        about: About | None = None,
+    ):
         older = set(workdir.glob("events.out.tfevents.*"))
         # Files are read in the order of their names. Names begin with the second, so
         # the digit decides between two files of one second.
@@ -38,11 +71,12 @@ class Events:
         name = uuid.uuid4().hex[:8]
         if rows:
             # A TensorBoard that has shown older files drops everything from step 0 on.
-            history = _File(workdir / f"{prefix}.0-{name}", drops_older=True)
+            history = _File(workdir / f"{prefix}.0-{name}", True, about)
             now, last = time.time(), rows[-1].get("seconds_total", 0.0)
             for row in rows:
                 history.add(row, now - last + row.get("seconds_total", 0.0))
-        self._file = _File(workdir / f"{prefix}.1-{name}", drops_older=not rows)
+        shown = None if rows else about
+        self._file = _File(workdir / f"{prefix}.1-{name}", not rows, shown)
         for path in older:
             path.unlink(missing_ok=True)
 
@@ -62,12 +96,13 @@ class _File:
     Args:
         path: The file, which is made.
         drops_older: Whether TensorBoard forgets the events of older files.
+        about: What the file holds of the run beside its rows; None for nothing.
 
     Attributes:
         path: The file.
     """
 
-    def __init__(self, path: Path, drops_older: bool):
+    def __init__(self, path: Path, drops_older: bool, about: About | None):
         # This import is slow, since it imports PyTorch too if that is installed.
         from tensorboardX.proto import event_pb2
 
@@ -77,6 +112,11 @@ class _File:
         if drops_older:
             start = self._proto.SessionLog(status=self._proto.SessionLog.START)
             first.append(self._proto.Event(wall_time=now, step=0, session_log=start))
+        summaries = _introduction(about) if about else []
+        first += [
+            self._proto.Event(wall_time=now, step=0, summary=summary)
+            for summary in summaries
+        ]
         self._write(first)
 
     def add(self, row: Mapping[str, Any], seconds: float) -> None:
@@ -85,12 +125,9 @@ class _File:
 
         self._write(
             self._proto.Event(
-                wall_time=seconds,
-                step=row["step"],
-                summary=scalar(f"{row['phase']}/{name}", value),
+                wall_time=seconds, step=row["step"], summary=scalar(tag, value)
             )
-            for name, value in row.items()
-            if type(value) in (int, float) and name not in ("round", "step")
+            for tag, value in _scalars(row)
         )
 
     def _write(self, events: Iterable[Any]) -> None:
@@ -102,3 +139,31 @@ class _File:
                 length = struct.pack("<Q", len(content))
                 for part in (length, content):
                     file.write(part + struct.pack("<I", masked_crc32c(part)))
+
+
+def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a row that are points of curves, with the names of the curves."""
+    for name, value in row.items():
+        if type(value) in (int, float) and name not in _PLACE:
+            yield f"{row['phase']}/{name}", value
+        elif name in _BY_AGENT and len(value) <= _MOST_AGENTS:
+            for agent, number in enumerate(value):
+                if number is not None:  # It was not finite.
+                    yield f"{row['phase']}_by_agent/{name}/{agent}", number
+
+
+def _introduction(about: About) -> list[Any]:
+    """The options as a table and as hyperparameters, and the picture."""
+    from tensorboardX.proto import summary_pb2
+    from tensorboardX.summary import hparams, text
+
+    proto: Any = summary_pb2  # Its messages are made at import time.
+    lines = ["option | value", "--- | ---"]
+    lines += [f"{path} | {value!r}" for path, value in about.options.items()]
+    experiment, session, _ = hparams(about.options, dict.fromkeys(_RESULTS))
+    found = [text("config", "\n".join(lines)), experiment, session]
+    if about.partition is not None:
+        picture = proto.Summary.Image(encoded_image_string=about.partition)
+        value = proto.Summary.Value(tag="partition", image=picture)
+        found.append(proto.Summary(value=[value]))
+    return found

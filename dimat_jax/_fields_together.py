@@ -9,6 +9,7 @@ from dimat_jax._run_options import LOCAL_EPOCHS, LOCAL_STEPS
 from dimat_jax.algorithms import INNER, AlgorithmRecord
 from dimat_jax.algorithms._ahead import GRADIENT, check_gradient
 from dimat_jax.algorithms._merging import OPT_STATE, check_moments
+from dimat_jax.algorithms.record import INIT, INIT_FROM
 from dimat_jax.callbacks import check_callbacks
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
@@ -49,6 +50,8 @@ def check_together(fields: Fields, record: AlgorithmRecord) -> None:
             "a round trains for local_epochs or for local_steps: one of them must be "
             f"0 and the other not, got {epochs} and {steps}"
         )
+    if fields[INIT_FROM.path] and (init := fields[INIT.path]) != INIT.default:
+        raise ConfigError(f"config.init is {init!r}, but config.init_from is set")
     chosen = fields[OPTIMIZER.path]
     if not record.other_optimizers and chosen != record.optimizer:
         raise ConfigError(

@@ -26,6 +26,7 @@ from dimat_jax import plugins
 from dimat_jax._digests import blake2b
 from dimat_jax._folders import read_json
 from dimat_jax._metrics import write_bytes, write_json
+from dimat_jax.algorithms.record import INIT_FROM
 from dimat_jax.config import (
     ROOT,
     Config,
@@ -52,6 +53,8 @@ __all__ = [
 INPUTS = "inputs.json"
 """The file with what a run depends on."""
 
+# The entry of the file that tells from which weights the agents have started.
+_START = "init_from"
 # The libraries whose version can change a run's results.
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -67,12 +70,13 @@ class Inputs:
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def write(self, config: Config, data: str) -> None:
+    def write(self, config: Config, data: str, start: str | None = None) -> None:
         """Writes what a new run depends on, and copies the files that it names.
 
         Args:
             config: The run's config.
             data: The digest of the data that the run uses.
+            start: The digest of the trained weights from which its agents start.
         """
         files = {}
         for field, path in files_named(config).items():
@@ -81,6 +85,8 @@ class Inputs:
             digest = blake2b(content)
             files[field] = {"path": str(path), "copy": copy, "blake2b": digest}
         found = {"files": files, "data": {"blake2b": data}, "versions": versions()}
+        if start is not None:
+            found[_START] = {"from": config.init_from, "blake2b": start}
         if named := from_plugins(config):
             found["plugins"] = named
             found["fields"] = fields_read(fields_of(config))
@@ -162,10 +168,29 @@ class Inputs:
                 ", ".join(changed),
             )
 
+    def check_start(self, start: str) -> None:
+        """Refuses other weights than those from which the run's agents have started.
+
+        Args:
+            start: The digest of the weights that the config names.
+
+        Raises:
+            ConfigError: The weights are others.
+        """
+        known = self._content.get(_START)
+        if known is not None and known["blake2b"] != start:
+            raise ConfigError(
+                f"{self._folder} holds a run from other weights: what config."
+                f"{INIT_FROM.path} names is not what {known['from']} was when the run "
+                "began. If that is a run that has gone on since, name its round "
+                "(DIR@10); or choose another workdir"
+            )
+
     @property
     def known_files(self) -> frozenset[str]:
-        """The fields whose files the folder has copies of."""
-        return frozenset(self._files)
+        """The fields whose files are known by their content."""
+        start = [INIT_FROM.path] if _START in self._content else []
+        return frozenset([*self._files, *start])
 
     @property
     def _files(self) -> Mapping[str, Any]:
@@ -182,6 +207,8 @@ class Inputs:
             known = content["files"].values()
             texts = [each[k] for each in known for k in ("path", "copy", "blake2b")]
             texts += [content["data"]["blake2b"], *content["versions"].values()]
+            if _START in content:
+                texts += [content[_START]["from"], content[_START]["blake2b"]]
             for field, name, module in content.get("plugins", []):
                 texts += [field, name, module]
             if not all(isinstance(text, str) for text in texts):

@@ -5,16 +5,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from dimat_jax._average import Average, AverageModel
+from dimat_jax._average import Average, AverageModel, Averaging
 from dimat_jax.algorithms._recalibration import Recalibrator
 from dimat_jax.algorithms.base import MergeData, State, Variables
 from dimat_jax.data import selection
 from dimat_jax.data.partition import class_counts
+from dimat_jax.data.pipeline import Samples
 from dimat_jax.evaluate import Evaluation, deviation, local_accuracy
 from dimat_jax.experiment import Experiment
 from dimat_jax.models import classifier
 
-__all__ = ["Measuring", "row_fields"]
+__all__ = ["Measuring", "average_model", "row_fields"]
 
 _MOST_BY_CLASS = 20_000
 """Rows have the accuracies by class if they are at most so many numbers."""
@@ -60,20 +61,31 @@ class Measuring:
             the fields of a row; see `row_fields`.
         """
         experiment = self._experiment
-        variables = self._evaluated(state, step)
+        variables = self._evaluated(experiment.algorithm.variables(state), step)
         evaluation = experiment.evaluator(variables)
-        perms = experiment.algorithm.common_frame(
-            variables,
-            frames,
-            MergeData(match=experiment.match_samples(number)),
-            jax.random.fold_in(experiment.key("align"), number),
+        average = self._average_model(
+            variables, *_averaged_by(experiment, variables, frames, number)
         )
-        calibration = None
-        if experiment.recalibrates:
-            calibration = experiment.examples.choose_shared(selection.BATCH_NORM)
-        average = self._average_model(variables, perms, calibration)
         return {
             **row_fields("test", evaluation, average, self._counts),
+            **self._validated(variables),
+        }
+
+    def alone(self, variables: Variables, step: int) -> dict[str, Any]:
+        """Measures agents that train alone: only how good each of them is.
+
+        Args:
+            variables: the agents' variables.
+            step: the number of local steps done; see `__call__`.
+        """
+        variables = self._evaluated(variables, step)
+        accuracy, loss, *_ = self._experiment.evaluator(variables)
+        return {
+            "test_accuracy": accuracy,
+            "test_accuracy_mean": accuracy.mean(),
+            "test_accuracy_std": deviation(accuracy),
+            "test_loss": loss,
+            "test_loss_mean": loss.mean(),
             **self._validated(variables),
         }
 
@@ -89,10 +101,9 @@ class Measuring:
             "validation_loss_mean": loss.mean(),
         }
 
-    def _evaluated(self, state: State, step: int) -> Variables:
+    def _evaluated(self, variables: Variables, step: int) -> Variables:
         """Returns the variables with which the agents are evaluated."""
         experiment = self._experiment
-        variables = experiment.algorithm.variables(state)
         if self._recalibrate is None:
             return variables
         samples = experiment.examples.choose(
@@ -100,6 +111,42 @@ class Measuring:
         )
         assert samples is not None  # otherwise nothing is recalibrated
         return self._recalibrate(variables, samples)
+
+
+def average_model(
+    experiment: Experiment, variables: Variables, frames: Any, number: int
+) -> Variables:
+    """Returns the average of all agents' models, aligned and recalibrated, on the host.
+
+    It is the model whose accuracy stands in the rows.
+
+    Args:
+        experiment: the run's parts.
+        variables: the agents' stacked variables.
+        frames: see `Measuring.__call__`.
+        number: the round; 0 before the first one.
+
+    Raises:
+        DataError: the experiment was loaded without its data, and they are needed.
+    """
+    average = Averaging(experiment.task, experiment.placement)
+    model, _ = average(variables, *_averaged_by(experiment, variables, frames, number))
+    return jax.tree.map(np.asarray, model)
+
+
+def _averaged_by(
+    experiment: Experiment, variables: Variables, frames: Any, number: int
+) -> tuple[dict[str, np.ndarray], Samples | None]:
+    """The permutations and the examples with which agents are averaged."""
+    perms = experiment.algorithm.common_frame(
+        variables,
+        frames,
+        MergeData(match=experiment.match_samples(number)),
+        jax.random.fold_in(experiment.key("align"), number),
+    )
+    if not experiment.recalibrates:
+        return perms, None
+    return perms, experiment.examples.choose_shared(selection.BATCH_NORM)
 
 
 def row_fields(

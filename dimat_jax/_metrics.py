@@ -21,13 +21,15 @@ import numpy as np
 from absl import logging
 
 from dimat_jax._digests import DIGESTS, blake2b, sync, with_digest
-from dimat_jax._events import Events
+from dimat_jax._events import About, Events
 from dimat_jax.errors import UserError, reading, writing
 
 __all__ = [
     "MetricsError",
     "MetricsWriter",
     "best_rows",
+    "evaluations",
+    "read_evaluations",
     "read_rows",
     "restore_rows",
     "write_bytes",
@@ -35,6 +37,8 @@ __all__ = [
 ]
 
 _ROWS, _DIGESTS = "metrics.jsonl", "metrics.digests"
+# The phases of the rows that are of an epoch between two evaluations.
+_OF_EPOCHS = ("pretraining", "training")
 
 
 class MetricsError(UserError):
@@ -97,7 +101,7 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
         row = _row(line)
         if row is None or (number < len(digests) and digests[number] != above.encode()):
             raise _damaged(path, f"row {number + 1} is damaged, or not in its place")
-        key = repr((row.get("round"), row.get("phase")))
+        key = repr([row.get(name) for name in ("round", "phase", "epoch")])
         if key in seen and number >= len(digests):
             raise _damaged(path, f"row {number + 1} is there twice")
         seen.add(key)
@@ -106,6 +110,16 @@ def read_rows(workdir: Path) -> list[dict[str, Any]]:
         missing = f"the file has {len(rows)} rows instead of {len(digests)}"
         raise _damaged(path, missing)
     return rows
+
+
+def evaluations(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are evaluations, without those of the epochs between them."""
+    return [row for row in rows if row.get("phase") not in _OF_EPOCHS]
+
+
+def read_evaluations(workdir: Path) -> list[dict[str, Any]]:
+    """Reads the `evaluations` among the rows of a run; see `read_rows`."""
+    return evaluations(read_rows(workdir))
 
 
 def restore_rows(workdir: Path, saved: bytes) -> None:
@@ -153,12 +167,19 @@ class MetricsWriter:
             later ones again.
         saved: The rows to keep, as `packed` has returned them. They are restored if
             they are not in the file. None: the rows in the file are taken.
+        about: What TensorBoard shows beside the rows.
 
     Attributes:
         rows: The number of rows in the file.
     """
 
-    def __init__(self, workdir: Path, keep_rows: int = 0, saved: bytes | None = None):
+    def __init__(
+        self,
+        workdir: Path,
+        keep_rows: int = 0,
+        saved: bytes | None = None,
+        about: About | None = None,
+    ):
         self._path, self._digests = workdir / _ROWS, workdir / _DIGESTS
         if saved is None:
             kept = read_rows(workdir)[:keep_rows] if keep_rows else []
@@ -178,7 +199,7 @@ class MetricsWriter:
         write_bytes(self._digests, digests)
         write_bytes(self._path, text)
         self._unpacked = b"" if saved is not None else text
-        self._events = Events(workdir, [json.loads(line) for line in lines])
+        self._events = Events(workdir, [json.loads(line) for line in lines], about)
         self._is_open = True
 
     def write(self, row: dict[str, Any]) -> dict[str, Any]:

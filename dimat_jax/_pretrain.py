@@ -6,13 +6,12 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from filelock import FileLock, Timeout
 
@@ -21,6 +20,7 @@ from dimat_jax._checkpoint import CheckpointError, Checkpoints
 from dimat_jax._chosen import number_of_agents
 from dimat_jax._pauses import RunPauses
 from dimat_jax._processes import from_main, is_main
+from dimat_jax._run_log import RunLog
 from dimat_jax._slots import refill
 from dimat_jax._trainer import Trainer
 from dimat_jax.algorithms.base import State, Variables
@@ -35,7 +35,8 @@ def pretrain(
     experiment: Experiment,
     results: Results,
     state: State | None,
-    log: Callable[[str], None],
+    begin: Callable[[], Variables],
+    run_log: RunLog,
     tick: Callable[[int], Any],
     pauses: RunPauses,
 ) -> tuple[State, dict[str, Any]]:
@@ -46,7 +47,8 @@ def pretrain(
         results: The run's files. Its progress ends at the end of pre-training.
         state: The agents' state in the middle of pre-training; None at the beginning.
             It is donated.
-        log: A function that receives lines of text.
+        begin: A function that returns the variables that the agents start with.
+        run_log: What reports every epoch.
         tick: A function that is called with the number of steps just done.
         pauses: What may save the state between two steps, or end the run.
 
@@ -55,18 +57,22 @@ def pretrain(
     """
     progress = results.progress
     shared = SharedAgents(experiment)
-    with shared.reserved(log) as seconds_waited:
+    with shared.reserved(run_log.line) as seconds_waited:
         progress.seconds -= seconds_waited
         found = shared.read()
         if found is not None:
-            log(f"pre-trained agents come from {shared.path}")
-            variables, metrics, seconds = found
+            run_log.line(f"pre-trained agents come from {shared.path}")
+            variables, metrics, seconds, rows = found
+            results.write_pretraining_rows(rows)
             # Times of runs are compared, so the run counts as if it had trained them.
             progress.seconds = seconds - seconds_waited
             tick(experiment.pretrain_steps - progress.steps_done)
         else:
-            variables, metrics = _train_alone(experiment, results, state, tick, pauses)
-            shared.write(variables, metrics, progress.total_seconds)
+            variables, metrics = _train_alone(
+                experiment, results, state, begin, run_log, tick, pauses
+            )
+            seconds, rows = progress.total_seconds, results.pretraining_rows()
+            shared.write(variables, metrics, seconds, rows)
     progress.epoch = experiment.config.pretrain.epochs
     progress.step, progress.within = experiment.pretrain_steps, 0
     return experiment.algorithm.init(variables), metrics
@@ -76,19 +82,21 @@ def _train_alone(
     experiment: Experiment,
     results: Results,
     state: State | None,
+    begin: Callable[[], Variables],
+    run_log: RunLog,
     tick: Callable[[int], Any],
     pauses: RunPauses,
-) -> tuple[Variables, dict[str, np.ndarray]]:
+) -> tuple[Variables, dict[str, Any]]:
     """Does the epochs that are left; see `pretrain`."""
     progress, options = results.progress, experiment.config.pretrain
     algorithm, sampler = experiment.pretrain_algorithm, experiment.pretrain_sampler
     steps = sampler.steps_per_epoch
     if state is None:
-        state = algorithm.init(experiment.initial_variables())
+        state = algorithm.init(begin())
     trainer = Trainer(experiment, algorithm, sampler, experiment.key("pretrain"))
     # A step takes a network, but agents that train alone do not look at it.
     networks = [experiment.network_at_round(1)] * steps
-    metrics: dict[str, np.ndarray] = {}
+    metrics: dict[str, Any] = {}
     first = progress.epoch
 
     def after(state: State, totals: Any, number: int) -> None:
@@ -104,6 +112,7 @@ def _train_alone(
         trainer.go_on(totals)
         start = epoch * steps + within
         state, metrics = trainer.train(state, start, networks[within:], tick, after)
+        run_log.pretraining(epoch + 1, metrics, algorithm.variables(state))
     return algorithm.variables(state), metrics
 
 
@@ -121,7 +130,9 @@ class SharedAgents:
 
     def __init__(self, experiment: Experiment):
         self._experiment = experiment
-        cache_dir = experiment.config.pretrain.cache_dir
+        config = experiment.config
+        # Runs share what they have trained from random weights.
+        cache_dir = "" if config.init_from else config.pretrain.cache_dir
         self.path = Path(cache_dir) / _fingerprint(experiment) if cache_dir else None
 
     @contextmanager
@@ -159,13 +170,13 @@ class SharedAgents:
         finally:
             lock.release()
 
-    def read(self) -> tuple[Variables, dict[str, Any], float] | None:
+    def read(self) -> tuple[Variables, dict[str, Any], float, list[Any]] | None:
         """Reads what another run has written.
 
         Returns:
-            The agents' variables on the devices, the metrics of the last epoch, and
-            the seconds that the training took. None if there are no such agents yet,
-            or if they are damaged.
+            The agents' variables on the devices, the metrics of the last epoch, the
+            seconds that the training took, and the rows of its epochs. None if there
+            are no such agents yet, or if they are damaged.
         """
         # Another run may be writing these agents now. If every process looked for the
         # folder, their answers could differ.
@@ -187,7 +198,9 @@ class SharedAgents:
             self._set_aside(self.path)
             return None
         agents, record = restored
-        return refill(placement, agents), record["metrics"], record["seconds"]
+        # Older versions saved no rows.
+        rows = record.get("rows", [])
+        return refill(placement, agents), record["metrics"], record["seconds"], rows
 
     def _set_aside(self, path: Path) -> None:
         """Renames agents that cannot be used, so that they can be written again."""
@@ -202,12 +215,17 @@ class SharedAgents:
             )
 
     def write(
-        self, variables: Variables, metrics: dict[str, np.ndarray], seconds: float
+        self,
+        variables: Variables,
+        metrics: dict[str, Any],
+        seconds: float,
+        rows: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Writes pre-trained agents for other runs, if the config names a folder."""
         if self.path is None:
             return
         lists = {name: value.tolist() for name, value in metrics.items()}
+        record = {"seconds": seconds, "metrics": lists, "rows": list(rows)}
         # Several runs may pre-train the same agents at a time. Each writes a folder of
         # its own, and then renames it, so that nobody reads a folder that is half full.
         partial = self.path.with_name(
@@ -215,7 +233,7 @@ class SharedAgents:
         )
         checkpoints = Checkpoints(partial, keep=1)
         try:
-            checkpoints.save(0, variables, {"seconds": seconds, "metrics": lists})
+            checkpoints.save(0, variables, record)
             checkpoints.close()
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)

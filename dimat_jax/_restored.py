@@ -4,7 +4,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from dimat_jax.errors import reading
 from dimat_jax.experiment import Experiment
 from dimat_jax.tree import PyTree
 
-__all__ = ["SAVED_ROWS", "mend_rows", "restore", "restore_from"]
+__all__ = ["SAVED_ROWS", "Restored", "mend_rows", "restore", "restore_from"]
 
 SAVED_ROWS = "rows.jsonl.gz"
 """The file of a checkpoint that holds the rows of the run."""
@@ -71,17 +71,47 @@ def _is_last(saved: bytes, summary: Mapping[str, Any]) -> bool:
     return all(last.get(name) == summary.get(name) for name in ("round", "phase"))
 
 
+class Restored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        algorithm: The algorithm that the state belongs to.
+        state: The agents' state, on the devices.
+        totals: What the steps of an unfinished round or epoch have added up; None if
+            the checkpoint was saved between two.
+        record: How far the run had come; see `_run_progress.Progress`.
+    """
+
+    algorithm: Algorithm
+    state: State
+    totals: Any | None
+    record: dict[str, Any]
+
+
 def restore_from(
-    experiment: Experiment, directory: Path
-) -> tuple[Algorithm, State, Any | None] | None:
+    experiment: Experiment, directory: Path, round: int | None = None
+) -> Restored | None:
     """Reads the newest checkpoint of a directory, as `restore`.
 
     A run may be saving checkpoints there, and removing older ones. If the one that is
     being read may have been removed, the newest one is looked for again.
+
+    Args:
+        experiment: The run's experiment.
+        directory: The directory of its checkpoints.
+        round: The round at whose end the checkpoint was saved; 0 for the end of
+            pre-training. None: any checkpoint will do.
+
+    Raises:
+        CheckpointError: There is no checkpoint of this round, or none can be used.
     """
     while True:
         before = _checkpoint_names(directory)
-        checkpoints = Checkpoints(directory, create=False)
+        if round is None:
+            checkpoints = Checkpoints(directory, create=False)
+        else:
+            epochs = experiment.config.pretrain.epochs
+            checkpoints = _OfRound(directory, round, epochs)
         try:
             return restore(experiment, checkpoints)
         except Exception:
@@ -92,15 +122,50 @@ def restore_from(
             checkpoints.close()
 
 
+class _OfRound(Checkpoints):
+    """The checkpoints of a directory that were saved at the end of a round.
+
+    Args:
+        directory: The directory, which stays as it is.
+        round: The round; 0 for the end of pre-training.
+        epochs: The number of epochs of pre-training.
+    """
+
+    def __init__(self, directory: Path, round: int, epochs: int):
+        super().__init__(directory, create=False)
+        self._round, self._epochs = round, epochs
+
+    def _numbers(self) -> list[int]:
+        rounds = {number: self._ended(number) for number in super()._numbers()}
+        found = [number for number, ended in rounds.items() if ended == self._round]
+        if not found:
+            there = sorted({ended for ended in rounds.values() if ended is not None})
+            listed = ", ".join(map(str, there)) or "none"
+            raise CheckpointError(
+                f"{self} holds no checkpoint of the end of round {self._round}; there "
+                f"are these rounds: {listed}. Runs keep the newest checkpoints, and "
+                "those that checkpoint.keep_every names"
+            )
+        return found
+
+    def _ended(self, number: int) -> int | None:
+        """The round at whose end a checkpoint was saved; None within one."""
+        path = self._directory / str(number) / "record" / "metadata"
+        try:
+            record = json.loads(path.read_bytes())
+            at_an_end = not record.get("within") and record["epoch"] >= self._epochs
+            return record["round"] if at_an_end else None
+        except (OSError, ValueError, LookupError):
+            return None  # It is damaged, or was removed just now.
+
+
 def _checkpoint_names(directory: Path) -> set[str]:
     """The names of a directory's checkpoints that are complete."""
     return {path.name for path in directory.glob("*") if path.name.isdecimal()}
 
 
-def restore(
-    experiment: Experiment, checkpoints: Checkpoints
-) -> tuple[Algorithm, State, Any | None] | None:
-    """The newest checkpoint: the algorithm it belongs to, its state, and its totals.
+def restore(experiment: Experiment, checkpoints: Checkpoints) -> Restored | None:
+    """The content of the newest checkpoint; None if there is none.
 
     The run may have been saved on another number of devices, so that its arrays had
     another number of slots. Older versions saved the agents alone.
@@ -127,4 +192,4 @@ def restore(
     tree, totals = refill(placement, tree), None
     if record.get("within"):
         tree, totals = tree["state"], tree["totals"]
-    return algorithm_of(record), tree, totals
+    return Restored(algorithm_of(record), tree, totals, record)

@@ -7,7 +7,7 @@ import numpy as np
 
 from dimat_jax._pauses import RunPauses
 from dimat_jax._run_progress import Progress
-from dimat_jax._trainer import Trainer
+from dimat_jax._trainer import Trainer, means
 from dimat_jax.algorithms._common_frame import Frames, frames_of
 from dimat_jax.algorithms._merge_times import Part, parts_of_round
 from dimat_jax.algorithms.base import State
@@ -28,6 +28,9 @@ class Rounds:
         messages: What an agent sends a neighbour.
         pauses: What may save the state between two steps, or end the run.
         tick: A function that is called with the number of steps just done.
+        report: A function that is called after every epoch of rounds that have several:
+            with the round, the number of its epochs that are done, and what the agents
+            have seen in the last one.
     """
 
     def __init__(
@@ -37,7 +40,9 @@ class Rounds:
         messages: Messages,
         pauses: RunPauses,
         tick: Callable[[int], Any],
+        report: Callable[[int, int, dict[str, Any]], None],
     ):
+        self._report = report
         self._experiment, self._algorithm = experiment, experiment.algorithm
         self._progress, self._messages = progress, messages
         self._pauses, self._tick = pauses, tick
@@ -112,6 +117,8 @@ class Rounds:
 
         def after(state: State, totals: Any, number: int) -> None:
             done = offset + number - part.steps.start + 1
+            # A checkpoint that is saved now has the row of the epoch.
+            self._end_epoch(part.round, done)
             self._pauses.after_step(state, totals, done, number == last)
 
         networks = [
@@ -119,7 +126,9 @@ class Rounds:
         ]
         taken = max(ahead, self._progress.within - offset)
         first, left = part.steps.start + taken, networks[taken:]
-        if self._has_looked_ahead and not left:
+        if self._has_looked_ahead and left:
+            self._end_epoch(part.round, offset + 1)
+        elif self._has_looked_ahead:
             # The communication has taken the only step, so nothing else calls this.
             after(state, self._trainer.totals, first - 1)
         self._has_looked_ahead = False
@@ -127,7 +136,23 @@ class Rounds:
         self._progress.ledger.record_steps(self._messages, networks[ahead:])
         return state
 
-    def end(self, number: int) -> dict[str, np.ndarray]:
+    def _end_epoch(self, number: int, done: int) -> None:
+        """Reports an epoch of a long round if a step was its last one.
+
+        Args:
+            number: The round.
+            done: The number of its steps that are done.
+        """
+        experiment, progress = self._experiment, self._progress
+        steps = experiment.sampler.steps_per_epoch
+        if experiment.local_steps <= steps or done % steps:
+            return
+        progress.within, seen = done, self._trainer.seen()
+        before = 0.0 if progress.seen is None else np.array(progress.seen)
+        self._report(number, done // steps, means(seen - before))
+        progress.seen = seen.tolist()
+
+    def end(self, number: int) -> dict[str, Any]:
         """Ends a round.
 
         Returns:
@@ -135,7 +160,7 @@ class Rounds:
         """
         progress = self._progress
         progress.step += self._experiment.local_steps
-        progress.within, progress.round = 0, number
+        progress.within, progress.round, progress.seen = 0, number, None
         return self._trainer.metrics()
 
     def _offset(self, part: Part) -> int:

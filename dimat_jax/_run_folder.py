@@ -16,6 +16,9 @@ from dimat_jax._layout_choice import LayoutChoice
 from dimat_jax._layouts import BATCHING, CHUNK
 from dimat_jax._lock import LOCK_FILES
 from dimat_jax._metrics import write_json
+from dimat_jax._more_rounds import check_rounds, set_rounds
+from dimat_jax._run_options import ROUNDS
+from dimat_jax._without_data import FORM, Form
 from dimat_jax.config import (
     RENAMED,
     Config,
@@ -37,7 +40,7 @@ __all__ = ["Workdir"]
 # process of a run of a sweep writes progress.json.
 _EARLY = (
     *("layout.json", "partition.json", "progress.json"),
-    *(INPUTS, DIGESTS, *LOCK_FILES),
+    *(FORM, INPUTS, DIGESTS, *LOCK_FILES),
 )
 
 
@@ -91,13 +94,15 @@ class Workdir:
 
         Options that a run does not read do not matter to it. Older versions let a
         config set them. Where the run has copies of files, their content counts and not
-        their paths.
+        their paths. The number of rounds may differ; see `check_rounds`.
         """
-        there = fields_read(fields_of(self.read_config()))
-        here = fields_read(fields_of(config))
+        own = self.read_config()
+        there, here = fields_read(fields_of(own)), fields_read(fields_of(config))
+        known = {field for field in self._inputs.known_files if here.get(field)}
+        compared = (there.keys() | here.keys()) - known
         differing = [
             f"{field} ({there.get(field)!r} there, {here.get(field)!r} here)"
-            for field in sorted((there.keys() | here.keys()) - self._inputs.known_files)
+            for field in sorted(compared - {ROUNDS.path})
             if there.get(field) != here.get(field)
         ]
         if differing:
@@ -105,6 +110,11 @@ class Workdir:
                 f"{self.path} holds the run of another config; they differ in "
                 f"{', '.join(differing)}. Choose another workdir"
             )
+        check_rounds(self.path, own, config)
+
+    def set_rounds(self, rounds: int) -> int | None:
+        """Lets the run go on to another number of rounds; see `_more_rounds`."""
+        return set_rounds(self.path, rounds)
 
     def _look_at_partition(self) -> None:
         """Warns of a damaged partition.json, which only reports need."""
@@ -115,8 +125,14 @@ class Workdir:
         except UserError as error:
             logging.warning("%s", error)
 
-    def create(self, experiment: Experiment) -> Int64[np.ndarray, "agents classes"]:
+    def create(
+        self, experiment: Experiment, start: str | None = None
+    ) -> Int64[np.ndarray, "agents classes"]:
         """Makes the folder, with config.json and the other files of a run that begins.
+
+        Args:
+            experiment: The run's experiment.
+            start: The digest of the trained weights from which its agents start.
 
         Returns:
             How many training samples of each class every agent has.
@@ -133,7 +149,8 @@ class Workdir:
         }
         write_json(self.path / "partition.json", partition, digested=True)
         write_json(self._layout, experiment.layout._asdict(), digested=True)
-        self._inputs.write(config, experiment.data_digest)
+        Form.of(experiment).write(self.path)
+        self._inputs.write(config, experiment.data_digest, start)
         # config.json comes last, since it marks the folder as that of a run.
         write_json(self._config, json.loads(config.to_json()), digested=True)
         return counts
@@ -146,6 +163,21 @@ class Workdir:
         """
         if self.is_started:
             self._inputs.check_data(experiment.data_digest)
+
+    def check_start(self, start: str) -> None:
+        """Refuses to go on from other trained weights than the run's.
+
+        Raises:
+            ConfigError: The weights are others than those with which the run has begun.
+        """
+        if self.is_started:
+            self._inputs.check_start(start)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run has saved a state, so that its beginning is not needed."""
+        entries = (self.path / "checkpoints").glob("*")
+        return any(path.name.isdecimal() for path in entries)
 
     def with_own_files(self, config: Config) -> Config:
         """The config, in which a run that has begun names its own copies of files."""
@@ -194,14 +226,22 @@ class Workdir:
             CHUNK.check(choice.chunk)
             return choice
 
-    def read_summary(self) -> dict[str, Any] | None:
+    def read_summary(self, rounds: int | None = None) -> dict[str, Any] | None:
         """Reads summary.json; None for a run that has not finished.
+
+        Args:
+            rounds: The number of rounds after which the run has finished. By default it
+                is that of its own config.
 
         Raises:
             ConfigError: summary.json cannot be used.
         """
         path = self.path / "summary.json"
-        return read_json(path, dict, ConfigError) if path.exists() else None
+        if not path.exists():
+            return None
+        if rounds is not None and self.read_config().rounds != rounds:
+            return None
+        return read_json(path, dict, ConfigError)
 
     @property
     def _layout(self) -> Path:

@@ -98,6 +98,17 @@ PRETRAIN_EPOCHS = Option(
             changes_results=False,
         ),
         Option(
+            "pretrain.eval_every",
+            0,
+            "The number of epochs of pre-training between two evaluations on the test "
+            "images. The end of pre-training is always evaluated.",
+            at_least=0,
+            unit="epochs",
+            empty="epochs have the training loss and accuracy alone, which cost no "
+            "time",
+            changes_results=False,
+        ),
+        Option(
             "pretrain.cache_dir",
             "",
             "The folder where runs share the agents that they have pre-trained.",

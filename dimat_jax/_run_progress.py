@@ -22,6 +22,8 @@ class Progress:
         within: The number of local steps done since then.
         frames: The agents' frames after the latest merge, as JSON content; None if
             there was none. They align the agents whose average is measured.
+        seen: What each agent had seen in the current round when its current epoch
+            began, as `Trainer.seen` returns it; None in the first epoch.
         rows: The number of rows in metrics.jsonl.
         seconds: The wall time of the run before this process took it up.
     """
@@ -32,6 +34,7 @@ class Progress:
     step: int = 0
     within: int = 0
     frames: dict[str, Any] | None = None
+    seen: list[list[float]] | None = None
     rows: int = 0
     seconds: float = 0.0
 

@@ -5,6 +5,7 @@ It may change the learning rate only once an epoch or once a round. The rate is 
 constant in between, as in papers on federated learning, whose rates fall by rounds.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "WARMUP",
     "WARMUP_UNIT",
     "Schedule",
+    "ScheduleRecord",
     "warmed_up",
 ]
 
@@ -142,10 +144,21 @@ def warmed_up(
     return rising
 
 
-SCHEDULES: Registry[Record[Schedule]] = registry(
-    Record("constant", constant),
-    Record("exponential", exponential, (DECAY, UNIT)),
-    Record("cosine", cosine, (UNIT,)),
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScheduleRecord(Record[Schedule]):
+    """A schedule's record.
+
+    Attributes:
+        uses_total: whether the rates depend on the number of steps of the whole phase.
+    """
+
+    uses_total: bool = False
+
+
+SCHEDULES: Registry[ScheduleRecord] = registry(
+    ScheduleRecord("constant", constant),
+    ScheduleRecord("exponential", exponential, (DECAY, UNIT)),
+    ScheduleRecord("cosine", cosine, (UNIT,), uses_total=True),
 )
 """`SCHEDULES[name](rate, total_steps=..., steps_per_epoch=..., **options)` builds a
 schedule. With `steps_per_round=...` it may change by rounds too."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float64, Key
 
 from dimat_jax.algorithms import Algorithm
 from dimat_jax.algorithms.base import State
@@ -16,7 +16,7 @@ from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.network import Network
 
-__all__ = ["AfterStep", "Trainer"]
+__all__ = ["AfterStep", "Trainer", "means"]
 
 
 AfterStep = Callable[[State, Any, int], None]
@@ -47,7 +47,7 @@ class Trainer:
         self._sampler = sampler
         self._totals = experiment.placement.zeros(3)
         # The first and the last step that the totals are of.
-        self._seen: tuple[int, int] | None = None
+        self._steps_seen: tuple[int, int] | None = None
         placement = experiment.placement
         augmentation = Augmentation(**experiment.config.augmentation)
 
@@ -78,7 +78,7 @@ class Trainer:
         networks: Sequence[Network],
         tick: Callable[[int], Any] = lambda steps: None,
         after: AfterStep = lambda state, totals, number: None,
-    ) -> tuple[State, dict[str, np.ndarray]]:
+    ) -> tuple[State, dict[str, Any]]:
         """Takes steps, and returns their `metrics` with the new state; see `steps`."""
         return self.steps(state, first_step, networks, tick, after), self.metrics()
 
@@ -147,28 +147,54 @@ class Trainer:
             experiment.placed(network),
             np.uint32(number),
         )
-        self._seen = (self._seen or (number, number))[0], number
+        self._steps_seen = (self._steps_seen or (number, number))[0], number
         return state
 
-    def metrics(self) -> dict[str, np.ndarray]:
-        """Returns what has been seen since the last call.
+    def seen(self) -> Float64[np.ndarray, "agents 3"]:
+        """What each agent has seen since the last call of `metrics`.
 
         Returns:
-            Each agent's mean "train_loss" and "train_accuracy" over the examples that
-            it has seen (NaN if it has seen none).
+            Sums over the examples: of the losses, of the correct predictions, and of
+            the examples themselves. `means` makes means of them.
 
         Raises:
             NonFiniteError: An agent's loss was NaN or infinite.
         """
-        placement, seen = self._experiment.placement, self._seen
-        loss, accuracy, n = placement.gather(self._totals).T.astype(np.float64)
-        self._totals, self._seen = placement.zeros(3), None
+        seen = self._experiment.placement.gather(self._totals).astype(np.float64)
+        loss = seen[:, 0]
         if not np.isfinite(loss).all():
             agents = np.flatnonzero(~np.isfinite(loss)).tolist()
-            first, last = seen or (0, 0)
+            first, last = self._steps_seen or (0, 0)
             raise NonFiniteError(
                 f"the training loss of agent(s) {agents} is not finite within local "
                 f"steps {first} to {last}; a lower learning rate may help"
             )
-        with np.errstate(invalid="ignore"):
-            return {"train_loss": loss / n, "train_accuracy": accuracy / n}
+        return seen
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns the `means` of what has been seen since the last call.
+
+        Raises:
+            NonFiniteError: An agent's loss was NaN or infinite.
+        """
+        seen = self.seen()
+        self._totals, self._steps_seen = self._experiment.placement.zeros(3), None
+        return means(seen)
+
+
+def means(seen: Float64[np.ndarray, "agents 3"]) -> dict[str, Any]:
+    """Makes the entries of a row from what the agents have seen.
+
+    Returns:
+        Each agent's mean "train_loss" and "train_accuracy" over the examples that it
+        has seen (NaN if it has seen none), and the means of these over the agents that
+        have seen some.
+    """
+    loss, accuracy, n = seen.T
+    with np.errstate(invalid="ignore"):
+        found = {"train_loss": loss / n, "train_accuracy": accuracy / n}
+    some = n > 0
+    return found | {
+        f"{name}_mean": value[some].mean() if some.any() else np.nan
+        for name, value in found.items()
+    }

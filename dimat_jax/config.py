@@ -32,7 +32,7 @@ from dimat_jax._run_options import (
 )
 from dimat_jax._schedules import WARMUP
 from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
-from dimat_jax.algorithms.record import INIT
+from dimat_jax.algorithms.record import INIT, INIT_FROM
 from dimat_jax.callbacks import CALLBACK
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data._small_shards import SMALL_SHARDS
@@ -88,6 +88,7 @@ ROOT = (
     SEED,
     AGENTS,
     INIT,
+    INIT_FROM,
     ALGORITHM,
     BATCH_SIZE,
     ROUNDS,

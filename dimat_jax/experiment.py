@@ -66,6 +66,7 @@ class Experiment:
         record: the record of the algorithm.
         links: the network over time.
         dataset: the data set.
+        n_classes, input_shape: the number of classes, and the shape of one input.
         division: who gets which training images.
         shards: for each agent the indices of its training images.
         layout: how agents share a device, and why.
@@ -85,46 +86,60 @@ class Experiment:
     """
 
     def __init__(self, config: Config, layout: LayoutChoice | None = None):
-        check(config)
-        self.config = config
-        self._fields = resolved(fields_of(config))
-        self.record = record_of(self._fields)
-        self._small_shards = WAYS[config.data.small_shards]
-        self._placed: dict[int, tuple[Network, Network]] = {}
-        check_graph_and_steps(self._fields)
-        self._traced_init = check_model(self._fields)
-        self.links = check_network(config)
-        n_agents = number_of_agents(self._fields)
+        self._begin(config)
         self.dataset = load_data(config)
-        self.division = divide(self.dataset.train.labels, n_agents, self._fields)
+        train, n_agents = self.dataset.train, number_of_agents(self._fields)
+        self.input_shape = train.images.shape[1:]
+        self.division = divide(train.labels, n_agents, self._fields)
         self.shards = self.division.shards
-        self._build_task()
+        self._build_task(self.dataset.n_classes)
         check_samples(
             self._fields,
             self.division,
             len(self.dataset.test.labels),
             has_statistics=self.task.batch_statistics is not None,
         )
+        self._place(layout)
+        self._build_samplers(self.division.pretrain_shards)
+        alone = self.pretrain_sampler.steps_per_epoch
+        self._build_algorithms(
+            [len(shard) for shard in self.shards],
+            {"steps_per_epoch": alone, "total_steps": self.pretrain_steps},
+            {
+                "steps_per_epoch": self.sampler.steps_per_epoch,
+                "steps_per_round": self.local_steps,
+                "total_steps": config.rounds * self.local_steps,
+            },
+        )
 
+    def _begin(self, config: Config) -> None:
+        """Checks the config, and builds the network."""
+        check(config)
+        self.config, self._fields = config, resolved(fields_of(config))
+        self.record = record_of(self._fields)
+        self._small_shards = WAYS[config.data.small_shards]
+        self._placed: dict[int, tuple[Network, Network]] = {}
+        check_graph_and_steps(self._fields)
+        self._traced_init = check_model(self._fields)
+        self.links = check_network(config)
+
+    def _place(self, layout: LayoutChoice | None) -> None:
+        """Places the agents on the devices."""
+        config = self.config
         devices = devices_of_all_processes(config.placement.cpu_devices)
         self.layout = layout or choose(config, devices[0], lambda: self.convolves)
-        self.placement = place(
-            n_agents,
-            devices,
-            self.layout.batching,
-            self.layout.chunk,
-            batch_size=config.batch_size,
-        )
-        self._build_samplers(self.division.pretrain_shards)
-        self._build_algorithms()
+        n_agents, layout = number_of_agents(self._fields), self.layout
+        how = devices, layout.batching, layout.chunk
+        self.placement = place(n_agents, *how, batch_size=config.batch_size)
 
-    def _build_task(self) -> None:
+    def _build_task(self, n_classes: int) -> None:
         """Builds the model and the task that the agents learn."""
+        self.n_classes = n_classes
         self.model = classifier.for_inputs(
             models.MODELS[self.config.model.name](
-                n_classes=self.dataset.n_classes, **model_arguments(self._fields)
+                n_classes=n_classes, **model_arguments(self._fields)
             ),
-            self.dataset.train.images.shape[1:],
+            self.input_shape,
             permutes=self.record.aligns,
         )
         self.task = Task(
@@ -162,36 +177,29 @@ class Experiment:
         check_steps("config.rounds", config.rounds * self.local_steps)
         check_steps("config.pretrain.epochs", self.pretrain_steps)
 
-    def _build_algorithms(self) -> None:
-        """Builds the algorithms of both phases."""
+    def _build_algorithms(
+        self, sizes: Sequence[int], alone: dict[str, int], together: dict[str, int]
+    ) -> None:
+        """Builds the algorithms: from shards' sizes, and the steps of both phases."""
         self.pretrain_algorithm = local(
             self.task._replace(clip_norm=self.config.pretrain.optimizer.clip_norm),
-            self._optimizer(
-                "pretrain.",
-                steps_per_epoch=self.pretrain_sampler.steps_per_epoch,
-                total_steps=self.pretrain_steps,
-            ),
+            self._optimizer("pretrain.", **alone),
             self.placement,
         )
         self.algorithm: Algorithm = self.record(
             self.task._replace(clip_norm=self.config.optimizer.clip_norm),
-            self._optimizer(
-                "",
-                steps_per_epoch=self.sampler.steps_per_epoch,
-                steps_per_round=self.local_steps,
-                total_steps=self.config.rounds * self.local_steps,
-            ),
+            self._optimizer("", **together),
             self.placement,
             **arguments(self.record, self._fields),
-            **self._facts(),
+            **self._facts(sizes),
         )
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, sizes: Sequence[int]) -> dict[str, Any]:
         """Finds the arguments of the algorithm that are no options of a config.
 
         See `AlgorithmRecord.facts`.
         """
-        links, sizes = self.links, [len(shard) for shard in self.shards]
+        links = self.links
         # Only what the algorithm needs is computed: W at all times may be large.
         facts = {
             "adjacency": lambda: links.edges,

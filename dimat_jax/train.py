@@ -15,28 +15,30 @@ the seed and on counters alone.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from tqdm import auto, tqdm
 
 import dimat_jax
 from dimat_jax._lock import Lock, held
-from dimat_jax._measuring import Measuring
 from dimat_jax._pauses import RunPauses
 from dimat_jax._pretrain import pretrain
 from dimat_jax._processes import check_equal, from_main, is_main, together
 from dimat_jax._race import settled
 from dimat_jax._restored import mend_rows
 from dimat_jax._rounds import Rounds
+from dimat_jax._run_log import RunLog
 from dimat_jax._signals import deferrable
 from dimat_jax._slots import agent_of_slots, local_slots
+from dimat_jax._starting import Start, is_there, read_start
 from dimat_jax._storage import explained
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
 from dimat_jax.data.partition import table
-from dimat_jax.errors import NonFiniteError, concerning
+from dimat_jax.errors import concerning
 from dimat_jax.experiment import Experiment
 from dimat_jax.permutation._verify import InconclusiveError
 from dimat_jax.placement import refusals_explained
@@ -54,7 +56,7 @@ def run(
     config: Config,
     workdir: str | os.PathLike[str],
     log: Callable[[str], None] = print,
-    make_bar: Callable[..., tqdm] = tqdm,
+    make_bar: Callable[..., tqdm] = auto.tqdm,
     callbacks: Sequence[Callable[[dict[str, Any]], Any]] = (),
 ) -> dict[str, Any]:
     """Runs a config, or what is left of it, and writes all results into `workdir`.
@@ -66,7 +68,8 @@ def run(
         config: A config as `config.default_config` describes.
         workdir: The run's folder. It is made if it is missing, and may hold the same
             config's interrupted run.
-        log: A function that receives a line of text for every evaluation.
+        log: A function that receives a line of text for every evaluation, and for
+            every epoch of pre-training and of long rounds.
         make_bar: The class of the progress bar, which counts local steps.
         callbacks: Functions that receive every row, beside the callbacks that the
             config names; see `dimat_jax.callbacks`.
@@ -86,15 +89,17 @@ def run(
     folder, log = Workdir(workdir), log if is_main() else _silent
     with explained(folder.path, _GOES_ON), deferrable() as signals:
         _check(config, folder)
-        if (summary := _finished(folder, log)) is not None:
+        if (summary := _finished(folder, config, log)) is not None:
             return summary
         with _locked(folder, log) as lock:
             # Another process may have worked here before the lock was taken.
             with together():
                 folder.check(config)
-            if (summary := _finished(folder, log)) is not None:
+            if (summary := _finished(folder, config, log)) is not None:
                 return summary
-            experiment = _prepare(config, folder, log)
+            with together():
+                _set_rounds(folder, config, log)
+            experiment, start = _prepare(config, folder, log)
             with (
                 refusals_explained(experiment.placement),
                 Results(folder, experiment, callbacks) as results,
@@ -104,7 +109,7 @@ def run(
                 pauses = RunPauses(results, every, signals, lock)
                 log = log if bar.disable else bar.write
                 try:
-                    _train(experiment, results, pauses, log, bar.update)
+                    _train(experiment, start, results, pauses, log, bar.update)
                 except Stopped as stopped:
                     log(f"the run ends early: {stopped}")
                 return results.summarize()
@@ -112,6 +117,7 @@ def run(
 
 def _train(
     experiment: Experiment,
+    start: Start | None,
     results: Results,
     pauses: RunPauses,
     log: Callable[[str], None],
@@ -119,16 +125,22 @@ def _train(
 ) -> None:
     """Does what is left of a run: pre-training, and then the rounds."""
     config, algorithm = experiment.config, experiment.algorithm
-    evaluate = _Evaluations(experiment, results, log)
+    run_log = RunLog(experiment, results, log)
+    evaluate = run_log.evaluation
     progress, state = results.progress, results.restore()
     if state is not None:
         log(f"going on after local step {progress.steps_done}")
     if state is None or progress.epoch < config.pretrain.epochs:
-        state, metrics = pretrain(experiment, results, state, log, tick, pauses)
+        begin = experiment.initial_variables
+        if start is not None:
+            begin = partial(start.variables, experiment)
+        state, metrics = pretrain(
+            experiment, results, state, begin, run_log, tick, pauses
+        )
         evaluate("pretrained", 0, state, metrics)
         results.save(state)
     messages = algorithm.messages(state)
-    rounds = Rounds(experiment, progress, messages, pauses, tick)
+    rounds = Rounds(experiment, progress, messages, pauses, tick, run_log.training)
     verify = _Verifications(experiment, log)
     # Whether agents communicate at the beginning of a round, or while they train.
     at_once = bool(messages.round or messages.server)
@@ -157,13 +169,23 @@ def _train(
     verify(state, "at the end of the run")
 
 
-def _finished(folder: Workdir, log: Callable[[str], None]) -> dict[str, Any] | None:
+def _finished(
+    folder: Workdir, config: Config, log: Callable[[str], None]
+) -> dict[str, Any] | None:
     """The summary of a run that has finished; None if it has not."""
-    if (summary := from_main(folder.read_summary())) is not None:
+    if (summary := from_main(folder.read_summary(config.rounds))) is not None:
         log(f"{folder.path} holds this run, finished")
         if jax.process_count() == 1 and mend_rows(folder.path, summary, log):
             log("its rows were damaged, and are restored from its last checkpoint")
     return summary
+
+
+def _set_rounds(folder: Workdir, config: Config, log: Callable[[str], None]) -> None:
+    """Lets a run that has begun go on to the rounds of a config."""
+    if is_main() and folder.is_started:
+        before = folder.set_rounds(config.rounds)
+        if before is not None:
+            log(f"the run goes on to {config.rounds} rounds; it was one of {before}")
 
 
 @contextmanager
@@ -177,26 +199,43 @@ def _locked(folder: Workdir, log: Callable[[str], None]) -> Iterator[Lock | None
         yield lock
 
 
-def _prepare(config: Config, folder: Workdir, log: Callable[[str], None]) -> Experiment:
-    """Builds and checks a run's experiment, and makes its folder if it is new."""
+def _prepare(
+    config: Config, folder: Workdir, log: Callable[[str], None]
+) -> tuple[Experiment, Start | None]:
+    """Builds and checks a run's experiment, and makes its folder if it is new.
+
+    Returns:
+        The experiment, and the trained weights that the config names. These are None if
+        it names none, or if the run no longer needs them and they are gone.
+    """
     is_new = not from_main(folder.is_started)
+    goes_on = from_main(folder.has_checkpoint)
     with together():
+        start = read_start(config) if is_there(config) or not goes_on else None
         experiment = settled(folder.with_own_files(config), folder, log)
         folder.check_data(experiment)
-    check_equal({"the digest of their data": experiment.data_digest})
+        if start is not None:
+            start.check(experiment)
+            folder.check_start(start.digest)
+    check_equal(
+        {
+            "the digest of their data": experiment.data_digest,
+            "the digest of the weights they start from": start and start.digest,
+        }
+    )
     with together():
         if is_new and experiment.record.aligns:
             experiment.verify_spec()
     with together():
         if is_new and is_main():
-            log(table(folder.create(experiment)))
+            log(table(folder.create(experiment, start and start.digest)))
     with together():
         if not folder.is_started:
             raise ConfigError(
                 f"{folder.path} is not the folder that process 0 writes; all processes "
                 "must see the same workdir"
             )
-    return experiment
+    return experiment, start
 
 
 def _check(config: Config, folder: Workdir) -> None:
@@ -280,66 +319,3 @@ def _first_local(stacked: jax.Array) -> np.ndarray:
     shards = stacked.addressable_shards
     first = min(shards, key=lambda shard: shard.index[0].start or 0)
     return np.array(first.data[0])
-
-
-class _Evaluations:
-    """Evaluates the agents of a run, and reports how good they are.
-
-    Args:
-        experiment: What the run's config describes.
-        results: The run's files, which get a row for every evaluation.
-        log: A function that receives a line of text for every evaluation.
-    """
-
-    def __init__(
-        self, experiment: Experiment, results: Results, log: Callable[[str], None]
-    ):
-        self._measure = Measuring(experiment)
-        self._results = results
-        self._log = log
-        # What was measured last, and the number of local steps done before it.
-        self._last: tuple[int, dict[str, Any]] | None = None
-
-    def __call__(
-        self,
-        phase: str,
-        number: int,
-        state: State,
-        metrics: dict[str, Any],
-        frames: Any = None,
-        changed: bool = True,
-    ) -> None:
-        """Evaluates the agents.
-
-        Args:
-            phase: "pretrained", "merged" or "trained".
-            number: The round; 0 before the first one.
-            state: The agents' state.
-            metrics: Further entries of the row in metrics.jsonl.
-            frames: The agents' frames after the round's communication; None if there
-                was none, or it aligned no agents.
-            changed: Whether the agents may have changed since the last local step. If
-                they have not, an evaluation after that step still holds.
-
-        Raises:
-            NonFiniteError: An agent's test loss is not finite.
-        """
-        step = self._results.progress.steps_done
-        if changed or self._last is None or self._last[0] != step:
-            self._last = step, self._measure(state, frames, number, step)
-        _, measures = self._last
-        loss = measures["test_loss"]
-        if not np.isfinite(loss).all():
-            agents = np.flatnonzero(~np.isfinite(loss)).tolist()
-            raise NonFiniteError(
-                f"the test loss of agent(s) {agents} is not finite in round {number} "
-                f"(phase {phase!r})"
-            )
-        self._results.write(phase, number, measures, metrics)
-        self._log(
-            f"round {number:3d} {phase:>10}: "
-            f"test accuracy {measures['test_accuracy_mean']:.4f} "
-            f"± {measures['test_accuracy_std']:.4f} over agents, "
-            f"loss {measures['test_loss_mean']:.4f}, "
-            f"consensus distance {measures['consensus_distance']:.3g}"
-        )

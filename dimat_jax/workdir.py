@@ -2,10 +2,11 @@
 
     config.json      the config that the run was started with
     layout.json      how agents share a device, with which the run was started
+    model.json       what is needed to read the agents without their data
     inputs.json      digests of the data and of files that the config names, versions
     graph.file.json  a copy of such a file, if the config names one (or .npy)
     partition.json   how many training samples of each class every agent has
-    metrics.jsonl    a row for every evaluation
+    metrics.jsonl    a row for every evaluation, and for every epoch in between
     metrics.digests  a digest of every row
     events.out.*     the numbers of these rows, for TensorBoard
     checkpoints/     the newest states, from which a run that was killed goes on
@@ -19,7 +20,6 @@ process writes its part. All processes must see the folder.
 A folder with a config.json holds a run; one with a summary.json, a finished one.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -30,19 +30,25 @@ from absl import logging
 
 import dimat_jax
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._events import About
+from dimat_jax._loaded_run import load_agents
 from dimat_jax._lock import check_held
-from dimat_jax._metrics import MetricsWriter, best_rows, read_rows, write_json
+from dimat_jax._metrics import (
+    MetricsWriter,
+    best_rows,
+    read_evaluations,
+    read_rows,
+    write_json,
+)
+from dimat_jax._partition_picture import partition_picture
 from dimat_jax._processes import from_main, is_lost, is_main
-from dimat_jax._restored import SAVED_ROWS, restore, restore_from
+from dimat_jax._restored import SAVED_ROWS, restore
 from dimat_jax._run_folder import Workdir
 from dimat_jax._run_progress import Progress
-from dimat_jax.algorithms.base import State, Variables
+from dimat_jax.algorithms.base import State
 from dimat_jax.callbacks import CallbackError, Callbacks, Run
-from dimat_jax.config import (
-    ConfigError,
-    fields_of,
-    set_if_read,
-)
+from dimat_jax.config import fields_of, fields_read
+from dimat_jax.data.partition import class_counts
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.ledger import Ledger
@@ -104,7 +110,9 @@ class Results:
         self._rows = None
         if is_main():
             saved = self._checkpoints.read_attached(SAVED_ROWS)
-            self._rows = MetricsWriter(workdir.path, self.progress.rows, saved)
+            self._rows = MetricsWriter(
+                workdir.path, self.progress.rows, saved, self._about()
+            )
         self._callbacks = self._start(callbacks)
         self._stopped = ""
 
@@ -139,6 +147,13 @@ class Results:
                 content = {"message": str(error)}
                 write_json(self._workdir.path / FAILURE, content, digested=True)
 
+    def _about(self) -> About:
+        """What TensorBoard shows of the run beside its rows."""
+        options = fields_read(fields_of(self._experiment.config))
+        experiment = self._experiment
+        counts = class_counts(experiment.dataset.train.labels, experiment.shards)
+        return About(options, partition_picture(counts))
+
     def restore(self) -> State | None:
         """The agents' state in the newest checkpoint, on the devices.
 
@@ -150,8 +165,8 @@ class Results:
         restored = restore(self._experiment, self._checkpoints)
         if restored is None:
             return None
-        _, state, self.totals = restored
-        return state
+        self.totals = restored.totals
+        return restored.state
 
     def write(
         self, phase: str, number: int, measures: dict[str, Any], metrics: dict[str, Any]
@@ -185,6 +200,11 @@ class Results:
             "seconds_total": progress.total_seconds,
             **metrics,
         }
+        self._add(row)
+
+    def _add(self, row: dict[str, Any]) -> None:
+        """Adds a row, which the callbacks get too."""
+        assert self._rows is not None
         written = self._rows.write(row)
         if self._callbacks is not None:
             self._callbacks(written)
@@ -217,6 +237,44 @@ class Results:
     def _failure(self) -> CallbackError | str:
         failed = self._callbacks and self._callbacks.error
         return failed or ""
+
+    def write_epoch(
+        self, phase: str, number: int, epoch: int, metrics: dict[str, Any]
+    ) -> None:
+        """Adds a row for an epoch between two evaluations.
+
+        Args:
+            phase: "pretraining" or "training".
+            number: The round; 0 for pre-training.
+            epoch: The number of epochs of pre-training or of the round that are done.
+            metrics: Further entries of the row.
+
+        Raises:
+            LockError: Another process has taken the folder over.
+        """
+        if self._rows is None:
+            return
+        check_held(self._workdir.path)
+        done = {"round": number, "step": self.progress.steps_done, "phase": phase}
+        seconds = {"seconds_total": self.progress.total_seconds}
+        self._add({**done, "epoch": epoch, **metrics, **seconds})
+
+    def pretraining_rows(self) -> list[dict[str, Any]]:
+        """The rows of pre-training's epochs that are written."""
+        rows = read_rows(self._workdir.path) if self._rows is not None else []
+        return [row for row in rows if row["phase"] == "pretraining"]
+
+    def write_pretraining_rows(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds rows of pre-training's epochs that another run has done.
+
+        Epochs that this run has done before are left out.
+        """
+        if self._rows is not None:
+            check_held(self._workdir.path)
+            known = {row["epoch"] for row in self.pretraining_rows()}
+            for row in rows:
+                if row["epoch"] not in known:
+                    self._add(row)
 
     def _bytes_sent_by_link(self) -> dict[str, Any]:
         """The field of the links' bytes, unless there are too many for every row."""
@@ -293,7 +351,7 @@ class Results:
         return summary
 
     def _summary(self) -> dict[str, Any]:
-        rows = read_rows(self._workdir.path)
+        rows = read_evaluations(self._workdir.path)
         W = self._experiment.links.mixing_matrix
         stopped = {"reason": self._stopped, "round": self.progress.round}
         return {
@@ -314,31 +372,3 @@ class Results:
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "versions": {"dimat_jax": dimat_jax.__version__, "jax": jax.__version__},
         }
-
-
-def load_agents(
-    workdir: str | os.PathLike[str], data_dir: str | None = None
-) -> tuple[Experiment, Variables]:
-    """Loads the agents of a run, finished or not. The run's folder stays as it is.
-
-    Args:
-        workdir: The run's folder.
-        data_dir: Where the run's data are now, if they have moved.
-
-    Returns:
-        The run's experiment, and the agents' variables in its newest checkpoint: NumPy
-        arrays `[agents, ...]`.
-
-    Raises:
-        UserError: The folder holds no run that can be read, or no checkpoint.
-    """
-    folder = Workdir(workdir)
-    config = folder.with_own_files(folder.read_config())
-    if data_dir:
-        set_if_read(config, "data.dir", data_dir)
-    experiment = Experiment(config)
-    restored = restore_from(experiment, folder.path / "checkpoints")
-    if restored is None:
-        raise ConfigError(f"{folder.path} holds a run that has no checkpoint yet")
-    algorithm, state, _ = restored
-    return experiment, experiment.placement.gather(algorithm.variables(state))

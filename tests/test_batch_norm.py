@@ -9,7 +9,7 @@ import pytest
 
 from configs import quickstart
 from dimat_jax import train
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax.config import Config, drop_unread
 from dimat_jax.experiment import Experiment
 from dimat_jax.tree import flatten
@@ -55,7 +55,7 @@ def run(config: Config, folder: Path) -> tuple[list[dict], dict[str, np.ndarray]
     """Runs a config. Returns its rows, and the agents' variables by path."""
     train.run(config, folder, lambda line: None)
     _, variables = train.load_agents(folder)
-    return read_rows(folder), flatten(variables)
+    return read_evaluations(folder), flatten(variables)
 
 
 @pytest.mark.every_nth(8)

@@ -16,7 +16,7 @@ from dimat_jax import _checkpoint, reports, train
 from dimat_jax._checkpoint import CheckpointError, Checkpoints
 from dimat_jax._digests import DIGESTS, damage, write_digests
 from dimat_jax._inputs import Inputs
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
@@ -347,7 +347,7 @@ def test_a_foreign_folder_in_the_place_of_shared_agents_is_set_aside(tmp_path):
     path.parent.mkdir()
     foreign_folder(path)
     train.run(config, tmp_path / "run", lambda line: None)
-    assert len(read_rows(tmp_path / "run")) == 1
+    assert len(read_evaluations(tmp_path / "run")) == 1
     (aside,) = path.parent.glob(f"{path.name}.damaged-*")
     assert (aside / "photo.png").read_bytes() == b"a photo"
     assert SharedAgents(Experiment(config)).read() is not None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dimat_jax import _division, train
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax.config import ConfigError, fields_of
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
@@ -117,9 +117,10 @@ def test_shared_images_are_booked_once(tmp_path, changes, images):
     fields = {"merge__match_samples": 30, "checkpoint__every": 1, **changes}
     config = small(fields.pop("algorithm", "dimat"), **fields)
     train.run(config, tmp_path, lambda line: None)
-    booked = [row["bytes_sent_by_kind"].get("images", 0) for row in read_rows(tmp_path)]
+    rows = read_evaluations(tmp_path)
+    booked = [row["bytes_sent_by_kind"].get("images", 0) for row in rows]
     assert booked == [0] + [images * PIXELS] * 4
-    for row in read_rows(tmp_path):
+    for row in rows:
         by_link = sum(row["bytes_sent_by_agent"])
         assert row["bytes_sent_total"] - by_link == row["bytes_sent_by_kind"].get(
             "images", 0
@@ -157,7 +158,7 @@ def test_validation_accuracy_is_that_of_validation_images(tmp_path):
     train.run(config, tmp_path, lambda line: None)
     experiment, agents = train.load_agents(tmp_path)
     assert experiment.validator is not None
-    last = read_rows(tmp_path)[-1]
+    last = read_evaluations(tmp_path)[-1]
     images = experiment.dataset.train
     chosen = np.concatenate(experiment.division.validation)
     inputs = (images.images[chosen].astype(np.float32) - experiment.dataset.mean) / (
@@ -180,4 +181,5 @@ def test_validation_accuracy_is_that_of_validation_images(tmp_path):
 
 def test_without_validation_images_no_such_column_is_written(tmp_path):
     train.run(small("local", rounds=1), tmp_path, lambda line: None)
-    assert not [c for row in read_rows(tmp_path) for c in row if "validation" in c]
+    rows = read_evaluations(tmp_path)
+    assert not [c for row in rows for c in row if "validation" in c]

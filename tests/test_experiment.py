@@ -13,7 +13,7 @@ from configs.sweeps import algorithms as every_algorithm
 from configs.sweeps import compression, faults, graphs, learning_rates
 from dimat_jax import train
 from dimat_jax._chosen import build_optimizer
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax.algorithms import ALGORITHMS, AlgorithmRecord, Task
 from dimat_jax.algorithms.local import local
 from dimat_jax.config import check
@@ -146,7 +146,7 @@ def test_a_network_that_an_algorithm_cannot_use_is_refused(fields, reason):
 def test_who_is_away_learns_nothing_and_sends_nothing(tmp_path):
     config = small("wa", faults__absences="1:1-1, 3:2-", optimizer__name="sgd")
     train.run(config, tmp_path, lambda line: None)
-    rows = read_rows(tmp_path)
+    rows = read_evaluations(tmp_path)
     assert [row["present"] for row in rows] == [
         [True] * 5,
         *[[True, False, True, True, True]] * 2,

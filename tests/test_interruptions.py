@@ -20,6 +20,7 @@ from dimat_jax._checkpoint import Checkpoints
 from dimat_jax._lock import LOCK_FILES
 from dimat_jax._metrics import read_rows
 from dimat_jax._signals import deferrable
+from dimat_jax.config import drop_unread
 from dimat_jax.errors import Interrupted
 from dimat_jax.workdir import load_agents
 from tests.sweeping.small import rows, small
@@ -126,6 +127,27 @@ def test_a_run_that_merges_within_rounds_may_be_interrupted_after_each_step(
     assert_same(tmp_path / "run", tmp_path / "finished")
 
 
+def test_epochs_of_a_long_round_are_reported_alike_after_interruptions(
+    tmp_path, interrupt
+):
+    """The last interruption but one comes right after the last step of an epoch."""
+    changes = {"local_epochs": 3, "rounds": 1, "pretrain__epochs": 0}
+    long = drop_unread(config("wa", **changes))
+    train.run(long, tmp_path / "finished", lambda line: None)
+    for after in (1, 1, 1, 1):
+        interrupt(after)
+        with pytest.raises(Interrupted):
+            train.run(long, tmp_path / "run", lambda line: None)
+    interrupt(STEPS)
+    train.run(long, tmp_path / "run", lambda line: None)
+    assert [row.get("epoch") for row in rows(tmp_path / "run")] == [
+        *(None, None),
+        *(1, 2, 3),
+        None,
+    ]
+    assert_same(tmp_path / "run", tmp_path / "finished")
+
+
 @pytest.mark.slow
 def test_a_run_whose_merges_take_every_step_may_be_interrupted(tmp_path, interrupt):
     changes = {"merge__every": 1, "merge__unit": "steps"}
@@ -166,9 +188,15 @@ def test_tensorboard_shows_each_number_once_and_all_of_them(tmp_path, interrupt)
         (f"{row['phase']}/{name}", row["step"], pytest.approx(value))
         for row in read_rows(tmp_path)
         for name, value in row.items()
-        if type(value) in (int, float) and name not in ("round", "step")
+        if type(value) in (int, float) and name not in ("round", "step", "epoch")
     ]
-    assert len(expected) > 30
+    expected += [
+        (f"{row['phase']}_by_agent/{name}/{agent}", row["step"], pytest.approx(value))
+        for row in read_rows(tmp_path)
+        for name in ("test_accuracy", "test_loss", "train_accuracy", "train_loss")
+        for agent, value in enumerate(row.get(name, ()))
+    ]
+    assert len(expected) > 60
     assert points(tmp_path) == sorted(expected, key=lambda point: point[:2])
 
 
@@ -181,7 +209,7 @@ def test_damaged_rows_come_back_from_the_checkpoint(
         train.run(config(), tmp_path, lambda line: None)
     path = tmp_path / "metrics.jsonl"
     first, *others = path.read_bytes().splitlines(keepends=True)
-    assert len(others) == 1
+    assert len(others) == 3
     path.write_bytes(first + first + b"{")
     interrupt(10**9)
     with caplog.at_level(logging.WARNING):

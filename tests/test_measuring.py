@@ -11,7 +11,7 @@ from configs import quickstart
 from dimat_jax import train
 from dimat_jax._average import Average
 from dimat_jax._measuring import row_fields
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax.config import Config, drop_unread
 from dimat_jax.evaluate import Evaluation
 
@@ -54,7 +54,7 @@ def small(algorithm: str = "dimat", **changes: Any) -> Config:
 
 def run(config: Config, folder: Path, log: Any = lambda line: None) -> list[dict]:
     train.run(config, folder, log)
-    rows = read_rows(folder)
+    rows = read_evaluations(folder)
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -14,18 +15,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorboardX.proto import event_pb2
+from PIL import Image
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 from dimat_jax import _metrics, _restored
 from dimat_jax._checkpoint import Checkpoints
+from dimat_jax._events import About
 from dimat_jax._metrics import (
     MetricsError,
     MetricsWriter,
     best_rows,
+    evaluations,
+    read_evaluations,
     read_rows,
     restore_rows,
     write_json,
 )
+from dimat_jax._partition_picture import partition_picture
 from dimat_jax._restored import mend_rows
 
 
@@ -61,6 +67,7 @@ def scalars(workdir: Path) -> dict[tuple[str, int], float]:
         (value.tag, event.step): value.simple_value
         for event in events(workdir)
         for value in event.summary.value
+        if value.WhichOneof("value") == "simple_value"
     }
 
 
@@ -162,16 +169,61 @@ def test_a_resumed_run_keeps_as_many_rows_as_it_is_told(tmp_path, keep_rows):
 def test_numbers_reach_tensorboard_by_phase_and_step(tmp_path):
     write(
         tmp_path,
-        row(1, accuracy=0.5, bytes_sent_total=2**40, test_accuracy=np.zeros(3)),
+        row(1, accuracy=0.5, bytes_sent_total=2**40, test_loss=[0.5, None, 0.25]),
         row(2, accuracy=0.75, name="text", nested={"a": 1.0}),
         {**row(2, accuracy=0.25), "phase": "merged"},
+        {**row(3, accuracy=0.125), "phase": "training", "epoch": 2},
+        row(4, train_accuracy=[0.5] * 65, by_kind=[1, 2]),
     )
+    # A number that is not finite is no point, and many agents have no curves.
     assert scalars(tmp_path) == {
         ("trained/accuracy", 10): 0.5,
         ("trained/bytes_sent_total", 10): 2.0**40,
         ("trained/accuracy", 20): 0.75,
         ("merged/accuracy", 20): 0.25,
+        ("training/accuracy", 30): 0.125,
+        ("trained_by_agent/test_loss/0", 10): 0.5,
+        ("trained_by_agent/test_loss/2", 10): 0.25,
     }
+
+
+def test_tensorboard_shows_options_and_the_partition_whenever_a_run_goes_on(tmp_path):
+    picture = partition_picture(np.array([[30, 0], [0, 10]]))
+    about = About({"agents": 2, "optimizer.name": "sgd", "rate": 0.5}, picture)
+    for keep_rows in (0, 1):
+        writer = MetricsWriter(tmp_path, keep_rows, None, about)
+        writer.write(row(1 + keep_rows, loss=1.0))
+        writer.close()
+        found = {
+            value.tag: value
+            for event in events(tmp_path)
+            for value in event.summary.value
+        }
+        table = found["config/text_summary"].tensor.string_val[0].decode()
+        assert "optimizer.name | 'sgd'" in table.splitlines()
+        assert found["partition"].image.encoded_image_string == picture
+        plugin = found["_hparams_/session_start_info"].metadata.plugin_data
+        proto: Any = plugin_hparams_pb2
+        chosen = proto.HParamsPluginData.FromString(plugin.content)
+        hparams = chosen.session_start_info.hparams
+        assert hparams["agents"].number_value == 2
+        assert hparams["optimizer.name"].string_value == "sgd"
+    tags = [v.tag for event in events(tmp_path) for v in event.summary.value]
+    assert tags.count("partition") == tags.count("config/text_summary") == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (100, 1000)])
+def test_the_picture_of_a_partition_has_a_cell_for_each_agent_and_class(shape):
+    counts = np.zeros(shape, int)
+    counts[0, 0], counts[1, 2] = 100, 50
+    content = partition_picture(counts)
+    picture = np.array(Image.open(io.BytesIO(content)), int)
+    height, width = ((n - 44) // m for n, m in zip(picture.shape, shape, strict=False))
+    cells = picture[44::height, 44::width].sum(axis=2)[: shape[0], : shape[1]]
+    darkness = cells.max() - cells
+    assert darkness[0, 0] == darkness.max() > 0
+    assert darkness[1, 2] == pytest.approx(darkness.max() / 2, abs=2)
+    assert np.count_nonzero(darkness) == 2
 
 
 @pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(3)])
@@ -196,6 +248,7 @@ def points(workdir: Path) -> list[tuple[str, int, float]]:
         (value.tag, event.step, value.simple_value)
         for event in events(workdir)
         for value in event.summary.value
+        if value.WhichOneof("value") == "simple_value"
     )
 
 
@@ -322,6 +375,18 @@ def test_damaged_rows_are_noticed_and_restored_from_a_checkpoint(
     path.write_bytes(b"".join(lines))
     restore_rows(tmp_path, saved)
     assert path.read_bytes() == whole and read_rows(tmp_path) == rows
+
+
+def test_rows_of_epochs_are_no_evaluations_and_may_share_a_round_and_a_phase(tmp_path):
+    epochs = [{**row(1), "phase": "training", "epoch": n} for n in (1, 2)]
+    write(tmp_path, *epochs, row(1))
+    (tmp_path / "metrics.digests").unlink()
+    assert read_rows(tmp_path) == [*epochs, row(1)]
+    assert evaluations([*epochs, row(1)]) == read_evaluations(tmp_path) == [row(1)]
+    write(tmp_path, *epochs, epochs[0])
+    (tmp_path / "metrics.digests").unlink()
+    with pytest.raises(MetricsError, match="row 3 is there twice"):
+        read_rows(tmp_path)
 
 
 def test_damaged_digests_are_noticed_too(tmp_path):

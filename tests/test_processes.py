@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from dimat_jax import train
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations, read_rows
 from dimat_jax._processes import (
     check_equal,
     everywhere,
@@ -156,7 +156,7 @@ def pair(request, tmp_path_factory) -> Path:
         code, out, err = ended(process, 280)
         assert code == 0, f"process {number}:\n{out}\n{err}"
         # Process 0 alone reports.
-        n_evaluations = sum(len(read_rows(folder / name)) for name in names)
+        n_evaluations = sum(len(read_evaluations(folder / name)) for name in names)
         assert out.count("test accuracy") == (0 if number else n_evaluations)
     return folder
 
@@ -214,7 +214,7 @@ def test_two_processes_share_the_agents_that_they_have_pre_trained(pair):
     names = [name for name in RUNS if (pair / name).is_dir()]
     starts = {(RUNS[n].get("agents"), RUNS[n].get("model.norm")) for n in names}
     assert len(list((pair / "pretrained").iterdir())) == len(starts) < len(names)
-    first = [read_rows(pair / name)[0] for name in ("gossip", "push-sum")]
+    first = [read_evaluations(pair / name)[0] for name in ("gossip", "push-sum")]
     assert first[0]["test_loss"] == first[1]["test_loss"]
 
 
@@ -228,9 +228,9 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
     others = start_training(*[(*LONG, f"--workdir={whole}")] * 2)
     for victim in (1, 0):
         processes = start_training(command, command)
-        n_rows = len(read_rows(killed)) + 5
+        n_rows = len(read_evaluations(killed)) + 5
         deadline = time.monotonic() + 120
-        while len(read_rows(killed)) < n_rows and time.monotonic() < deadline:
+        while len(read_evaluations(killed)) < n_rows and time.monotonic() < deadline:
             time.sleep(0.02)
         processes[victim].send_signal(signal.SIGKILL)
         processes[victim].communicate()
@@ -249,7 +249,7 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_resumes(tmp_path):
     # One process goes on with what two have begun.
     config = train.load_agents(whole)[0].config
     train.run(config, tmp_path / "copy", lambda line: None)
-    last, expected = (read_rows(d)[-1] for d in (tmp_path / "copy", whole))
+    last, expected = (read_evaluations(d)[-1] for d in (tmp_path / "copy", whole))
     assert last["bytes_sent_total"] == expected["bytes_sent_total"]
     np.testing.assert_allclose(last["test_loss"], expected["test_loss"], rtol=1e-2)
 
@@ -264,7 +264,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path):
         processes = start_training(command, command)
         n_rows = 2 if victim else 4
         deadline = time.monotonic() + 120
-        while len(read_rows(stopped)) < n_rows and time.monotonic() < deadline:
+        while len(read_evaluations(stopped)) < n_rows and time.monotonic() < deadline:
             time.sleep(0.02)
         processes[victim].send_signal(number)
         results = [ended(process) for process in processes]

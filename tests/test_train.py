@@ -15,7 +15,7 @@ import pytest
 from configs import cifar100_resnet20, quickstart
 from dimat_jax import _race, models, reports, train
 from dimat_jax._measuring import Measuring
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations, read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax._trainer import Trainer
 from dimat_jax.config import ConfigError, default_config, drop_unread
@@ -66,7 +66,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_run_writes_a_row_for_every_evaluation(finished):
-    rows = read_rows(finished)
+    rows = read_evaluations(finished)
     assert [(row["round"], row["phase"]) for row in rows] == [
         (0, "pretrained"),
         (1, "merged"),
@@ -105,7 +105,7 @@ def test_a_run_leaves_its_config_summary_events_and_checkpoints(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["rounds"] == 2 and config["merge"]["frame"] == "reference"
     summary = json.loads((finished / "summary.json").read_text())
-    rows = read_rows(finished)
+    rows = read_evaluations(finished)
     assert summary["test_accuracy"] == rows[-1]["test_accuracy"]
     assert summary["last_merged"] == rows[-2]
     assert list(finished.glob("events.out.tfevents.*"))
@@ -121,17 +121,79 @@ def test_a_finished_run_is_left_alone(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_every_epoch_alone_has_a_row_and_a_line(tmp_path, finished):
+    rows, lines = read_rows(finished), []
+    alone = [row for row in rows if row["phase"] == "pretraining"]
+    assert rows[:3] == alone and rows[3:] == read_evaluations(finished)
+    assert [(r["round"], r["epoch"], r["step"]) for r in alone] == [
+        (0, 1, 4),
+        (0, 2, 8),
+        (0, 3, 12),
+    ]
+    for row in rows:
+        if "train_loss" in row:
+            for name in ("train_loss", "train_accuracy"):
+                assert row[f"{name}_mean"] == pytest.approx(np.mean(row[name]))
+    losses = [row["train_loss_mean"] for row in alone]
+    assert losses == sorted(losses, reverse=True)
+    # The evaluation after pre-training has the training loss of the last epoch.
+    assert rows[3]["train_loss"] == alone[-1]["train_loss"]
+    assert not [name for row in alone for name in row if "test" in name]
+
+    # Evaluations on the way, and epochs in rounds.
+    config = small(pretrain__eval_every=2, local_epochs=2, rounds=1)
+    train.run(config, tmp_path, lines.append)
+    ours = read_rows(tmp_path)
+    times = ("seconds_total",)
+    for row, other in zip(ours[:3:2], alone[::2], strict=True):
+        assert {k: row[k] for k in row if k not in times} == {
+            k: other[k] for k in other if k not in times
+        }
+    evaluated = ours[1]
+    assert evaluated.keys() - alone[1].keys() == {
+        "test_accuracy",
+        "test_accuracy_mean",
+        "test_accuracy_std",
+        "test_loss",
+        "test_loss_mean",
+    }
+    assert evaluated["test_accuracy_mean"] == np.mean(evaluated["test_accuracy"])
+    assert [
+        (row["phase"], row["round"], row.get("epoch"), row["step"]) for row in ours[3:]
+    ] == [
+        ("pretrained", 0, None, 12),
+        ("merged", 1, None, 12),
+        ("training", 1, 1, 16),
+        ("training", 1, 2, 20),
+        ("trained", 1, None, 20),
+    ]
+    first, second, whole = ours[5], ours[6], ours[7]
+    for name in ("train_loss", "train_accuracy"):
+        both = np.mean([first[name], second[name]], axis=0)
+        np.testing.assert_allclose(both, whole[name], rtol=1e-5)
+    assert whole["train_loss"] != second["train_loss"]
+    assert lines[3].startswith("pre-training, epoch   2 of 3: training accuracy 0.")
+    assert f", test accuracy {evaluated['test_accuracy_mean']:.4f}" in lines[3]
+    assert lines[7].startswith("round   1, epoch 1 of 2: training accuracy 0.")
+    # Nobody's results change by what is reported.
+    expected = read_evaluations(finished)[:2]
+    assert without_times(ours[3:5]) == without_times(expected)
+
+
 class _Killed(Exception):
     pass
 
 
-@pytest.mark.every_nth(3)
-@pytest.mark.parametrize("evaluations", [0, 1, 2, 3, 4])
+@pytest.mark.every_nth(4)
+@pytest.mark.parametrize("n_rows", range(8))
 def test_an_interrupted_run_resumes_with_the_same_results(
-    tmp_path, finished, monkeypatch, evaluations
+    tmp_path, finished, monkeypatch, n_rows
 ):
-    """The run is killed in pre-training (0), or right after writing the n-th row."""
-    if evaluations == 0:
+    """The run is killed in pre-training (0), or right after writing the n-th row.
+
+    The first three rows are those of the epochs of pre-training.
+    """
+    if n_rows == 0:
         original, calls = Trainer.train, []
 
         def die_in_the_third_epoch(*args):
@@ -145,8 +207,8 @@ def test_an_interrupted_run_resumes_with_the_same_results(
 
     def die(line: str) -> None:
         lines.append(line)
-        # The first line says which layout the run has.
-        if evaluations and len(lines) == 1 + evaluations:
+        # The first lines say which layout the run has, and how data are divided.
+        if n_rows and len(lines) == 2 + n_rows:
             raise _Killed
 
     with pytest.raises(_Killed):
@@ -156,7 +218,7 @@ def test_an_interrupted_run_resumes_with_the_same_results(
     train.run(small(), tmp_path, lines.append)
     assert without_times(read_rows(tmp_path)) == without_times(read_rows(finished))
     # The run continued, and did not start from the beginning.
-    assert "going on after local step" in lines[1] or evaluations == 1
+    assert "going on after local step" in lines[1] or n_rows == 1
 
 
 class _Watched(Experiment):
@@ -234,7 +296,7 @@ def test_agents_that_do_not_communicate_are_evaluated_once_between_trainings(
 ):
     """They are never judged by an evaluation that is older than their last steps."""
     train.run(small("local", rounds=4, eval__every=3), tmp_path, quiet)
-    rows = read_rows(tmp_path)
+    rows = read_evaluations(tmp_path)
     assert [row["round"] for row in rows] == [0, 3, 3, 4, 4]
     # The row "merged" of round 4 has the values of the row "trained" of round 3.
     assert events.count("evaluate") == 4 and events.count("write") == 5
@@ -244,11 +306,11 @@ def test_agents_that_do_not_communicate_are_evaluated_once_between_trainings(
 
 @pytest.mark.slow
 def test_the_number_of_devices_changes_nothing(tmp_path, finished):
-    expected = read_rows(finished)
+    expected = read_evaluations(finished)
     for devices in (2, 3):
         workdir = tmp_path / str(devices)
         train.run(small(placement__cpu_devices=devices), workdir, quiet)
-        for row, other in zip(read_rows(workdir), expected, strict=True):
+        for row, other in zip(read_evaluations(workdir), expected, strict=True):
             np.testing.assert_allclose(
                 row["test_loss"], other["test_loss"], rtol=1e-4, atol=1e-5
             )
@@ -267,7 +329,7 @@ def test_a_run_resumes_on_another_number_of_devices(tmp_path, finished):
         train.run(small(rounds=2), tmp_path, die)
     # There are two devices for three agents, so one slot only fills up a device.
     train.run(small(placement__cpu_devices=2), tmp_path, quiet)
-    ours, theirs = read_rows(tmp_path)[-1], read_rows(finished)[-1]
+    ours, theirs = read_evaluations(tmp_path)[-1], read_evaluations(finished)[-1]
     np.testing.assert_allclose(ours["test_loss"], theirs["test_loss"], rtol=1e-4)
 
 
@@ -280,8 +342,11 @@ def test_runs_share_pretrained_agents(tmp_path):
     train.run(small("wa", **changes), tmp_path / "b", lines.append)
     train.run(small("wa", seed=1, **changes), tmp_path / "c", quiet)
     assert any("pre-trained agents come from" in line for line in lines)
-    first, second, third = (read_rows(tmp_path / run)[0] for run in "abc")
+    first, second, third = (read_evaluations(tmp_path / run)[0] for run in "abc")
     assert first["test_loss"] == second["test_loss"] != third["test_loss"]
+    # The rows of the epochs come with the agents, and so do their times.
+    epochs = [read_rows(tmp_path / run)[:3] for run in "ab"]
+    assert epochs[0] == epochs[1] and epochs[0][2]["epoch"] == 3
 
 
 def test_a_run_waits_for_another_one_that_pretrains_the_same_agents(tmp_path):
@@ -376,7 +441,7 @@ def test_a_run_matches_on_as_many_images_as_it_takes(tmp_path, policy):
     }
     config = drop_unread(small(**changes))
     train.run(config, tmp_path / "whole", quiet)
-    merged = [r for r in read_rows(tmp_path / "whole") if r["phase"] == "merged"]
+    merged = [r for r in read_evaluations(tmp_path / "whole") if r["phase"] == "merged"]
     # No unit moves, so a second batch gains nothing. There are 5 or 15.
     assert [row["match_samples_used"] for row in merged] == [40, 40]
 
@@ -387,14 +452,14 @@ def test_a_run_matches_on_as_many_images_as_it_takes(tmp_path, policy):
 
     with pytest.raises(_Killed):
         train.run(config, tmp_path / "killed", die)
-    assert read_rows(tmp_path / "killed")[-1]["phase"] == "merged"
+    assert read_evaluations(tmp_path / "killed")[-1]["phase"] == "merged"
     train.run(config, tmp_path / "killed", quiet)
     ours, theirs = (read_rows(tmp_path / name) for name in ("killed", "whole"))
     assert without_times(ours) == without_times(theirs)
 
 
 def test_the_number_of_images_to_match_on_is_reported(finished):
-    rows = read_rows(finished)
+    rows = read_evaluations(finished)
     assert [row.get("match_samples_used") for row in rows] == [None, 100, None] + [
         100,
         None,
@@ -409,13 +474,13 @@ def test_matching_by_weights_reads_no_examples():
 def test_a_round_can_be_counted_in_steps(tmp_path):
     config = small(local_epochs=0, local_steps=3)
     train.run(config, tmp_path, quiet)
-    assert [row["step"] for row in read_rows(tmp_path)] == [12, 12, 15, 15, 18]
+    assert [row["step"] for row in read_evaluations(tmp_path)] == [12, 12, 15, 15, 18]
 
 
 @pytest.mark.slow
 def test_bfloat16_trains_to_about_the_same(tmp_path, finished):
     train.run(small(model__dtype="bfloat16"), tmp_path, quiet)
-    ours, theirs = read_rows(tmp_path)[-1], read_rows(finished)[-1]
+    ours, theirs = read_evaluations(tmp_path)[-1], read_evaluations(finished)[-1]
     assert ours["test_loss"] != theirs["test_loss"]
     assert ours["test_accuracy_mean"] == pytest.approx(
         theirs["test_accuracy_mean"], abs=0.05
@@ -425,7 +490,7 @@ def test_bfloat16_trains_to_about_the_same(tmp_path, finished):
 def test_without_pretraining_and_with_equal_inits_agents_start_as_one(tmp_path):
     config = drop_unread(small("local", init="same", pretrain__epochs=0, rounds=1))
     train.run(config, tmp_path, quiet)
-    rows = read_rows(tmp_path)
+    rows = read_evaluations(tmp_path)
     assert rows[0]["consensus_distance"] < 1e-5 < rows[-1]["consensus_distance"]
 
 
@@ -612,7 +677,7 @@ def test_algorithm_1_of_the_paper_without_permutations_is_cdsgd(
     gossip = untrained("cdsgd", data__partition="by_class")
     train.run(gossip, tmp_path / "b", quiet)
     ours, theirs = (
-        [row for row in read_rows(tmp_path / name) if row["phase"] == "trained"]
+        [row for row in read_evaluations(tmp_path / name) if row["phase"] == "trained"]
         for name in ("a", "b")
     )
     for row, other in zip(ours, theirs, strict=True):
@@ -623,7 +688,7 @@ def test_algorithm_1_of_the_paper_without_permutations_is_cdsgd(
     # With one step in a round, the gradient is that of the merged weights.
     published = untrained("wa", data__partition="by_class", local_steps=1, rounds=14)
     train.run(published, tmp_path / "c", quiet)
-    after = read_rows(tmp_path / "c")[-1]
+    after = read_evaluations(tmp_path / "c")[-1]
     assert after["step"] == ours[-1]["step"]
     assert not np.allclose(after["test_loss"], ours[-1]["test_loss"], rtol=1e-3)
 
@@ -632,7 +697,7 @@ def test_algorithm_1_of_the_paper_without_permutations_is_cdsgd(
 def test_agents_may_merge_within_a_round(tmp_path, gradient):
     changes = {"merge__every": 3, "merge__unit": "steps", "merge__gradient": gradient}
     train.run(untrained("wa", **changes), tmp_path, quiet)
-    rows = read_rows(tmp_path)
+    rows = read_evaluations(tmp_path)
     phases = [(row["round"], row["phase"]) for row in rows[1:]]
     assert phases == [(1, "merged"), (1, "trained"), (2, "merged"), (2, "trained")]
     # Merges come before the first, the fourth and the seventh step of seven. An agent
@@ -645,7 +710,7 @@ def test_agents_may_merge_within_a_round(tmp_path, gradient):
 
 def test_agents_may_merge_every_few_rounds(tmp_path):
     train.run(untrained("wa", merge__every=2, rounds=4), tmp_path / "a", quiet)
-    rows = read_rows(tmp_path / "a")
+    rows = read_evaluations(tmp_path / "a")
     assert [(row["round"], row["phase"]) for row in rows[1:]] == [
         (1, "merged"),
         (1, "trained"),
@@ -658,7 +723,7 @@ def test_agents_may_merge_every_few_rounds(tmp_path):
     assert reports.load(tmp_path / "a").left_out.empty
     # Two rounds without a merge in between are one round of twice as many steps.
     train.run(untrained("wa", local_steps=14, rounds=2), tmp_path / "b", quiet)
-    longer = read_rows(tmp_path / "b")
+    longer = read_evaluations(tmp_path / "b")
     for row, other in ((rows[3], longer[2]), (rows[4], longer[3])):
         np.testing.assert_allclose(row["test_loss"], other["test_loss"], rtol=1e-5)
 

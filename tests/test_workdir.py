@@ -11,7 +11,7 @@ import pytest
 from configs import quickstart
 from dimat_jax import _inputs, _run_folder, _run_progress, workdir
 from dimat_jax._lock import LockError, held
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations, read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax.config import ConfigError
 from dimat_jax.experiment import Experiment
@@ -78,6 +78,7 @@ def test_a_new_run_has_a_config_and_a_partition_and_no_summary(tmp_path, experim
         "config.json",
         "inputs.json",
         "layout.json",
+        "model.json",
         "partition.json",
     }
     assert folder.read_config().to_json() == experiment.config.to_json()
@@ -127,8 +128,8 @@ def test_there_are_as_many_class_names_as_columns_of_counts(
 def test_a_folder_takes_the_same_config_on_other_devices_but_no_other(folder):
     folder.check(small())
     folder.check(small(placement__cpu_devices=2, checkpoint__keep=7))
-    with pytest.raises(ConfigError, match=r"differ in rounds \(2 there, 3 here\)"):
-        folder.check(small(rounds=3))
+    with pytest.raises(ConfigError, match=r"differ in seed \(0 there, 3 here\)"):
+        folder.check(small(seed=3))
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -291,6 +292,26 @@ def test_nothing_is_written_into_a_folder_that_another_process_has_taken(
     assert not list((folder.path / "checkpoints").iterdir())
 
 
+def test_the_rows_of_epochs_are_no_evaluations(folder, experiment):
+    seen = {"train_loss": np.ones(3), "train_loss_mean": 1.0}
+    with Results(folder, experiment) as results:
+        results.progress.step = 7
+        results.write_epoch("pretraining", 0, 1, seen)
+        results.write("pretrained", 0, MEASURES, {})
+        results.write_epoch("training", 1, 1, seen)
+        results.write_pretraining_rows(
+            [{"phase": "pretraining", "epoch": 1}, {"phase": "pretraining", "epoch": 2}]
+        )
+        assert [row["epoch"] for row in results.pretraining_rows()] == [1, 2]
+        summary = results.summarize()
+    first, evaluated, *_ = read_rows(folder.path)
+    del first["seconds_total"]
+    place = {"round": 0, "step": 7, "phase": "pretraining", "epoch": 1}
+    assert first == {**place, "train_loss": [1.0] * 3, "train_loss_mean": 1.0}
+    assert read_evaluations(folder.path) == [evaluated]
+    assert summary["phase"] == "pretrained" and "last_training" not in summary
+
+
 def test_rows_leave_out_the_links_of_many_agents(folder, experiment, monkeypatch):
     monkeypatch.setattr(workdir, "_MOST_IN_ROWS", 2)
     with Results(folder, experiment) as results:
@@ -373,13 +394,14 @@ def test_shared_agents_come_back_with_metrics_and_seconds(tmp_path, experiment):
     assert agents.read() is None
     assert not (tmp_path / "agents").exists()
     variables = experiment.initial_variables()
-    agents.write(variables, {"train_loss": np.array([0.5, 0.25, 0.125])}, 12.5)
+    rows = [{"phase": "pretraining", "epoch": 1}]
+    agents.write(variables, {"train_loss": np.array([0.5, 0.25, 0.125])}, 12.5, rows)
     found = agents.read()
     assert found is not None
     assert_same(
         experiment.placement.gather(found[0]), experiment.placement.gather(variables)
     )
-    assert found[1:] == ({"train_loss": [0.5, 0.25, 0.125]}, 12.5)
+    assert found[1:] == ({"train_loss": [0.5, 0.25, 0.125]}, 12.5, rows)
 
 
 def test_the_first_of_two_runs_that_share_agents_wins(tmp_path, experiment):
@@ -413,9 +435,9 @@ def test_a_run_of_an_older_version_is_still_the_same_run(tmp_path):
     experiment, agents = load_agents(tmp_path)
     assert experiment.config.merge.stay == 0.0
     assert jax.tree.leaves(agents)[0].shape[0] == 3
-    older["rounds"] = 1
+    older["seed"] = 1
     path.write_text(json.dumps(older))
-    with pytest.raises(ConfigError, match=r"they differ in rounds \(1 there, 0 here\)"):
+    with pytest.raises(ConfigError, match=r"they differ in seed \(1 there, 0 here\)"):
         Workdir(tmp_path).check(config)
 
 

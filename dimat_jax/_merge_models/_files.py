@@ -1,22 +1,17 @@
 """Reads trained models: runs, earlier merges, PyTorch files, a user's own weights."""
 
-import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from dimat_jax import train
+from dimat_jax._loaded_run import load_weights
 from dimat_jax._merge_models._options import Options, is_own
 from dimat_jax._merge_models._trees import Place, read_tree
-from dimat_jax.config import fields_of, model_arguments
+from dimat_jax._model_files import agent_of, located, refuse_another
 from dimat_jax.data._dataset import Dataset
 from dimat_jax.errors import UserError, reading
-from dimat_jax.experiment import Experiment
 from dimat_jax.models import _saved
 from dimat_jax.models._saved import SavedModel
 from dimat_jax.models._torch_files import ENDINGS, is_torch_file
@@ -25,7 +20,7 @@ from dimat_jax.models.torch_import import (
     infer_arguments,
     infer_image_shape,
 )
-from dimat_jax.tree import flatten, take
+from dimat_jax.tree import flatten
 
 __all__ = [
     "check",
@@ -60,28 +55,28 @@ def read(options: Options) -> tuple[list[SavedModel], str | None]:
     directories = [options.data_dir]
 
     @functools.cache  # Several models may be agents of the same run.
-    def load_agents(workdir: Path):
-        experiment, agents = train.load_agents(workdir, options.data_dir)
+    def load_agents(workdir: Path, round: int | None):
+        experiment, agents = load_weights(workdir, options.data_dir, round)
         directories.append(experiment.config.data.dir)
         return experiment, agents
 
     def read_one(name: str) -> SavedModel:
-        path, agent = Path(name), None
-        if not path.exists() and (found := re.fullmatch(r"(.+):(\d+)", name)):
-            path, agent = Path(found[1]), int(found[2])
+        path, round, agent = located(name)
         if not path.exists():
             raise UserError("there is no such file or folder")
         if options.model is not None and is_own(options.model):
             variables = read_tree(path, place(options))
             return SavedModel(options.model, {}, (), None, variables)
-        if (path / "model").is_dir() and agent is None:
+        if (path / "model").is_dir() and agent is None and round is None:
             return _saved.load(path / "model")
         if path.is_file() or is_torch_file(path):
             return _torch(path, options)
         if (path / "config.json").exists():
-            return _agent(*load_agents(path), agent or 0)
-        if agent is not None:
-            raise UserError(f"{path} is no run; only runs have agents to choose from")
+            return agent_of(*load_agents(path, round), agent or 0)
+        if agent is not None or round is not None:
+            raise UserError(
+                f"{path} is no run; only runs have agents and rounds to choose from"
+            )
         raise UserError(
             "neither the workdir of a run (no config.json) nor of a merge (no model/), "
             f"nor a PyTorch file ({', '.join(ENDINGS)})"
@@ -96,22 +91,6 @@ def read(options: Options) -> tuple[list[SavedModel], str | None]:
             where = "" if name in str(error) else f"{name}: "
             raise UserError(f"{where}{error}") from error
     return models, next(filter(None, directories), None)
-
-
-def _agent(experiment: Experiment, agents: Any, number: int) -> SavedModel:
-    n_agents = len(experiment.shards)
-    if number >= n_agents:
-        raise UserError(f"there is no agent {number}; the run has 0 to {n_agents - 1}")
-    arguments = model_arguments(fields_of(experiment.config))
-    if "dtype" in arguments:
-        arguments["dtype"] = jnp.dtype(arguments["dtype"]).name
-    return SavedModel(
-        name=experiment.config.model.name,
-        arguments={"n_classes": experiment.dataset.n_classes, **arguments},
-        input_shape=experiment.dataset.train.images.shape[1:],
-        data=experiment.config.data.name,
-        variables=take(agents, number),
-    )
 
 
 def _torch(path: Path, options: Options) -> SavedModel:
@@ -173,18 +152,10 @@ def check(
     Raises:
         UserError: a model does not fit; the message names it, and the setting or leaf.
     """
-    expected = _architecture(models[0])
     for name, model in zip(names, models, strict=True):
-        architecture = _architecture(model)
-        for field in [*expected, *architecture]:
-            first, other = expected.get(field), architecture.get(field)
-            if first != other:
-                raise UserError(
-                    f"{names[0]} and {name} are of different architectures: {field} "
-                    f"is {first} and {other}"
-                )
+        refuse_another(names[0], models[0], name, model)
         if dataset is not None:
-            check_classes(name, architecture["n_classes"], dataset)
+            check_classes(name, model.arguments["n_classes"], dataset)
         _saved.check(model._replace(input_shape=shape), name)
 
 
@@ -220,14 +191,3 @@ def check_own(names: Sequence[str], models: Sequence[SavedModel]) -> None:
                 raise UserError(
                     f"{name}: {path!r} holds {bad} value(s) that are NaN or infinite"
                 )
-
-
-def _architecture(model: SavedModel) -> dict[str, Any]:
-    """Returns the settings on which a model's variables and outputs depend."""
-    module = model.module
-    fields = {
-        field.name: getattr(module, field.name)
-        for field in dataclasses.fields(module)
-        if field.name not in ("parent", "name", "dtype", "bn_momentum")
-    }
-    return {"model": model.name, **fields}

@@ -12,7 +12,7 @@ import jax
 from tabulate import tabulate
 
 from dimat_jax._chosen import number_of_agents
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import evaluations, read_rows
 from dimat_jax._pretrain import SharedAgents
 from dimat_jax._sweeping._job import inherited_jax_options
 from dimat_jax._sweeping._plan import Job, in_order, pretraining_key
@@ -114,11 +114,14 @@ def _plans(jobs: Sequence[Job]) -> list[_Plan]:
         rows = read_rows(job.workdir)
         done = rows[-1]["step"] if rows else 0
         key = pretraining_key(job.config)
-        state = f"in round {rows[-1]['round']}" if rows else "new"
+        state = _how_far(rows)
         if job.is_finished:
             alone, state, done, text = 0, "finished", rounds * steps, "done"
-        elif rows:
+        elif evaluations(rows):
             done, alone, text = done - alone, 0, "done"
+        elif rows:
+            done, alone = 0, alone - done
+            text = f"{alone} steps"
         elif alone:
             text = f"{alone} steps"
             path = SharedAgents(experiment).path
@@ -143,6 +146,16 @@ def _plans(jobs: Sequence[Job]) -> list[_Plan]:
     return plans
 
 
+def _how_far(rows: Sequence[dict[str, Any]]) -> str:
+    """How far a run has come, from all of its rows."""
+    if not rows:
+        return "new"
+    last = rows[-1]
+    if last["phase"] == "pretraining":
+        return f"pre-trained for {last['epoch']} epochs"
+    return f"in round {last['round']}"
+
+
 class _Times:
     """Seconds of a local step for each image of a batch, by the kind of run.
 
@@ -156,13 +169,15 @@ class _Times:
     def __init__(self, jobs: Sequence[Job]):
         self._found: dict[tuple[str, str], list[float]] = {}
         for job in jobs:
-            rows = read_rows(job.workdir)
-            if not rows:
-                continue
-            config, first, last = job.config, rows[0], rows[-1]
-            if first["phase"] == "pretrained" and first["step"]:
-                seconds = first["seconds_total"] / first["step"]
+            config, rows = job.config, read_rows(job.workdir)
+            alone = [row for row in rows if row["phase"].startswith("pretrain")]
+            if alone and alone[-1]["step"]:
+                seconds = alone[-1]["seconds_total"] / alone[-1]["step"]
                 self._add(config, "alone", seconds / config.pretrain.batch_size)
+            evaluated = evaluations(rows)
+            if not evaluated:
+                continue
+            first, last = evaluated[0], evaluated[-1]
             if last["step"] > first["step"]:
                 seconds = last["seconds_total"] - first["seconds_total"]
                 seconds /= last["step"] - first["step"]

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dimat_jax._chosen import check_network, number_of_agents
 from dimat_jax._division import check_samples, divide, load_data
@@ -13,6 +13,7 @@ from dimat_jax._inputs import FromPlugin, from_plugins
 from dimat_jax._lock import LOCK_FILES
 from dimat_jax._needs import check_graph_and_steps, check_model
 from dimat_jax._pretrain import pretraining_fields
+from dimat_jax._starting import read_start
 from dimat_jax.algorithms.conditions import no_negative_weights
 from dimat_jax.config import (
     Config,
@@ -60,9 +61,14 @@ class Job(NamedTuple):
     from_plugins: Sequence[FromPlugin] = ()
 
     @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of the finished run; None if it has not finished."""
+        return Workdir(self.workdir).read_summary(self.config.rounds)
+
+    @property
     def is_finished(self) -> bool:
         """Whether the folder holds the finished run."""
-        return Workdir(self.workdir).read_summary() is not None
+        return self.summary is not None
 
 
 def prepare(
@@ -113,6 +119,8 @@ def check_here(jobs: Sequence[Job]) -> None:
         if not job.is_finished:
             with concerning(f"run {job.name!r}"):
                 _check_data(job.config, read)
+                if not Workdir(job.workdir).has_checkpoint:
+                    read_start(job.config)
 
 
 def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
@@ -183,7 +191,7 @@ def pretraining_key(config: Config) -> str | None:
     Returns:
         The text; None for a run that shares no agents.
     """
-    if not config.pretrain.epochs or not config.pretrain.cache_dir:
+    if not config.pretrain.epochs or not config.pretrain.cache_dir or config.init_from:
         return None
     fields = pretraining_fields(config)
     return json.dumps([config.pretrain.cache_dir, fields], sort_keys=True)

@@ -1,7 +1,7 @@
 """Shows how far the runs of a sweep are, from the files that they write."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dimat_jax._metrics import MetricsError, read_rows
+from dimat_jax._metrics import MetricsError, evaluations, read_rows
 from dimat_jax._sweeping._job import LOG, PROGRESS
 from dimat_jax._sweeping._plan import Job
 
@@ -137,9 +137,9 @@ class View:
         """Reads the files of the runs that are running, and shows what is new."""
         for name, run in self._runs.items():
             if run.state == "running":
-                for row in run.new_rows():
+                for row in evaluations(run.new_rows()):
                     self._announce(
-                        f"{name}: round {row['round']} {row['phase']}: test accuracy "
+                        f"{name}: {_place(row)}: test accuracy "
                         f"{row['test_accuracy_mean']:.4f}"
                     )
         if self._live.is_started:
@@ -173,12 +173,20 @@ def _cells(run: _Watched) -> list[str]:
     step, steps, rate = run.steps
     if steps is None or step is None:
         return ["starting", "", "", "", ""]
-    last = run.rows[-1] if run.rows else None
+    evaluated = evaluations(run.rows)
     left = timedelta(seconds=round((steps - step) / rate)) if rate else ""
     return [
-        "pre-training" if last is None else f"round {last['round']} {last['phase']}",
-        f"{100 * last['test_accuracy_mean']:.1f} %" if last else "",
+        _place(run.rows[-1]) if run.rows else "pre-training",
+        f"{100 * evaluated[-1]['test_accuracy_mean']:.1f} %" if evaluated else "",
         f"{step}/{steps}",
         f"{rate:.3g}" if rate else "",
         str(left),
     ]
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    """Where in a run a row is from."""
+    if row["phase"] == "pretraining":
+        return f"pre-training, epoch {row['epoch']}"
+    epoch = f", epoch {row['epoch']}" if "epoch" in row else ""
+    return f"round {row['round']} {row['phase']}{epoch}"

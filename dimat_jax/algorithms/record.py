@@ -24,7 +24,7 @@ from dimat_jax.options import Option, Record
 from dimat_jax.placement import AGENTS, Placement
 from dimat_jax.topology import TOPOLOGY
 
-__all__ = ["GRAPH", "INIT", "SEVERAL_AGENTS", "AlgorithmRecord"]
+__all__ = ["GRAPH", "INIT", "INIT_FROM", "SEVERAL_AGENTS", "AlgorithmRecord"]
 
 INIT = Option(
     "init",
@@ -32,6 +32,17 @@ INIT = Option(
     "Whether the agents start from different random weights, or all of them from the "
     "same ones.",
     choices=("different", "same"),
+)
+
+INIT_FROM = Option(
+    "init_from",
+    "",
+    "The trained weights from which the agents start. The folder of a run, DIR, gives "
+    "its agents to the new ones in their order; DIR@10 gives those at the end of round "
+    "10. A list of models with commas between them, or a pattern such as "
+    "'models/*.pth', has one for each agent, or a single one for all. A model is an "
+    "agent of a run (DIR:2), the folder of a merge or of an export, or a PyTorch file.",
+    empty="agents start from random weights",
 )
 
 GRAPH = (TOPOLOGY, MIXING, EDGE_LOSS)

@@ -17,6 +17,7 @@ COMMANDS = {
     "report": "write tables and figures of runs",
     "tune": "choose learning rates, or values of another field, on validation images",
     "merge": "merge models that were trained apart",
+    "export": "write a run's average model, or an agent, for use elsewhere",
     "bench": "measure how long training and merging take",
     "show": "list configs, algorithms, ...; look into a config or a run",
 }

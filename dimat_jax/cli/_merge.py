@@ -2,13 +2,14 @@
 
     dimat merge A B [C ...] --out=DIR
 
-A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0), the --out of an
-earlier merge, or a PyTorch file (.safetensors, .pth, .pt, .bin, .ckpt; --model names
-its architecture). With --model=path.py:function it is a file for a function of your
-own: one of PyTorch's, .msgpack or .npz, or a folder that Orbax has written. All models
-are aligned to the first and averaged. Then BatchNorm statistics are measured anew;
-networks without BatchNorm are rescaled (REPAIR). Images are a data set or your own
-(--data). Without any, models can be matched by their weights, but nothing is measured.
+A model is the workdir of a run (DIR:2 is its agent 2, DIR its agent 0; DIR@10:2 and
+DIR@10 are these at the end of round 10), the --out of an earlier merge or export, or a
+PyTorch file (.safetensors, .pth, .pt, .bin, .ckpt; --model names its architecture).
+With --model=path.py:function it is a file for a function of your own: one of PyTorch's,
+.msgpack or .npz, or a folder that Orbax has written. All models are aligned to the
+first and averaged. Then BatchNorm statistics are measured anew; networks without
+BatchNorm are rescaled (REPAIR). Images are a data set or your own (--data). Without
+any, models can be matched by their weights, but nothing is measured.
 
 The command writes into DIR: the merged model (model/, and model.safetensors with the
 names of the PyTorch file that came in; for a function of your own, a file of the kind

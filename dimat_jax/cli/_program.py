@@ -13,12 +13,11 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-import jax
 from absl import app, flags, logging
 
 from dimat_jax import _processes, _signals, plugins
+from dimat_jax._compile_cache import keep_compiled
 from dimat_jax._storage import problem
-from dimat_jax.data._cache import user_cache
 from dimat_jax.errors import (
     Interrupted,
     NonFiniteError,
@@ -71,10 +70,7 @@ def run(
     # Orbax logs every step of every save at the level below; --verbosity=0 shows it.
     logging.set_verbosity(logging.WARNING)
     # The runs of a sweep, and a run that resumes, compile the same programs.
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = str(user_cache() / "xla")
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    keep_compiled()
     try:
         _define(command, called, arguments)
         app.run(

@@ -21,7 +21,7 @@ from typing import Any
 from tabulate import tabulate
 
 from dimat_jax._folders import read_json
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import evaluations, read_rows
 from dimat_jax._option_facts import facts
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.callbacks import CALLBACKS
@@ -140,14 +140,21 @@ def _run(workdir: Path) -> str:
     with reading(workdir / "config.json"):
         table, rounds = _config(config), config["rounds"]
     rows = read_rows(workdir)
+    evaluated = evaluations(rows)
     state = "finished" if (workdir / "summary.json").exists() else "not finished"
     with reading(workdir / "metrics.jsonl"):
-        if rows:
-            last = rows[-1]
+        if evaluated:
+            last = evaluated[-1]
             accuracy = 100 * last["test_accuracy_mean"]
             state += (
                 f"; round {last['round']} of {rounds}, {last['phase']}: mean test "
                 f"accuracy {accuracy:.2f} %"
+            )
+        elif rows:
+            accuracy = 100 * rows[-1]["train_accuracy_mean"]
+            state += (
+                f"; epoch {rows[-1]['epoch']} of pre-training: mean training accuracy "
+                f"{accuracy:.2f} %"
             )
     return f"{table}\n\n{state}"
 

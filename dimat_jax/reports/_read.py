@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from dimat_jax._folders import read_json
 from dimat_jax._inputs import fields_of_run
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax._run_options import ROUNDS
 from dimat_jax.algorithms._merge_times import EVERY as MERGE_EVERY
 from dimat_jax.algorithms._merge_times import UNIT as MERGE_UNIT
@@ -122,7 +122,7 @@ def _read(folder: Path) -> FoundRun:
             read = fields_of_run(folder)
             fields = {path: str(value) for path, value in read.items()}
         with concerning("its metrics.jsonl"), reading("a row"):
-            found = read_rows(folder)
+            found = read_evaluations(folder)
             _check_rows(found)
             state, reason = _state(folder, fields, found)
             rows = found

@@ -9,7 +9,7 @@ import pytest
 
 from configs import quickstart
 from dimat_jax import train
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations, read_rows
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.config import drop_unread
 from dimat_jax.network import NetworkError
@@ -78,7 +78,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 # Centralized training has no network, and D2 refuses a network with faults.
 @pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"centralized", "d2"}))
 def test_every_algorithm_finishes(run, algorithm):
-    rows = read_rows(run(algorithm))
+    rows = read_evaluations(run(algorithm))
     assert [row["round"] for row in rows] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
     for row in rows:
         for field in ("test_loss", "test_accuracy", "consensus_distance"):
@@ -118,7 +118,7 @@ def test_merging_still_beats_training_alone(run, algorithm, seed):
         "merge__match_data": "global",
     }
     alone, merged = (
-        read_rows(run(name, **setting))[-1] for name in ("local", algorithm)
+        read_evaluations(run(name, **setting))[-1] for name in ("local", algorithm)
     )
     assert merged["present"] == alone["present"]
     assert alone["test_accuracy_mean"] < 0.22
@@ -140,7 +140,7 @@ def test_merging_still_beats_training_alone_where_examples_are_few(
         "eval__every": 20,
     }
     alone, merged = (
-        read_rows(run(name, **setting))[-1]["test_accuracy_mean"]
+        read_evaluations(run(name, **setting))[-1]["test_accuracy_mean"]
         for name in ("local", algorithm)
     )
     assert merged > alone + 0.03
@@ -175,7 +175,7 @@ def test_a_run_with_faults_resumes_on_other_devices(run, tmp_path):
     finished = run("dsgt")
     config = faulty("dsgt", finished.parent / "agents")
     resumed(config, tmp_path, devices=2)
-    ours, theirs = read_rows(tmp_path)[-1], read_rows(finished)[-1]
+    ours, theirs = read_evaluations(tmp_path)[-1], read_evaluations(finished)[-1]
     np.testing.assert_allclose(ours["test_loss"], theirs["test_loss"], rtol=1e-4)
 
 

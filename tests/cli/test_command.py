@@ -87,6 +87,7 @@ def test_every_command_has_help(name):
         "sweep": ("--sweep\n", "--workdir\n", "--data_dir\n"),
         "report": ("--out\n",),
         "merge": ("--out\n", "--samples\n", "Default: 1000."),
+        "export": ("--out\n", "--agent\n", "--round\n"),
         "bench": ("--out\n", "--repeats\n", "--steps\n", "Default: 3."),
         "show": (),
         "tune": ("--field\n", "--at\n", "Default: optimizer.learning_rate."),
@@ -278,8 +279,15 @@ def test_it_shows_a_run_and_how_far_it_got(capsys, tmp_path):
     config = _bundled.load_config("quickstart")
     (tmp_path / "config.json").write_text(config.to_json())
     assert shown(capsys, str(tmp_path)).endswith("\n\nnot finished\n")
+    epoch = {"round": 0, "phase": "pretraining", "epoch": 2, "train_accuracy_mean": 0.4}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
+    assert shown(capsys, str(tmp_path)).endswith(
+        "\n\nnot finished; epoch 2 of pre-training: mean training accuracy 40.00 %\n"
+    )
     row = {"round": 3, "phase": "merged", "test_accuracy_mean": 0.5}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    later = {**epoch, "round": 3, "phase": "training"}
+    lines = [json.dumps(each) + "\n" for each in (epoch, row, later)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     (tmp_path / "summary.json").write_text("{}")
     out = shown(capsys, str(tmp_path))
     assert "'digits'" in out

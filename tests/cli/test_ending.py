@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from tests.sweeping.small import rows
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +72,9 @@ def sweep(tmp_path: Path, workdir: Path, *arguments: str) -> tuple[str, ...]:
 
 def wait_for_rows(path: Path, n_rows: int) -> None:
     deadline = time.monotonic() + 120
-    while len(read_rows(path)) < n_rows and time.monotonic() < deadline:
+    while len(read_evaluations(path)) < n_rows and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(read_rows(path)) >= n_rows
+    assert len(read_evaluations(path)) >= n_rows
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -14,7 +14,7 @@ import pytest
 from configs import quickstart
 from dimat_jax import train
 from dimat_jax._merge_models import Options, run
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODELS, _saved, classifier
 from dimat_jax.models._saved import SavedModel
@@ -54,7 +54,7 @@ def merged(workdir) -> Path:
 def test_the_agents_of_a_run_are_those_that_it_evaluated(workdir):
     experiment, variables = train.load_agents(workdir)
     accuracy = experiment.evaluator(experiment.placement.put(variables)).accuracy
-    assert accuracy.tolist() == read_rows(workdir)[-1]["test_accuracy"]
+    assert accuracy.tolist() == read_evaluations(workdir)[-1]["test_accuracy"]
 
 
 def test_a_run_without_a_checkpoint_has_no_agents_yet(tmp_path, workdir):
@@ -67,7 +67,7 @@ def test_a_run_without_a_checkpoint_has_no_agents_yet(tmp_path, workdir):
 @pytest.mark.slow
 def test_two_runs_merge_better_aligned(workdir, merged):
     summary = json.loads((merged / "summary.json").read_text())
-    trained = read_rows(workdir)[-1]["test_accuracy"]
+    trained = read_evaluations(workdir)[-1]["test_accuracy"]
     accuracy, loss = summary["accuracy"], summary["loss"]
     assert list(accuracy) == [
         "digits:0",

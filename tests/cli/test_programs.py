@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dimat_jax import reports
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations, read_rows
 from dimat_jax.cli._bundled import load_runs
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_a_run_killed_with_kill_9_resumes_with_the_same_results(
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while len(read_rows(tmp_path)) < 4 and time.monotonic() < deadline:
+    while len(read_evaluations(tmp_path)) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from tests.sweeping.small import rows
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def run(tmp_path: Path, sweep: str, *arguments: str) -> tuple[int, str, str]:
 
 def wait_for(path: Path, n_rows: int) -> None:
     deadline = time.monotonic() + 120
-    while len(read_rows(path)) < n_rows and time.monotonic() < deadline:
+    while len(read_evaluations(path)) < n_rows and time.monotonic() < deadline:
         time.sleep(0.02)
 
 

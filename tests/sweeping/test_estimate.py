@@ -59,6 +59,7 @@ def test_runs_that_have_been_timed_are_the_measure(tmp_path):
         begun=small("wa", rounds=200),
         new=small("wa", rounds=100),
         other=small("local"),
+        alone=small("wa", seed=1, rounds=50),
     )
     train.run(made[0].config, made[0].workdir, lambda line: None)
     # As if a step of the rounds took 90 seconds, and 18 in pre-training.
@@ -71,6 +72,12 @@ def test_runs_that_have_been_timed_are_the_measure(tmp_path):
     (made[0].workdir / "metrics.digests").unlink()
     made[1].workdir.mkdir()
     (made[1].workdir / "metrics.jsonl").write_text(text)
+    # The epochs of pre-training have been as fast, and half of them are done.
+    epoch = {"round": 0, "phase": "pretraining", "epoch": 1, "step": 4}
+    made[4].workdir.mkdir()
+    (made[4].workdir / "metrics.jsonl").write_text(
+        json.dumps({**epoch, "seconds_total": 4 * 18.0}) + "\n"
+    )
     before = sorted(tmp_path.rglob("*"))
 
     text = describe(made, WHOLE, 1)
@@ -80,6 +87,10 @@ def test_runs_that_have_been_timed_are_the_measure(tmp_path):
     # 199 rounds of 4 steps are left.
     assert shown["begun"] == ["in round 1", "3", "done", "200 x 4", "19.9"]
     assert shown["new"] == ["new", "3", "agents are there", "100 x 4", "10.0"]
+    assert shown["alone"] == [
+        *("pre-trained for 1 epochs", "3", "4 steps", "50 x 4"),
+        f"{(4 * 18 + 50 * 4 * 90) / 3600:.1f}",
+    ]
     # No run of `local` has been timed, but runs of this model and size have.
     assert float(shown["other"][-1]) > 0
     assert "were timed" not in text

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dimat_jax import train
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax._sweeping import _local, run_here, run_side_by_side
 from dimat_jax._sweeping._job import failure_reason
 from dimat_jax._sweeping._shares import Share
@@ -92,7 +92,7 @@ def test_a_killed_run_is_told_and_goes_on_later_while_the_others_finish(tmp_path
         victim.kill()
 
     victim = tmp_path / "victim"
-    thread = when(lambda: len(read_rows(victim)) > 11, kill)
+    thread = when(lambda: len(read_evaluations(victim)) > 11, kill)
     failures = run_side_by_side(made, TWO)
     thread.join()
     assert failures.keys() == {"victim"}
@@ -102,7 +102,7 @@ def test_a_killed_run_is_told_and_goes_on_later_while_the_others_finish(tmp_path
 
     assert run_side_by_side(made, TWO) == {}
     assert "going on after local step" in log_of(victim)
-    assert len(read_rows(victim)) == 1 + 2 * MANY_ROUNDS
+    assert len(read_evaluations(victim)) == 1 + 2 * MANY_ROUNDS
 
 
 def test_a_second_signal_does_not_end_a_run_of_a_sweep_at_once(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_a_second_signal_does_not_end_a_run_of_a_sweep_at_once(tmp_path, monkeyp
 @pytest.mark.slow
 def test_a_terminated_sweep_ends_its_runs_and_they_go_on_later(tmp_path):
     made = jobs(tmp_path, a=long(), b=long(seed=1))
-    both_run = lambda: all(len(read_rows(job.workdir)) > 11 for job in made)  # noqa: E731
+    both_run = lambda: all(len(read_evaluations(job.workdir)) > 11 for job in made)  # noqa: E731
     thread = when(both_run, lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):

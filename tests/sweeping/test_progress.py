@@ -18,6 +18,12 @@ def write_row(workdir: Path, number: int, phase: str) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def write_epoch(workdir: Path, number: int, phase: str) -> None:
+    row = {"round": number, "phase": phase, "epoch": 7, "train_accuracy_mean": 0.5}
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def write_steps(workdir: Path, step: int, rate: float | None) -> None:
     content = {"step": step, "steps": 500, "steps_per_second": rate}
     (workdir / PROGRESS).write_text(json.dumps(content))
@@ -46,6 +52,7 @@ def test_without_a_terminal_every_event_is_a_line(made):
         view.start("a")
         view.start("b")
         write_row(made[0].workdir, 1, "trained")
+        write_epoch(made[0].workdir, 2, "training")
         write_row(made[0].workdir, 2, "merged")
         view.refresh()
         view.refresh()
@@ -93,7 +100,17 @@ def test_a_run_that_pretrains_and_one_of_unknown_speed_are_shown(made):
         view.start("a")
         write_steps(made[0].workdir, 0, rate=None)
         view.refresh()
-    assert "pre-training" in file.getvalue() and "0/500" in file.getvalue()
+        assert "pre-training " in file.getvalue() and "0/500" in file.getvalue()
+        write_epoch(made[0].workdir, 0, "pretraining")
+        view.refresh()
+        assert "pre-training, epoch 7 " in file.getvalue()
+        write_row(made[0].workdir, 1, "merged")
+        write_epoch(made[0].workdir, 1, "training")
+        file.truncate(0)
+        view.refresh()
+    # The accuracy is that of the last evaluation.
+    assert "round 1 training, epoch 7" in file.getvalue()
+    assert "10.0 %" in file.getvalue()
 
 
 def test_half_a_file_is_read_again_later(made):

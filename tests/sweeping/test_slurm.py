@@ -12,7 +12,7 @@ import pytest
 import submitit
 
 from dimat_jax import train
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax._sweeping import make_executor, parse_options, run_on_slurm
 from dimat_jax._sweeping._job import inherited_jax_options
 from dimat_jax._sweeping._slurm import _Run
@@ -137,7 +137,7 @@ def test_a_job_that_is_preempted_goes_on_from_its_checkpoint(tmp_path):
     (run,) = jobs(tmp_path, long=long())
     job = executor.submit(_Run(inherited_jax_options()), run)
     deadline = time.monotonic() + 120
-    while len(read_rows(run.workdir)) < 12 and time.monotonic() < deadline:
+    while len(read_evaluations(run.workdir)) < 12 and time.monotonic() < deadline:
         time.sleep(0.02)
     # The controller of submitit's local jobs passes on only SIGTERM, so the test sends
     # the signal of a pre-emption to the job's own process.
@@ -146,7 +146,7 @@ def test_a_job_that_is_preempted_goes_on_from_its_checkpoint(tmp_path):
     assert run.is_finished
     log = (run.workdir / "run.log").read_text()
     assert log.count("going on after local step") == 1
-    assert len(read_rows(run.workdir)) == 1 + 2 * MANY_ROUNDS
+    assert len(read_evaluations(run.workdir)) == 1 + 2 * MANY_ROUNDS
 
 
 def preempt(job: submitit.Job) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import dimat_jax
 from configs import cifar100_resnet20
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from dimat_jax.config import Config, drop_unread
 from experiments.device._cells import Cell, LeftOut, Log, read_record
 from experiments.device._subject import Steps, layout_fields
@@ -142,7 +142,7 @@ def _rows_of(config: Config, folder: Path, log: Log, seconds: float = math.inf) 
     shutil.rmtree(folder, ignore_errors=True)
 
     def note_rows(line: str) -> None:
-        rows = [{k: row.get(k) for k in _KEPT} for row in read_rows(folder)]
+        rows = [{k: row.get(k) for k in _KEPT} for row in read_evaluations(folder)]
         log.note(rows=rows)
         if time.perf_counter() - started > seconds:
             raise _OutOfTime

@@ -1,0 +1,185 @@
+"""What a run tells about itself: a row and a line for every evaluation and epoch."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from dimat_jax._measuring import Measuring
+from dimat_jax.algorithms.base import State, Variables
+from dimat_jax.errors import NonFiniteError
+from dimat_jax.evaluate import deviation
+from dimat_jax.experiment import Experiment
+from dimat_jax.workdir import Results
+
+__all__ = ["RunLog", "TimeLeft"]
+
+
+class RunLog:
+    """Measures the agents of a run, writes rows, and prints a line for each.
+
+    Args:
+        experiment: What the run's config describes.
+        results: The run's files, which get the rows.
+        log: A function that receives the lines.
+    """
+
+    def __init__(
+        self, experiment: Experiment, results: Results, log: Callable[[str], None]
+    ):
+        self._experiment = experiment
+        self._measure = Measuring(experiment)
+        self._results = results
+        self._log = log
+        # What was measured last, and the number of local steps done before it.
+        self._last: tuple[int, dict[str, Any]] | None = None
+        alone = experiment.pretrain_steps
+        rounds = experiment.config.rounds * experiment.local_steps
+        self._of_pretraining = TimeLeft(alone, " of pre-training")
+        self._of_rounds = TimeLeft(alone + rounds)
+
+    def line(self, text: str) -> None:
+        """Prints a line that belongs to no row."""
+        self._log(text)
+
+    def evaluation(
+        self,
+        phase: str,
+        number: int,
+        state: State,
+        metrics: dict[str, Any],
+        frames: Any = None,
+        changed: bool = True,
+    ) -> None:
+        """Evaluates the agents.
+
+        Args:
+            phase: "pretrained", "merged" or "trained".
+            number: The round; 0 before the first one.
+            state: The agents' state.
+            metrics: Further entries of the row in metrics.jsonl.
+            frames: The agents' frames after the round's communication; None if there
+                was none, or it aligned no agents.
+            changed: Whether the agents may have changed since the last local step. If
+                they have not, an evaluation after that step still holds.
+
+        Raises:
+            NonFiniteError: An agent's test loss is not finite.
+        """
+        step = self._results.progress.steps_done
+        if changed or self._last is None or self._last[0] != step:
+            self._last = step, self._measure(state, frames, number, step)
+        _, measures = self._last
+        loss = measures["test_loss"]
+        if not np.isfinite(loss).all():
+            agents = np.flatnonzero(~np.isfinite(loss)).tolist()
+            raise NonFiniteError(
+                f"the test loss of agent(s) {agents} is not finite in round {number} "
+                f"(phase {phase!r})"
+            )
+        self._results.write(phase, number, measures, metrics)
+        trained = metrics.get("train_accuracy_mean")
+        # The first merge comes before the programs of local steps are compiled.
+        left = self._of_rounds(step) if phase == "trained" else ""
+        self._log(
+            f"round {number:3d} {phase:>10}: "
+            f"test accuracy {measures['test_accuracy_mean']:.4f} "
+            f"± {measures['test_accuracy_std']:.4f} over agents, "
+            f"loss {measures['test_loss_mean']:.4f}, "
+            f"consensus distance {measures['consensus_distance']:.3g}"
+            + ("" if trained is None else f", training accuracy {trained:.4f}")
+            + left
+        )
+
+    def pretraining(
+        self, epoch: int, metrics: dict[str, Any], variables: Variables
+    ) -> None:
+        """Reports an epoch of pre-training.
+
+        Args:
+            epoch: The number of epochs done.
+            metrics: What the agents have seen in it; see `_trainer.means`.
+            variables: The agents' variables after it.
+        """
+        options, progress = self._experiment.config.pretrain, self._results.progress
+        if options.eval_every and epoch % options.eval_every == 0:
+            evaluated = self._measure.alone(variables, progress.steps_done)
+            metrics = metrics | evaluated
+        self._results.write_epoch("pretraining", 0, epoch, metrics)
+        left = self._of_pretraining(progress.steps_done)
+        where = f"pre-training, epoch {epoch:3d} of {options.epochs}"
+        self._log(f"{where}: {_of_epoch(metrics)}{left}")
+
+    def training(self, number: int, epoch: int, metrics: dict[str, Any]) -> None:
+        """Reports an epoch of a round that has several.
+
+        Args:
+            number: The round.
+            epoch: The number of epochs of the round that are done.
+            metrics: What the agents have seen in the epoch; see `_trainer.means`.
+        """
+        experiment = self._experiment
+        self._results.write_epoch("training", number, epoch, metrics)
+        epochs = experiment.local_steps / experiment.sampler.steps_per_epoch
+        left = self._of_rounds(self._results.progress.steps_done)
+        where = f"round {number:3d}, epoch {epoch} of {epochs:.4g}"
+        self._log(f"{where}: {_of_epoch(metrics)}{left}")
+
+
+def _of_epoch(metrics: dict[str, Any]) -> str:
+    """Says how an epoch went."""
+    text = (
+        f"training accuracy {metrics['train_accuracy_mean']:.4f} "
+        f"± {deviation(metrics['train_accuracy']):.4f} over agents, "
+        f"loss {metrics['train_loss_mean']:.4f}"
+    )
+    if "test_accuracy_mean" in metrics:
+        text += f", test accuracy {metrics['test_accuracy_mean']:.4f}"
+    return text
+
+
+class TimeLeft:
+    """Estimates how long it will take until a number of local steps is done.
+
+    The estimate is the mean time of the steps since the first call, because programs
+    are compiled before it. It includes what happens between the steps.
+
+    Args:
+        steps: The number of steps.
+        of: What is done then, for the text; by default the run.
+        clock: The clock, in seconds.
+    """
+
+    def __init__(
+        self, steps: int, of: str = "", clock: Callable[[], float] = time.perf_counter
+    ):
+        self._steps, self._of, self._clock = steps, of, clock
+        self._first: tuple[int, float] | None = None
+
+    def __call__(self, done: int) -> str:
+        """The estimate as the end of a line, when some steps are done.
+
+        Returns:
+            ", about 3 min left" for example. It is empty at the first call, and if less
+            than a second is left.
+        """
+        now = self._clock()
+        if self._first is None:
+            self._first = done, now
+        first, since = self._first
+        if done <= first or done >= self._steps:
+            return ""
+        seconds = (now - since) / (done - first) * (self._steps - done)
+        if seconds < 1:
+            return ""
+        return f", about {_in_words(seconds)} left{self._of}"
+
+
+def _in_words(seconds: float) -> str:
+    """A duration in the unit that needs two digits or three."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
