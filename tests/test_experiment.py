@@ -225,10 +225,11 @@ def test_agents_may_count_by_their_images():
     """Agents with small shards then idle, and batches count with what fills them."""
     skew = {"data__partition": "quantity_skew", "data__small_shards": "idle"}
     idle, repeat = Experiment(small("fedavg", **skew)), Experiment(small("fedavg"))
-    assert idle._facts()["examples"] == [len(shard) for shard in idle.shards]
-    assert repeat._facts()["examples"] is None
+    sizes = [len(shard) for shard in idle.shards]
+    assert idle._facts(sizes)["examples"] == sizes
+    assert repeat._facts(sizes)["examples"] is None
     busy = np.mean([idle.sampler.batch(t)[1] for t in range(idle.local_steps)], (0, 2))
-    np.testing.assert_allclose(busy * 32 * idle.local_steps, idle._facts()["examples"])
+    np.testing.assert_allclose(busy * 32 * idle.local_steps, sizes)
 
     variables = idle._init(jax.random.key(0))
     images = jnp.asarray(idle._example_inputs(4))

@@ -330,9 +330,7 @@ def test_the_average_that_is_exported_is_the_one_that_the_run_measures(
         inputs = (test.images.astype(np.float32) - experiment.dataset.mean) / (
             experiment.dataset.std
         )
-        logits: Any = model.module.apply(
-            model.variables, jnp.asarray(inputs), train=False
-        )
+        logits = classifier.forward(model.module)(model.variables, jnp.asarray(inputs))
         accuracy = float(np.mean(logits.argmax(axis=-1) == test.labels))
         assert accuracy == pytest.approx(row["test_accuracy_average_model"])
     # A run may start from it.

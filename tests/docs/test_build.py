@@ -67,7 +67,9 @@ def test_every_public_module_has_its_place_in_the_api():
     # The bundled configs are files to run and to start from, not functions to call.
     hidden = ("._", "dimat_jax.configs")
     public = [m.name for m in modules if not any(part in m.name for part in hidden)]
-    assert sorted(shown) == sorted(public)
+    # A class that a module takes from an internal one has a place of its own.
+    modules_shown = [name for name in shown if name.rpartition(".")[2].islower()]
+    assert sorted(modules_shown) == sorted(public)
 
 
 def test_the_api_shows_all_names_of_the_reports():
