@@ -238,6 +238,7 @@ def test_each_signal_has_its_exit_code_and_leaves_no_lock(tmp_path, interrupt, n
     assert not (tmp_path / LOCK_FILES[1]).exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_due_after_some_minutes_within_a_round(
     tmp_path, finished, monkeypatch
 ):

@@ -162,6 +162,7 @@ def logged(config, workdir) -> tuple[dict, list[str]]:
     return train.run(config, workdir, lines.append), lines
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_has_chosen_and_another_one_needs_no_race(racing, tmp_path):
     summary, lines = logged(tiny(), tmp_path / "one")
     assert racing == ["vmap", "chunks", "im2col"]

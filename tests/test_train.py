@@ -429,7 +429,7 @@ def test_matching_works_on_every_policy_of_data(tmp_path, policy):
     assert 0 < summary["last_merged"]["moved_units"] <= 1
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["own", "proxy"])
 def test_a_run_matches_on_as_many_images_as_it_takes(tmp_path, policy):
     changes = {

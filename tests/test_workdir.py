@@ -76,6 +76,7 @@ def test_a_new_run_has_a_config_and_a_partition_and_no_summary(tmp_path, experim
     assert folder.is_started and folder.read_summary() is None
     assert {path.name for path in folder.path.iterdir()} == {
         "config.json",
+        "digests.json",
         "inputs.json",
         "layout.json",
         "model.json",
@@ -96,9 +97,9 @@ def test_the_config_is_written_last(tmp_path, experiment, monkeypatch):
     written = []
     write = _run_folder.write_json
 
-    def spy(path: Path, content: Any) -> None:
+    def spy(path: Path, content: Any, **options: Any) -> None:
         written.append(path.name)
-        write(path, content)
+        write(path, content, **options)
 
     for module in (_run_folder, _inputs):
         monkeypatch.setattr(module, "write_json", spy)
@@ -141,6 +142,7 @@ def test_a_file_is_no_folder(tmp_path):
 def test_fields_that_an_older_config_lacks_have_their_defaults(folder):
     path = folder.path / "config.json"
     fields = json.loads(path.read_text())
+    path.with_name("digests.json").unlink()  # Older versions wrote no digests.
     del fields["faults"], fields["merge"]["stay"]
     path.write_text(json.dumps(fields))
     config = folder.read_config()
@@ -152,7 +154,7 @@ def test_fields_that_an_older_config_lacks_have_their_defaults(folder):
     ("content", "message"),
     [
         (None, "No such file"),
-        ("{", "config.json cannot be used: Expecting"),
+        ("{", "config.json cannot be used: it is damaged, or no JSON: Expecting"),
         ("[]", "cannot be used"),
         ('{"roundz": 3}', "there are no fields roundz"),
         (
@@ -423,11 +425,12 @@ def test_agents_are_shared_if_their_pretraining_is_equal(tmp_path):
 
 
 def test_a_run_of_an_older_version_is_still_the_same_run(tmp_path):
-    """Older versions let a config set what it does not read, and had fewer options."""
+    """Older versions let configs set what they do not read, and had no digests."""
     config = small("wa", rounds=0)
     run(config, tmp_path, lambda line: None)
     path = tmp_path / "config.json"
     older = json.loads(path.read_text())
+    (tmp_path / "digests.json").unlink()
     older["merge"] |= {"frame": "reference", "stay": 0.1, "match_samples": 0}
     del older["faults"], older["merge"]["restarts"]
     path.write_text(json.dumps(older))

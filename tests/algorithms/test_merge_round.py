@@ -190,6 +190,7 @@ def test_a_merge_round_agrees_with_plain_loops(
     assert 0.9 < metrics["match_similarity"] <= 1 + 1e-6
 
 
+@pytest.mark.every_nth(2)
 def test_weight_averaging_is_the_mixing_matrix_alone(world):
     W, network = world.network("ring")
     algorithm = ALGORITHMS["wa"](world.task, optax.sgd(0.1), world.placement)

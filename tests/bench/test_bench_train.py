@@ -111,7 +111,7 @@ def test_the_plain_flax_loop_learns_its_batches(plain):
     assert losses[-1] < losses[0] / 2
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [MLP, RESNET], ids=["mlp", "resnet"])
 @pytest.mark.parametrize("memory_format", ["contiguous_format", "channels_last"])
 def test_the_plain_torch_loop_learns_its_batches(plain, memory_format):

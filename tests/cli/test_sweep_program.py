@@ -101,6 +101,7 @@ def test_bad_flags_end_with_one_message_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_a_table_and_writes_nothing(tmp_path):
     code, out, err = run(tmp_path, SWEEP, f"--workdir={tmp_path / 'out'}", "--dry_run")
     assert code == 0, err

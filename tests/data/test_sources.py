@@ -298,6 +298,7 @@ def cifar100(data_dir, data_cache) -> Dataset:
     return load("cifar100", directory=str(directory), cache_dir=data_cache)
 
 
+@pytest.mark.slow
 def test_cifar100_is_complete_with_the_known_statistics(cifar100):
     assert_well_formed(cifar100, channels=3)
     assert cifar100.train.images.shape == (50_000, 32, 32, 3)

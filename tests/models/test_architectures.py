@@ -54,7 +54,7 @@ def test_an_integer_width_is_that_float(name):
     assert MODELS[name](n_classes=2, width=2) == MODELS[name](n_classes=2, width=2.0)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(9)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_quarter_of_the_width_is_a_quarter_of_every_group(name):
     narrow, full = (MODELS[name](n_classes=2, width=w) for w in (0.25, 1.0))

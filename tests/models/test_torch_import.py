@@ -173,6 +173,7 @@ def check_logits(case: Case, original: Original):
     np.testing.assert_allclose(logits, original.logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.every_nth(3)
 @every_case
 def test_arguments_follow_from_the_weights(case):
     variables = from_torch(CASES[case].name, original(case).module.state_dict())
