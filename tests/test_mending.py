@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import lax
 
 from dimat_jax import merge
 from dimat_jax.tree import flatten, map_with_path
@@ -118,37 +118,23 @@ def equinox(mode: str | None) -> Program:
     return Program(forward, variables)
 
 
-def haiku_like(norm: bool) -> Program:
-    """Haiku's two-level dicts, and its moving averages without bias."""
-    rng = np.random.default_rng(0)
-    params, state = {}, {}
-    for n, (i, o) in enumerate(((4, 6), (6, 6), (6, 3))):
-        weights = jnp.asarray(rng.normal(size=(i, o)), jnp.float32)
-        params[f"mlp/~/linear_{n}"] = {"w": weights, "b": jnp.zeros(o)}
-        for of in ("mean", "var") if norm and n < 2 else ():
-            key = f"mlp/~/norm_{n}/~/{of}_ema"
-            zeros = jnp.zeros(o)
-            state[key] = {"counter": jnp.int32(0), "hidden": zeros, "average": zeros}
+def haiku(norm: bool) -> Program:
+    def net(x, train):
+        for _ in range(2):
+            x = hk.Linear(6)(x)
+            if norm:
+                x = hk.BatchNorm(True, True, decay_rate=0.9)(x, train)
+            x = jax.nn.relu(x)
+        return hk.Linear(3)(x)
+
+    model = hk.transform_with_state(net)
 
     def forward(v, x, train):
-        (params, old), new = v, {}
-        for n in range(3):
-            layer = params[f"mlp/~/linear_{n}"]
-            x = x @ layer["w"] + layer["b"]
-            if norm and n < 2:
-                moments = []
-                for of, value in (("mean", x.mean(0)), ("var", x.var(0))):
-                    key = f"mlp/~/norm_{n}/~/{of}_ema"
-                    counter = old[key]["counter"] + 1
-                    hidden = old[key]["hidden"] * 0.9 + value * 0.1
-                    average = hidden / (1 - 0.9 ** counter.astype(float))
-                    new[key] = dict(counter=counter, hidden=hidden, average=average)
-                    moments.append(value if train else old[key]["average"])
-                x = (x - moments[0]) * lax.rsqrt(moments[1] + 1e-5)
-            x = jax.nn.relu(x) if n < 2 else x
-        return (x, new) if train else x
+        params, state = v
+        y, state = model.apply(params, state, None, x, train)
+        return (y, state) if train else y
 
-    return Program(forward, (params, state))
+    return Program(forward, model.init(KEY, X, True))
 
 
 def redrawn(variables: Any, seed: int) -> Any:
@@ -169,14 +155,14 @@ WITHOUT_NORM = {
     "linen": lambda: linen(False),
     "nnx": lambda: nnx_model(False),
     "equinox": lambda: equinox(None),
-    "haiku": lambda: haiku_like(False),
+    "haiku": lambda: haiku(False),
 }
 WITH_NORM = {
     "linen": lambda: linen(True),
     "nnx": lambda: nnx_model(True),
     "equinox": lambda: equinox("batch"),
     "equinox, normed by its averages": lambda: equinox("ema"),
-    "haiku": lambda: haiku_like(True),
+    "haiku": lambda: haiku(True),
 }
 
 
@@ -211,12 +197,12 @@ def test_repaired_units_have_the_models_means_and_deviations(name):
 
 
 def test_the_moments_of_a_model_are_of_its_pre_activations():
-    forward, (params, state) = haiku_like(False)
+    forward, (params, state) = haiku(False)
     moments = merge.unit_moments(lambda v, x: forward(v, x, False), (params, state), X)
     params = redrawn(params, 1)
-    layer = params["mlp/~/linear_0"]
+    layer = params["linear"]
     units = np.asarray(X) @ np.asarray(layer["w"]) + np.asarray(layer["b"])
-    seen = moments((params, state), X)["0/mlp/~/linear_0/w"]
+    seen = moments((params, state), X)["0/linear/w"]
     np.testing.assert_allclose(seen.mean, units.mean(0), rtol=1e-4)
     np.testing.assert_allclose(seen.variance, units.var(0), rtol=1e-4)
 
@@ -286,7 +272,7 @@ def scanned(v, x):
     def step(h, w):
         return jnp.tanh(h @ w[0]) @ w[1], None
 
-    return lax.scan(step, x, (v["up"], v["down"]))[0]
+    return jax.lax.scan(step, x, (v["up"], v["down"]))[0]
 
 
 def shared(v, x):

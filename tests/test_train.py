@@ -803,7 +803,7 @@ def test_a_spec_that_is_wrong_for_trained_weights_alone_is_found(
     message = rf"agent 0's weights {when}: .* groups 'first'.*'params/hidden0/kernel'"
     with pytest.raises(PermutationSpecError, match=message):
         train.run(config, tmp_path, quiet)
-    assert [row["phase"] for row in read_rows(tmp_path)] == phases
+    assert [row["phase"] for row in read_evaluations(tmp_path)] == phases
     assert not (tmp_path / "summary.json").exists()
     # The same command finds it again, and computes nothing before that.
     with pytest.raises(PermutationSpecError, match=when):

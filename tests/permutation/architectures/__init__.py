@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tests.permutation.architectures import (
     _convolutional,
     _graphs_and_sets,
+    _haiku,
     _mixtures,
     _sequences,
     _transformers,
@@ -22,4 +23,5 @@ ARCHITECTURES: dict[str, Callable[[], Architecture]] = {
     **_sequences.ARCHITECTURES,
     **_graphs_and_sets.ARCHITECTURES,
     **_mixtures.ARCHITECTURES,
+    **_haiku.ARCHITECTURES,
 }

@@ -12,7 +12,17 @@ from flax import nnx
 
 from dimat_jax.tree import map_with_path
 
-__all__ = ["Architecture", "equinox", "linen", "nnx_model", "normal", "plain", "tokens"]
+__all__ = [
+    "Architecture",
+    "Shapes",
+    "drawn",
+    "equinox",
+    "linen",
+    "nnx_model",
+    "normal",
+    "plain",
+    "tokens",
+]
 
 KEY = jax.random.key(0)
 
@@ -48,12 +58,16 @@ def tokens(n: int, length: int, vocabulary: int) -> np.ndarray:
     return rng.integers(0, vocabulary, (n, length)).astype(np.int32)
 
 
-def _drawn(path: str, leaf: Any) -> Any:
+def drawn(abstract: Any) -> Any:
     """Weights of a trained network's size; no leaf is constant."""
+    return map_with_path(_draw, abstract)
+
+
+def _draw(path: str, leaf: Any) -> Any:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
     rng = np.random.default_rng(list(path.encode()))
-    if len(leaf.shape) > 1:
+    if leaf.size > max(leaf.shape, default=1):
         fan_in = np.prod(leaf.shape) / max(leaf.shape[0], leaf.shape[-1])
         values = rng.normal(0, max(fan_in, 1) ** -0.5, leaf.shape)
     else:
@@ -69,7 +83,7 @@ def linen(
 ) -> Architecture:
     """A Flax Linen module that takes the inputs."""
     abstract = jax.eval_shape(module.init, KEY, inputs)
-    variables = map_with_path(_drawn, abstract)
+    variables = drawn(abstract)
     return Architecture(module.apply, variables, inputs, shapes, doubts)
 
 
@@ -84,7 +98,7 @@ def nnx_model(
     def forward(variables, x):
         return nnx.merge(graph, variables)(x)
 
-    variables = map_with_path(_drawn, nnx.to_pure_dict(state))
+    variables = drawn(nnx.to_pure_dict(state))
     return Architecture(forward, variables, inputs, shapes)
 
 
@@ -95,7 +109,7 @@ def equinox(model: Any, inputs: Any, shapes: Shapes, doubts: str = "") -> Archit
     def forward(variables, x):
         return jax.vmap(eqx.combine(variables, static))(x)
 
-    variables = map_with_path(_drawn, params)
+    variables = drawn(params)
     return Architecture(forward, variables, inputs, shapes, doubts)
 
 
@@ -114,5 +128,5 @@ def plain(
     def forward(variables, x):
         return function(lambda name, *_: variables[name], x)
 
-    variables = map_with_path(_drawn, found)
+    variables = drawn(found)
     return Architecture(forward, variables, inputs, shapes, doubts)
