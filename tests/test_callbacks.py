@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from dimat_jax import train
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations, read_rows
 from dimat_jax.callbacks import (
     CALLBACKS,
     CallbackError,
@@ -16,7 +16,6 @@ from dimat_jax.callbacks import (
     Stop,
     early_stopping,
 )
-from tests.sweeping.small import rows as without_times
 from tests.sweeping.small import small
 
 
@@ -105,7 +104,9 @@ def test_a_run_whose_callback_fails_is_saved_and_goes_on(tmp_path):
     with pytest.raises(CallbackError, match="the line is dead; the run is saved"):
         train.run(config, tmp_path / "run", callbacks=[fail, seen.append])
     assert seen == read_rows(tmp_path / "run")
-    assert [each["phase"] for each in seen] == ["pretrained", "merged", "trained"]
+    evaluations = read_evaluations(tmp_path / "run")
+    phases = [each["phase"] for each in evaluations]
+    assert phases == ["pretrained", "merged", "trained"]
 
     def stop(row):
         if row["round"] == 2:
@@ -114,4 +115,4 @@ def test_a_run_whose_callback_fails_is_saved_and_goes_on(tmp_path):
     summary = train.run(config, tmp_path / "run", callbacks=[stop])
     assert summary["stopped"] == {"reason": f"{stop!r}: enough", "round": 2}
     assert summary["round"] == 2
-    assert len(without_times(tmp_path / "run")) == 5
+    assert len(read_evaluations(tmp_path / "run")) == 5

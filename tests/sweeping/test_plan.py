@@ -72,6 +72,7 @@ def test_runs_that_pretrain_different_agents_start_first(tmp_path):
 def test_finished_runs_are_left_out_and_named(tmp_path, capsys):
     made = jobs(tmp_path, a=small(), b=small("local"))
     made[1].workdir.mkdir()
+    (made[1].workdir / "config.json").write_text(small("local").to_json())
     (made[1].workdir / "summary.json").write_text("{}")
     assert unfinished(made) == made[:1]
     assert capsys.readouterr().out == f"{tmp_path / 'b'} holds this run, finished\n"
