@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dimat_jax import _randomness, train
-from dimat_jax._metrics import read_rows
+from dimat_jax._metrics import read_evaluations
 from experiments.soak._same import differences, final_state
 from tests.sweeping.small import small
 
@@ -26,7 +26,7 @@ def first(tmp_path_factory) -> Path:
 
 def test_a_second_run_has_the_same_rows_and_arrays(first, tmp_path):
     assert not differences(done(tmp_path / "second"), first)
-    assert len(read_rows(first)) == 5 and len(final_state(first)) > 5
+    assert len(read_evaluations(first)) == 5 and len(final_state(first)) > 5
 
 
 def test_shared_agents_give_the_bits_of_own_ones(first, tmp_path):
@@ -44,7 +44,7 @@ def test_what_a_run_measures_and_keeps_changes_no_agent(first, tmp_path):
     assert ours.keys() == theirs.keys()
     for path, array in ours.items():
         assert array.tobytes() == theirs[path].tobytes(), path
-    assert len(read_rows(tmp_path / "other")) == 3
+    assert len(read_evaluations(tmp_path / "other")) == 3
 
 
 def test_the_random_streams_are_those_of_the_document():
