@@ -38,7 +38,9 @@ def test_a_short_soak_finds_nothing(tmp_path, runs, mistakes):
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["cases"] == runs + mistakes and not any(found["failures"].values())
     assert found["counts"]["configs"] == runs
-    assert found["counts"]["kills"] + found["counts"]["damages"] > 0
+    # A run may end before the signal that is meant to kill it.
+    disturbances = ("kills", "damages", "signals that came too late")
+    assert sum(found["counts"].get(name, 0) for name in disturbances) > 0
     assert found["counts"]["bad inputs"] > mistakes / 2
 
 
