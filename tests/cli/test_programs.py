@@ -104,7 +104,7 @@ def test_a_run_killed_with_kill_9_resumes_with_the_same_results(
     [
         (["--config.roundz=3"], 'Did you mean "rounds" instead of "roundz"'),
         (["--config.merge.fram=own"], 'Did you mean "frame" instead of "fram"'),
-        (["--config.rounds=many"], "invalid literal for int"),
+        (["--config.rounds=many"], "expected a whole number"),
         (["--config.algorithm=dimatt"], "did you mean 'dimat'"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),
         (["--config=quickstrat"], "did you mean 'quickstart'"),
