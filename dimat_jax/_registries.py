@@ -7,7 +7,7 @@ can write down where the things come from that its config names.
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from dimat_jax.errors import UserError
 
@@ -37,8 +37,8 @@ class Registry(dict[str, T]):
     def __init__(self, entries: Mapping[str, T], kind: type = object):
         super().__init__(entries)
         self._own, self._kind = dict(entries), kind
-        # The entries that were added later, with the modules that have added them.
-        self._added: dict[str, tuple[T, str]] = {}
+        # The entries that were added later, with the code that has added them.
+        self._added: dict[str, tuple[T, _Code]] = {}
 
     def __setitem__(self, name: str, entry: T) -> None:
         super().__setitem__(name, entry)
@@ -70,7 +70,8 @@ class Registry(dict[str, T]):
             raise RegistrationError(
                 f"a {self._kind.__name__} without a name: {entry!r}"
             )
-        if name in self and self.origin(name) != _caller():
+        added = self._added.get(name)
+        if name in self and (added is None or added[1].place != _caller().place):
             raise RegistrationError(
                 f"the name {name!r} is taken by a {self._kind.__name__} of "
                 f"{self.origin(name) or 'dimat_jax'}; choose another name"
@@ -84,9 +85,9 @@ class Registry(dict[str, T]):
         If the module cannot be imported by a name, as a config file, it is the path of
         its file.
         """
-        entry, origin = self._added.get(name, (None, ""))
+        entry, code = self._added.get(name, (None, None))
         is_current = entry is self[name] and self._own.get(name) is not entry
-        return origin if is_current else ""
+        return code.origin if code and is_current else ""
 
 
 class Together(Mapping[str, T]):
@@ -135,8 +136,21 @@ def origin_of(entries: Any, name: Any) -> str:
     return entries.origin(name) if isinstance(entries, Registry) else ""
 
 
-def _caller() -> str:
-    """The module outside of this file whose code is running, or the file of its code.
+class _Code(NamedTuple):
+    """Code that has added an entry.
+
+    Attributes:
+        origin: the module, or the path of its file if it has no name to import it by.
+        place: the path of the file; the module if there is none. Several programs may
+            run a file as modules of different names.
+    """
+
+    origin: str
+    place: str
+
+
+def _caller() -> _Code:
+    """The code outside of this package that is running.
 
     A module that is not in `sys.modules`, as a config file, cannot be imported by its
     name.
@@ -148,6 +162,7 @@ def _caller() -> str:
         name = str(frame.f_globals.get("__name__"))
     module = frame.f_globals
     is_imported = getattr(sys.modules.get(name), "__dict__", None) is module
-    if is_imported or "__file__" not in module:
-        return name
-    return str(Path(module["__file__"]).resolve())
+    if "__file__" not in module:
+        return _Code(name, name)
+    place = str(Path(module["__file__"]).resolve())
+    return _Code(name if is_imported else place, place)

@@ -48,6 +48,16 @@ def test_an_entry_that_is_added_is_known_with_its_origin(trees, monkeypatch):
     assert trees.origin("oak") == ""
 
 
+def test_a_file_that_runs_under_two_names_may_add_its_entries_twice(trees, tmp_path):
+    """As a config file does that a script and this library load."""
+    for name in ("config", "config_config"):
+        made = ModuleType(name)
+        made.__dict__.update(trees=trees, Record=Record, build=build)
+        made.__file__ = str(tmp_path / "config.py")
+        exec("trees.add(Record('yew', build))", made.__dict__)
+    assert trees.origin("yew") == str(tmp_path / "config.py")
+
+
 def test_a_name_is_taken_only_from_another_module(trees):
     run_as("grove", "trees.add(Record('yew', build))", trees)
     # A cell of a notebook may run twice.
