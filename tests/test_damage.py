@@ -298,7 +298,7 @@ def killed_in(round_number: int, workdir: Path, config: Any) -> None:
         train.run(config, workdir, die)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "removed"])
 def test_a_run_goes_on_from_an_older_checkpoint_with_the_same_results(
     tmp_path, caplog, kind

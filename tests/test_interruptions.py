@@ -127,6 +127,7 @@ def test_a_run_that_merges_within_rounds_may_be_interrupted_after_each_step(
     assert_same(tmp_path / "run", tmp_path / "finished")
 
 
+@pytest.mark.slow
 def test_epochs_of_a_long_round_are_reported_alike_after_interruptions(
     tmp_path, interrupt
 ):

@@ -115,7 +115,7 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.every_nth(8)
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["dimat", "local"])
 @pytest.mark.parametrize("evaluations", [1, 2, 3, 4])
 def test_a_run_that_resumes_measures_the_same(tmp_path, whole, algorithm, evaluations):

@@ -200,6 +200,7 @@ def test_a_short_run_follows_the_rule_unless_a_long_one_has_raced(
     assert len(racing) == 3 and summary["layout"]["batching"] == "im2col"
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_read_is_measured_again(racing, tmp_path):
     logged(tiny(), tmp_path / "one")
     (stored,) = (tmp_path / "cache" / "dimat_jax" / "layouts").iterdir()

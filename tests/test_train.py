@@ -420,7 +420,7 @@ def test_the_ceiling_sees_all_data():
     assert shard.tolist() == list(range(300))
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["own", "proxy", "global"])
 def test_matching_works_on_every_policy_of_data(tmp_path, policy):
     changes = {"merge__match_data": policy, "merge__match_samples": 50}
@@ -664,7 +664,7 @@ def untrained(algorithm: str, **changes):
 EVERY_STEP = {"merge__unit": "steps", "merge__gradient": "before_merge"}
 
 
-@pytest.mark.every_nth(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "changes"), [("wa", {}), ("dimat", {"merge__stay": 3.0})]
 )

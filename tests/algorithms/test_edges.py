@@ -409,6 +409,7 @@ def test_an_agent_with_weights_that_are_not_finite_is_named():
 # Taps =================================================================================
 
 
+@pytest.mark.slow
 def test_examples_that_do_not_count_are_masked_at_every_tap():
     spec = PermutationSpec(
         {"kernel": (None, Product("heads", "within"))},

@@ -103,7 +103,7 @@ def test_d2_refuses_to_begin(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.every_nth(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("algorithm", ["dimat", "wm"])
 def test_merging_still_beats_training_alone(run, algorithm, seed):
@@ -150,7 +150,7 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.every_nth(6)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "changes"),
     [

@@ -203,6 +203,7 @@ def test_weight_averaging_is_the_mixing_matrix_alone(world):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["shared", "own"])
 def test_recalibration_averages_the_statistics_of_batches(worlds, policy):
     world = worlds("resnet20")

@@ -312,6 +312,7 @@ def test_cifar100_is_complete_with_the_known_statistics(cifar100):
     np.testing.assert_allclose(cifar100.std / 255, std, atol=6e-5)
 
 
+@pytest.mark.slow
 def test_cached_cifar100_is_not_decoded_again(
     cifar100, data_dir, data_cache, monkeypatch
 ):

@@ -154,8 +154,10 @@ LONG = {
     "docs/tutorials/compare.md",
     "docs/tutorials/merge.md",
     "docs/tutorials/sweep.md",
+    "docs/how-to/callbacks.md",
     "docs/how-to/data.md",
     "docs/how-to/devices.md",
+    "docs/how-to/reuse.md",
 }
 
 

@@ -181,6 +181,7 @@ def test_arguments_follow_from_the_weights(case):
     assert infer_arguments(CASES[case].name, variables) == arguments
 
 
+@pytest.mark.every_nth(3)
 @every_case
 def test_pytorch_loads_what_to_torch_makes_of_its_weights(case):
     torch = pytest.importorskip("torch")

@@ -28,7 +28,7 @@ def test_there_are_forty_architectures():
     assert len(ARCHITECTURES) >= 40
 
 
-@pytest.mark.every_nth(25)
+@pytest.mark.every_nth(40)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_has_the_groups_that_a_person_counts(name):
     forward, a, inputs, shapes, doubts = ARCHITECTURES[name]()
