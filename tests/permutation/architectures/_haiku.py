@@ -50,9 +50,8 @@ def perceptron(x):
 def recurrent(x):
     """An LSTM (Hochreiter and Schmidhuber 1997) that is unrolled over 6 steps."""
     core = hk.LSTM(5)
-    outputs, _ = hk.dynamic_unroll(
-        core, x, core.initial_state(x.shape[0]), time_major=False
-    )
+    start = core.initial_state(x.shape[0])
+    outputs: Any = hk.dynamic_unroll(core, x, start, time_major=False)[0]
     return hk.Linear(CLASSES)(outputs[:, -1])
 
 
