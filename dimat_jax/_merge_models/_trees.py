@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.serialization
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
@@ -138,7 +139,9 @@ def _read_orbax(path: Path, place: Place) -> PyTree:
 
 def _write_orbax(folder: Path, variables: PyTree, like: Path, place: Place) -> str:
     del like, place
-    ocp.PyTreeCheckpointer().save((folder / "model").absolute(), variables)
+    # NumPy's arrays have no sharding, of which Orbax would warn those who read them.
+    arrays = jax.tree.map(np.asarray, variables)
+    ocp.PyTreeCheckpointer().save((folder / "model").absolute(), arrays)
     return "model"
 
 
