@@ -92,6 +92,8 @@ def undisturbed(tmp_path_factory) -> Path:
     return folder
 
 
+# Threads of Orbax may find out after the run's end that their event loop is closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("disturb", "name", "reason"),
     [
