@@ -24,6 +24,7 @@ from dimat_jax.config import (
     settle_overrides,
 )
 from dimat_jax.options import Option, OptionError, Record
+from experiments.soak._mistakes import another_value
 
 OPTIONS = {option.path: option for option in options.every(ROOT)}
 READERS = options.readers(ROOT)
@@ -75,25 +76,6 @@ def walk(roots):
         yield from walk(option.opens)
         for record in registry_of(option).values():
             yield from walk(record.reads)
-
-
-def another_value(option: Option) -> Any:
-    """An allowed value that is not the default."""
-    if option.choices is not None:
-        return next(name for name in option.choices if name != option.default)
-    if isinstance(option.default, bool):
-        return not option.default
-    if isinstance(option.default, str):
-        return "1:2-3" if option.path == "faults.absences" else "some/file.npy"
-    for value in (option.default + 1, option.default / 2, 0.25):
-        value = type(option.default)(value)
-        try:
-            option.check(value)
-        except options.OptionError:
-            continue
-        if value != option.default:
-            return value
-    raise AssertionError(f"no other value of {option.path}")
 
 
 def reading(path: str) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from experiments.soak._cases import Case
 from experiments.soak._children import ACCEPTED, Limits, run
 from experiments.soak._draws import OPTIONS, SMALL, write_config
 
-__all__ = ["mistake"]
+__all__ = ["another_value", "mistake"]
 
 # Everything is checked within so many seconds of work.
 _MOST_SECONDS = 20.0
