@@ -27,13 +27,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from dimat_jax._digests import DIGESTS, damage, sync, write_digests
+from dimat_jax._empty_leaves import with_empty, without_empty
 from dimat_jax._processes import everywhere, from_main, is_main
 from dimat_jax.errors import UserError, first_line, writing
 from dimat_jax.options import Option
 from dimat_jax.tree import PyTree, flatten, map_with_path
 
 __all__ = ["CheckpointError", "Checkpoints"]
-
 
 EVERY = Option(
     "checkpoint.every",
@@ -61,7 +61,6 @@ KEEP = Option(
     unit="checkpoints",
     changes_results=False,
 )
-
 
 KEEP_EVERY = Option(
     "checkpoint.keep_every",
@@ -140,8 +139,8 @@ class Checkpoints:
         self.wait()
         if is_main():
             self._clear(number)
-        leaves = jax.tree.leaves(tree)
-        if any(isinstance(leaf, jax.Array) and _is_on_cpu(leaf) for leaf in leaves):
+        tree = without_empty(tree)
+        if any(map(_is_on_cpu, jax.tree.leaves(tree))):
             # On a CPU Orbax would write from the arrays' own memory, in the background.
             tree = _copied(tree)
         if self._writer is None:
@@ -222,7 +221,8 @@ class Checkpoints:
         record = self.read_record()
         if record is None:
             return None
-        number, expected = self.newest(), like(record)
+        number, whole = self.newest(), like(record)
+        expected = without_empty(whole)
         folder = self._directory / str(number)
         args = ocp.args.StandardRestore(expected, strict=rows is None)
         handler: Any = ocp.StandardCheckpointHandler()
@@ -230,7 +230,8 @@ class Checkpoints:
         try:
             saved = flatten(handler.metadata(folder / "tree").tree)
             self._check_shapes(number, saved, expected, rows)
-            return reader.restore(folder / "tree", args=args), record
+            found = reader.restore(folder / "tree", args=args)
+            return with_empty(found, whole), record
         except Exception as error:
             if isinstance(error, UserError) or (folder / DIGESTS).exists():
                 raise
@@ -390,8 +391,8 @@ class Checkpoints:
         return self._kept[number]
 
 
-def _is_on_cpu(array: jax.Array) -> bool:
-    return next(iter(array.devices())).platform == "cpu"
+def _is_on_cpu(leaf) -> bool:
+    return isinstance(leaf, jax.Array) and next(iter(leaf.devices())).platform == "cpu"
 
 
 @jax.jit

@@ -145,7 +145,7 @@ def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a row that are points of curves, with the names of the curves."""
     for name, value in row.items():
         if type(value) in (int, float) and name not in _PLACE:
-            yield f"{row['phase']}/{name}", value
+            yield f"{row['phase']}/{name}", float(value)
         elif name in _BY_AGENT and len(value) <= _MOST_AGENTS:
             for agent, number in enumerate(value):
                 if number is not None:  # It was not finite.
@@ -160,7 +160,12 @@ def _introduction(about: About) -> list[Any]:
     proto: Any = summary_pb2  # Its messages are made at import time.
     lines = ["option | value", "--- | ---"]
     lines += [f"{path} | {value!r}" for path, value in about.options.items()]
-    experiment, session, _ = hparams(about.options, dict.fromkeys(_RESULTS))
+    # The library takes numbers of 64 bits, and a seed may have more.
+    values = {
+        path: str(value) if isinstance(value, int) and abs(value) >= 2**63 else value
+        for path, value in about.options.items()
+    }
+    experiment, session, _ = hparams(values, dict.fromkeys(_RESULTS))
     found = [text("config", "\n".join(lines)), experiment, session]
     if about.partition is not None:
         picture = proto.Summary.Image(encoded_image_string=about.partition)

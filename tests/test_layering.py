@@ -25,6 +25,7 @@ FLOORS = [
     [
         "_storage",
         "_digests",
+        "_empty_leaves",
         "_events",
         "_partition_picture",
         "_labelled",

@@ -226,8 +226,19 @@ def test_the_picture_of_a_partition_has_a_cell_for_each_agent_and_class(shape):
     assert np.count_nonzero(darkness) == 2
 
 
-@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(3)])
-def test_numpy_numbers_reach_tensorboard_too(tmp_path, number):
+@pytest.mark.parametrize("value", [2**63, 2**70 + 3, -(2**2000)])
+def test_tensorboard_shows_options_of_any_size(tmp_path, value):
+    """A seed may have any number of digits."""
+    MetricsWriter(tmp_path, 0, None, About({"seed": value}, None)).close()
+    found = {v.tag: v for event in events(tmp_path) for v in event.summary.value}
+    table = found["config/text_summary"].tensor.string_val[0].decode()
+    assert f"seed | {value}" in table.splitlines()
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.5), np.float64(0.5), np.int64(3), 2**70]
+)
+def test_numbers_of_any_type_reach_tensorboard(tmp_path, number):
     write(tmp_path, row(1, value=number))
     assert scalars(tmp_path) == {("trained/value", 10): number}
 

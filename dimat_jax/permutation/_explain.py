@@ -8,6 +8,7 @@ from dimat_jax.permutation._nodes import fixed_nodes
 from dimat_jax.permutation._outputs import ChooseOutputs, Forward
 from dimat_jax.permutation._reading import Reading, read_model
 from dimat_jax.permutation._spec import Axis, Stack
+from dimat_jax.permutation._units import AxisUnits
 from dimat_jax.tree import PyTree
 
 __all__ = ["AxisExplanation", "Explanation", "explain"]
@@ -22,7 +23,8 @@ class AxisExplanation(NamedTuple):
         size: the length of the axis.
         axis: the axis as `derive` declares it; None if all of it is fixed.
         reasons: why the axis, or a part of it, is fixed: the input, output, operation
-            or captured array. It is empty if all of the axis can be permuted.
+            or captured array, or that there is a single unit. It is empty if all of
+            the axis can be permuted.
     """
 
     leaf: str
@@ -94,7 +96,17 @@ def _rows(reading: Reading) -> Iterator[AxisExplanation]:
         ):
             reasons = {reason for node in fixed_nodes(units) for reason in node.fixed}
             text = describe(reasons)
-            if declared is None and not reasons:
+            if not reasons and declared is None:
                 text = "nothing to permute: every part has a single unit"
+            elif not reasons and _has_single(units):
+                text = "some parts have a single unit"
             size = units.root().size if units is not None else 1
             yield AxisExplanation(leaf, d, size, declared, text)
+
+
+def _has_single(units: AxisUnits) -> bool:
+    """Whether some part of the units has no inner structure, and a single unit."""
+    if units is None:
+        return True
+    node = units.root()
+    return node.size == 1 or any(map(_has_single, node.parts))

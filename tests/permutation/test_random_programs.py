@@ -368,16 +368,16 @@ def subject(program: Program, shape: Sequence[int]) -> Subject:
             raised = True
     assert raised == announced
     for row in explain(forward, variables, x).rows:
-        assert row.reasons or permutes_all(row.axis)
+        assert bool(row.reasons) != permutes_all(row.axis)
         assert not announced or "unknown" in dict(program)
     return Subject(forward, variables, x, spec, activations)
 
 
 def permutes_all(axis: Axis) -> bool:
-    """Whether permutations reach every part of an axis with several units."""
+    """Whether permutations reach every part of an axis."""
     match axis:
         case Concat(parts):
-            return all(size == 1 or permutes_all(part) for part, size in parts)
+            return all(permutes_all(part) for part, _ in parts)
         case Product(factors):
             return all(isinstance(factor, str) for factor in factors)
         case _:
