@@ -20,7 +20,7 @@ from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
 from dimat_jax._division import check_samples, divide, load_data
 from dimat_jax._examples import Examples, draw_subset
-from dimat_jax._fields_together import build_model, check_batch_norm
+from dimat_jax._fields_together import build_model, check_batch_norm, check_task
 from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax._needs import check_graph_and_steps, check_model, check_steps
 from dimat_jax._slots import put_each
@@ -49,6 +49,7 @@ from dimat_jax.network import Network, networks_kept
 from dimat_jax.options import arguments
 from dimat_jax.permutation._verify import Verification
 from dimat_jax.placement import place
+from dimat_jax.tasks import TASKS
 
 __all__ = ["Experiment", "check_network"]
 
@@ -73,6 +74,7 @@ class Experiment:
         layout: how agents share a device, and why.
         placement: the devices on which the agents live.
         model: the model that every agent trains.
+        learnt: the record of what agents learn, with its loss and its metric.
         task: the loss, the symmetry and the activations of the model.
         sampler: the order in which agents see their images during the rounds, as
             positions in `train_pool`.
@@ -91,10 +93,11 @@ class Experiment:
         self.dataset = load_data(config)
         self.signature = self.dataset.signature  # a copy may have fewer classes
         if declared is None:
+            check_task(self._fields, self.signature)
             check_batch_norm(self._fields, self.signature)
             self._traced_init = check_model(self._fields, self.signature)
         train, n_agents = self.dataset.train, number_of_agents(self._fields)
-        self.division = divide(train.labels, n_agents, self._fields)
+        self.division = divide(train.classes, n_agents, self._fields)
         self.shards = self.division.shards
         self._build_task()
         check_samples(
@@ -123,6 +126,7 @@ class Experiment:
         check(config)
         self.config, self._fields = config, resolved(fields_of(config))
         self.record = record_of(self._fields)
+        self.learnt = TASKS[config.task]
         self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
         check_graph_and_steps(self._fields)
@@ -143,10 +147,11 @@ class Experiment:
 
     def _build_task(self) -> None:
         """Builds the model and the task that the agents learn."""
-        _, self.input_shape, _, self.n_classes = self.signature
+        self.input_shape = self.signature.input_shape
+        self.n_classes = self.signature.n_classes
         self.model = build_model(self._fields, self.signature, self.record.aligns)
         self.task = Task(
-            loss=self._small_shards.weighed(classifier.loss(self.model)),
+            loss=self._small_shards.weighed(classifier.loss(self.model, self.learnt)),
             spec=models.permutation_spec(self.model),
             activations=classifier.activations(self.model),
             batch_statistics=classifier.batch_statistics(self.model),
@@ -288,7 +293,8 @@ class Experiment:
         return self._evaluator(self._share(self.dataset.train, images[order]))
 
     def _evaluator(self, samples: Samples) -> Evaluator:
-        return Evaluator(classifier.forward(self.model), samples, self.placement)
+        forward = classifier.forward(self.model)
+        return Evaluator(forward, samples, self.placement, self.learnt)
 
     def _share(self, split: sources.Split, chosen: np.ndarray) -> Samples:
         """Makes samples of the chosen images of a split, for evaluation."""

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from dimat_jax.data._dataset import DataError, Dataset, Signature, Split
+from dimat_jax.data._dataset import DataError, Dataset, Signature
+from dimat_jax.data._labels import check_labels
 
 __all__ = ["check", "first_not_finite"]
 
@@ -20,9 +21,10 @@ def check(dataset: Dataset, expected: Signature | None) -> None:
         DataError: the message names the split, the first bad sample, and what is wrong.
     """
     shape = expected.input_shape if expected else dataset.train.images.shape[1:]
+    kind = expected.labels if expected else dataset.labels
     for name, split in (("training", dataset.train), ("test", dataset.test)):
         what = f"{dataset.name}: {name}"
-        _check_labels(what, split, dataset.n_classes)
+        check_labels(what, split, dataset.n_classes, kind)
         _check_inputs(what, split.images)
         found = split.images.shape[1:]
         if found != shape:
@@ -43,19 +45,6 @@ def check(dataset: Dataset, expected: Signature | None) -> None:
         raise DataError(
             f"{dataset.name}: there are {len(names)} names of {dataset.n_classes} "
             "classes"
-        )
-
-
-def _check_labels(what: str, split: Split, n_classes: int) -> None:
-    n_images, n_labels = len(split.images), len(split.labels)
-    if n_images != n_labels or not n_labels:
-        raise DataError(f"{what}: there are {n_images} images and {n_labels} labels")
-    is_bad = (split.labels < 0) | (split.labels >= n_classes)
-    if is_bad.any():
-        least, most, first = split.labels.min(), split.labels.max(), is_bad.argmax()
-        raise DataError(
-            f"{what} labels reach from {least} to {most}, but the classes are 0 to "
-            f"{n_classes - 1}; the first bad one is label {first}"
         )
 
 

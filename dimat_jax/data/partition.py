@@ -5,6 +5,7 @@ is in exactly one shard. A new partition is a function of `(labels, n_agents)` a
 keyword options, with a record in `PARTITIONS` at the foot of this file.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "PARTITIONS",
     "PRETRAIN_PARTITION",
     "VALIDATION",
+    "ByClass",
     "PartitionError",
     "class_counts",
     "partition",
@@ -269,6 +271,16 @@ def quantity_skew(
     return _none_empty(np.split(samples, bounds))
 
 
+def contiguous(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
+    """Every agent gets a piece of the samples in their stored order, equally long.
+
+    For a text it is a passage of it, and for a time series a span of time. Nothing is
+    random.
+    """
+    del seed
+    return np.array_split(np.arange(len(labels)), n_agents)
+
+
 def class_counts(
     labels: Labels, shards: Sequence[Shard]
 ) -> Int64[np.ndarray, "agents classes"]:
@@ -320,12 +332,21 @@ def _none_empty(shards: list[np.ndarray]) -> list[Shard]:
     return [np.sort(shard) for shard in shards]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByClass(Record[list[Shard]]):
+    """A partition that looks at classes. It is refused for labels of other kinds.
+
+    Where labels are no classes, other partitions get 0 as the class of every sample.
+    """
+
+
 PARTITIONS: Registry[Record[list[Shard]]] = registry(
     Record("iid", iid, (SEED,)),
-    Record("by_class", by_class, (SEED,)),
-    Record("dirichlet", dirichlet, (SEED, ALPHA)),
-    Record("classes_per_agent", classes_per_agent, (SEED, CLASSES)),
+    ByClass("by_class", by_class, (SEED,)),
+    ByClass("dirichlet", dirichlet, (SEED, ALPHA)),
+    ByClass("classes_per_agent", classes_per_agent, (SEED, CLASSES)),
     Record("quantity_skew", quantity_skew, (SEED, ALPHA)),
+    Record("contiguous", contiguous, (SEED,)),
 )
 """`PARTITIONS[name](labels, n_agents, **options)` gives each agent its shard."""
 
