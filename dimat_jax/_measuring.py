@@ -69,9 +69,7 @@ class Measuring:
             variables, *_averaged_by(experiment, variables, frames, number)
         )
         return {
-            **row_fields(
-                "test", evaluation, average, self._counts, experiment.learnt
-            ),
+            **row_fields("test", evaluation, average, self._counts, experiment.learnt),
             **self._validated(variables),
         }
 

@@ -184,9 +184,7 @@ class Trainer:
         return means(seen, self._experiment.learnt)
 
 
-def means(
-    seen: Float64[np.ndarray, "agents 3"], task: TaskRecord
-) -> dict[str, Any]:
+def means(seen: Float64[np.ndarray, "agents 3"], task: TaskRecord) -> dict[str, Any]:
     """Makes the entries of a row from what the agents have seen.
 
     Args:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from dimat_jax.data.partition import VALIDATION
 from dimat_jax.errors import UserError, in_one_line
 from dimat_jax.options import Option, Record, Registry, arguments, registry
+from dimat_jax.tasks import TASK, TASKS
 
 __all__ = [
     "CALLBACKS",
@@ -227,14 +228,16 @@ def _check_wandb(fields: Fields) -> None:
 
 FIELD = Option(
     "early_stopping.field",
-    "validation_accuracy_mean",
+    "",
     "The field of rows that has to improve.",
+    empty="the mean metric on validation images, as validation_accuracy_mean",
 )
 BETTER = Option(
     "early_stopping.better",
-    "larger",
+    "",
     "Whether larger or smaller values of the field are better.",
     choices=("larger", "smaller"),
+    empty="what is better for the task's metric",
 )
 PATIENCE = Option(
     "early_stopping.patience",
@@ -251,8 +254,10 @@ def early_stopping(
     better: str = BETTER.default,
     patience: int = PATIENCE.default,
 ) -> Callable[[Row], None]:
-    """Ends a run whose agents have ceased to improve, by their validation accuracy."""
-    sign = 1 if better == "larger" else -1
+    """Ends a run whose agents have ceased to improve, by their validation metric."""
+    task = TASKS[run.config.get(TASK.path, TASK.default)]
+    field = field or task.shown.field(split="validation")
+    sign = 1 if (better or task.better) == "larger" else -1
     values = [sign * row[field] for row in run.rows if row["phase"] == "trained"]
 
     def watch(row: Row) -> None:
@@ -270,7 +275,8 @@ def early_stopping(
 
 
 def _check_early_stopping(fields: Fields) -> None:
-    field = fields[FIELD.path]
+    task = TASKS[fields[TASK.path]]
+    field = fields[FIELD.path] or task.shown.field(split="validation")
     if field.startswith("validation") and not fields[VALIDATION.path]:
         raise CallbackError(
             f"config.{FIELD.path} is {field!r}, but config.{VALIDATION.path} is 0: "

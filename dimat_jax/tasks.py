@@ -10,8 +10,8 @@ reported are means of these over examples, so batches and agents can be added up
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,13 +21,56 @@ from jaxtyping import Array, Float, Int
 from dimat_jax.errors import UserError
 from dimat_jax.options import Option, Record, Registry, registry
 
-__all__ = ["CLASSIFICATION", "TASK", "TASKS", "TaskError", "TaskRecord", "output_shape"]
+__all__ = [
+    "CLASSIFICATION",
+    "TASK",
+    "TASKS",
+    "Metric",
+    "TaskError",
+    "TaskRecord",
+    "metric_of",
+    "output_shape",
+]
 
 Losses = Float[Array, " batch"]
 
 
 class TaskError(UserError):
     """A task cannot be used. The message says why."""
+
+
+class Metric(NamedTuple):
+    """A metric as rows and reports show it.
+
+    Attributes:
+        name: its name in the fields of rows.
+        words: its name in words.
+        percent: whether it is shown as a percentage.
+        better: whether "larger" or "smaller" values are better; "" if that is unknown.
+    """
+
+    name: str
+    words: str
+    percent: bool = False
+    better: str = ""
+
+    @property
+    def scale(self) -> int:
+        """The factor from the values in rows to those that are shown."""
+        return 100 if self.percent else 1
+
+    @property
+    def unit(self) -> str:
+        """The unit behind a title, " (%)" or nothing."""
+        return " (%)" if self.percent else ""
+
+    def field(self, ending: str = "mean", split: str = "test") -> str:
+        """The name of a field of rows, as "test_accuracy_mean"."""
+        return "_".join(filter(None, [split, self.name, ending]))
+
+    def text(self, value: float, digits: int = 2) -> str:
+        """A value with its unit, as "93.25 %"."""
+        return f"{self.scale * value:.{digits}f}" + " %" * self.percent
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,7 +115,13 @@ class TaskRecord(Record[Losses]):
     @property
     def words(self) -> str:
         """The metric in words."""
-        return self.title or self.metric.replace("_", " ")
+        return self.shown.words
+
+    @property
+    def shown(self) -> Metric:
+        """The metric as rows and reports show it."""
+        words = self.title or self.metric.replace("_", " ")
+        return Metric(self.metric, words, self.percent, self.better)
 
     def scores(self, outputs: Any, labels: Any) -> Losses:
         """Computes what the metric is made of; see `score`."""
@@ -159,6 +208,24 @@ TASKS: Registry[TaskRecord] = registry(
 
 CLASSIFICATION = TASKS["classification"]
 """The task of everything that names no other."""
+
+
+def metric_of(row: Mapping[str, Any], split: str = "test") -> Metric:
+    """The metric that a row of metrics.jsonl has; the accuracy if it has none.
+
+    The plugin of a task need not be there: then the metric is known by its name alone.
+
+    Args:
+        row: the row.
+        split: what the metric was measured on: "test", "validation" or "train".
+    """
+    for field in row:
+        name = field.removeprefix(f"{split}_").removesuffix("_mean")
+        if field == f"{split}_{name}_mean" and name != "loss":
+            known = (task.shown for task in TASKS.values() if task.metric == name)
+            return next(known, Metric(name, name.replace("_", " ")))
+    return CLASSIFICATION.shown
+
 
 TASK = Option(
     "task",

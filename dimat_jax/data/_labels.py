@@ -1,8 +1,8 @@
 """The kinds of labels that a data set may have, and the checks of each kind.
 
-    classes   a whole number for each input, int32
-    numbers   one number for each input, or k of them, float32
-    tokens    a whole number for each token of an input, int32
+classes   a whole number for each input, int32
+numbers   one number for each input, or k of them, float32
+tokens    a whole number for each token of an input, int32
 """
 
 from collections.abc import Callable, Mapping

@@ -71,9 +71,7 @@ def dataset_of(text: str, name: str = "text") -> Dataset:
         splits.append(make_split(pieces[:, :-1].copy(), pieces[:, 1:].copy()))
     no_statistics = np.zeros(0, np.float32)
     characters = tuple(map(chr, known.tolist()))
-    return Dataset(
-        name, *splits, len(known), no_statistics, no_statistics, characters
-    )
+    return Dataset(name, *splits, len(known), no_statistics, no_statistics, characters)
 
 
 def _pieces(tokens: np.ndarray) -> np.ndarray:
