@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dimat_jax.data._dataset import DataError, Dataset, make_split
+from dimat_jax.data._dataset import DataError, Dataset, Split, make_split
 
 __all__ = ["CONTEXT", "MOST_CHARACTERS", "dataset_of", "read"]
 
@@ -65,13 +65,14 @@ def dataset_of(text: str, name: str = "text") -> Dataset:
         cut = round(len(span) * (1 - _TEST_SHARE))
         train.append(_pieces(span[:cut]))
         test.append(_pieces(span[cut:]))
-    splits = []
-    for part in (train, test):
-        pieces = np.concatenate(part).astype(np.int32)
-        splits.append(make_split(pieces[:, :-1].copy(), pieces[:, 1:].copy()))
-    no_statistics = np.zeros(0, np.float32)
-    characters = tuple(map(chr, known.tolist()))
-    return Dataset(name, *splits, len(known), no_statistics, no_statistics, characters)
+    none = np.zeros(0, np.float32)
+    names = tuple(map(chr, known.tolist()))
+    return Dataset(name, _split(train), _split(test), len(known), none, none, names)
+
+
+def _split(pieces: list[np.ndarray]) -> Split:
+    whole = np.concatenate(pieces).astype(np.int32)
+    return make_split(whole[:, :-1].copy(), whole[:, 1:].copy())
 
 
 def _pieces(tokens: np.ndarray) -> np.ndarray:
