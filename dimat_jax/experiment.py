@@ -96,16 +96,13 @@ class Experiment:
             check_task(self._fields, self.signature)
             check_batch_norm(self._fields, self.signature)
             self._traced_init = check_model(self._fields, self.signature)
-        train, n_agents = self.dataset.train, number_of_agents(self._fields)
-        self.division = divide(train.classes, n_agents, self._fields)
+        classes, n_agents = self.dataset.train.classes, number_of_agents(self._fields)
+        self.division = divide(classes, n_agents, self._fields)
         self.shards = self.division.shards
         self._build_task()
-        check_samples(
-            self._fields,
-            self.division,
-            len(self.dataset.test.labels),
-            has_statistics=self.task.batch_statistics is not None,
-        )
+        counts = self.division, len(self.dataset.test.labels)
+        normalises = self.task.batch_statistics is not None
+        check_samples(self._fields, *counts, has_statistics=normalises)
         self._place(layout)
         self._build_samplers(self.division.pretrain_shards)
         alone = self.pretrain_sampler.steps_per_epoch
@@ -393,7 +390,6 @@ class Experiment:
         return has_convolution(self._traced_init.jaxpr)
 
     def _init(self, key: Key[Array, ""]) -> Variables:
-        """Draws one agent's initial variables."""
         return classifier.init(self.model, key, self._example_inputs(1))
 
     def _example_inputs(self, n: int) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Turns lists of indices into batches on the devices.
 
 The devices hold inputs as they are stored (images as uint8): every device holds the
-training inputs of the agents that live there, and a copy of those that all agents
-share. The examples for training, matching and evaluation are lists of indices into
-these. The lists are drawn on the host from seeds. Gathering, normalising and augmenting
-run inside of the jitted step.
+training inputs of the agents that live there, and a copy of those that all share. The
+examples for training, matching and evaluation are lists of indices into these inputs.
+The lists are drawn on the host from seeds. Gathering, normalising and
+augmenting run inside of the jitted step.
 """
 
 import dataclasses

@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from dimat_jax.data import _cifar, _text, _tiny_imagenet
+from dimat_jax.data import (
+    _arrays,
+    _cifar,
+    _images,
+    _mnist,
+    _tables,
+    _text,
+    _tiny_imagenet,
+)
+from dimat_jax.data._arrays import make_dataset
 from dimat_jax.data._checks import check
 from dimat_jax.data._dataset import (
     DataError,
@@ -38,6 +47,7 @@ __all__ = [
     "Source",
     "Split",
     "load",
+    "make_dataset",
     "make_split",
     "mean_std",
     "read",
@@ -47,9 +57,10 @@ __all__ = [
 DIRECTORY = Option(
     "data.dir",
     "",
-    "The folder that holds the data set's files. For CIFAR it is tfds's data folder; "
-    "for Tiny ImageNet it is the authors' zip, the unpacked folder, or a folder that "
-    "holds either; for a text it is the file, in UTF-8.",
+    "The folder that holds the data set's files, or the file itself. For CIFAR it is "
+    "tfds's data folder, or the folder of the authors' archive or of parquet files. "
+    "For Tiny ImageNet it is the authors' zip, the unpacked folder, or a folder that "
+    "holds either. For a text it is the file, in UTF-8.",
     empty="the folder where tfds keeps its data sets; for a text, Python's reference "
     "manual",
     changes_results=False,
@@ -92,9 +103,10 @@ def load(
 
     Args:
         name: a key of `SOURCES`.
-        directory: the folder of the data. For CIFAR it is tfds's data folder (None:
-            tfds's own default); for Tiny ImageNet it is the authors' zip, the unpacked
-            folder, or a folder that holds either. Other data sets need no folder.
+        directory: the folder of the data, or their file. For CIFAR it is tfds's data
+            folder (None: tfds's own default), or the folder of the authors' archive or
+            of parquet files; for Tiny ImageNet it is the authors' zip, the unpacked
+            folder, or a folder that holds either.
         cache_dir: the folder where decoded arrays are kept; None means
             `$XDG_CACHE_HOME/dimat_jax` or `~/.cache/dimat_jax`.
         train_size: the number of training samples to keep, equally many of each class
@@ -225,7 +237,8 @@ SOURCES: Registry[Source] = registry(
         "cifar10",
         functools.partial(_cifar.read, name="cifar10", n_classes=10),
         leads_to=_FILES,
-        summary="CIFAR-10, as tfds prepares it: 60,000 images of 32x32 pixels.",
+        summary="CIFAR-10, 60,000 images of 32x32 pixels: as tfds prepares it, in the "
+        "authors' archives, or as parquet files.",
         image_shape=(32, 32, 3),
         n_classes=10,
     ),
@@ -233,7 +246,8 @@ SOURCES: Registry[Source] = registry(
         "cifar100",
         functools.partial(_cifar.read, name="cifar100", n_classes=100),
         leads_to=_FILES,
-        summary="CIFAR-100, as tfds prepares it: 60,000 images of 32x32 pixels.",
+        summary="CIFAR-100, 60,000 images of 32x32 pixels: as tfds prepares it, in the "
+        "authors' archives, or as parquet files.",
         image_shape=(32, 32, 3),
         n_classes=100,
     ),
@@ -244,6 +258,10 @@ SOURCES: Registry[Source] = registry(
         image_shape=(64, 64, 3),
         n_classes=200,
     ),
+    Source("image_folder", _images.read_folder, leads_to=_FILES),
+    Source("npz", _arrays.read_npz, leads_to=_FILES[:1]),
+    Source("huggingface", _tables.read_huggingface, leads_to=_FILES),
+    Source("mnist_5k", _mnist.read, image_shape=(28, 28, 1), n_classes=10),
     Source(
         "text",
         _text.read,
