@@ -140,15 +140,17 @@ def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if type(value) in (int, float) and name not in _PLACE:
             yield f"{row['phase']}/{name}", float(value)
-        elif _is_by_agent(name, row) and len(value) <= _MOST_AGENTS:
+        elif _is_by_agent(name, value) and len(value) <= _MOST_AGENTS:
             for agent, number in enumerate(value):
                 if number is not None:  # It was not finite.
                     yield f"{row['phase']}_by_agent/{name}/{agent}", number
 
 
-def _is_by_agent(name: str, row: Mapping[str, Any]) -> bool:
-    """Whether a field has a number for each agent, of which the row has the mean."""
-    return isinstance(row[name], list) and f"{name}_mean" in row and "local" not in name
+def _is_by_agent(name: str, value: Any) -> bool:
+    """Whether a field of a row has a metric or a loss of each agent."""
+    is_measure = name.partition("_")[0] in ("test", "train", "validation")
+    is_shown = is_measure and not name.endswith(("_local", "_by_class"))
+    return is_shown and isinstance(value, list)
 
 
 def _introduction(about: About) -> list[Any]:

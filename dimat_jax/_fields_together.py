@@ -24,8 +24,7 @@ from dimat_jax.tasks import TASK, TASKS
 
 __all__ = [
     "build_model",
-    "check_batch_norm",
-    "check_task",
+    "check_data",
     "check_together",
     "model_arguments",
 ]
@@ -92,21 +91,26 @@ def check_together(fields: Fields, record: AlgorithmRecord) -> None:
     with concerning("config.faults", ConfigError):
         faults(**{o.keyword: fields[o.path] for o in FAULTS})
     if (data := SOURCES[fields[SOURCE.path]].signature) is not None:
-        check_task(fields, data)
-        check_batch_norm(fields, data)
+        check_data(fields, data)
     check_callbacks(fields)
 
 
-def check_task(fields: Fields, data: Signature) -> None:
-    """Refuses a task, or a partition, that does not fit the labels of the data.
+def check_data(fields: Fields, data: Signature) -> None:
+    """Refuses a task, a partition or options that do not fit the data and the model.
 
     Args:
         fields: the config's fields; empty ones are resolved.
         data: what is known of the data set.
 
     Raises:
-        ConfigError: the message names the field, and the labels that there are.
+        ConfigError: the message names the field, and what there is instead.
     """
+    _check_task(fields, data)
+    _check_batch_norm(fields, data)
+
+
+def _check_task(fields: Fields, data: Signature) -> None:
+    """Refuses a task, or a partition, that is not for the labels of the data."""
     task = TASKS[fields[TASK.path]]
     if task.labels != data.labels:
         raise ConfigError(
@@ -122,16 +126,8 @@ def check_task(fields: Fields, data: Signature) -> None:
             )
 
 
-def check_batch_norm(fields: Fields, data: Signature) -> None:
-    """Refuses options of BatchNorm for a model that has none.
-
-    Args:
-        fields: the config's fields; empty ones are resolved.
-        data: what the model must know of the data set.
-
-    Raises:
-        ConfigError: the model has no BatchNorm, or cannot be built.
-    """
+def _check_batch_norm(fields: Fields, data: Signature) -> None:
+    """Refuses options of BatchNorm for a model that has none or cannot be built."""
     name = fields[MODEL.path]
     with concerning("config.model", ConfigError), reading(f"{name!r}", ConfigError):
         normalises = classifier.has_statistics(build_model(fields, data))

@@ -20,7 +20,7 @@ from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
 from dimat_jax._division import check_samples, divide, load_data
 from dimat_jax._examples import Examples, draw_subset
-from dimat_jax._fields_together import build_model, check_batch_norm, check_task
+from dimat_jax._fields_together import build_model, check_data
 from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax._needs import check_graph_and_steps, check_model, check_steps
 from dimat_jax._slots import put_each
@@ -64,7 +64,7 @@ class Experiment:
 
     Attributes:
         config: the config that was given.
-        record: the record of the algorithm.
+        record, learnt: the records of the algorithm, and of the task that is learnt.
         links: the network over time.
         dataset: the data set.
         signature: what the model must know of the data set: the inputs, the classes.
@@ -74,13 +74,11 @@ class Experiment:
         layout: how agents share a device, and why.
         placement: the devices on which the agents live.
         model: the model that every agent trains.
-        learnt: the record of what agents learn, with its loss and its metric.
         task: the loss, the symmetry and the activations of the model.
         sampler: the order in which agents see their images during the rounds, as
             positions in `train_pool`.
         pretrain_sampler: the same for pre-training.
-        local_steps: the number of local steps in a round.
-        pretrain_steps: the number of local steps in pre-training.
+        local_steps, pretrain_steps: how many are in a round, in pre-training.
         algorithm: the algorithm of the rounds.
         pretrain_algorithm: the algorithm of pre-training: every agent trains alone.
 
@@ -93,8 +91,7 @@ class Experiment:
         self.dataset = load_data(config)
         self.signature = self.dataset.signature  # a copy may have fewer classes
         if declared is None:
-            check_task(self._fields, self.signature)
-            check_batch_norm(self._fields, self.signature)
+            check_data(self._fields, self.signature)
             self._traced_init = check_model(self._fields, self.signature)
         classes, n_agents = self.dataset.train.classes, number_of_agents(self._fields)
         self.division = divide(classes, n_agents, self._fields)
@@ -144,8 +141,7 @@ class Experiment:
 
     def _build_task(self) -> None:
         """Builds the model and the task that the agents learn."""
-        self.input_shape = self.signature.input_shape
-        self.n_classes = self.signature.n_classes
+        _, self.input_shape, _, self.n_classes, _ = self.signature
         self.model = build_model(self._fields, self.signature, self.record.aligns)
         self.task = Task(
             loss=self._small_shards.weighed(classifier.loss(self.model, self.learnt)),

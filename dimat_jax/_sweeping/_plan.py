@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dimat_jax._chosen import check_network, number_of_agents
 from dimat_jax._division import check_samples, divide, load_data
-from dimat_jax._fields_together import build_model, check_batch_norm, check_task
+from dimat_jax._fields_together import build_model, check_data
 from dimat_jax._folders import check_output, strangers
 from dimat_jax._inputs import FromPlugin, from_plugins
 from dimat_jax._lock import LOCK_FILES
@@ -132,8 +132,7 @@ def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
     dataset = load_data(config, read)
     data = dataset.signature
     if declared is None:
-        check_task(fields, data)
-        check_batch_norm(fields, data)
+        check_data(fields, data)
         check_model(fields, data)
     division = divide(dataset.train.classes, number_of_agents(fields), fields)
     model = build_model(fields, data)
