@@ -3,7 +3,7 @@
     python -m experiments.sweep --sweep=configs/sweeps/text.py --workdir=DIR
 
 The 4 runs start from the same pre-trained agents, whose weights were drawn differently.
-They take about 10 minutes on 2 CPU cores.
+They take about 5 minutes on 2 CPU cores.
 """
 
 from dimat_jax.configs import text

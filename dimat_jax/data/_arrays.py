@@ -9,6 +9,7 @@ from dimat_jax.data._checks import check
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
+    Split,
     is_every_fifth,
     kind_of,
     make_split,
