@@ -4,7 +4,7 @@ import numpy as np
 
 from dimat_jax.data._dataset import DataError, Dataset, Signature, Split
 
-__all__ = ["check", "first_not_finite"]
+__all__ = ["check", "check_split"]
 
 _DTYPES = ("uint8", "float32", "int32")
 
@@ -22,8 +22,7 @@ def check(dataset: Dataset, expected: Signature | None) -> None:
     shape = expected.input_shape if expected else dataset.train.images.shape[1:]
     for name, split in (("training", dataset.train), ("test", dataset.test)):
         what = f"{dataset.name}: {name}"
-        _check_labels(what, split, dataset.n_classes)
-        _check_inputs(what, split.images)
+        check_split(what, split, dataset.n_classes)
         found = split.images.shape[1:]
         if found != shape:
             raise DataError(f"{what} images are of shape {found}, expected {shape}")
@@ -44,6 +43,21 @@ def check(dataset: Dataset, expected: Signature | None) -> None:
             f"{dataset.name}: there are {len(names)} names of {dataset.n_classes} "
             "classes"
         )
+
+
+def check_split(what: str, split: Split, n_classes: int) -> None:
+    """Checks the samples of a split.
+
+    Args:
+        what: the data set and the split, for messages.
+        split: the samples.
+        n_classes: the number of classes.
+
+    Raises:
+        DataError: the message names the first bad sample, and what is wrong.
+    """
+    _check_labels(what, split, n_classes)
+    _check_inputs(what, split.images)
 
 
 def _check_labels(what: str, split: Split, n_classes: int) -> None:
@@ -76,12 +90,12 @@ def _check_inputs(what: str, inputs: np.ndarray) -> None:
             f"{what} inputs are of shape {inputs.shape}; expected [samples, features] "
             "or more axes"
         )
-    if (bad := first_not_finite(inputs)) is not None:
+    if (bad := _first_not_finite(inputs)) is not None:
         values = inputs[bad][~np.isfinite(inputs[bad])]
         raise DataError(f"{what} input {bad} holds {values.flat[0]}")
 
 
-def first_not_finite(inputs: np.ndarray) -> int | None:
+def _first_not_finite(inputs: np.ndarray) -> int | None:
     """The index of the first input that holds NaN or an infinite value; or None."""
     if inputs.dtype.kind != "f":
         return None

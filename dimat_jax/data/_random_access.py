@@ -5,7 +5,7 @@ that has both. Neither grain nor another library of sources is imported here.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ LABELS = ("label", "labels", "fine_label", "y", "target")
 _MOST_SAMPLES = 2**31
 
 
+@runtime_checkable
 class RandomAccess(Protocol):
     """A random-access source of samples."""
 
