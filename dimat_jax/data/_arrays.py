@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dimat_jax.data._checks import check
+from dimat_jax.data._checks import check, check_split
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
@@ -59,18 +59,22 @@ def make_dataset(
         DataError: the samples cannot be used; the message names the first bad one.
     """
     with concerning(name):
-        inputs, labels = _arrays(train, "training")
-        if test is None:
-            is_test = is_every_fifth(make_split(inputs, labels).classes)
-            if is_test.all():
-                raise DataError("there must be two samples of a class, or more")
-            tests = make_split(inputs[is_test], labels[is_test])
-            trains = make_split(inputs[~is_test], labels[~is_test])
-        else:
-            trains = make_split(inputs, labels)
-            tests = make_split(*_arrays(test, "test"))
+        trains = make_split(*_arrays(train, "training"))
+        tests = None if test is None else make_split(*_arrays(test, "test"))
+    given = [split for split in (trains, tests) if split is not None]
     if n_classes is None:
-        n_classes = len(class_names or ()) or _n_outputs(trains, tests)
+        n_classes = len(class_names or ()) or _n_outputs(*given)
+    # Before samples are set aside, messages tell places in the arrays that were given.
+    kind = kind_of(trains.labels)
+    check_split(f"{name}: training", trains, n_classes, kind)
+    if tests is None:
+        is_test = is_every_fifth(trains.classes)
+        if is_test.all():
+            raise DataError(f"{name}: there must be two samples of a class, or more")
+        trains, tests = (
+            make_split(trains.images[part], trains.labels[part])
+            for part in (~is_test, is_test)
+        )
     statistics = _statistics(trains.images, standardise)
     dataset = Dataset(name, trains, tests, n_classes, *statistics, class_names)
     check(dataset, None)
@@ -106,16 +110,18 @@ def _arrays(samples: Any, which: str) -> tuple[np.ndarray, np.ndarray]:
         with reading(f"the {which} samples", DataError):
             images, labels = (np.asarray(part) for part in samples)
     elif hasattr(samples, "__getitem__") and not isinstance(samples, np.ndarray):
-        images, labels = collect(samples, f"the {which} source")
+        source: Any = samples
+        images, labels = collect(source, f"the {which} source")
     else:
         raise DataError(
             f"the {which} samples are a {type(samples).__name__}; expected a pair "
             "(inputs, labels), or a source with __len__ and __getitem__"
         )
     if images.dtype == object:
+        first = next((type(x).__name__ for x in images.flat), "none")
         raise DataError(
             f"the {which} inputs are an array of objects, not of numbers; the first "
-            f"is a {type(images.flat[0]).__name__}"
+            f"object is a {first}"
         )
     if images.dtype == np.uint8 and images.ndim == 3:
         images = images[..., None]

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from dimat_jax.data._dataset import DataError, Dataset, Signature
+from dimat_jax.data._dataset import DataError, Dataset, Signature, Split
 from dimat_jax.data._labels import check_labels
 
-__all__ = ["check", "first_not_finite"]
+__all__ = ["check", "check_split"]
 
 _DTYPES = ("uint8", "float32", "int32")
 
@@ -24,8 +24,7 @@ def check(dataset: Dataset, expected: Signature | None) -> None:
     kind = expected.labels if expected else dataset.labels
     for name, split in (("training", dataset.train), ("test", dataset.test)):
         what = f"{dataset.name}: {name}"
-        check_labels(what, split, dataset.n_classes, kind)
-        _check_inputs(what, split.images)
+        check_split(what, split, dataset.n_classes, kind)
         found = split.images.shape[1:]
         if found != shape:
             raise DataError(f"{what} images are of shape {found}, expected {shape}")
@@ -48,6 +47,22 @@ def check(dataset: Dataset, expected: Signature | None) -> None:
         )
 
 
+def check_split(what: str, split: Split, n_outputs: int, kind: str) -> None:
+    """Checks the samples of a split.
+
+    Args:
+        what: the data set and the split, for messages.
+        split: the samples.
+        n_outputs: the number of classes, of numbers in a label, or of tokens.
+        kind: the kind of labels; see `check_labels`.
+
+    Raises:
+        DataError: the message names the first bad sample, and what is wrong.
+    """
+    check_labels(what, split, n_outputs, kind)
+    _check_inputs(what, split.images)
+
+
 def _check_inputs(what: str, inputs: np.ndarray) -> None:
     if inputs.dtype not in _DTYPES:
         raise DataError(
@@ -65,12 +80,12 @@ def _check_inputs(what: str, inputs: np.ndarray) -> None:
             f"{what} inputs are of shape {inputs.shape}; expected [samples, features] "
             "or more axes"
         )
-    if (bad := first_not_finite(inputs)) is not None:
+    if (bad := _first_not_finite(inputs)) is not None:
         values = inputs[bad][~np.isfinite(inputs[bad])]
         raise DataError(f"{what} input {bad} holds {values.flat[0]}")
 
 
-def first_not_finite(inputs: np.ndarray) -> int | None:
+def _first_not_finite(inputs: np.ndarray) -> int | None:
     """The index of the first input that holds NaN or an infinite value; or None."""
     if inputs.dtype.kind != "f":
         return None

@@ -54,16 +54,11 @@ def read(
     root = Path(data_dir).expanduser() / name
     if (root / ARRAYS).is_dir():
         return read_arrays(name, root / ARRAYS)
-    if not any(root.glob("*/dataset_info.json")):
-        other = _archive(root, n_classes) or _parquet(root, n_classes)
-        if other is not None:
-            files, decode = other
-            return cached(name, files[0].parent, files, cache_dir, decode)
-    archives = ", ".join(ARCHIVES[name])
     prepare = (
-        f"put {archives} or Hugging Face's parquet files into {root.parent}, or "
         "prepare it with `pip install 'dimat_jax[prepare]'` and "
-        f"`tfds build {name} --file_format=array_record --data_dir={root.parent}`"
+        f"`tfds build {name} --file_format=array_record --data_dir={root.parent}`, or "
+        f"put {' or '.join(ARCHIVES[name])} or Hugging Face's parquet files into "
+        f"{root.parent}"
     )
     versions = [
         path.parent
@@ -71,6 +66,10 @@ def read(
         if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)  # not "3.0.2.incomplete"
     ]
     if not versions:
+        other = _archive(root, n_classes) or _parquet(root, n_classes)
+        if other is not None:
+            files, decode = other
+            return cached(name, files[0].parent, files, cache_dir, decode)
         raise DataError(f"{name}: no {root}/<version>/dataset_info.json; {prepare}")
     folder = max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
     files = sorted(folder.glob(f"{name}-*.array_record*"))

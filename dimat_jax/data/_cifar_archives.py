@@ -135,7 +135,7 @@ def _python(
             f"{where}: there are {len(rows)} images, but labels of shape "
             f"{labels.shape} and dtype {labels.dtype}"
         )
-    return rows, labels
+    return rows, labels.astype(np.int32)
 
 
 def _binary(
@@ -147,7 +147,8 @@ def _binary(
             f"{where}: it has {len(content)} bytes, which are no records of {size}"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
-    return records[:, layout.n_labels :], records[:, layout.n_labels - 1]
+    labels = records[:, layout.n_labels - 1].astype(np.int32)
+    return records[:, layout.n_labels :], labels
 
 
 def _names(

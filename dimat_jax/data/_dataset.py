@@ -185,7 +185,7 @@ def normalised(
 
 
 def mean_std(
-    images: Shaped[np.ndarray, "samples ... channels"],
+    images: Shaped[np.ndarray, "samples ..."],
 ) -> tuple[Float32[np.ndarray, " channels"], Float32[np.ndarray, " channels"]]:
     """Computes the mean and the (population) standard deviation of each channel.
 

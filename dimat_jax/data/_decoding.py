@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dimat_jax.data._dataset import DataError, decode_image
 from dimat_jax.errors import reading
 
-__all__ = ["decode_all"]
+__all__ = ["decode_all", "with_equal_channels"]
 
 # Modes of Pillow with one channel of 8 bits, and those with more bits than uint8 has.
 _GREY = ("1", "L")
@@ -50,6 +50,17 @@ def decode_all(
         # Grey images have the same value in all channels of RGB.
         images[i] = decode_image(content(i), (*size, 3), name(i))[..., :channels]
     return images
+
+
+def with_equal_channels(
+    splits: list[tuple[np.ndarray, np.ndarray]],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Gives the images of a grey split three channels if another split has colours."""
+    most = max(images.shape[-1] for images, _ in splits)
+    return [
+        (images if images.shape[-1] == most else np.repeat(images, most, -1), labels)
+        for images, labels in splits
+    ]
 
 
 def _header(data: bytes, where: str) -> tuple[str, tuple[int, int]]:

@@ -23,7 +23,7 @@ from dimat_jax.data._dataset import (
     make_split,
     mean_std,
 )
-from dimat_jax.data._decoding import decode_all
+from dimat_jax.data._decoding import decode_all, with_equal_channels
 from dimat_jax.errors import reading
 
 __all__ = ["Form", "read_folder", "read_images"]
@@ -177,7 +177,7 @@ def read_folder(directory: str | None, cache_dir: str | None) -> Dataset:
         return images, labels
 
     def make() -> Dataset:
-        decoded = [arrays(*pair) for pair in pairs]
+        decoded = with_equal_channels([arrays(*pair) for pair in pairs])
         return make_dataset("image_folder", *decoded, class_names=names)
 
     files = [file for pair in pairs for file in pair[0]]

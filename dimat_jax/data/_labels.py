@@ -75,7 +75,7 @@ def _check_range(what: str, values: np.ndarray, n: int, name: str) -> None:
         is_bad = ((values < 0) | (values >= n)).reshape(len(values), -1).any(axis=1)
         raise DataError(
             f"{what} reach from {least} to {most}, but the {name} are 0 to {n - 1}; "
-            f"the first bad one is number {is_bad.argmax()}"
+            f"the first bad one is {what.split()[-1][:-1]} {is_bad.argmax()}"
         )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from dimat_jax.data._arrays import TESTS, expect_path, make_dataset
 from dimat_jax.data._cache import cached, parts_of
 from dimat_jax.data._dataset import DataError, Dataset, Split, make_split
-from dimat_jax.data._decoding import decode_all
+from dimat_jax.data._decoding import decode_all, with_equal_channels
 from dimat_jax.data._random_access import INPUTS, LABELS, field
 from dimat_jax.errors import reading
 
@@ -46,13 +46,17 @@ def read_huggingface(directory: str | None, cache_dir: str | None) -> Dataset:
         raise DataError(f"{root} has no split train, but {', '.join(sorted(tables))}")
     test = next((tables[name] for name in TESTS if name in tables), None)
 
+    is_encoded = _is_encoded(train, f"{root}: train")
+
     def make() -> Dataset:
         pairs = [_arrays(train, f"{root}: train")]
         if test is not None:
             pairs.append(_arrays(test, f"{root}: test"))
+        if is_encoded:
+            pairs = with_equal_channels(pairs)
         return make_dataset("huggingface", *pairs, class_names=_class_names(train))
 
-    if not _is_encoded(train, f"{root}: train"):
+    if not is_encoded:
         return make()
     return cached("huggingface", root, files, cache_dir, lambda: parts_of(make()))
 
