@@ -24,10 +24,10 @@ from dimat_jax.algorithms._merge_times import begins_with_merge
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.evaluate import EVERY
 from dimat_jax.options import SEED, Option
-from dimat_jax.tasks import metric_of
+from dimat_jax.tasks import Metric, metric_of
 from dimat_jax.workdir import FAILURE
 
-__all__ = ["FoundRun", "find_runs"]
+__all__ = ["FoundRun", "common_metric", "find_runs"]
 
 # Values of a row that are not finite if the agents have diverged; also the metric.
 _FINITE = ("test_loss", "test_loss_mean")
@@ -224,6 +224,22 @@ def _how_far(folder: Path, evaluated: bool, reached: int, n_rounds: int) -> str:
         f"it has come to round {reached} of {n_rounds}, and wrote its last row at "
         f"{written:%Y-%m-%d %H:%M}"
     )
+
+
+def common_metric(runs: Sequence[FoundRun]) -> Metric:
+    """The metric of runs that are compared.
+
+    Raises:
+        UserError: they have several.
+    """
+    found = {metric_of(run.rows[0]): run.folder for run in runs}
+    if len(found) > 1:
+        named = " and ".join(f"{folder} ({m.words})" for m, folder in found.items())
+        raise UserError(
+            f"runs with different metrics cannot be compared: {named}; give the report "
+            "the folders of one task"
+        )
+    return next(iter(found))
 
 
 def _each_once(runs: Sequence[FoundRun]) -> Iterator[FoundRun]:

@@ -23,7 +23,7 @@ from dimat_jax.errors import UserError, reading
 from dimat_jax.evaluate import SAMPLES
 from dimat_jax.options import SEED, Option, every
 from dimat_jax.placement import AGENTS
-from dimat_jax.reports._read import FoundRun, find_runs
+from dimat_jax.reports._read import FoundRun, common_metric, find_runs
 from dimat_jax.tasks import CLASSIFICATION, Metric, metric_of
 from dimat_jax.topology import TOPOLOGY
 
@@ -166,7 +166,7 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
     found = find_runs(directories)
     counted = [run for run in found if run.counts]
     evaluations = _evaluations_of(counted, found)
-    metric = _metric(counted)
+    metric = common_metric(counted)
     # The others may be copies, or their configs cannot be read.
     started = [run for run in found if run.fields and run.state != "copy"]
     read = _configs(started)
@@ -189,22 +189,6 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
         _left_out(found, [*fields, _REPEATS], short),
         metric,
     )
-
-
-def _metric(runs: Sequence[FoundRun]) -> Metric:
-    """The metric of runs that are compared.
-
-    Raises:
-        UserError: they have several.
-    """
-    found = {metric_of(run.rows[0]): run.folder for run in runs}
-    if len(found) > 1:
-        named = " and ".join(f"{folder} ({m.words})" for m, folder in found.items())
-        raise UserError(
-            f"runs with different metrics cannot be compared: {named}; give the report "
-            "the folders of one task"
-        )
-    return next(iter(found))
 
 
 def _by_panel(table: DataFrame, panels: list[str]) -> DataFrame:
