@@ -30,6 +30,7 @@ __all__ = [
     "TaskRecord",
     "metric_of",
     "output_shape",
+    "task_for",
 ]
 
 Losses = Float[Array, " batch"]
@@ -208,6 +209,11 @@ TASKS: Registry[TaskRecord] = registry(
 
 CLASSIFICATION = TASKS["classification"]
 """The task of everything that names no other."""
+
+
+def task_for(labels: str) -> TaskRecord:
+    """The bundled task for a kind of labels, for programs that have no config."""
+    return next(task for task in TASKS.values() if task.labels == labels)
 
 
 def metric_of(row: Mapping[str, Any], split: str = "test") -> Metric:
