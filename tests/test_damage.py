@@ -408,6 +408,26 @@ def test_a_run_goes_on_with_a_warning_of_what_reports_alone_need(
     assert f"{workdir / 'partition.json'} cannot be used: it has changed" in message
 
 
+@pytest.mark.parametrize("name", ["inputs.json", "layout.json", "model.json"])
+def test_a_run_goes_on_with_a_warning_of_a_file_that_is_gone(
+    tmp_path, finished, caplog, name
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / name).unlink()
+    with caplog.at_level(logging.WARNING):
+        Workdir(workdir).check(Workdir(workdir).read_config())
+    (message,) = caplog.messages
+    assert f"{workdir / name} is missing. The run has written it" in message
+
+
+def test_a_run_that_is_no_longer_finished_lacks_nothing(tmp_path, finished, caplog):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        Workdir(workdir).check(Workdir(workdir).read_config())
+    assert not caplog.messages
+
+
 def test_damaged_digests_are_named_and_the_files_are_read(tmp_path, finished, caplog):
     workdir = shutil.copytree(finished, tmp_path / "run")
     flip(workdir / DIGESTS, random.Random(0))
