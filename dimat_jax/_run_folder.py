@@ -81,7 +81,7 @@ class Workdir:
             self._expect_same(config)
             self._look_for_files(config)
             self.read_layout()
-            self._look_at_partition()
+            self._look_at_unread()
             self._inputs.check_files(config)
         elif foreign := strangers(self.path, lambda path: _is_own(path, config)):
             raise ConfigError(
@@ -130,14 +130,14 @@ class Workdir:
                 DIGESTS,
             )
 
-    def _look_at_partition(self) -> None:
-        """Warns of a damaged partition.json, which only reports need."""
-        path = self.path / "partition.json"
-        try:
-            if path.exists():
-                read_json(path)
-        except UserError as error:
-            logging.warning("%s", error)
+    def _look_at_unread(self) -> None:
+        """Warns of damaged files that only reports and readers of models need."""
+        for name in ("partition.json", FORM):
+            try:
+                if (path := self.path / name).exists():
+                    read_json(path)
+            except UserError as error:
+                logging.warning("%s", error)
 
     def create(
         self, experiment: Experiment, start: str | None = None
