@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from dimat_jax.data.partition import VALIDATION
 from dimat_jax.errors import UserError, in_one_line
 from dimat_jax.options import Option, Record, Registry, arguments, registry
-from dimat_jax.tasks import TASK, TASKS
+from dimat_jax.tasks import TASK, TASKS, TaskRecord
 
 __all__ = [
     "CALLBACKS",
@@ -274,9 +274,25 @@ def early_stopping(
     return watch
 
 
+def _watched(task: TaskRecord) -> list[str]:
+    """The numbers that rows have after training."""
+    metric, splits = task.metric, ("test", "validation", "train")
+    found = [f"test_{metric}_std", f"test_{metric}_average_model"]
+    found += ["test_loss_average_model"]
+    if task.labels == "classes":
+        found += ["test_accuracy_local_mean", "test_disagreement"]
+    means = [f"{split}_{name}_mean" for name in (metric, "loss") for split in splits]
+    return [*means, *found, "consensus_distance", "consensus_distance_aligned"]
+
+
 def _check_early_stopping(fields: Fields) -> None:
     task = TASKS[fields[TASK.path]]
     field = fields[FIELD.path] or task.shown.field(split="validation")
+    if field not in (allowed := _watched(task)):
+        raise CallbackError(
+            f"config.{FIELD.path} is {field!r}, which no row has; allowed: "
+            f"{', '.join(allowed)}"
+        )
     if field.startswith("validation") and not fields[VALIDATION.path]:
         raise CallbackError(
             f"config.{FIELD.path} is {field!r}, but config.{VALIDATION.path} is 0: "
