@@ -322,6 +322,10 @@ def add_tokens():
     MODELS.add(ModelRecord("bag", lambda *, n_classes: Bag(n_classes)))
 
 
+def missing(directory, cache_dir):
+    raise DataError("the data are gone")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "model"), [("npz", "mlp"), ("tokens", "bag")])
 def test_inputs_that_are_no_images_are_trained_merged_and_resumed(
@@ -343,8 +347,7 @@ def test_inputs_that_are_no_images_are_trained_merged_and_resumed(
     if name == "npz":
         (tmp_path / "own.npz").unlink()
     else:
-        del SOURCES[name]
-        SOURCES.add(Source(name, None))  # type: ignore
+        SOURCES.add(Source(name, missing))
     without, same = dimat_jax.load_agents(tmp_path / "run")
     assert without.signature == experiment.signature
     jax.tree.map(np.testing.assert_array_equal, agents, same)
