@@ -14,6 +14,7 @@ from PIL import Image
 
 import dimat_jax
 from dimat_jax import MODELS
+from dimat_jax._inputs import fields_of_run
 from dimat_jax.config import ConfigError, default_config
 from dimat_jax.data import sources
 from dimat_jax.data._dataset import digest, normalised, stored
@@ -351,6 +352,19 @@ def test_inputs_that_are_no_images_are_trained_merged_and_resumed(
     without, same = dimat_jax.load_agents(tmp_path / "run")
     assert without.signature == experiment.signature
     jax.tree.map(np.testing.assert_array_equal, agents, same)
+
+
+@pytest.mark.parametrize("name", ["npz", "cifar10"])
+def test_reports_tell_runs_on_other_folders_of_own_data_apart(tmp_path, name):
+    found = []
+    for folder in ("one", "other"):
+        config = config_of(name, "mlp")
+        config.data.dir = folder
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(config.to_json_best_effort())
+        found.append(fields_of_run(tmp_path / folder))
+    assert (found[0] != found[1]) == (name == "npz")
+    assert ("data.dir" in found[0]) == (name == "npz")
 
 
 @pytest.mark.parametrize(
