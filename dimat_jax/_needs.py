@@ -20,7 +20,7 @@ from dimat_jax._run_options import BATCH_SIZE, LOCAL_EPOCHS, LOCAL_STEPS, ROUNDS
 from dimat_jax.config import ROOT, ConfigError, model_arguments
 from dimat_jax.data import selection
 from dimat_jax.data.pipeline import FLIP, PAD
-from dimat_jax.data.sources import Signature
+from dimat_jax.data.sources import SOURCE, SOURCES, Signature
 from dimat_jax.errors import UserError, in_one_line
 from dimat_jax.evaluate import BATCH_SIZE as EVAL_BATCH_SIZE
 from dimat_jax.models import MODEL, MODELS, ModelRecord, classifier
@@ -93,12 +93,13 @@ def check_steps(where: str, steps: int) -> None:
         )
 
 
-def check_model(fields: Fields, data: Signature) -> ClosedJaxpr:
+def check_model(fields: Fields, data: Signature | None = None) -> ClosedJaxpr:
     """Refuses models and batches that are larger than the memory, before data are read.
 
     Args:
         fields: The config's fields.
-        data: What the model must know of the data set.
+        data: What the model must know of the data set. By default it is what the data
+            set's source declares, which has to be something then.
 
     Returns:
         The traced function that draws the variables of a model.
@@ -109,6 +110,8 @@ def check_model(fields: Fields, data: Signature) -> ClosedJaxpr:
             that are none.
     """
     n_agents = number_of_agents(fields)
+    data = data or SOURCES[fields[SOURCE.path]].signature
+    assert data is not None
     for option in (FLIP, PAD):
         if fields[option.path] and not data.has_images:
             raise ConfigError(

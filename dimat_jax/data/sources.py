@@ -39,6 +39,8 @@ from dimat_jax.errors import nearest, reading
 from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
+    "CACHE_DIRECTORY",
+    "DIRECTORY",
     "SOURCE",
     "SOURCES",
     "DataError",

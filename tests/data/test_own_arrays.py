@@ -14,6 +14,7 @@ from PIL import Image
 
 import dimat_jax
 from dimat_jax import MODELS
+from dimat_jax._inputs import fields_of_run
 from dimat_jax.config import ConfigError, default_config
 from dimat_jax.data import sources
 from dimat_jax.data._dataset import digest, normalised, stored
@@ -322,6 +323,10 @@ def add_tokens():
     MODELS.add(ModelRecord("bag", lambda *, n_classes: Bag(n_classes)))
 
 
+def missing(directory, cache_dir):
+    raise DataError("the data are gone")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "model"), [("npz", "mlp"), ("tokens", "bag")])
 def test_inputs_that_are_no_images_are_trained_merged_and_resumed(
@@ -343,11 +348,23 @@ def test_inputs_that_are_no_images_are_trained_merged_and_resumed(
     if name == "npz":
         (tmp_path / "own.npz").unlink()
     else:
-        del SOURCES[name]
-        SOURCES.add(Source(name, None))  # type: ignore
+        SOURCES.add(Source(name, missing))
     without, same = dimat_jax.load_agents(tmp_path / "run")
     assert without.signature == experiment.signature
     jax.tree.map(np.testing.assert_array_equal, agents, same)
+
+
+@pytest.mark.parametrize("name", ["npz", "cifar10"])
+def test_reports_tell_runs_on_other_folders_of_own_data_apart(tmp_path, name):
+    found = []
+    for folder in ("one", "other"):
+        config = config_of(name, "mlp")
+        config.data.dir = folder
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(config.to_json_best_effort())
+        found.append(fields_of_run(tmp_path / folder))
+    assert (found[0] != found[1]) == (name == "npz")
+    assert ("data.dir" in found[0]) == (name == "npz")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def rows(images):
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(f"folder/{name}")
             info.size = len(content)
