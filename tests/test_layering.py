@@ -29,6 +29,7 @@ FLOORS = [
         "_events",
         "_partition_picture",
         "_labelled",
+        "_temporary",
         "_registries",
         "_user_code",
     ],
