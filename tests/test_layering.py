@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     [
         "_lazy",
+        "_near_names",
         "tree",
         "errors",
         "_stopwatch",

@@ -1,6 +1,8 @@
 """Finds config files and sweep files by path or, if they are bundled, by name."""
 
 import ast
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from dimat_jax import _user_code
-from dimat_jax.config import Config, expect_all_fields, settle_overrides
+from dimat_jax._near_names import no_such_field
+from dimat_jax.config import (
+    Config,
+    expect_all_fields,
+    field_paths,
+    fields_of,
+    settle_overrides,
+)
 from dimat_jax.errors import UserError, concerning, nearest, reading
 
 __all__ = [
@@ -76,10 +85,25 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> Any:
         self.argument = argument
-        return load_config(argument).lock()
+        config = load_config(argument).lock()
+        # ml_collections looks for the overrides there, too.
+        for given in sys.argv:
+            _expect_field(given, config)
+        return config
 
     def flag_type(self) -> str:
         return "config object"
+
+
+def _expect_field(argument: str, config: Config) -> None:
+    """Refuses an argument that is an override of a field that does not exist.
+
+    Raises:
+        UserError: the message names the fields that may be meant.
+    """
+    override = re.match(r"--?(?:no)?config\.([\w.-]+)", argument)
+    if override and override[1] not in fields_of(config):
+        raise UserError(no_such_field(override[1], field_paths()))
 
 
 def _find_config(name: str) -> Path:

@@ -22,19 +22,19 @@ from tabulate import tabulate
 
 from dimat_jax._folders import read_json
 from dimat_jax._metrics import evaluations, read_rows
-from dimat_jax._option_facts import facts
 from dimat_jax.algorithms import ALGORITHMS
 from dimat_jax.callbacks import CALLBACKS
 from dimat_jax.cli import _bundled, _program
+from dimat_jax.cli._field_texts import describe_fields
 from dimat_jax.compression import COMPRESSORS
-from dimat_jax.config import ROOT, Config, default_config, fields_of
+from dimat_jax.config import Config, default_config, fields_of
 from dimat_jax.data.partition import PARTITIONS
 from dimat_jax.data.sources import SOURCES
 from dimat_jax.errors import UserError, nearest, reading
 from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import MODELS
 from dimat_jax.optimizers import OPTIMIZERS
-from dimat_jax.options import Record, every
+from dimat_jax.options import Record
 from dimat_jax.topology import TOPOLOGIES
 
 __all__ = ["COMMAND"]
@@ -72,7 +72,7 @@ def _shown(topic: str) -> str:
         records = _REGISTRIES[topic]
         return _listed({name: record.meaning for name, record in records.items()})
     if topic == "options":
-        return _options()
+        return describe_fields()
     if (Path(topic) / "config.json").is_file():
         return _run(Path(topic))
     if topic.removeprefix("configs/").startswith("sweeps/"):
@@ -93,18 +93,6 @@ def _topics(given: str) -> str:
 def _listed(meanings: Mapping[str, str]) -> str:
     width = max(map(len, meanings))
     lines = [f"{name:{width}}  {text}".rstrip() for name, text in meanings.items()]
-    return "\n".join(lines)
-
-
-def _options() -> str:
-    """Lists every option with its meaning, its default, its values, and its readers."""
-    described = facts(ROOT)
-    lines = []
-    for option in every(ROOT):
-        lines += [option.path, f"    {option.meaning}"]
-        lines += [f"    {fact}" for fact in described[option.path]]
-        if isinstance(option.choices, Mapping):
-            lines.append(f"    Allowed: {', '.join(option.choices)}")
     return "\n".join(lines)
 
 

@@ -133,9 +133,22 @@ def test_a_file_that_is_not_utf8_is_named(refused, tmp_path):
         ),
         (
             "c = default_config().unlock(); c.roundz = 3; return c",
-            "'roundz', which does",
+            "a field too many: there is no field 'roundz'; did you mean 'rounds'?",
         ),
-        ("c = default_config(); c.roundz = 3; return c", "line 3: AttributeError: "),
+        (
+            "c = default_config(); c.roundz = 3; return c",
+            "line 3: AttributeError: there is no field 'roundz'; did you mean 'rounds'",
+        ),
+        (
+            "c = default_config(); c.merge.evry = 3; return c",
+            "line 3: AttributeError: there is no field 'merge.evry'; did you mean "
+            "'merge.every'?",
+        ),
+        (
+            "c = default_config()\n  c.update_from_flattened_dict({'mrge.evry': 3})",
+            "line 4: NoSuchField: there is no field 'mrge.evry'; did you mean "
+            "'merge.every'?",
+        ),
         (
             "c = default_config()\n  with c.ignore_type(): c.rounds = 'many'\n"
             "  return c",
@@ -175,14 +188,26 @@ def test_what_are_no_runs_is_refused(refused, tmp_path, returned, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.roundz=3", 'Did you mean "rounds" instead of "roundz"?'),
+        ("--config.roundz=3", "there is no field 'roundz'; did you mean 'rounds'?"),
+        ("--config.merge.evry=2", "field 'merge.evry'; did you mean 'merge.every'?"),
+        ("--config.mrge.evry=2", "field 'mrge.evry'; did you mean 'merge.every'?"),
+        (
+            "--noconfig.flip",
+            "there is no field 'flip'; did you mean 'augmentation.flip",
+        ),
+        ("--config.lr=1", "there is no field 'lr'; did you mean 'optimizer.learning_r"),
+        (
+            "--rounds=3",
+            "flag 'rounds'. A field of the config is set by --config.rounds",
+        ),
+        ("--config.topology=RNG", "did you mean 'ring'?"),
         ("--config.rounds=many", "flag --config.rounds=many: expected a whole number"),
         ("--config.batch_norm.data=3", "config.batch_norm.data is '3'; allowed: "),
         ("--config.model.width=abc", "--config.model.width=abc: expected a number"),
         ("--config.augmentation.flip=3", "flip=3: expected true or false"),
         ("--config.=3", "the config has no field ''"),
         ("--config.rounds=" + "9" * 5000, "Exceeds the limit"),
-        ("--config.data=3", "--config.data=3"),
+        ("--config.data=3", "'data' is a section, which has the fields data.name, "),
         ("--config.data={'name': 'digits'}", ""),
         ("--config.rounds.x=1", ""),
         ("--config..rounds=1", ""),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import dimat_jax
 from dimat_jax import cli
 from dimat_jax._option_facts import facts
-from dimat_jax.cli import _bundled, _show
+from dimat_jax.cli import _bundled, _program, _show, _train
 from dimat_jax.config import ROOT as ROOT_OPTIONS
 from dimat_jax.errors import UserError
 from dimat_jax.options import every
@@ -217,23 +218,42 @@ def test_it_says_what_each_entry_is(capsys):
 
 
 def test_it_says_all_about_the_options_that_the_documentation_says(capsys):
+    listed = shown(capsys, "options")
+    expect_all_options(listed, "")
+    assert "Read: always, but not where algorithm is centralized" in listed
+    assert "\n    Allowed: own, reference, joint\n" in listed
+
+
+def test_the_help_of_train_lists_every_field_after_the_flags():
+    text = _program._help(_train.COMMAND, "dimat train", [])
+    before, _, listed = text.partition("--config.FIELD=VALUE:\n\n")
+    assert "dimat train --config=NAME" in before
+    expect_all_options(listed, "--config.")
+
+
+def expect_all_options(text: str, flag: str) -> None:
+    """Expects all facts about every option, in lines that a terminal can show."""
     entries: dict[str, list[str]] = {}
-    for line in shown(capsys, "options").splitlines():
-        if line.startswith("    "):
+    sections = []
+    for line in filter(None, text.splitlines()):
+        assert len(line) <= 88
+        if line.startswith("["):
+            sections.append(line.strip("[]"))
+        elif line.startswith("    "):
             entries[list(entries)[-1]].append(line.strip())
         else:
-            entries[line] = []
+            entries[line.removeprefix(flag)] = []
     described = facts(ROOT_OPTIONS)
-    assert list(entries) == [option.path for option in every(ROOT_OPTIONS)]
-    for option in every(ROOT_OPTIONS):
-        meaning, *lines = entries[option.path]
-        assert meaning == option.meaning
-        assert lines[: len(described[option.path])] == described[option.path]
-    assert (
-        "Read: always, but not where algorithm is centralized"
-        in entries["data.partition"]
-    )
-    assert "Allowed: own, reference, joint" in entries["merge.frame"]
+    options = {option.path: option for option in every(ROOT_OPTIONS)}
+    assert sorted(entries) == sorted(options)
+    assert sections[0] == "at the top" and set(sections[1:]) == {
+        path.rpartition(".")[0] for path in options if "." in path
+    }
+    for path, option in options.items():
+        expected = [option.meaning, *described[path]]
+        if isinstance(option.choices, Mapping):
+            expected.append(f"Allowed: {', '.join(option.choices)}")
+        assert " ".join(entries[path]) == " ".join(expected)
 
 
 def test_every_registry_of_the_package_is_a_topic():
