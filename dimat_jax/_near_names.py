@@ -1,4 +1,4 @@
-"""Finds the fields of a config that were probably meant by a name that does not exist."""
+"""Finds the fields of a config that were probably meant by a name that none has."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence

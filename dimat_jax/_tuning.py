@@ -160,8 +160,8 @@ def tune(
 
     Raises:
         UserError: there are no runs, no such field or no validation images, the field
-            has one value only, the values of a line were not tried in the same cells with the same
-            seeds, or two runs have the same config.
+            has one value only, the values of a line were not tried in the same cells
+            with the same seeds, or two runs have the same config.
     """
     runs = _read(directories, at)
     if field not in field_paths():

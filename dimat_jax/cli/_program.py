@@ -174,7 +174,7 @@ def _reading_flags() -> Iterator[None]:
 
 def _perhaps_a_field(name: str) -> str:
     """Names the fields of a config that may be meant by a flag that does not exist."""
-    if "config" not in flags.FLAGS:
+    if "config" not in flags.FLAGS or name.startswith("config."):
         return ""
     meant = probably_meant(name, field_paths())
     given = " or ".join(f"--config.{path}" for path in meant)

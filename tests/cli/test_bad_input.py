@@ -15,7 +15,7 @@ import pytest
 from absl import flags, logging
 
 from dimat_jax import TOPOLOGIES, _signals, cli, plugins, train
-from dimat_jax.cli import _program, _sweep, _train
+from dimat_jax.cli import _outlook, _program, _show, _sweep, _train
 from dimat_jax.config import default_config
 
 Command = Callable[..., str]
@@ -32,8 +32,10 @@ def refused(monkeypatch, capsys, tmp_path, tmp_path_factory) -> Iterator[Command
         # JAX has started already.
         (_train, "request_cpu_devices"),
         (_sweep, "request_cpu_devices"),
+        (_show, "request_cpu_devices"),
     ):
         monkeypatch.setattr(module, name, lambda *args: None)
+    monkeypatch.setattr(_outlook, "Timing", lambda *args: pytest.fail("it times"))
     monkeypatch.setattr(train, "_train", lambda *args: pytest.fail("it trains"))
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(tmp_path)
@@ -246,6 +248,31 @@ def test_a_workdir_of_something_else_is_refused(refused, tmp_path):
     assert "no fresh folder: it has no config.json, and holds me.jpg" in message
     assert "cannot be a folder" in refused(*QUICKSTART, "--workdir=file")
     assert "cannot be a folder" in refused(*QUICKSTART, "--workdir=file/x/y")
+
+
+# What is shown ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one topic; allowed: algorithms"),
+        (["configs", "sweeps"], "expected one topic"),
+        (["quickstart", "--config=quickstart"], "expected one topic"),
+        (["algoritms"], "did you mean 'algorithms'"),
+        (["quickstar"], "did you mean 'quickstart'"),
+        (["--config=quickstar"], "did you mean 'quickstart'"),
+        (["options", "--config.agents=3"], "Unknown command line flag 'config.agents'"),
+        (["quickstart", "--config.agens=3"], "no field 'agens'; did you mean 'agents'"),
+        (["quickstart", "--config.agents=0"], "config.agents is 0; it must be at leas"),
+        (["quickstart", "--config.gossip.gamma=.1"], "'dimat' and merge.inner='local'"),
+        (["quickstart", "--config.topology=file"], "config.graph.file is empty"),
+        (["quickstart", "--config.agents=1434", "--seconds=0"], "expected 1 to 1433 "),
+        (["quickstart", "--seconds=-1"], "--seconds=-1"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(refused, arguments, message):
+    assert message in refused("show", *arguments)
 
 
 # Sweeps -------------------------------------------------------------------------------
