@@ -7,7 +7,7 @@ from dimat_jax._option_facts import by_section, facts
 from dimat_jax.config import ROOT
 from dimat_jax.options import Option
 
-__all__ = ["WIDTH", "describe_fields"]
+__all__ = ["WIDTH", "describe_fields", "texts_of", "wrapped"]
 
 WIDTH = 88
 """The most characters of a line in the terminal."""
@@ -38,14 +38,29 @@ def _section(
     yield f"[{section or 'at the top'}]"
     for option in options:
         yield f"{flag}{option.path}"
-        texts = [option.meaning, *described[option.path]]
-        if isinstance(option.choices, Mapping):
-            texts.append(f"Allowed: {', '.join(option.choices)}")
-        for text in texts:
-            yield textwrap.fill(
-                text,
-                WIDTH,
-                initial_indent=" " * 4,
-                subsequent_indent=" " * 4,
-                break_on_hyphens=False,
-            )
+        for text in texts_of(option, described[option.path]):
+            yield wrapped(text, " " * 4)
+
+
+def texts_of(option: Option, described: Iterable[str]) -> list[str]:
+    """All that is to say about an option: its meaning, and facts about it.
+
+    Args:
+        option: the option.
+        described: the option's entry in `facts`.
+    """
+    texts = [option.meaning, *described]
+    if isinstance(option.choices, Mapping):
+        texts.append(f"Allowed: {', '.join(option.choices)}")
+    return texts
+
+
+def wrapped(text: str, indent: str) -> str:
+    """Breaks a text into lines that all begin with the indent."""
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )

@@ -275,6 +275,31 @@ def test_what_cannot_be_shown_is_refused(refused, arguments, message):
     assert message in refused("show", *arguments)
 
 
+# A config to start from ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["there.py"], "FILE=there.py exists already; remove it or choose another"),
+        (["a.py", "b.py"], "expected one file, got a.py, b.py"),
+        (["mine.txt"], "FILE=mine.txt must be a Python file"),
+        (["folder/"], "FILE=folder/ must name a file"),
+        ([""], "FILE= must name a file"),
+        (["a\0.py"], "is no path"),
+        (["there.py/mine.py"], "cannot be a folder"),
+        (["n" * 300 + ".py"], "has a name that is too long"),
+        (["mine.py", "--like=quickstar"], "did you mean 'quickstart'?"),
+        (["mine.py", "--like=cifar100_resnet20:smal"], "argument is paper, small or "),
+        (["mine.py", "--like=quickstart:wn"], "config.algorithm is 'wn'; allowed: "),
+        (["mine.py", "--like="], "there is no config file "),
+    ],
+)
+def test_a_config_file_is_not_written(refused, tmp_path, arguments, message):
+    (tmp_path / "there.py").touch()
+    assert message in refused("init", *arguments)
+
+
 # Sweeps -------------------------------------------------------------------------------
 
 

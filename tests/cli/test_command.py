@@ -92,6 +92,7 @@ def test_every_command_has_help(name):
         "merge": ("--out\n", "--samples\n", "Default: 1000."),
         "export": ("--out\n", "--agent\n", "--round\n"),
         "bench": ("--out\n", "--repeats\n", "--steps\n", "Default: 3."),
+        "init": ("--like\n", "Default: quickstart."),
         "show": ("--config\n", "--seconds\n", "Default: 30"),
         "tune": ("--field\n", "--at\n", "Default: optimizer.learning_rate."),
     }[name]
