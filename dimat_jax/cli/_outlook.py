@@ -14,6 +14,7 @@ from dimat_jax._sweeping import StepTime, Timing
 from dimat_jax._without_data import ExperimentWithoutData, Form
 from dimat_jax.cli._field_texts import WIDTH
 from dimat_jax.config import Config, check, fields_of, resolved
+from dimat_jax.data import sources
 from dimat_jax.data.partition import class_counts, table
 from dimat_jax.data.sources import SOURCES, DataError
 from dimat_jax.errors import SweepError, UserError
@@ -98,9 +99,22 @@ def _experiment(config: Config) -> tuple[Experiment, str]:
     try:
         return Experiment(config), ""
     except DataError as error:
+        if _can_be_read(config):
+            raise  # The config asks for what the data do not have.
         source = SOURCES[config.data.name]
         form = Form(source.n_classes, source.image_shape, [1] * config.agents)
         return ExperimentWithoutData(config, form, str(error)), str(error)
+
+
+def _can_be_read(config: Config) -> bool:
+    """Whether the whole data set of a config can be read on this machine."""
+    try:
+        sources.read(
+            config.data.name, config.data.dir or None, config.data.cache_dir or None
+        )
+    except DataError:
+        return False
+    return True
 
 
 def _timed(timing: Timing | None, seconds: float) -> StepTime | str:

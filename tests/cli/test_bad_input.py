@@ -268,6 +268,10 @@ def test_a_workdir_of_something_else_is_refused(refused, tmp_path):
         (["quickstart", "--config.gossip.gamma=.1"], "'dimat' and merge.inner='local'"),
         (["quickstart", "--config.topology=file"], "config.graph.file is empty"),
         (["quickstart", "--config.agents=1434", "--seconds=0"], "expected 1 to 1433 "),
+        (
+            ["quickstart", "--config.data.train_size=1434", "--seconds=0"],
+            "train_size: expected 1 to 1433 samples",
+        ),
         (["quickstart", "--seconds=-1"], "--seconds=-1"),
     ],
 )
