@@ -128,6 +128,8 @@ def check_output_file(
 ) -> None:
     """Refuses a file that cannot be written; see `check_output`. Nothing is written."""
     text = os.fspath(given)
+    if "\0" in text:
+        raise kind(f"{name}={text!r} is no path")
     if not text or text.endswith(os.sep) or os.path.isdir(text):
         raise kind(f"{name}={text} must name a file")
     if len(os.fsencode(os.path.basename(text))) > _LONGEST_NAME:

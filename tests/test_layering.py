@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     [
         "_lazy",
+        "_near_names",
         "tree",
         "errors",
         "_stopwatch",
@@ -74,7 +75,7 @@ FLOORS = [
     ["_chosen", "_division", "_layout_choice"],
     ["_examples", "_needs", "_inputs", "_more_rounds"],
     ["experiment"],
-    ["_trainer", "_measuring", "_restored", "_without_data"],
+    ["_trainer", "_measuring", "_restored", "_without_data", "_forecast"],
     ["_run_folder"],
     ["_loaded_run"],
     ["workdir"],
