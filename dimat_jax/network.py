@@ -53,7 +53,17 @@ ABSENCES = Option(
     "absent in rounds 1 to 4, and agent 0 from round 6 on.",
     empty="no agent is absent",
 )
-FAULTS = (DROPOUT, EDGE_LOSS, ABSENCES, SEED)
+SAMPLED = Option(
+    "server.sampled",
+    0,
+    "The number of agents that the server draws in each round from those that are not "
+    "absent. Only these agents get its model, train, and send it back; an agent that "
+    "is not drawn keeps its state.",
+    at_least=0,
+    unit="agents",
+    empty="all of them",
+)
+FAULTS = (DROPOUT, EDGE_LOSS, ABSENCES, SAMPLED, SEED)
 """The options of `faults`."""
 
 
@@ -126,15 +136,19 @@ class Faults:
             network it then fails in both directions.
         absences: further rounds in which single agents are absent.
         seed: the seed of all draws.
+        sampled: the number of agents that take part in a round, drawn from those that
+            are not absent; 0 if all of them do.
     """
 
     dropout: float = DROPOUT.default
     edge_loss: float = EDGE_LOSS.default
     absences: tuple[Absence, ...] = ()
     seed: int = SEED.default
+    sampled: int = SAMPLED.default
 
     def __post_init__(self):
         DROPOUT.check(self.dropout)
+        SAMPLED.check(self.sampled)
         EDGE_LOSS.check(self.edge_loss)
         for agent, start, stop in self.absences:
             if agent < 0 or start < 1 or (stop is not None and stop <= start):
@@ -146,8 +160,8 @@ class Faults:
 
     @property
     def any(self) -> bool:
-        """Whether there are any faults."""
-        return bool(self.dropout or self.edge_loss or self.absences)
+        """Whether there are any faults, or agents are drawn."""
+        return bool(self.dropout or self.edge_loss or self.absences or self.sampled)
 
 
 def parse_absences(text: str) -> tuple[Absence, ...]:
@@ -169,7 +183,9 @@ def parse_absences(text: str) -> tuple[Absence, ...]:
     return tuple(found)
 
 
-def faults(*, dropout: float, edge_loss: float, absences: str, seed: int) -> Faults:
+def faults(
+    *, dropout: float, edge_loss: float, absences: str, sampled: int, seed: int
+) -> Faults:
     """Makes the faults that a config describes.
 
     Raises:
@@ -177,7 +193,7 @@ def faults(*, dropout: float, edge_loss: float, absences: str, seed: int) -> Fau
         NetworkError: the text of the absences has another form, or an absence ends
             before it starts.
     """
-    return Faults(dropout, edge_loss, parse_absences(absences), seed)
+    return Faults(dropout, edge_loss, parse_absences(absences), seed, sampled)
 
 
 class Links:
@@ -203,7 +219,8 @@ class Links:
     Raises:
         MixingError: the rule or the matrix does not fit the graph.
         NetworkError: there are faults in a directed network in which the columns of W
-            do not sum to 1, or an absent agent does not exist.
+            do not sum to 1, an absent agent does not exist, or more agents are to be
+            drawn than there are.
     """
 
     def __init__(
@@ -235,6 +252,11 @@ class Links:
                     f"an absence names agent {absence.agent}, but there are only "
                     f"agents 0 to {n_agents - 1}"
                 )
+        if faults.sampled > n_agents:
+            raise NetworkError(
+                f"{SAMPLED.path} is {faults.sampled}, but there are only {n_agents} "
+                "agents to draw from"
+            )
         if (
             faults.any
             and not self._undirected
@@ -312,8 +334,30 @@ class Links:
     def present(self, round_number: int) -> Bool[np.ndarray, " agents"]:
         """Returns which agents are present in a round.
 
-        Rounds count from 1. Before round 1 all agents are present.
+        Rounds count from 1. Before round 1 all agents are present. If agents are drawn,
+        only these are present.
         """
+        present = self._reachable(round_number)
+        if self.faults.sampled and round_number > 0:
+            rng = np.random.default_rng([self.faults.seed, _SAMPLE, round_number])
+            order = rng.permutation(len(present))
+            order = order[present[order]]
+            present[order[self.faults.sampled :]] = False
+        return present
+
+    def senders(self, round_number: int) -> Bool[np.ndarray, " agents"]:
+        """Returns which agents send their models to a server as a round begins.
+
+        These are the present agents. If agents are drawn, they are those that took part
+        in the round before. In round 1 the server gets its first model from those that
+        it has just drawn.
+        """
+        if self.faults.sampled and round_number > 1:
+            return self.present(round_number - 1)
+        return self.present(round_number)
+
+    def _reachable(self, round_number: int) -> Bool[np.ndarray, " agents"]:
+        """Returns which agents are not absent in a round, drawn or not."""
         present = np.ones(self.adjacency.shape[-1], bool)
         if self.faults.dropout and round_number > 0:
             rng = np.random.default_rng([self.faults.seed, _PRESENCE, round_number])
@@ -396,4 +440,4 @@ def _key(links: Adjacency) -> bytes:
 
 
 # Each purpose has random numbers of its own, so that draws are independent.
-_PRESENCE, _ROUND, _STEP = range(3)
+_PRESENCE, _ROUND, _STEP, _SAMPLE = range(4)
