@@ -64,7 +64,8 @@ def test_weights_make_a_mixing_matrix(tmp_path):
     lines = [f"{i},{j},{W[i, j]}" for i, j in zip(*np.nonzero(adjacency), strict=True)]
     (tmp_path / "star.csv").write_text("\n".join(lines))
     graph = nx.Graph()
-    graph.add_weighted_edges_from((i, j, W[i, j]) for i, j in nx.star_graph(4).edges)
+    edges = nx.star_graph(4).edges
+    graph.add_weighted_edges_from((i, j, float(W[i, j])) for i, j in edges)
     nx.write_graphml(graph, tmp_path / "star.graphml")
     for name in ("star.csv", "star.graphml"):
         np.testing.assert_array_equal(read(tmp_path / name, 5), adjacency)
