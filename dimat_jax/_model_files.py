@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +17,46 @@ from dimat_jax.experiment import Experiment
 from dimat_jax.models import _saved
 from dimat_jax.models._saved import SavedModel
 from dimat_jax.models._torch_files import ENDINGS, is_torch_file
-from dimat_jax.models.torch_import import from_torch, infer_arguments
+from dimat_jax.models.torch_import import (
+    from_torch,
+    infer_arguments,
+    infer_image_shape,
+)
 from dimat_jax.tree import take
 
 __all__ = [
+    "ReadFile",
     "agent_of",
     "located",
     "of_experiment",
     "read",
     "read_agents",
     "refuse_another",
+    "torch_reader",
 ]
 
 
+ReadFile = Callable[[Path], SavedModel]
+"""Reads a model from a file, or from a folder that is neither a run nor a merge."""
+
+
 def read(
-    names: Sequence[str], torch_model: str | None, data_dir: str | None
+    names: Sequence[str],
+    data_dir: str | None,
+    read_file: ReadFile,
+    *,
+    only_files: bool = False,
 ) -> tuple[list[SavedModel], str | None]:
     """Reads models.
 
     Args:
         names: the models' names. Each is the workdir of a run (DIR:2 is its agent 2,
             DIR its agent 0; DIR@10 and DIR@10:2 are these at the end of round 10), the
-            folder of a merge or of an export, or a PyTorch file.
-        torch_model: the architecture of PyTorch files. These files name no data set and
-            no shape of inputs, so these fields of the models are empty.
+            folder of a merge or of an export, or a file.
         data_dir: the folder of the runs' data, if it is no longer the one in their
             configs.
+        read_file: reads the models that are files; see `torch_reader`.
+        only_files: whether all models are files.
 
     Returns:
         the models, and the folder of the data, if it is given or a run names it.
@@ -63,16 +77,18 @@ def read(
         path, round, agent = located(name)
         if not path.exists():
             raise UserError("there is no such file or folder")
+        if only_files:
+            return read_file(path)
         if (path / "config.json").exists():
             return agent_of(*load_agents(path, round), agent or 0)
         if agent is not None or round is not None:
             raise UserError(
                 f"{path} is no run; only runs have agents and rounds to choose from"
             )
-        if path.is_file():
-            return _torch(path, torch_model)
         if (path / "model").is_dir():
             return _saved.load(path / "model")
+        if path.is_file() or is_torch_file(path):
+            return read_file(path)
         raise UserError(
             "neither the workdir of a run (no config.json) nor of a merge (no model/), "
             f"nor a PyTorch file ({', '.join(ENDINGS)})"
@@ -87,6 +103,36 @@ def read(
             where = "" if name in str(error) else f"{name}: "
             raise UserError(f"{where}{error}") from error
     return models, next(filter(None, directories), None)
+
+
+def torch_reader(
+    architecture: str | None,
+    entry: tuple[str, ...] | None = None,
+    prefix: str | None = None,
+) -> ReadFile:
+    """Reads PyTorch files. They name no data set, so this field of the models is empty.
+
+    Args:
+        architecture: the name of the models' architecture.
+        entry: where the weights are in a file; see `from_torch`.
+        prefix: what the keys of the weights begin with; see `from_torch`.
+
+    Returns:
+        a function that raises `UserError` if a file cannot be read, or if there is no
+        architecture.
+    """
+
+    def read_file(path: Path) -> SavedModel:
+        if not is_torch_file(path):
+            raise UserError(f"a PyTorch file ends in one of {', '.join(ENDINGS)}")
+        if architecture is None:
+            raise UserError("--model must say which architecture a PyTorch file holds")
+        variables = from_torch(architecture, path, entry=entry, prefix=prefix)
+        arguments = {**infer_arguments(architecture, variables), "dtype": "float32"}
+        shape = infer_image_shape(architecture, variables)
+        return SavedModel(architecture, arguments, shape, None, variables)
+
+    return read_file
 
 
 def read_agents(name: str) -> list[SavedModel]:
@@ -137,16 +183,6 @@ def of_experiment(experiment: Experiment, variables: Variables) -> SavedModel:
         data=experiment.config.data.name,
         variables=variables,
     )
-
-
-def _torch(path: Path, name: str | None) -> SavedModel:
-    if not is_torch_file(path):
-        raise UserError(f"a PyTorch file ends in one of {', '.join(ENDINGS)}")
-    if name is None:
-        raise UserError("--model must say which architecture a PyTorch file holds")
-    variables = from_torch(name, path)
-    arguments = {**infer_arguments(name, variables), "dtype": "float32"}
-    return SavedModel(name, arguments, (), None, variables)
 
 
 def refuse_another(

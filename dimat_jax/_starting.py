@@ -97,7 +97,8 @@ def read_start(config: Config) -> Start | None:
         if models is not None:
             names = [f"{names[0]}:{agent}" for agent in range(len(models))]
         else:
-            models, _ = _model_files.read(names, config.model.name, None)
+            read_file = _model_files.torch_reader(config.model.name)
+            models, _ = _model_files.read(names, None, read_file)
             if len(names) == 1:
                 names, models = names * n_agents, models * n_agents
         if len(names) != n_agents:

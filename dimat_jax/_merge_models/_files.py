@@ -1,25 +1,19 @@
 """Reads trained models: runs, earlier merges, PyTorch files, a user's own weights."""
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dimat_jax._loaded_run import load_weights
+from dimat_jax import _model_files
 from dimat_jax._merge_models._options import Options, is_own
 from dimat_jax._merge_models._trees import Place, read_tree
-from dimat_jax._model_files import agent_of, located, refuse_another
+from dimat_jax._model_files import refuse_another, torch_reader
 from dimat_jax.data._dataset import Dataset
-from dimat_jax.errors import UserError, reading
+from dimat_jax.errors import UserError
 from dimat_jax.models import _saved
 from dimat_jax.models._saved import SavedModel
-from dimat_jax.models._torch_files import ENDINGS, is_torch_file
-from dimat_jax.models.torch_import import (
-    from_torch,
-    infer_arguments,
-    infer_image_shape,
-)
+from dimat_jax.models._torch_files import is_torch_file
 from dimat_jax.tree import flatten
 
 __all__ = [
@@ -51,59 +45,17 @@ def read(options: Options) -> tuple[list[SavedModel], str | None]:
     Raises:
         UserError: a model cannot be read; the message names it and says why.
     """
+    where, model = place(options), options.model
 
-    directories = [options.data_dir]
+    def read_own(path: Path) -> SavedModel:
+        assert model is not None
+        return SavedModel(model, {}, (), None, read_tree(path, where))
 
-    @functools.cache  # Several models may be agents of the same run.
-    def load_agents(workdir: Path, round: int | None):
-        experiment, agents = load_weights(workdir, options.data_dir, round)
-        directories.append(experiment.config.data.dir)
-        return experiment, agents
-
-    def read_one(name: str) -> SavedModel:
-        path, round, agent = located(name)
-        if not path.exists():
-            raise UserError("there is no such file or folder")
-        if options.model is not None and is_own(options.model):
-            variables = read_tree(path, place(options))
-            return SavedModel(options.model, {}, (), None, variables)
-        if (path / "model").is_dir() and agent is None and round is None:
-            return _saved.load(path / "model")
-        if path.is_file() or is_torch_file(path):
-            return _torch(path, options)
-        if (path / "config.json").exists():
-            return agent_of(*load_agents(path, round), agent or 0)
-        if agent is not None or round is not None:
-            raise UserError(
-                f"{path} is no run; only runs have agents and rounds to choose from"
-            )
-        raise UserError(
-            "neither the workdir of a run (no config.json) nor of a merge (no model/), "
-            f"nor a PyTorch file ({', '.join(ENDINGS)})"
-        )
-
-    models = []
-    for name in options.models:
-        try:
-            with reading(name):
-                models.append(read_one(name))
-        except UserError as error:
-            where = "" if name in str(error) else f"{name}: "
-            raise UserError(f"{where}{error}") from error
-    return models, next(filter(None, directories), None)
-
-
-def _torch(path: Path, options: Options) -> SavedModel:
-    if not is_torch_file(path):
-        raise UserError(f"a PyTorch file ends in one of {', '.join(ENDINGS)}")
-    if options.model is None:
-        raise UserError("--model must say which architecture a PyTorch file holds")
-    where = place(options)
-    name = options.model
-    variables = from_torch(name, path, entry=where.entry, prefix=where.prefix)
-    arguments = {**infer_arguments(name, variables), "dtype": "float32"}
-    shape = infer_image_shape(name, variables)
-    return SavedModel(name, arguments, shape, None, variables)
+    own = model is not None and is_own(model)
+    read_file = read_own if own else torch_reader(model, where.entry, where.prefix)
+    return _model_files.read(
+        options.models, options.data_dir, read_file, only_files=own
+    )
 
 
 def torch_file(options: Options) -> Path | None:

@@ -253,7 +253,7 @@ def weights_for(name: str) -> str:
     return "lazy" if CASES[name].per_step == "d2" else "uniform"
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize(
     ("name", "topology"),
     [

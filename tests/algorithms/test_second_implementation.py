@@ -200,7 +200,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize(
     ("name", "scenario"),
     [

@@ -128,7 +128,7 @@ def implementation(name: str) -> First:
     return First(VARIANTS[name], NETWORKS)
 
 
-@pytest.mark.every_nth(3)
+@pytest.mark.every_nth(6)
 @pytest.mark.parametrize(
     ("name", "scenario"),
     [

@@ -368,7 +368,7 @@ def subject(program: Program, shape: Sequence[int]) -> Subject:
             raised = True
     assert raised == announced
     for row in explain(forward, variables, x).rows:
-        assert bool(row.reasons) != permutes_all(row.axis)
+        assert row.reasons or permutes_all(row.axis)
         assert not announced or "unknown" in dict(program)
     return Subject(forward, variables, x, spec, activations)
 
@@ -426,7 +426,7 @@ def test_what_is_derived_of_random_programs_holds(program, shape):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(programs, shapes)
 def test_what_is_derived_of_many_random_programs_holds(program, shape):
     check(program, shape)
