@@ -346,8 +346,9 @@ def _none_small(
 ) -> list[Shard]:
     """Sorts shards, of which none is empty or has fewer than `min_samples` samples."""
     MIN_SAMPLES.check(min_samples)
+    shards = none_empty(shards)
     if min_samples == 1:
-        return none_empty(shards)
+        return shards
     total = sum(map(len, shards))
     if min_samples * len(shards) > total:
         raise PartitionError(
