@@ -25,6 +25,7 @@ __all__ = [
     "blake2b",
     "damage",
     "expect_unchanged",
+    "missing",
     "sync",
     "with_digest",
     "without_digest",
@@ -162,6 +163,13 @@ def expect_unchanged(path: Path, content: bytes) -> None:
             f"it has changed since it was written. Put back a copy. If it was changed "
             f"on purpose, remove {digests}"
         )
+
+
+def missing(folder: Path) -> list[str]:
+    """The names of the files that a folder's digests name, and that are not there."""
+    digests = folder / DIGESTS
+    files = _files(digests.read_bytes()) if digests.is_file() else None
+    return [name for name in files or () if not (folder / name).exists()]
 
 
 # The damaged files of digests that this process has warned of.

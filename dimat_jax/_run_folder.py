@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int64
 
-from dimat_jax._digests import DIGESTS
+from dimat_jax._digests import DIGESTS, missing
 from dimat_jax._folders import check_output, read_json, strangers
 from dimat_jax._inputs import INPUTS, Inputs, files_named
 from dimat_jax._layout_choice import LayoutChoice
@@ -79,8 +79,9 @@ class Workdir:
             check_output(config.pretrain.cache_dir, cache_dir, ConfigError)
         if self.is_started:
             self._expect_same(config)
+            self._look_for_files(config)
             self.read_layout()
-            self._look_at_partition()
+            self._look_at_unread()
             self._inputs.check_files(config)
         elif foreign := strangers(self.path, lambda path: _is_own(path, config)):
             raise ConfigError(
@@ -116,14 +117,27 @@ class Workdir:
         """Lets the run go on to another number of rounds; see `_more_rounds`."""
         return set_rounds(self.path, rounds)
 
-    def _look_at_partition(self) -> None:
-        """Warns of a damaged partition.json, which only reports need."""
-        path = self.path / "partition.json"
-        try:
-            if path.exists():
-                read_json(path)
-        except UserError as error:
-            logging.warning("%s", error)
+    def _look_for_files(self, config: Config) -> None:
+        """Warns of files that a run writes when it begins, and that are gone."""
+        for name in missing(self.path):
+            # Digests are written first. A run that was killed may lack later files.
+            if not _is_own(self.path / name, config):
+                continue
+            logging.warning(
+                "%s is missing. The run has written it, and %s names it. The run goes "
+                "on without it. If you have a copy, put it back first",
+                self.path / name,
+                DIGESTS,
+            )
+
+    def _look_at_unread(self) -> None:
+        """Warns of damaged files that only reports and readers of models need."""
+        for name in ("partition.json", FORM):
+            try:
+                if (path := self.path / name).exists():
+                    read_json(path)
+            except UserError as error:
+                logging.warning("%s", error)
 
     def create(
         self, experiment: Experiment, start: str | None = None

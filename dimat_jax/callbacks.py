@@ -269,8 +269,26 @@ def early_stopping(
     return watch
 
 
+# The numbers that rows have after training.
+_MEASURES = (
+    *("accuracy_mean", "accuracy_std", "accuracy_local_mean", "accuracy_average_model"),
+    *("loss_mean", "loss_average_model", "disagreement"),
+)
+_WATCHED = (
+    *(f"test_{name}" for name in _MEASURES),
+    *("validation_accuracy_mean", "validation_loss_mean"),
+    *("train_accuracy_mean", "train_loss_mean"),
+    *("consensus_distance", "consensus_distance_aligned"),
+)
+
+
 def _check_early_stopping(fields: Fields) -> None:
     field = fields[FIELD.path]
+    if field not in _WATCHED:
+        raise CallbackError(
+            f"config.{FIELD.path} is {field!r}, which no row has; allowed: "
+            f"{', '.join(_WATCHED)}"
+        )
     if field.startswith("validation") and not fields[VALIDATION.path]:
         raise CallbackError(
             f"config.{FIELD.path} is {field!r}, but config.{VALIDATION.path} is 0: "

@@ -14,8 +14,11 @@ from dimat_jax.callbacks import (
     Callbacks,
     Run,
     Stop,
+    check_callbacks,
     early_stopping,
+    numbers,
 )
+from dimat_jax.config import fields_of
 from tests.sweeping.small import small
 
 
@@ -79,6 +82,29 @@ def test_early_stopping_ends_after_evaluations_without_improvement(run, better, 
     for callback in (watch, again):
         with pytest.raises(Stop, match="x has not improved in the last 2 evaluations"):
             callback(rows[5])
+
+
+def test_every_measure_of_a_row_can_be_watched_and_no_other_name(tmp_path):
+    config = small(rounds=1)
+    config.data.validation = 0.2
+    train.run(config, tmp_path)
+    measured = [
+        name
+        for name in numbers(read_rows(tmp_path)[-1])
+        if name not in ("round", "step") and not name.endswith("_total")
+    ]
+    assert len(measured) > 10
+
+    def fields(name):
+        config.update_from_flattened_dict(
+            {"callbacks": "early_stopping", "early_stopping.field": name}
+        )
+        return fields_of(config)
+
+    for name in measured:
+        check_callbacks(fields(name))
+    with pytest.raises(CallbackError, match="'accuracy', which no row has; allowed: t"):
+        check_callbacks(fields("accuracy"))
 
 
 def test_a_failure_is_noted_once_and_hinders_no_other_callback():

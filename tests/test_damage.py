@@ -397,15 +397,36 @@ def test_a_changed_file_of_a_run_is_named_by_all_who_read_it(tmp_path, finished,
         assert not (tmp_path / "report").exists()
 
 
-def test_a_run_goes_on_with_a_warning_of_what_reports_alone_need(
-    tmp_path, finished, caplog
+@pytest.mark.parametrize("name", ["partition.json", "model.json"])
+def test_a_run_goes_on_with_a_warning_of_what_others_need(
+    tmp_path, finished, caplog, name
 ):
     workdir = shutil.copytree(finished, tmp_path / "run")
-    (workdir / "partition.json").write_bytes(b"{")
+    (workdir / name).write_bytes(b"{")
     with caplog.at_level(logging.WARNING):
         Workdir(workdir).check(Workdir(workdir).read_config())
     (message,) = caplog.messages
-    assert f"{workdir / 'partition.json'} cannot be used: it has changed" in message
+    assert f"{workdir / name} cannot be used: it has changed" in message
+
+
+@pytest.mark.parametrize("name", ["inputs.json", "layout.json", "model.json"])
+def test_a_run_goes_on_with_a_warning_of_a_file_that_is_gone(
+    tmp_path, finished, caplog, name
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / name).unlink()
+    with caplog.at_level(logging.WARNING):
+        Workdir(workdir).check(Workdir(workdir).read_config())
+    (message,) = caplog.messages
+    assert f"{workdir / name} is missing. The run has written it" in message
+
+
+def test_a_run_that_is_no_longer_finished_lacks_nothing(tmp_path, finished, caplog):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "summary.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        Workdir(workdir).check(Workdir(workdir).read_config())
+    assert not caplog.messages
 
 
 def test_damaged_digests_are_named_and_the_files_are_read(tmp_path, finished, caplog):

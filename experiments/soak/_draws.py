@@ -50,7 +50,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "data.alpha": (0.5, 5.0),
     "data.classes": (2, 5),
     # The other models compile for many seconds.
-    "model.name": ("mlp",) * 7 + ("resnet20",),
+    "model.name": ("mlp",) * 19 + ("resnet20",),
     "model.width": (0.0625, 0.125),
     "augmentation.pad": (0, 1),
     "merge.match_samples": (0, 12, "enough"),

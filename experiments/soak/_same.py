@@ -54,8 +54,12 @@ def differences(workdir: Path, whole: Path) -> list[str]:
 
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
-    """Reads the arrays of a run's newest checkpoint, by their paths."""
-    directory = workdir / "checkpoints"
+    """Reads the arrays of a run's newest checkpoint, by their paths.
+
+    Devices that hold too few agents are filled up with copies, which differ.
+    """
+    summary = json.loads((workdir / "summary.json").read_text())
+    n_agents, directory = len(summary["test_accuracy"]), workdir / "checkpoints"
     checkpoints = Checkpoints(directory, create=False)
     handler: Any = ocp.StandardCheckpointHandler()
     try:
@@ -66,7 +70,8 @@ def final_state(workdir: Path) -> dict[str, np.ndarray]:
         handler.close()
         checkpoints.close()
     assert restored is not None
-    return {path: np.asarray(leaf) for path, leaf in flatten(restored[0]).items()}
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(restored[0]).items()}
+    return {path: x[:n_agents] if x.ndim else x for path, x in arrays.items()}
 
 
 def _timeless(value: Any) -> Any:
