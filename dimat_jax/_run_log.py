@@ -16,6 +16,10 @@ from dimat_jax.workdir import Results
 __all__ = ["RunLog", "TimeLeft"]
 
 
+# The entry of a row with the mean accuracy of the agents that a server has drawn.
+_OF_SAMPLED = "test_accuracy_of_sampled"
+
+
 class RunLog:
     """Measures the agents of a run, writes rows, and prints a line for each.
 
@@ -78,6 +82,7 @@ class RunLog:
                 f"the test loss of agent(s) {agents} is not finite in round {number} "
                 f"(phase {phase!r})"
             )
+        metrics = {**metrics, **self._of_sampled(number, measures)}
         self._results.write(phase, number, measures, metrics)
         trained = metrics.get("train_accuracy_mean")
         # The first merge comes before the programs of local steps are compiled.
@@ -89,8 +94,22 @@ class RunLog:
             f"loss {measures['test_loss_mean']:.4f}, "
             f"consensus distance {measures['consensus_distance']:.3g}"
             + ("" if trained is None else f", training accuracy {trained:.4f}")
+            + _in_line(metrics)
             + left
         )
+
+    def _of_sampled(self, number: int, measures: dict[str, Any]) -> dict[str, float]:
+        """The accuracy of the agents that a server has drawn; empty if it draws none.
+
+        Right after the communication it is the accuracy of the server's model, which
+        all of these agents have. The other agents' models are old.
+        """
+        links = self._experiment.links
+        present = links.present(number)
+        if not links.faults.sampled or number == 0 or not present.any():
+            return {}
+        accuracy = np.asarray(measures["test_accuracy"])[present]
+        return {_OF_SAMPLED: float(accuracy.mean())}
 
     def pretraining(
         self, epoch: int, metrics: dict[str, Any], variables: Variables
@@ -125,6 +144,13 @@ class RunLog:
         left = self._of_rounds(self._results.progress.steps_done)
         where = f"round {number:3d}, epoch {epoch} of {epochs:.4g}"
         self._log(f"{where}: {_of_epoch(metrics)}{left}")
+
+
+def _in_line(metrics: dict[str, Any]) -> str:
+    """Says how good the agents are that a server has drawn, if there are any."""
+    if _OF_SAMPLED not in metrics:
+        return ""
+    return f", test accuracy of the sampled agents {metrics[_OF_SAMPLED]:.4f}"
 
 
 def _of_epoch(metrics: dict[str, Any]) -> str:

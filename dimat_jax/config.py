@@ -36,8 +36,14 @@ from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
 from dimat_jax.algorithms.record import INIT, INIT_FROM
 from dimat_jax.callbacks import CALLBACK
 from dimat_jax.compression import COMPRESSOR
+from dimat_jax.data._label_noise import LABEL_NOISE
 from dimat_jax.data._small_shards import SMALL_SHARDS
-from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
+from dimat_jax.data.partition import (
+    DATA_SEED,
+    PARTITION,
+    PRETRAIN_PARTITION,
+    VALIDATION,
+)
 from dimat_jax.data.pipeline import FLIP, PAD
 from dimat_jax.data.selection import BN_DATA, BN_SAMPLES
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
@@ -103,7 +109,9 @@ ROOT = (
     TEST_SIZE,
     PARTITION,
     SMALL_SHARDS,
+    DATA_SEED,
     VALIDATION,
+    LABEL_NOISE,
     FLIP,
     PAD,
     MODEL,

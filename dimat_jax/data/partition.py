@@ -5,22 +5,27 @@ is in exactly one shard. A new partition is a function of `(labels, n_agents)` a
 keyword options, with a record in `PARTITIONS` at the foot of this file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Integer
 from tabulate import tabulate
 
+from dimat_jax.data._shard_sizes import bounds, none_empty, none_small, proportions
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
+    "DATA_SEED",
+    "MIN_SAMPLES",
     "PARTITION",
     "PARTITIONS",
     "PRETRAIN_PARTITION",
     "VALIDATION",
     "PartitionError",
     "class_counts",
+    "data_seed",
     "partition",
     "set_aside",
     "spread_over_classes",
@@ -52,6 +57,24 @@ CLASSES = Option(
 )
 
 
+MIN_SAMPLES = Option(
+    "data.min_samples",
+    1,
+    "The least number of training samples that an agent gets, validation samples "
+    "included. What the partition leaves an agent short of comes from the largest "
+    "shards, at random.",
+    at_least=1,
+    unit="samples",
+)
+DATA_SEED = Option(
+    "data.seed",
+    0,
+    "The seed that decides which samples are used, held out or kept back for "
+    "validation, which agent gets them, and which labels are wrong. With it, runs of "
+    "several seeds train on the same division of the data.",
+    at_least=0,
+    empty="the value of seed",
+)
 VALIDATION = Option(
     "data.validation",
     0.0,
@@ -66,6 +89,11 @@ VALIDATION = Option(
 
 class PartitionError(UserError):
     """A partition is unknown, or it leaves an agent without samples."""
+
+
+def data_seed(fields: Mapping[str, Any]) -> int:
+    """The seed of all that concerns the data, from a config's values by path."""
+    return fields[DATA_SEED.path] or fields[SEED.path]
 
 
 def partition(
@@ -198,23 +226,32 @@ def by_class(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
 
 
 def dirichlet(
-    labels: Labels, n_agents: int, *, seed: int, alpha: float = ALPHA.default
+    labels: Labels,
+    n_agents: int,
+    *,
+    seed: int,
+    alpha: float = ALPHA.default,
+    min_samples: int = MIN_SAMPLES.default,
 ) -> list[Shard]:
     """Every class is split in proportions from a symmetric Dirichlet distribution.
 
     The smaller alpha is, the fewer agents hold most of a class (Hsu et al. 2019, arXiv
     1909.06335, who draw proportions of classes for each agent; most later work draws
-    them as here). An agent that would get no sample gets one of the largest shard.
+    them as here). An agent that would get fewer than `min_samples` samples gets some of
+    the largest shards.
+
+    Raises:
+        PartitionError: there are too few samples for all agents.
     """
     rng = np.random.default_rng(seed)
     ALPHA.check(alpha)
     parts: list[list[np.ndarray]] = [[] for _ in range(n_agents)]
     for label in np.unique(labels):
         samples = rng.permutation(np.flatnonzero(labels == label))
-        bounds = _bounds(_proportions(rng, n_agents, alpha), len(samples))
-        for agent, part in enumerate(np.split(samples, bounds)):
+        cuts = bounds(proportions(rng, n_agents, alpha), len(samples))
+        for agent, part in enumerate(np.split(samples, cuts)):
             parts[agent].append(part)
-    return _none_empty([np.concatenate(part) for part in parts])
+    return _none_small([np.concatenate(part) for part in parts], min_samples, rng)
 
 
 def classes_per_agent(
@@ -255,18 +292,26 @@ def classes_per_agent(
 
 
 def quantity_skew(
-    labels: Labels, n_agents: int, *, seed: int, alpha: float = ALPHA.default
+    labels: Labels,
+    n_agents: int,
+    *,
+    seed: int,
+    alpha: float = ALPHA.default,
+    min_samples: int = MIN_SAMPLES.default,
 ) -> list[Shard]:
     """Samples are IID, but the sizes of the shards follow a Dirichlet distribution.
 
-    The distribution is symmetric. An agent that would get no sample gets one of the
-    largest shard.
+    The distribution is symmetric. An agent that would get fewer than `min_samples`
+    samples gets some of the largest shards.
+
+    Raises:
+        PartitionError: there are too few samples for all agents.
     """
     rng = np.random.default_rng(seed)
     ALPHA.check(alpha)
     samples = rng.permutation(len(labels))
-    bounds = _bounds(_proportions(rng, n_agents, alpha), len(samples))
-    return _none_empty(np.split(samples, bounds))
+    cuts = bounds(proportions(rng, n_agents, alpha), len(samples))
+    return _none_small(np.split(samples, cuts), min_samples, rng)
 
 
 def class_counts(
@@ -296,36 +341,29 @@ def table(counts: Int64[np.ndarray, "agents classes"]) -> str:
     return tabulate({"agent": range(n_agents), "samples": totals, **columns}, "keys")
 
 
-def _proportions(rng: np.random.Generator, n_agents: int, alpha: float) -> np.ndarray:
-    """Draws a Dirichlet sample, float64[agents]."""
-    # A Gamma(a) number is Gamma(a + 1) U^(1/a). For small alpha all of these may be too
-    # small for a float, so their logarithms are computed.
-    logs = np.log(rng.gamma(alpha + 1, size=n_agents))
-    logs += np.log(rng.uniform(size=n_agents)) / alpha
-    weights = np.exp(logs - logs.max())
-    return weights / weights.sum()
-
-
-def _bounds(proportions: np.ndarray, n_samples: int) -> np.ndarray:
-    """Computes the places at which to cut the samples, int64[agents - 1]."""
-    return np.rint(np.cumsum(proportions)[:-1] * n_samples).astype(np.int64)
-
-
-def _none_empty(shards: list[np.ndarray]) -> list[Shard]:
-    """Gives one sample of the largest shard to each empty shard, and sorts all."""
-    for agent, shard in enumerate(shards):
-        if not len(shard):
-            largest = max(range(len(shards)), key=lambda a: len(shards[a]))
-            shards[agent], shards[largest] = np.split(shards[largest], [1])
-    return [np.sort(shard) for shard in shards]
+def _none_small(
+    shards: list[np.ndarray], min_samples: int, rng: np.random.Generator
+) -> list[Shard]:
+    """Sorts shards, of which none is empty or has fewer than `min_samples` samples."""
+    MIN_SAMPLES.check(min_samples)
+    shards = none_empty(shards)
+    if min_samples == 1:
+        return shards
+    total = sum(map(len, shards))
+    if min_samples * len(shards) > total:
+        raise PartitionError(
+            f"{MIN_SAMPLES.path} is {min_samples}, but {total} samples are too few for "
+            f"{len(shards)} agents with so many each"
+        )
+    return none_small(shards, min_samples, rng)
 
 
 PARTITIONS: Registry[Record[list[Shard]]] = registry(
     Record("iid", iid, (SEED,)),
     Record("by_class", by_class, (SEED,)),
-    Record("dirichlet", dirichlet, (SEED, ALPHA)),
+    Record("dirichlet", dirichlet, (SEED, ALPHA, MIN_SAMPLES)),
     Record("classes_per_agent", classes_per_agent, (SEED, CLASSES)),
-    Record("quantity_skew", quantity_skew, (SEED, ALPHA)),
+    Record("quantity_skew", quantity_skew, (SEED, ALPHA, MIN_SAMPLES)),
 )
 """`PARTITIONS[name](labels, n_agents, **options)` gives each agent its shard."""
 
