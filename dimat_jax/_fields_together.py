@@ -13,14 +13,14 @@ from dimat_jax.algorithms.record import INIT, INIT_FROM
 from dimat_jax.callbacks import check_callbacks
 from dimat_jax.compression import COMPRESSOR
 from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
-from dimat_jax.data.sources import SOURCE, SOURCES
+from dimat_jax.data.sources import SOURCE, SOURCES, Signature
 from dimat_jax.errors import concerning, reading
 from dimat_jax.models import MODEL, MODELS, classifier
 from dimat_jax.network import FAULTS, faults
 from dimat_jax.optimizers import OPTIMIZER
 from dimat_jax.options import arguments
 
-__all__ = ["check_together", "model_arguments"]
+__all__ = ["build_model", "check_batch_norm", "check_together", "model_arguments"]
 
 
 def model_arguments(fields: Fields) -> dict[str, Any]:
@@ -32,6 +32,23 @@ def model_arguments(fields: Fields) -> dict[str, Any]:
     if "dtype" in found:
         found["dtype"] = jnp.dtype(found["dtype"])
     return {name: value for name, value in found.items() if value != ""}
+
+
+def build_model(
+    fields: Fields, data: Signature, permutes: bool = True
+) -> classifier.Model:
+    """Builds the model of a config.
+
+    Args:
+        fields: the config's fields; empty ones are resolved.
+        data: what the model must know of the data set.
+        permutes: whether its permutation symmetry is wanted; see `OwnModel`.
+    """
+    record, given = MODELS[fields[MODEL.path]], model_arguments(fields)
+    model = record(n_classes=data.n_classes, **given)
+    return classifier.for_inputs(
+        model, data.input_shape, data.input_dtype, permutes=permutes
+    )
 
 
 def check_together(fields: Fields, record: AlgorithmRecord) -> None:
@@ -66,18 +83,24 @@ def check_together(fields: Fields, record: AlgorithmRecord) -> None:
             check_gradient(fields[GRADIENT.path], fields[INNER.path])
     with concerning("config.faults", ConfigError):
         faults(**{o.keyword: fields[o.path] for o in FAULTS})
-    _check_batch_norm(fields)
+    if (data := SOURCES[fields[SOURCE.path]].signature) is not None:
+        check_batch_norm(fields, data)
     check_callbacks(fields)
 
 
-def _check_batch_norm(fields: Fields) -> None:
-    """Refuses options of BatchNorm for a model that has none."""
-    name, source = fields[MODEL.path], SOURCES[fields[SOURCE.path]]
+def check_batch_norm(fields: Fields, data: Signature) -> None:
+    """Refuses options of BatchNorm for a model that has none.
+
+    Args:
+        fields: the config's fields; empty ones are resolved.
+        data: what the model must know of the data set.
+
+    Raises:
+        ConfigError: the model has no BatchNorm, or cannot be built.
+    """
+    name = fields[MODEL.path]
     with concerning("config.model", ConfigError), reading(f"{name!r}", ConfigError):
-        given = model_arguments(fields)
-        model = MODELS[name](n_classes=source.n_classes, **given)
-        model = classifier.for_inputs(model, source.image_shape)
-        normalises = classifier.has_statistics(model)
+        normalises = classifier.has_statistics(build_model(fields, data))
     for option in () if normalises else (BN_DATA, BN_SAMPLES, BN_BATCH_SIZE, BN_WHEN):
         # "none" is true of such a model, so that a config may say it.
         if fields[option.path] not in (option.default, "none"):

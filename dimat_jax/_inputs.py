@@ -37,6 +37,7 @@ from dimat_jax.config import (
     fields_read,
     resolved,
 )
+from dimat_jax.data.sources import DIRECTORY, SOURCE, SOURCES
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.options import every, origin_of, read
 
@@ -272,7 +273,9 @@ def load_plugins(named: Iterable[FromPlugin], needed_by: Any) -> None:
 def fields_of_run(folder: Path) -> dict[str, Any]:
     """Returns the values of the options that the run of a folder reads, by path.
 
-    Plugins are not needed. The run may be of an older version.
+    Plugins are not needed. The run may be of an older version. Where the folder of the
+    data decides which data they are, as for .npz files, it is among the values: runs on
+    other data are no repetitions of each other.
 
     Raises:
         UserError: A file of the folder cannot be used.
@@ -283,7 +286,12 @@ def fields_of_run(folder: Path) -> dict[str, Any]:
         recorded = read_json(folder / INPUTS, dict).get("fields")
         if isinstance(recorded, dict):
             return recorded
-    return fields_read(fields_of_json(content))
+    whole = fields_of_json(content)
+    found = fields_read(whole)
+    source = SOURCES.get(found[SOURCE.path])
+    if source and source.signature is None and DIRECTORY in source.reads:
+        found[DIRECTORY.path] = whole[DIRECTORY.path]
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -179,9 +179,10 @@ def of_experiment(experiment: Experiment, variables: Variables) -> SavedModel:
     return SavedModel(
         name=experiment.config.model.name,
         arguments={"n_classes": experiment.n_classes, **arguments},
-        input_shape=experiment.input_shape,
+        input_shape=experiment.signature.input_shape,
         data=experiment.config.data.name,
         variables=variables,
+        input_dtype=experiment.signature.input_dtype,
     )
 
 

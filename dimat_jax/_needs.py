@@ -19,8 +19,8 @@ from dimat_jax._jaxprs import ClosedJaxpr
 from dimat_jax._run_options import BATCH_SIZE, LOCAL_EPOCHS, LOCAL_STEPS, ROUNDS
 from dimat_jax.config import ROOT, ConfigError, model_arguments
 from dimat_jax.data import selection
-from dimat_jax.data.pipeline import PAD
-from dimat_jax.data.sources import SOURCE, SOURCES, Source
+from dimat_jax.data.pipeline import FLIP, PAD
+from dimat_jax.data.sources import SOURCE, SOURCES, Signature
 from dimat_jax.errors import UserError, in_one_line
 from dimat_jax.evaluate import BATCH_SIZE as EVAL_BATCH_SIZE
 from dimat_jax.models import MODEL, MODELS, ModelRecord, classifier
@@ -92,24 +92,36 @@ def check_steps(where: str, steps: int) -> None:
         )
 
 
-def check_model(fields: Fields) -> ClosedJaxpr:
+def check_model(fields: Fields, data: Signature | None = None) -> ClosedJaxpr:
     """Refuses models and batches that are larger than the memory, before data are read.
 
     Args:
         fields: The config's fields.
+        data: What the model must know of the data set. By default it is what the data
+            set's source declares, which has to be something then.
 
     Returns:
         The traced function that draws the variables of a model.
 
     Raises:
         ConfigError: The message names the field, and says how much memory it needs; or
-            the model does not take the data set's images.
+            the model does not take the data set's images; or images are to be augmented
+            that are none.
     """
-    n_agents, source = number_of_agents(fields), SOURCES[fields[SOURCE.path]]
-    for what, n_bytes in _batches(fields, source.image_shape):
+    n_agents = number_of_agents(fields)
+    data = data or SOURCES[fields[SOURCE.path]].signature
+    assert data is not None
+    for option in (FLIP, PAD):
+        if fields[option.path] and not data.has_images:
+            raise ConfigError(
+                f"config.{option.path} is {fields[option.path]}, but the inputs of "
+                f"{data.name} are no images: they are {data.input_dtype}"
+                f"{list(data.input_shape)}"
+            )
+    for what, n_bytes in _batches(fields, data):
         _refuse(what, n_bytes, on_devices=True)
     name, given = fields[MODEL.path], model_arguments(fields)
-    traced = _traced_init(MODELS[name], tuple(sorted(given.items())), source)
+    traced = _traced_init(MODELS[name], tuple(sorted(given.items())), data)
     one = sum(math.prod(x.shape) * x.dtype.itemsize for x in traced.out_avals)
     _refuse(
         f"{n_agents} agent(s) with a {name} of {_words(one)} each, and the gradients,",
@@ -121,12 +133,12 @@ def check_model(fields: Fields) -> ClosedJaxpr:
 
 @functools.lru_cache(maxsize=32)
 def _traced_init(
-    record: ModelRecord, given: tuple[tuple[str, Any], ...], source: Source
+    record: ModelRecord, given: tuple[tuple[str, Any], ...], data: Signature
 ) -> ClosedJaxpr:
     """Traces the function that draws a model's variables; see `check_model`."""
-    model = record(n_classes=source.n_classes, **dict(given))
-    model = classifier.for_inputs(model, source.image_shape)
-    images = np.zeros((1, *source.image_shape), np.float32)
+    model = record(n_classes=data.n_classes, **dict(given))
+    model = classifier.for_inputs(model, data.input_shape, data.input_dtype)
+    images = np.zeros((1, *data.input_shape), data.input_dtype)
 
     def draw(key):
         variables = classifier.init(model, key, images)
@@ -134,11 +146,11 @@ def _traced_init(
             return variables
         # A model of a user may draw its variables without looking at the inputs.
         logits = classifier.forward(model)(variables, jnp.asarray(images))
-        if logits.shape != (1, source.n_classes):
+        if logits.shape != (1, data.n_classes):
             raise ConfigError(
                 f"config.{MODEL.path} is {record.name!r}, which returns an array of "
                 f"shape {logits.shape} for one image; expected logits, "
-                f"{(1, source.n_classes)}"
+                f"{(1, data.n_classes)}"
             )
         return variables, logits
 
@@ -149,18 +161,20 @@ def _traced_init(
     except Exception as error:
         if record.spec is not None and not isinstance(error, _REFUSALS):
             raise
-        height, width, _ = source.image_shape
+        if data.has_images:
+            height, width, _ = data.input_shape
+            what = f"images of {height} x {width} pixels"
+        else:
+            what = f"inputs {data.input_dtype}{list(data.input_shape)}"
         raise ConfigError(
-            f"config.{MODEL.path} is {record.name!r}, which cannot take images of "
-            f"{height} x {width} pixels, as {source.name} has: {in_one_line(error)}"
+            f"config.{MODEL.path} is {record.name!r}, which cannot take {what}, as "
+            f"{data.name} has: {in_one_line(error)}"
         ) from error
 
 
-def _batches(fields: Fields, image_shape: tuple[int, ...]) -> Iterator[tuple[str, int]]:
+def _batches(fields: Fields, data: Signature) -> Iterator[tuple[str, int]]:
     """Yields the batches of images that a run makes, with their bytes."""
     found, n_agents = read(ROOT, fields), number_of_agents(fields)
-    height, width, channels = image_shape
-    pad = 2 * fields[PAD.path]
     readers = {
         BATCH_SIZE.path: n_agents,
         BATCH_SIZE.under("pretrain").path: n_agents,
@@ -171,8 +185,12 @@ def _batches(fields: Fields, image_shape: tuple[int, ...]) -> Iterator[tuple[str
     for path, times in readers.items():
         if path in found:
             size = fields[path]
-            pixels = times * size * height * width * channels
+            pixels = times * size * math.prod(data.input_shape)
             yield f"config.{path} is {size}: a batch of so many images", 4 * pixels
+    if not data.has_images:
+        return
+    height, width, channels = data.input_shape
+    pad = 2 * fields[PAD.path]
     padded = (height + pad) * (width + pad) * channels
     yield (
         f"config.{PAD.path} is {fields[PAD.path]}: a batch of images of "

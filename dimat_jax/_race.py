@@ -190,7 +190,7 @@ def _fingerprint(experiment: Experiment) -> str:
         "agents": placement.n_agents,
         "devices": placement.mesh.size,
         "device": device.device_kind,
-        "image": experiment.dataset.train.images.shape[1:],
+        "image": experiment.signature.input_shape,
         "classes": experiment.dataset.n_classes,
         "versions": [jax.__version__, dimat_jax.__version__],
     }

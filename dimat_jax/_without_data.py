@@ -1,6 +1,6 @@
 """The parts of a run that do without its data set: its model, algorithm and network.
 
-    model.json    the architecture, the number of classes and the shape of an input
+    model.json    the number of classes, and the shape and the dtype of an input
 
 A run writes this file when it begins, so that its agents can be read on a machine that
 does not have the data.
@@ -14,7 +14,7 @@ import numpy as np
 from dimat_jax._folders import read_json
 from dimat_jax._metrics import write_json
 from dimat_jax.config import Config, ConfigError
-from dimat_jax.data._dataset import DataError
+from dimat_jax.data._dataset import DataError, Signature
 from dimat_jax.errors import reading
 from dimat_jax.experiment import Experiment
 
@@ -42,17 +42,20 @@ class Form(NamedTuple):
         n_classes: the number of classes.
         input_shape: the shape of one input.
         sizes: the number of each agent's training images.
+        input_dtype: the dtype of the inputs: "float32", or "int32" for tokens.
     """
 
     n_classes: int
     input_shape: tuple[int, ...]
     sizes: list[int]
+    input_dtype: str = "float32"
 
     @staticmethod
     def of(experiment: Experiment) -> "Form":
         """Returns the form of an experiment that has its data."""
         sizes = [len(shard) for shard in experiment.shards]
-        return Form(experiment.n_classes, experiment.input_shape, sizes)
+        _, shape, dtype, n_classes = experiment.signature
+        return Form(n_classes, shape, sizes, dtype)
 
     def write(self, workdir: Path) -> None:
         """Writes the form into a run's folder."""
@@ -72,7 +75,11 @@ class Form(NamedTuple):
         with reading(path, ConfigError):
             shape, sizes = content["input_shape"], content["sizes"]
             return Form(
-                int(content["n_classes"]), tuple(map(int, shape)), [*map(int, sizes)]
+                int(content["n_classes"]),
+                tuple(map(int, shape)),
+                [*map(int, sizes)],
+                # Runs of older versions have images alone.
+                np.dtype(content.get("input_dtype", "float32")).name,
             )
 
 
@@ -92,9 +99,11 @@ class ExperimentWithoutData(Experiment):
     """
 
     def __init__(self, config: Config, form: Form, reason: str):
-        self._reason, self.input_shape = reason, form.input_shape
-        self._begin(config)
-        self._build_task(form.n_classes)
+        self._reason = reason
+        known = form.input_shape, form.input_dtype, form.n_classes
+        self.signature = Signature(config.data.name, *known)
+        self._begin(config, self.signature)
+        self._build_task()
         self._place(None)
         # The states of optimizers do not depend on the numbers of steps.
         steps = {"steps_per_epoch": 1, "total_steps": 1}
@@ -111,4 +120,4 @@ class ExperimentWithoutData(Experiment):
 
     def _example_inputs(self, n: int) -> np.ndarray:
         # Fresh variables do not depend on the values of the inputs.
-        return np.zeros((n, *self.input_shape), np.float32)
+        return np.zeros((n, *self.signature.input_shape), self.signature.input_dtype)

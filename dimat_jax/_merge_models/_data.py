@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dimat_jax import _user_code
 from dimat_jax._merge_models import _files
 from dimat_jax._merge_models._methods import METHODS
@@ -13,7 +15,7 @@ from dimat_jax.data.sources import Dataset
 from dimat_jax.errors import UserError
 from dimat_jax.models._saved import SavedModel
 
-__all__ = ["image_shape", "load", "name_to_save"]
+__all__ = ["example", "image_shape", "input_dtype", "load", "name_to_save"]
 
 # The options that say how data are used.
 _OF_DATA = ("data_dir", "samples", "points", "train_size", "test_size")
@@ -131,6 +133,27 @@ def image_shape(
         assert known is not None
         return known
     return _shape(options.size, known[-1] if known else 3, (0, 0))
+
+
+def input_dtype(models: Sequence[SavedModel], dataset: Dataset | None) -> str:
+    """The dtype of an input: "float32", or "int32" for tokens."""
+    return models[0].input_dtype if dataset is None else dataset.signature.input_dtype
+
+
+def example(
+    options: Options,
+    models: Sequence[SavedModel],
+    dataset: Dataset | None,
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    """Eight inputs of a shape on which symmetries are read off and checked."""
+    if input_dtype(models, dataset) == "float32":
+        drawn = np.random.default_rng(options.seed).normal(size=(8, *shape))
+        return drawn.astype(np.float32)
+    # How many tokens there are is not known, so none is drawn at random.
+    if dataset is None:
+        return np.zeros((8, *shape), np.int32)
+    return np.resize(dataset.train.images[:8], (8, *shape))
 
 
 def name_to_save(models: Sequence[SavedModel], dataset: Dataset | None) -> str | None:

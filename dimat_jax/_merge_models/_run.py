@@ -83,6 +83,7 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
     }
     result = models[0]._replace(
         input_shape=_data.image_shape(options, models, dataset),
+        input_dtype=_data.input_dtype(models, dataset),
         data=_data.name_to_save(models, dataset),
         variables=averages[merged],
     )
@@ -114,8 +115,7 @@ def _merging(
         if options.model not in (None, model.name):
             raise UserError(f"{name} is a {model.name}, but --model={options.model}")
     shape = _data.image_shape(options, models, dataset)
-    example = np.random.default_rng(options.seed).normal(size=(8, *shape))
-    example = example.astype(np.float32)
+    example = _data.example(options, models, dataset, shape)
     name = models[0].name
     if name in MODELS:
         _files.check(options.models, models, shape, dataset)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dimat_jax._chosen import check_network, number_of_agents
 from dimat_jax._division import check_samples, divide, load_data
+from dimat_jax._fields_together import build_model, check_batch_norm
 from dimat_jax._folders import check_output, strangers
 from dimat_jax._inputs import FromPlugin, from_plugins
 from dimat_jax._lock import LOCK_FILES
@@ -19,14 +20,13 @@ from dimat_jax.config import (
     Config,
     check,
     fields_of,
-    model_arguments,
     record_of,
     resolved,
     set_if_read,
 )
 from dimat_jax.data import sources
 from dimat_jax.errors import UserError, concerning
-from dimat_jax.models import MODELS, classifier
+from dimat_jax.models import classifier
 from dimat_jax.workdir import Workdir
 
 __all__ = [
@@ -126,13 +126,16 @@ def check_here(jobs: Sequence[Job]) -> None:
 def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
     """Does the checks of `Experiment` that need the data, and builds no parts."""
     fields = resolved(fields_of(config))
-    check_model(fields)
+    declared = sources.SOURCES[config.data.name].signature
+    if declared is not None:
+        check_model(fields, declared)
     dataset = load_data(config, read)
+    data = dataset.signature
+    if declared is None:
+        check_batch_norm(fields, data)
+        check_model(fields, data)
     division = divide(dataset.train.labels, number_of_agents(fields), fields)
-    model = MODELS[config.model.name](
-        n_classes=dataset.n_classes, **model_arguments(fields)
-    )
-    model = classifier.for_inputs(model, dataset.train.images.shape[1:])
+    model = build_model(fields, data)
     has_statistics = classifier.has_statistics(model)
     n_test = len(dataset.test.labels)
     check_samples(fields, division, n_test, has_statistics=has_statistics)

@@ -14,7 +14,7 @@ from dimat_jax._folders import map_array
 from dimat_jax.data._dataset import DataError, Dataset, Split, mean_std
 from dimat_jax.errors import concerning, reading
 
-__all__ = ["Decoded", "cached", "read_arrays", "user_cache", "write_arrays"]
+__all__ = ["Decoded", "cached", "parts_of", "read_arrays", "user_cache", "write_arrays"]
 
 # The version of the cache. Change it whenever the stored arrays change.
 _FORMAT = "2"
@@ -104,6 +104,11 @@ def read_arrays(name: str, folder: Path) -> Dataset:
     """
     with concerning(name), reading(f"arrays in {folder}", DataError):
         return _dataset(name, _read(folder))
+
+
+def parts_of(dataset: Dataset) -> Decoded:
+    """The parts of a data set of images that are stored."""
+    return dataset.train, dataset.test, dataset.n_classes, dataset.class_names
 
 
 def _arrays(decoded: Decoded) -> list[np.ndarray]:

@@ -1,17 +1,23 @@
-"""Reads CIFAR-10 and CIFAR-100 as prepared by TensorFlow Datasets (array_record).
+"""Reads CIFAR-10 and CIFAR-100 from any of the forms in which they are published.
+
+These are the data of TensorFlow Datasets (array_record), the original archives, and the
+parquet files of Hugging Face.
 
 A folder `arrays` in the place of tfds's versions holds the same images as arrays (see
 `_cache.write_arrays`). It is for machines without tfds.
 """
 
+import functools
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dimat_jax.data._cache import Decoded, cached, read_arrays
+from dimat_jax.data._cifar_archives import ARCHIVES, decode_archive
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
@@ -19,6 +25,7 @@ from dimat_jax.data._dataset import (
     decode_image,
     make_split,
 )
+from dimat_jax.data._tables import parquet_files, parquet_split
 from dimat_jax.errors import reading
 
 __all__ = ["ARRAYS", "read"]
@@ -30,11 +37,12 @@ ARRAYS = "arrays"
 def read(
     directory: str | None, cache_dir: str | None, *, name: str, n_classes: int
 ) -> Dataset:
-    """Reads the newest prepared version of a data set. It never downloads.
+    """Reads a data set. It never downloads.
 
     Args:
-        directory: the data directory of tfds; None means `$TFDS_DATA_DIR` or
-            `~/tensorflow_datasets`.
+        directory: the data directory of tfds, whose newest prepared version is read; or
+            the folder of an original archive or of parquet files, or an archive itself.
+            None means `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
         cache_dir: the folder of the cache, as for `cached`.
         name: the name of the data set in tfds.
         n_classes: the number of its classes.
@@ -48,7 +56,9 @@ def read(
         return read_arrays(name, root / ARRAYS)
     prepare = (
         "prepare it with `pip install 'dimat_jax[prepare]'` and "
-        f"`tfds build {name} --file_format=array_record --data_dir={root.parent}`"
+        f"`tfds build {name} --file_format=array_record --data_dir={root.parent}`, or "
+        f"put {' or '.join(ARCHIVES[name])} or Hugging Face's parquet files into "
+        f"{root.parent}"
     )
     versions = [
         path.parent
@@ -56,6 +66,10 @@ def read(
         if re.fullmatch(r"\d+\.\d+\.\d+", path.parent.name)  # not "3.0.2.incomplete"
     ]
     if not versions:
+        other = _archive(root, n_classes) or _parquet(root, n_classes)
+        if other is not None:
+            files, decode = other
+            return cached(name, files[0].parent, files, cache_dir, decode)
         raise DataError(f"{name}: no {root}/<version>/dataset_info.json; {prepare}")
     folder = max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
     files = sorted(folder.glob(f"{name}-*.array_record*"))
@@ -77,6 +91,39 @@ def read(
 
     sources = [*files, *filter(Path.is_file, [names])]
     return cached(name, root, sources, cache_dir, decode)
+
+
+_Reader = tuple[list[Path], Callable[[], Decoded]]
+"""The files of a data set, in one folder, and the function that decodes them."""
+
+
+def _archive(root: Path, n_classes: int) -> _Reader | None:
+    """The archive in a data directory, or the data directory if it is one itself."""
+    name, parent = root.name, root.parent
+    found = [parent / archive for archive in ARCHIVES[name]]
+    if parent.name in ARCHIVES[name]:
+        found = [parent]
+    for path in filter(Path.is_file, found):
+        return [path], functools.partial(decode_archive, path, name, n_classes)
+    return None
+
+
+def _parquet(root: Path, n_classes: int) -> _Reader | None:
+    """The parquet files in a data directory, or in its folder for this data set."""
+    label = ("label",) if n_classes == 10 else ("fine_label",)
+    for folder in (root, root.parent):
+        splits = parquet_files(folder) if folder.is_dir() else {}
+        if {"train", "test"} <= splits.keys():
+            break
+    else:
+        return None
+
+    def decode() -> Decoded:
+        train, names = parquet_split(splits["train"], label)
+        test, _ = parquet_split(splits["test"], label)
+        return train, test, n_classes, names
+
+    return [*splits["train"], *splits["test"]], decode
 
 
 def _class_names(path: Path, n_classes: int) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""Data sets, and how they are made from decoded images."""
+"""Data sets, and how they are made from decoded images and other arrays."""
 
 import hashlib
 import io
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int, Int32, UInt8
+from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
 from PIL import Image
 
 from dimat_jax.errors import UserError, reading
@@ -15,6 +15,7 @@ from dimat_jax.errors import UserError, reading
 __all__ = [
     "DataError",
     "Dataset",
+    "Signature",
     "Split",
     "choose",
     "decode_image",
@@ -22,6 +23,8 @@ __all__ = [
     "is_every_fifth",
     "make_split",
     "mean_std",
+    "normalised",
+    "stored",
 ]
 
 
@@ -29,12 +32,36 @@ class Split(NamedTuple):
     """A part of a data set. Its arrays are read-only.
 
     Attributes:
-        images: the pixels as stored.
-        labels: the classes of the images, counted from 0.
+        images: the inputs. uint8[samples, height, width, channels] are the pixels of
+            images as stored. Inputs of any other shape are float32 (features, time
+            series, images with other than whole pixels) or int32 (tokens).
+        labels: the classes of the inputs, counted from 0.
     """
 
-    images: UInt8[np.ndarray, "samples height width channels"]
+    images: Shaped[np.ndarray, "samples ..."]
     labels: Int32[np.ndarray, " samples"]
+
+
+class Signature(NamedTuple):
+    """What a model must know of a data set to be built.
+
+    Attributes:
+        name: the name of the data set.
+        input_shape: the shape of one input.
+        input_dtype: the dtype of the inputs that the model gets: "float32", or "int32"
+            for tokens.
+        n_classes: the number of classes.
+    """
+
+    name: str
+    input_shape: tuple[int, ...]
+    input_dtype: str
+    n_classes: int
+
+    @property
+    def has_images(self) -> bool:
+        """Whether an input is an image, [height, width, channels]."""
+        return len(self.input_shape) == 3 and self.input_dtype == "float32"
 
 
 class Dataset(NamedTuple):
@@ -42,12 +69,14 @@ class Dataset(NamedTuple):
 
     Attributes:
         name: the name of the data set.
-        train: the images for training.
+        train: the images (or other inputs) for training.
         test: the images for testing.
         n_classes: the number of classes.
-        mean: the mean of each channel over the full training split, in the units of the
-            stored pixels: 0 to 255, or 0 to 16 for the digits.
-        std: the standard deviation of each channel, as `mean`.
+        mean: what is subtracted from each channel, which is the last axis of an input.
+            For images it is the mean over the full training split, in the units of the
+            stored pixels: 0 to 255, or 0 to 16 for the digits. Tokens are not
+            normalised; their `mean` and `std` are empty.
+        std: what each channel is divided by, as `mean`.
         class_names: the name of each class; None if the source does not have them.
     """
 
@@ -59,17 +88,30 @@ class Dataset(NamedTuple):
     std: Float32[np.ndarray, " channels"]
     class_names: tuple[str, ...] | None = None
 
+    @property
+    def signature(self) -> Signature:
+        """What a model must know of this data set."""
+        dtype = "int32" if self.train.images.dtype == np.int32 else "float32"
+        shape = self.train.images.shape[1:]
+        return Signature(self.name, shape, dtype, self.n_classes)
+
 
 class DataError(UserError):
     """A data set is unknown, missing, malformed or too small."""
 
 
 def make_split(images: np.ndarray, labels: Int[np.ndarray, " samples"]) -> Split:
-    """Makes a split of pixels (0 to 255) and classes of any dtypes.
+    """Makes a split of inputs and classes.
 
-    If `images` is uint8 already, it is not copied but becomes read-only itself.
+    Args:
+        images: the inputs of any numeric dtype; see `stored`. If their dtype stays as
+            it is, they are not copied but become read-only themselves.
+        labels: the classes, whole numbers of any dtype.
+
+    Raises:
+        DataError: the inputs are no numbers, or do not fit their dtype.
     """
-    split = Split(images.astype(np.uint8, copy=False), labels.astype(np.int32))
+    split = Split(stored(images), labels.astype(np.int32))
     # Arrays from the cache are read-only. So these are, too: otherwise a write would
     # fail only if the cache was used.
     for array in split:
@@ -77,10 +119,64 @@ def make_split(images: np.ndarray, labels: Int[np.ndarray, " samples"]) -> Split
     return split
 
 
+def stored(inputs: np.ndarray) -> Shaped[np.ndarray, "samples ..."]:
+    """Gives inputs the dtype in which they are kept.
+
+    uint8 stays uint8: pixels of images. Other whole numbers become int32: tokens.
+    All else becomes float32, and its values stay as they are.
+
+    Raises:
+        DataError: the inputs are no numbers, or do not fit their dtype.
+    """
+    kind = inputs.dtype.kind
+    if kind not in "uifb":
+        raise DataError(f"inputs must be numbers, got an array of {inputs.dtype}")
+    if inputs.dtype == np.uint8:
+        return inputs
+    if kind in "ui":
+        limits = np.iinfo(np.int32)
+        if inputs.size and not (
+            limits.min <= inputs.min() and inputs.max() <= limits.max
+        ):
+            raise DataError(
+                f"whole numbers must fit int32, got {inputs.min()} to {inputs.max()}"
+            )
+        return inputs.astype(np.int32, copy=False)
+    with np.errstate(over="ignore"):  # infinite values are refused with their place
+        return inputs.astype(np.float32, copy=False)
+
+
+def normalised(
+    dataset: Dataset, inputs: Shaped[np.ndarray, "samples ..."]
+) -> Shaped[np.ndarray, "samples ..."]:
+    """Normalises inputs of a data set on the host, as the devices do."""
+    if inputs.dtype == np.int32:
+        return inputs
+    return (inputs.astype(np.float32) - dataset.mean) / dataset.std
+
+
 def mean_std(
-    images: UInt8[np.ndarray, "samples height width channels"],
+    images: Shaped[np.ndarray, "samples ..."],
 ) -> tuple[Float32[np.ndarray, " channels"], Float32[np.ndarray, " channels"]]:
-    """Computes the mean and the (population) standard deviation of each channel."""
+    """Computes the mean and the (population) standard deviation of each channel.
+
+    Channels are the last axis. A float channel that is constant has the deviation 1.
+    Tokens (int32) are not normalised: their statistics are empty.
+    """
+    if images.dtype == np.uint8:
+        return _pixels_mean_std(images)
+    if images.dtype.kind in "ui":
+        return np.zeros(0, np.float32), np.zeros(0, np.float32)
+    axes = tuple(range(images.ndim - 1))
+    is_constant = (images == images.reshape(-1, images.shape[-1])[0]).all(axes)
+    with np.errstate(invalid="ignore"):  # infinite values are refused with their place
+        mean, std = images.mean(axes, np.float64), images.std(axes, np.float64)
+    return mean.astype(np.float32), np.where(is_constant, 1, std).astype(np.float32)
+
+
+def _pixels_mean_std(
+    images: UInt8[np.ndarray, "samples ... channels"],
+) -> tuple[Float32[np.ndarray, " channels"], Float32[np.ndarray, " channels"]]:
     total = squares = np.zeros(images.shape[-1])
     # The images are converted in parts, because float64 takes 8 times their memory.
     for start in range(0, len(images), 1000):

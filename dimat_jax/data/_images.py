@@ -12,6 +12,8 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from dimat_jax.data._arrays import TESTS, expect_path, make_dataset, npz_arrays
+from dimat_jax.data._cache import cached, parts_of
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
@@ -21,13 +23,12 @@ from dimat_jax.data._dataset import (
     make_split,
     mean_std,
 )
+from dimat_jax.data._decoding import decode_all, with_equal_channels
 from dimat_jax.errors import reading
 
-__all__ = ["Form", "read_images"]
+__all__ = ["Form", "read_folder", "read_images"]
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-# The names that folders and arrays of the images for testing have.
-_TESTS = ("test", "val", "validation")
 # The images of most data sets have less than this many pixels. Larger ones may be
 # attacks that fill the memory.
 _MOST_PIXELS = 2**28
@@ -120,9 +121,9 @@ def _read(images: _Labelled, size: int, what: str, seed: list[int]) -> Split:
 def _halves(splits: dict[str, _Labelled]) -> tuple[_Labelled, _Labelled]:
     """The images for training and for testing."""
     if "train" in splits:
-        test = next((splits[name] for name in _TESTS if name in splits), None)
+        test = next((splits[name] for name in TESTS if name in splits), None)
         if test is None:
-            raise DataError(f"there is 'train', but none of {', '.join(_TESTS)}")
+            raise DataError(f"there is 'train', but none of {', '.join(TESTS)}")
         return splits["train"], test
     labels, read = splits["all"]
     is_test = is_every_fifth(labels)
@@ -156,9 +157,41 @@ def _statistics(form: Form, train: Split) -> tuple[np.ndarray, np.ndarray]:
 # Folders ==============================================================================
 
 
-def _folder(root: Path, form: Form) -> tuple[tuple[str, ...], dict[str, _Labelled]]:
+def read_folder(directory: str | None, cache_dir: str | None) -> Dataset:
+    """A folder of images of one size: a folder for each class, or train and test.
+
+    Raises:
+        DataError: the folder is missing, or some images cannot be read.
+    """
+    root = expect_path(directory, "a folder that holds a folder of images per class")
+    if not root.is_dir():
+        raise DataError(f"{root} is no folder")
+    names, found = _listing(root)
+    test = next((found[name] for name in TESTS if name in found), None)
+    pairs = [found.get("train") or found["all"], *([test] if test else [])]
+
+    def arrays(files: Sequence[Path], labels: np.ndarray) -> tuple:
+        images = decode_all(
+            len(files), lambda i: files[i].read_bytes(), lambda i: str(files[i])
+        )
+        return images, labels
+
+    def make() -> Dataset:
+        decoded = with_equal_channels([arrays(*pair) for pair in pairs])
+        return make_dataset("image_folder", *decoded, class_names=names)
+
+    files = [file for pair in pairs for file in pair[0]]
+    return cached("image_folder", root, files, cache_dir, lambda: parts_of(make()))
+
+
+_Listing = dict[str, tuple[list[Path], Int[np.ndarray, " samples"]]]
+"""The files of images and their classes, by split."""
+
+
+def _listing(root: Path) -> tuple[tuple[str, ...], _Listing]:
+    """Finds the names of the classes, and the images of each split."""
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    roots = {path.name: path for path in folders if path.name in ("train", *_TESTS)}
+    roots = {path.name: path for path in folders if path.name in ("train", *TESTS)}
     if "train" not in roots:
         roots = {"all": root}
     names, splits = (), {}
@@ -178,8 +211,16 @@ def _folder(root: Path, form: Form) -> tuple[tuple[str, ...], dict[str, _Labelle
                 f"{folder} holds no folders with images, one for each class"
             )
         labels = np.array([label for _, label in files], np.int32)
-        splits[split] = _Labelled(labels, _reader([file for file, _ in files], form))
+        splits[split] = [file for file, _ in files], labels
     return names, splits
+
+
+def _folder(root: Path, form: Form) -> tuple[tuple[str, ...], dict[str, _Labelled]]:
+    names, found = _listing(root)
+    return names, {
+        split: _Labelled(labels, _reader(files, form))
+        for split, (files, labels) in found.items()
+    }
 
 
 def _reader(files: Sequence[Path], form: Form) -> Callable[[np.ndarray], np.ndarray]:
@@ -223,23 +264,9 @@ def _formed(image: Image.Image, form: Form) -> np.ndarray:
 
 
 def _npz(path: Path, form: Form) -> dict[str, _Labelled]:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    names = {"all": ""} if "images" in arrays else {}
-    names |= {
-        name: f"{name}_" for name in ("train", *_TESTS) if f"{name}_images" in arrays
-    }
-    if not names:
-        raise DataError(
-            "it holds no array images or train_images, but "
-            f"{', '.join(sorted(arrays)) or 'none'}"
-        )
     splits = {}
-    for split, prefix in names.items():
-        images = arrays[f"{prefix}images"]
-        labels = arrays.get(f"{prefix}labels")
-        if labels is None:
-            raise DataError(f"it holds no array {prefix}labels")
+    for split, (images, labels) in npz_arrays(path).items():
+        prefix = "" if split == "all" else f"{split}_"
         labels = labels.reshape(len(labels), -1)
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
             raise DataError(

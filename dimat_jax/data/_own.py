@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int32, Key, Shaped
 
 from dimat_jax._slots import per_device, slots_of_devices
 from dimat_jax.data.pipeline import (
@@ -81,14 +81,14 @@ class OwnPool(NamedTuple):
     """The images of each device's own agents. Only this device holds them.
 
     Attributes:
-        images: the pixels as stored. Black images fill up the devices that hold fewer
-            images than others.
+        images: the pixels as stored, or other inputs. Zeros fill up the devices that
+            hold fewer images than others.
         labels: the classes of the images.
         mean: the mean of each channel, as of `Pool`.
         std: the standard deviation of each channel, as of `Pool`.
     """
 
-    images: UInt8[Array, "devices samples height width channels"]
+    images: Shaped[Array, "devices samples ..."]
     labels: Int32[Array, "devices samples"]
     mean: Float[Array, " channels"]
     std: Float[Array, " channels"]

@@ -1,9 +1,9 @@
 """Turns lists of indices into batches on the devices.
 
-The devices hold images as they are stored (uint8): every device holds the training
-images of the agents that live there, and a copy of the images that all agents share.
-The examples for training, matching and evaluation are lists of indices into these
-images. The lists are drawn on the host from seeds. Gathering, normalising and
+The devices hold inputs as they are stored (images as uint8): every device holds the
+training inputs of the agents that live there, and a copy of those that all share. The
+examples for training, matching and evaluation are lists of indices into these inputs.
+The lists are drawn on the host from seeds. Gathering, normalising and
 augmenting run inside of the jitted step.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int32, Key, Shaped
 
 from dimat_jax.data._small_shards import SMALL_SHARDS, WAYS
 from dimat_jax.data.sources import Split
@@ -42,13 +42,15 @@ __all__ = [
 FLIP = Option(
     "augmentation.flip",
     False,
-    "Whether training images are mirrored left to right with probability 1/2.",
+    "Whether training images are mirrored left to right with probability 1/2. Inputs "
+    "that are no images are refused.",
 )
 PAD = Option(
     "augmentation.pad",
     0,
     "The number of black pixels that are added on every side of a training image "
-    "before it is cropped at random to its old size.",
+    "before it is cropped at random to its old size. Inputs that are no images are "
+    "refused.",
     at_least=0,
     unit="pixels",
 )
@@ -58,12 +60,12 @@ class Batch(NamedTuple):
     """Examples of one agent. For stacked agents every field has another leading axis.
 
     Attributes:
-        inputs: normalised images, float32.
+        inputs: normalised images or other inputs, float32; or tokens, int32.
         labels: the classes of the images.
         mask: False for entries that only fill up the batch and must not count.
     """
 
-    inputs: Float[Array, "batch height width channels"]
+    inputs: Shaped[Array, "batch ..."]
     labels: Int32[Array, " batch"]
     mask: Bool[Array, " batch"]
 
@@ -72,13 +74,13 @@ class Pool(NamedTuple):
     """Images that all agents share, of which every device holds a copy.
 
     Attributes:
-        images: the pixels as stored.
+        images: the pixels as stored, or other inputs; see `sources.Split`.
         labels: the classes of the images.
         mean: the mean of each channel, subtracted for normalisation.
         std: the standard deviation of each channel, the divisor of normalisation.
     """
 
-    images: UInt8[Array, "samples height width channels"]
+    images: Shaped[Array, "samples ..."]
     labels: Int32[Array, " samples"]
     mean: Float[Array, " channels"]
     std: Float[Array, " channels"]
@@ -125,24 +127,30 @@ def load(
 
 
 def normalised(
-    images: UInt8[Array, "batch height width channels"],
+    images: Shaped[Array, "batch ..."],
     mean: Float[Array, " channels"],
     std: Float[Array, " channels"],
     key: Key[Array, ""] | None,
     augmentation: Augmentation,
-) -> Float[Array, "batch height width channels"]:
-    """Augments images, if there is a key, and normalises them."""
-    if key is not None:
+) -> Shaped[Array, "batch ..."]:
+    """Augments images, if there is a key, and normalises their channels.
+
+    Tokens (int32) stay as they are.
+    """
+    if images.dtype == jnp.int32:
+        return images
+    if key is not None and augmentation != NO_AUGMENTATION:
         images = _augment(images, augmentation, key)
-    mean, std = (x.reshape(1, 1, 1, -1) for x in (mean, std))
+    channels = (1,) * (images.ndim - 1) + (-1,)
+    mean, std = (x.reshape(channels) for x in (mean, std))
     return (images.astype(jnp.float32) - mean) / std
 
 
 def _augment(
-    images: UInt8[Array, "batch height width channels"],
+    images: Shaped[Array, "batch height width channels"],
     augmentation: Augmentation,
     key: Key[Array, ""],
-) -> UInt8[Array, "batch height width channels"]:
+) -> Shaped[Array, "batch height width channels"]:
     """Flips and shifts images by indexing. Pixels outside of an image are black."""
     size, height, width, _ = images.shape
     flip_key, row_key, column_key = jax.random.split(key, 3)
@@ -154,8 +162,6 @@ def _augment(
     if pad := augmentation.pad:
         rows = rows + jax.random.randint(row_key, (size, 1), -pad, pad + 1)
         columns = columns + jax.random.randint(column_key, (size, 1), -pad, pad + 1)
-    if not augmentation.flip and not pad:
-        return images
     rows = jnp.broadcast_to(rows, (size, height))
     columns = jnp.broadcast_to(columns, (size, width))
     inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]

@@ -1,8 +1,8 @@
-"""Data sets of labelled images as NumPy arrays, decoded once and cached.
+"""Data sets of labelled images or other inputs as NumPy arrays.
 
 `load("cifar100")` returns a `Dataset`: raw uint8 pixels and int32 labels, with the
-training split's own mean and standard deviation. The code here downloads no files, and
-needs neither TensorFlow nor JAX.
+training split's own mean and standard deviation. Images are decoded once and cached.
+The code here downloads no files, and needs neither TensorFlow nor JAX.
 
 A new data set is a function of `(directory, cache_dir)` with a record in `SOURCES`, at
 the foot of this file.
@@ -14,10 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from dimat_jax.data import _cifar, _tiny_imagenet
+from dimat_jax.data import (
+    _arrays,
+    _cifar,
+    _images,
+    _mnist,
+    _tables,
+    _tiny_imagenet,
+)
+from dimat_jax.data._arrays import make_dataset
+from dimat_jax.data._checks import check
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
+    Signature,
     Split,
     choose,
     is_every_fifth,
@@ -28,12 +38,17 @@ from dimat_jax.errors import nearest, reading
 from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
+    "CACHE_DIRECTORY",
+    "DIRECTORY",
     "SOURCE",
     "SOURCES",
     "DataError",
     "Dataset",
+    "Signature",
+    "Source",
     "Split",
     "load",
+    "make_dataset",
     "make_split",
     "mean_std",
     "read",
@@ -43,8 +58,9 @@ __all__ = [
 DIRECTORY = Option(
     "data.dir",
     "",
-    "The folder that holds the data set's files. For CIFAR it is tfds's data folder; "
-    "for Tiny ImageNet it is the authors' zip, the unpacked folder, or a folder that "
+    "The folder that holds the data set's files, or the file itself. For CIFAR it is "
+    "tfds's data folder, or the folder of the authors' archive or of parquet files. "
+    "For Tiny ImageNet it is the authors' zip, the unpacked folder, or a folder that "
     "holds either.",
     empty="the folder where tfds keeps its data sets",
     changes_results=False,
@@ -87,9 +103,10 @@ def load(
 
     Args:
         name: a key of `SOURCES`.
-        directory: the folder of the data. For CIFAR it is tfds's data folder (None:
-            tfds's own default); for Tiny ImageNet it is the authors' zip, the unpacked
-            folder, or a folder that holds either. Other data sets need no folder.
+        directory: the folder of the data, or their file. For CIFAR it is tfds's data
+            folder (None: tfds's own default), or the folder of the authors' archive or
+            of parquet files; for Tiny ImageNet it is the authors' zip, the unpacked
+            folder, or a folder that holds either.
         cache_dir: the folder where decoded arrays are kept; None means
             `$XDG_CACHE_HOME/dimat_jax` or `~/.cache/dimat_jax`.
         train_size: the number of training samples to keep, equally many of each class
@@ -119,7 +136,7 @@ def read(
     where = f"the data in {directory}" if directory else "the data"
     with reading(f"{name}: {where}", DataError):
         dataset = SOURCES[name](directory, cache_dir)
-        _check(dataset)
+        check(dataset, SOURCES[name].signature)
     return dataset
 
 
@@ -136,42 +153,6 @@ def select(
         train=_subset(dataset.train, train_size, f"{name}: train_size", [seed, 0]),
         test=_subset(dataset.test, test_size, f"{name}: test_size", [seed, 1]),
     )
-
-
-def _check(dataset: Dataset) -> None:
-    """Refuses data that no agent could train on."""
-    for name, split in (("training", dataset.train), ("test", dataset.test)):
-        n_images, n_labels = len(split.images), len(split.labels)
-        if n_images != n_labels or not n_labels:
-            raise DataError(
-                f"{dataset.name}: there are {n_images} {name} images and {n_labels} "
-                "labels"
-            )
-        least, most = int(split.labels.min()), int(split.labels.max())
-        if least < 0 or most >= dataset.n_classes:
-            raise DataError(
-                f"{dataset.name}: {name} labels reach from {least} to {most}, but the "
-                f"classes are 0 to {dataset.n_classes - 1}"
-            )
-        found, expected = split.images.shape[1:], SOURCES[dataset.name].image_shape
-        if found != expected:
-            raise DataError(
-                f"{dataset.name}: {name} images are of shape {found}, expected "
-                f"{expected}"
-            )
-    n_channels = SOURCES[dataset.name].image_shape[-1]
-    for name, values in (("means", dataset.mean), ("deviations", dataset.std)):
-        if values.shape != (n_channels,) or not np.isfinite(values).all():
-            raise DataError(
-                f"{dataset.name}: the {name} of the channels are {values.tolist()}; "
-                f"expected {n_channels} finite number(s)"
-            )
-    names = dataset.class_names
-    if names is not None and len(names) != dataset.n_classes:
-        raise DataError(
-            f"{dataset.name}: there are {len(names)} names of {dataset.n_classes} "
-            "classes"
-        )
 
 
 def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split:
@@ -224,13 +205,26 @@ _FILES = (DIRECTORY, CACHE_DIRECTORY)
 class Source(Record[Dataset]):
     """A data set that a config can name.
 
+    A source may declare what its inputs are. Then a config is checked without its data.
+
     Attributes:
-        image_shape: the shape of an image.
-        n_classes: the number of classes, unless a copy of the data set has fewer.
+        image_shape: the shape of an image, or of another input. None: the data tell it.
+        n_classes: the number of classes, unless a copy of the data set has fewer. None:
+            the data tell it.
+        input_dtype: the dtype of the inputs that a model gets: "float32", or "int32"
+            for tokens.
     """
 
-    image_shape: tuple[int, int, int]
-    n_classes: int
+    image_shape: tuple[int, ...] | None = None
+    n_classes: int | None = None
+    input_dtype: str = "float32"
+
+    @property
+    def signature(self) -> Signature | None:
+        """What a model must know of the data set; None if the data tell it."""
+        if self.image_shape is None or self.n_classes is None:
+            return None
+        return Signature(self.name, self.image_shape, self.input_dtype, self.n_classes)
 
 
 SOURCES: Registry[Source] = registry(
@@ -239,7 +233,8 @@ SOURCES: Registry[Source] = registry(
         "cifar10",
         functools.partial(_cifar.read, name="cifar10", n_classes=10),
         leads_to=_FILES,
-        summary="CIFAR-10, as tfds prepares it: 60,000 images of 32x32 pixels.",
+        summary="CIFAR-10, 60,000 images of 32x32 pixels: as tfds prepares it, in the "
+        "authors' archives, or as parquet files.",
         image_shape=(32, 32, 3),
         n_classes=10,
     ),
@@ -247,7 +242,8 @@ SOURCES: Registry[Source] = registry(
         "cifar100",
         functools.partial(_cifar.read, name="cifar100", n_classes=100),
         leads_to=_FILES,
-        summary="CIFAR-100, as tfds prepares it: 60,000 images of 32x32 pixels.",
+        summary="CIFAR-100, 60,000 images of 32x32 pixels: as tfds prepares it, in the "
+        "authors' archives, or as parquet files.",
         image_shape=(32, 32, 3),
         n_classes=100,
     ),
@@ -258,6 +254,10 @@ SOURCES: Registry[Source] = registry(
         image_shape=(64, 64, 3),
         n_classes=200,
     ),
+    Source("image_folder", _images.read_folder, leads_to=_FILES),
+    Source("npz", _arrays.read_npz, leads_to=_FILES[:1]),
+    Source("huggingface", _tables.read_huggingface, leads_to=_FILES),
+    Source("mnist_5k", _mnist.read, image_shape=(28, 28, 1), n_classes=10),
     Source("random", _random, image_shape=(32, 32, 3), n_classes=100),
     kind=Source,
 )

@@ -42,6 +42,7 @@ class OwnModel(ABC):
         n_classes: the number of logits.
         arguments: the further arguments of `build` that the config gives.
         input_shape: the shape of one input; () if it is not known yet.
+        input_dtype: the dtype of the inputs: "float32", or "int32" for tokens.
         permutes: whether the model's symmetry is wanted. If not, `symmetry` is one that
             permutes nothing.
     """
@@ -51,6 +52,7 @@ class OwnModel(ABC):
     n_classes: int
     arguments: Mapping[str, Any]
     input_shape: tuple[int, ...] = ()
+    input_dtype: str = "float32"
     permutes: bool = True
 
     def make(self, **further: Any) -> Any:
@@ -169,6 +171,8 @@ class OwnModel(ABC):
             return self.train_forward(variables, inputs, mask, key)
 
         inputs = jax.random.normal(key, (_BATCH, *self.input_shape))
+        # Tokens are all 0 here, because other numbers may be out of a vocabulary.
+        inputs = inputs if self.input_dtype == "float32" else self._zeros(_BATCH)
         variables = jax.jit(self.init)(key, inputs[:1])
         given = inputs, jnp.ones(_BATCH, bool)
         measure = merge.batch_statistics(forward, variables, given)
@@ -197,7 +201,7 @@ class OwnModel(ABC):
         return dataclasses.replace(self, arguments=arguments)
 
     def _zeros(self, n: int) -> Array:
-        return jnp.zeros((n, *self.input_shape), jnp.float32)
+        return jnp.zeros((n, *self.input_shape), self.input_dtype)
 
 
 def expect_module(name: str, module: Any, kind: type, called: str) -> None:

@@ -35,6 +35,7 @@ class SavedModel(NamedTuple):
         data: the name of the data set whose mean and standard deviation normalise the
             inputs, or None if it is not known.
         variables: the variables, {"params": ..., ...}.
+        input_dtype: the dtype of an example: "float32", or "int32" for tokens.
     """
 
     name: str
@@ -42,11 +43,13 @@ class SavedModel(NamedTuple):
     input_shape: tuple[int, ...]
     data: str | None
     variables: PyTree
+    input_dtype: str = "float32"
 
     @property
     def module(self) -> classifier.Model:
         """The model that the variables belong to."""
-        return classifier.for_inputs(build(self.name, self.arguments), self.input_shape)
+        model = build(self.name, self.arguments)
+        return classifier.for_inputs(model, self.input_shape, self.input_dtype)
 
 
 def build(name: str, arguments: dict[str, Any]) -> classifier.Model:
@@ -145,7 +148,7 @@ def load(directory: str | os.PathLike[str]) -> SavedModel:
 
 def _abstract(model: SavedModel) -> PyTree:
     """The shapes and dtypes of the architecture's variables."""
-    inputs = jax.ShapeDtypeStruct((1, *model.input_shape), jnp.float32)
+    inputs = jax.ShapeDtypeStruct((1, *model.input_shape), model.input_dtype)
     module = model.module
     return jax.eval_shape(
         lambda key, x: classifier.init(module, key, x), jax.random.key(0), inputs

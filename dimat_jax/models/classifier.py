@@ -48,18 +48,25 @@ Model = nn.Module | OwnModel
 
 
 def for_inputs(
-    model: Model, input_shape: tuple[int, ...], *, permutes: bool = True
+    model: Model,
+    input_shape: tuple[int, ...],
+    input_dtype: str = "float32",
+    *,
+    permutes: bool = True,
 ) -> Model:
     """Tells the model of a user what its inputs are. Bundled modules need not know.
 
     Args:
         model: the model.
         input_shape: the shape of one input.
+        input_dtype: the dtype of the inputs: "float32", or "int32" for tokens.
         permutes: whether the model's permutation symmetry is wanted; see `OwnModel`.
     """
     if not isinstance(model, OwnModel):
         return model
-    return dataclasses.replace(model, input_shape=input_shape, permutes=permutes)
+    return dataclasses.replace(
+        model, input_shape=input_shape, input_dtype=input_dtype, permutes=permutes
+    )
 
 
 def init(model: Model, key: Key[Array, ""], inputs: ArrayLike) -> PyTree:

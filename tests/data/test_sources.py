@@ -117,8 +117,8 @@ def test_a_size_out_of_range_is_refused(sizes, message):
 
 def test_an_unknown_name_gets_the_nearest_and_all():
     message = (
-        r"'cifar-100'; allowed: cifar10, cifar100, digits, random, tiny_imagenet; "
-        r"did you mean 'cifar100'"
+        r"'cifar-100'; allowed: cifar10, cifar100, digits, huggingface, image_folder, "
+        r"mnist_5k, npz, random, tiny_imagenet; did you mean 'cifar100'"
     )
     with pytest.raises(DataError, match=message):
         load("cifar-100")
@@ -519,7 +519,12 @@ def test_an_encrypted_zip_is_refused(tiny, tmp_path):
     ("field", "array", "message"),
     [
         ("train_labels", np.full(6, 1000, np.int32), "labels reach from 1000 to 1000"),
-        ("train_labels", np.full(6, -1, np.int32), "labels reach from -1 to -1"),
+        (
+            "train_labels",
+            np.array([0, 1, -1, -1, 2, 3], np.int32),
+            "training labels reach from -1 to 3, but the classes are 0 to 9; the first "
+            "bad one is label 2",
+        ),
         ("train_labels", np.zeros(3, np.int32), "images and 3 labels"),
         ("train_images", np.zeros((6, 8, 8, 3), np.uint8), "expected (32, 32, 3)"),
         ("n_classes", np.array(-5), "the classes are 0 to -6"),
@@ -533,12 +538,14 @@ def test_an_encrypted_zip_is_refused(tiny, tmp_path):
         ("test_labels", np.array(["a"] * 6), "expected whole numbers with 1 axes"),
         ("mean", np.full(3, np.nan, np.float32), "the means of the channels are [nan,"),
         ("std", np.ones(7, np.float32), "expected 3 finite number(s)"),
+        ("std", np.array([1, 0, 1], np.float32), "all must be above 0"),
         ("class_names", np.array(["a", "b"]), "there are 2 names of 10 classes"),
         ("class_names", np.arange(10), "expected texts with 1 axes"),
     ],
 )
 def test_arrays_that_are_no_data_set_are_refused(tmp_path, field, array, message):
-    split = make_split(np.zeros((6, 32, 32, 3), np.uint8), np.arange(6))
+    images = np.arange(6 * 32 * 32 * 3, dtype=np.uint8).reshape(6, 32, 32, 3)
+    split = make_split(images, np.arange(6))
     folder = tmp_path / "cifar10" / "arrays"
     _cache.write_arrays(folder, (split, split, 10, None))
     np.save(folder / f"{field}.npy", array)
