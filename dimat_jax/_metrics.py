@@ -12,7 +12,6 @@ import gzip
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from absl import logging
 
 from dimat_jax._digests import DIGESTS, blake2b, sync, with_digest
 from dimat_jax._events import About, Events
+from dimat_jax._temporary import temporary
 from dimat_jax.errors import UserError, reading, writing
 
 __all__ = [
@@ -67,18 +67,17 @@ def write_json(
 
 def write_bytes(path: Path, content: bytes, lasting: bool = True) -> None:
     """Writes a whole file, or leaves the old one; see `write_json`."""
-    # Several processes may write the same file, such as one that runs share.
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+    unfinished = temporary(path)
     try:
-        with writing(path), temporary.open("wb") as file:
+        with writing(path), unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             if lasting:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            unfinished.unlink()
         raise
     if lasting:
         sync(path.parent)

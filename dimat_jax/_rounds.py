@@ -106,7 +106,11 @@ class Rounds:
             self._keep_frames(metrics.pop("frames", None))
             matching = metrics.pop("matching_bytes", None)
             progress.ledger.record_round(
-                self._messages, network, experiment.links.edges, matching
+                self._messages,
+                network,
+                experiment.links.edges,
+                matching,
+                experiment.links.senders(part.round),
             )
         return state, metrics
 

@@ -17,6 +17,10 @@ from dimat_jax.workdir import Results
 __all__ = ["RunLog", "TimeLeft"]
 
 
+# The entry of a row with the mean accuracy of the agents that a server has drawn.
+_OF_SAMPLED = "of_sampled"
+
+
 class RunLog:
     """Measures the agents of a run, writes rows, and prints a line for each.
 
@@ -79,6 +83,7 @@ class RunLog:
                 f"the test loss of agent(s) {agents} is not finite in round {number} "
                 f"(phase {phase!r})"
             )
+        metrics = {**metrics, **self._of_sampled(number, measures)}
         self._results.write(phase, number, measures, metrics)
         task = self._experiment.learnt
         name, words = f"test_{task.metric}", task.words
@@ -92,8 +97,30 @@ class RunLog:
             f"loss {measures['test_loss_mean']:.4f}, "
             f"consensus distance {measures['consensus_distance']:.3g}"
             + ("" if trained is None else f", training {words} {trained:.4f}")
+            + self._of_sampled_in_words(metrics)
             + left
         )
+
+    def _of_sampled(self, number: int, measures: dict[str, Any]) -> dict[str, float]:
+        """The metric of the agents that a server has drawn; empty if it draws none.
+
+        Right after the communication it is the metric of the server's model, which all
+        of these agents have. The other agents' models are old.
+        """
+        links = self._experiment.links
+        present = links.present(number)
+        if not links.faults.sampled or number == 0 or not present.any():
+            return {}
+        shown = self._experiment.learnt.shown
+        metric = np.asarray(measures[shown.field("")])[present]
+        return {shown.field(_OF_SAMPLED): float(metric.mean())}
+
+    def _of_sampled_in_words(self, metrics: dict[str, Any]) -> str:
+        shown = self._experiment.learnt.shown
+        value = metrics.get(shown.field(_OF_SAMPLED))
+        if value is None:
+            return ""
+        return f", test {shown.words} of the sampled agents {value:.4f}"
 
     def pretraining(
         self, epoch: int, metrics: dict[str, Any], variables: Variables

@@ -16,7 +16,9 @@ from tabulate import tabulate
 
 from dimat_jax._inputs import fields_of_run
 from dimat_jax._metrics import read_rows
+from dimat_jax._near_names import no_such_field
 from dimat_jax.algorithms import ALGORITHM
+from dimat_jax.config import field_paths
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.options import SEED, every
@@ -171,11 +173,13 @@ def tune(
             communication, and "end" the last one.
 
     Raises:
-        UserError: there are no runs or no validation images, the field has one value
-            only, the values of a line were not tried in the same cells with the same
-            seeds, or two runs have the same config.
+        UserError: there are no runs, no such field or no validation images, the field
+            has one value only, the values of a line were not tried in the same cells
+            with the same seeds, or two runs have the same config.
     """
     runs = _read(directories, at)
+    if field not in field_paths():
+        raise UserError(no_such_field(field, field_paths()))
     if len({run.fields[field] for run in runs if field in run.fields}) < 2:
         raise UserError(f"the runs have no different values of {field}")
     validation = {run.fields[VALIDATION.path] for run in runs}

@@ -18,7 +18,7 @@ from dimat_jax._chosen import (
 )
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
-from dimat_jax._division import check_samples, divide, load_data
+from dimat_jax._division import check_samples, divide, load_data, with_wrong_labels
 from dimat_jax._examples import Examples, draw_subset
 from dimat_jax._fields_together import build_model, check_data
 from dimat_jax._layout_choice import LayoutChoice, choose
@@ -158,11 +158,9 @@ class Experiment:
         self._holdings = Holdings(
             self.shards, pretrain_shards, placement=self.placement
         )
-        self._rows = self._holdings.rows(self.shards)
+        rows = self._rows = self._holdings.rows(self.shards)
         small = self._small_shards.name
-        self.sampler = Sampler(
-            self._rows, config.batch_size, self.seeds("order"), small
-        )
+        self.sampler = Sampler(rows, config.batch_size, self.seeds("order"), small)
         self.pretrain_sampler = Sampler(
             self._holdings.rows(pretrain_shards),
             config.pretrain.batch_size,
@@ -262,7 +260,8 @@ class Experiment:
     @cached_property
     def train_pool(self) -> OwnPool:
         """The training images, each on the device of the agent that owns it."""
-        return place_own_pool(self.dataset.train, *self._statistics, self._holdings)
+        train = with_wrong_labels(self.dataset, self.division, self._fields)
+        return place_own_pool(train, *self._statistics, self._holdings)
 
     @cached_property
     def evaluator(self) -> Evaluator:

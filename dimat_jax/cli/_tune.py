@@ -22,7 +22,11 @@ __all__ = ["COMMAND"]
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("field", LEARNING_RATE.path, "The field whose values compete.")
+    flags.DEFINE_string(
+        "field",
+        LEARNING_RATE.path,
+        "The field whose values compete; `dimat show options` lists all fields.",
+    )
     flags.DEFINE_enum(
         "at",
         "communication",

@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from dimat_jax.reports._curves import Chart, Curve, Line, chart
 from dimat_jax.reports._looks import look
 from dimat_jax.reports._runs import Runs
+from dimat_jax.reports._shown import ShownFigure
 
 __all__ = ["accuracy_figure", "bytes_figure", "captioned", "curves_figure", "finished"]
 
@@ -80,7 +81,7 @@ def curves_figure(
     content = chart(runs, measure, against)
     n_columns = min(len(content.panels), _MOST_BESIDE)
     n_rows = -(-len(content.panels) // n_columns)
-    fig = Figure(layout="constrained")
+    fig = ShownFigure(layout="constrained")
     axes = fig.subplots(n_rows, n_columns, sharex=True, squeeze=False)
     bands = content.has_bands and len(content.labels) <= _MOST_BANDS
     for axis, panel in zip(axes.flat, content.panels, strict=False):
