@@ -12,6 +12,7 @@ from dimat_jax.algorithms._merging import OPT_STATE, check_moments
 from dimat_jax.algorithms.record import INIT, INIT_FROM
 from dimat_jax.callbacks import check_callbacks
 from dimat_jax.compression import COMPRESSOR
+from dimat_jax.data._label_noise import LABEL_NOISE
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, ByClass
 from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
 from dimat_jax.data.sources import SOURCE, SOURCES, Signature
@@ -116,6 +117,11 @@ def _check_task(fields: Fields, data: Signature) -> None:
         raise ConfigError(
             f"config.{TASK.path} is {task.name!r}, which is for labels that are "
             f"{task.labels}, but those of {data.name} are {data.labels}"
+        )
+    if fields[LABEL_NOISE.path] and data.labels != "classes":
+        raise ConfigError(
+            f"config.{LABEL_NOISE.path} is {fields[LABEL_NOISE.path]}, but it changes "
+            f"classes, and the labels of {data.name} are {data.labels}"
         )
     for option in (PARTITION, PRETRAIN_PARTITION):
         entry = option.entry(fields[option.path])

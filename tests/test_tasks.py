@@ -253,6 +253,7 @@ def text_config(**fields):
         ({"data.name": "digits"}, "labels that are tokens, but those of digits are"),
         ({"data.partition": "by_class"}, "splits examples by their classes"),
         ({"pretrain.partition": "dirichlet"}, "splits examples by their classes"),
+        ({"data.label_noise": 0.1}, "it changes classes, and the labels of text"),
         ({"model.depth": 0}, "depth"),
     ],
 )

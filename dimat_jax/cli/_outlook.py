@@ -103,7 +103,8 @@ def _experiment(config: Config) -> tuple[Experiment, str]:
         if _can_be_read(config):
             raise  # The config asks for what the data do not have.
         source = SOURCES[config.data.name]
-        form = Form(source.n_classes, source.image_shape, [1] * config.agents)
+        sizes = [1] * config.agents
+        form = Form(source.n_classes, source.image_shape, sizes, source.input_dtype)
         return ExperimentWithoutData(config, form, str(error)), str(error)
 
 
@@ -150,7 +151,7 @@ def _data(subject: _Subject) -> Iterator[str]:
     yield (
         f"{config.data.name}: {len(dataset.train.labels)} training and "
         f"{len(dataset.test.labels)} test samples of {shape}, in "
-        f"{experiment.n_classes} classes"
+        f"{experiment.n_classes} {dataset.labels}"
     )
     division = experiment.division
     kept_back = sum(map(len, division.validation)), len(division.held_out)
@@ -174,7 +175,7 @@ def _agents(subject: _Subject) -> Iterator[str]:
         return
     yield f"partition {config.data.partition}:"
     if n_agents <= _MOST_LISTED:
-        counts = class_counts(experiment.dataset.train.labels, experiment.shards)
+        counts = class_counts(experiment.dataset.train.classes, experiment.shards)
         yield table(counts)
     else:
         sizes = sorted(map(len, experiment.shards))
