@@ -133,8 +133,13 @@ def restore_rows(workdir: Path, saved: bytes) -> None:
     write_bytes(workdir / _ROWS, text)
 
 
-def best_rows(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
-    """Finds the best round by the agents' mean accuracy on a split.
+def best_rows(
+    rows: list[dict[str, Any]],
+    split: str,
+    metric: str = "accuracy",
+    better: str = "larger",
+) -> dict[str, dict[str, Any]]:
+    """Finds the best round by the agents' mean metric on a split.
 
     The test images must not choose the round whose test accuracy is reported, so a run
     without a validation split has no best round.
@@ -142,17 +147,20 @@ def best_rows(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, Any
     Args:
         rows: the rows of a run.
         split: the name of the split that chooses: "validation".
+        metric: the name of the metric, as "accuracy".
+        better: whether "larger" or "smaller" values of it are better.
 
     Returns:
         "best_merged" and "best_trained": the best row of each phase of a round, the
-        earliest of equally good ones. It is empty if no row has the split's accuracy.
+        earliest of equally good ones. It is empty if no row has the split's metric.
     """
-    field, best = f"{split}_accuracy_mean", {}
+    field, best = f"{split}_{metric}_mean", {}
+    sign = 1 if better == "larger" else -1
     for row in rows:
-        name, accuracy = f"best_{row['phase']}", row.get(field)
-        if row["phase"] == "pretrained" or accuracy is None:
+        name, value = f"best_{row['phase']}", row.get(field)
+        if row["phase"] == "pretrained" or value is None:
             continue
-        if name not in best or accuracy > best[name][field]:
+        if name not in best or sign * value > sign * best[name][field]:
             best[name] = row
     return best
 

@@ -153,7 +153,9 @@ class Rounds:
             return
         progress.within, seen = done, self._trainer.seen()
         before = 0.0 if progress.seen is None else np.array(progress.seen)
-        self._report(number, done // steps, means(seen - before))
+        self._report(
+            number, done // steps, means(seen - before, self._experiment.learnt)
+        )
         progress.seen = seen.tolist()
 
     def end(self, number: int) -> dict[str, Any]:

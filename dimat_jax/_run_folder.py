@@ -153,7 +153,7 @@ class Workdir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         dataset, config = experiment.dataset, experiment.config
-        counts = class_counts(dataset.train.labels, experiment.shards)
+        counts = class_counts(dataset.train.classes, experiment.shards)
         names = dataset.class_names
         partition = {
             "partition": config.data.partition,

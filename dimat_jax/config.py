@@ -66,6 +66,7 @@ from dimat_jax.options import (
     readers,
 )
 from dimat_jax.placement import AGENTS, CPU_DEVICES
+from dimat_jax.tasks import TASK
 
 __all__ = [
     "RENAMED",
@@ -115,6 +116,7 @@ ROOT = (
     FLIP,
     PAD,
     MODEL,
+    TASK,
     BN_DATA,
     OPTIMIZER,
     LEARNING_RATE,

@@ -60,7 +60,7 @@ FLOORS = [
     ["_mending"],
     ["_batch_statistics"],
     ["merge"],
-    ["_checkpoint", "_metrics", "_run_progress"],
+    ["_checkpoint", "_metrics", "_run_progress", "tasks"],
     ["data"],
     ["models", "_compile_cache"],
     ["matching"],

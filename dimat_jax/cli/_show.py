@@ -49,6 +49,7 @@ from dimat_jax.models import MODELS
 from dimat_jax.optimizers import OPTIMIZERS
 from dimat_jax.options import Record, read
 from dimat_jax.placement import request_cpu_devices
+from dimat_jax.tasks import metric_of
 from dimat_jax.topology import TOPOLOGIES
 
 __all__ = ["COMMAND"]
@@ -184,16 +185,17 @@ def _run(workdir: Path) -> str:
     with reading(workdir / "metrics.jsonl"):
         if evaluated:
             last = evaluated[-1]
-            accuracy = 100 * last["test_accuracy_mean"]
+            metric = metric_of(last)
             state += (
                 f"; round {last['round']} of {rounds}, {last['phase']}: mean test "
-                f"accuracy {accuracy:.2f} %"
+                f"{metric.words} {metric.text(last[metric.field()])}"
             )
         elif rows:
-            accuracy = 100 * rows[-1]["train_accuracy_mean"]
+            metric = metric_of(rows[-1], "train")
+            value = rows[-1][metric.field(split="train")]
             state += (
-                f"; epoch {rows[-1]['epoch']} of pre-training: mean training accuracy "
-                f"{accuracy:.2f} %"
+                f"; epoch {rows[-1]['epoch']} of pre-training: mean training "
+                f"{metric.words} {metric.text(value)}"
             )
     return f"{table}\n\n{state}"
 

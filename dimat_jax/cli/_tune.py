@@ -1,4 +1,4 @@
-"""Chooses a value of a config field for every algorithm, by validation accuracy.
+"""Chooses a value of a config field for every algorithm, by the validation metric.
 
     dimat tune DIR [DIR ...] [--field=optimizer.learning_rate] [--at=communication|end]
 
@@ -31,7 +31,7 @@ def define_flags() -> None:
         "at",
         "communication",
         list(MOMENTS),
-        "Whether the accuracy right after the last communication counts, or that at "
+        "Whether the metric right after the last communication counts, or that at "
         "the end of the run.",
     )
 

@@ -5,12 +5,12 @@ is in exactly one shard. A new partition is a function of `(labels, n_agents)` a
 keyword options, with a record in `PARTITIONS` at the foot of this file.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from tabulate import tabulate
 
 from dimat_jax.data._shard_sizes import bounds, none_empty, none_small, proportions
 from dimat_jax.errors import UserError, nearest
@@ -23,23 +23,18 @@ __all__ = [
     "PARTITIONS",
     "PRETRAIN_PARTITION",
     "VALIDATION",
+    "ByClass",
     "PartitionError",
     "class_counts",
     "data_seed",
     "partition",
     "set_aside",
     "spread_over_classes",
-    "table",
 ]
 
 Labels = Integer[np.ndarray, " samples"]
 # Shards have different lengths, so their axis has no name.
 Shard = Int64[np.ndarray, " _"]
-
-# The largest number of classes for which a table has a column for each class. More
-# columns do not fit into a terminal of 80 characters.
-_CLASSES_IN_A_TABLE = 10
-
 
 ALPHA = Option(
     "data.alpha",
@@ -314,31 +309,22 @@ def quantity_skew(
     return _none_small(np.split(samples, cuts), min_samples, rng)
 
 
+def contiguous(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
+    """Every agent gets a piece of the samples in their stored order, equally long.
+
+    For a text it is a passage of it, and for a time series a span of time. Nothing is
+    random.
+    """
+    del seed
+    return np.array_split(np.arange(len(labels)), n_agents)
+
+
 def class_counts(
     labels: Labels, shards: Sequence[Shard]
 ) -> Int64[np.ndarray, "agents classes"]:
     """Counts each agent's samples of each class, from 0 to the largest label."""
     n_classes = int(labels.max()) + 1
     return np.stack([np.bincount(labels[s], minlength=n_classes) for s in shards])
-
-
-def table(counts: Int64[np.ndarray, "agents classes"]) -> str:
-    """Formats `class_counts` as a table with a row for each agent.
-
-    If there are too many classes for a column each, the table shows how many classes an
-    agent holds, and which is its largest one.
-    """
-    n_agents, n_classes = counts.shape
-    totals = counts.sum(axis=1)
-    if n_classes <= _CLASSES_IN_A_TABLE:
-        columns = {str(label): counts[:, label] for label in range(n_classes)}
-    else:
-        columns = {
-            "classes": (counts > 0).sum(axis=1),
-            "largest class": counts.argmax(axis=1),
-            "its samples": counts.max(axis=1),
-        }
-    return tabulate({"agent": range(n_agents), "samples": totals, **columns}, "keys")
 
 
 def _none_small(
@@ -358,12 +344,21 @@ def _none_small(
     return none_small(shards, min_samples, rng)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByClass(Record[list[Shard]]):
+    """A partition that looks at classes. It is refused for labels of other kinds.
+
+    Where labels are no classes, other partitions get 0 as the class of every sample.
+    """
+
+
 PARTITIONS: Registry[Record[list[Shard]]] = registry(
     Record("iid", iid, (SEED,)),
-    Record("by_class", by_class, (SEED,)),
-    Record("dirichlet", dirichlet, (SEED, ALPHA, MIN_SAMPLES)),
-    Record("classes_per_agent", classes_per_agent, (SEED, CLASSES)),
+    ByClass("by_class", by_class, (SEED,)),
+    ByClass("dirichlet", dirichlet, (SEED, ALPHA, MIN_SAMPLES)),
+    ByClass("classes_per_agent", classes_per_agent, (SEED, CLASSES)),
     Record("quantity_skew", quantity_skew, (SEED, ALPHA, MIN_SAMPLES)),
+    Record("contiguous", contiguous, (SEED,)),
 )
 """`PARTITIONS[name](labels, n_agents, **options)` gives each agent its shard."""
 

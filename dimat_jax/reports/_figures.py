@@ -55,7 +55,7 @@ def curves_figure(
     runs: Runs,
     path: str | Path | None = None,
     *,
-    measure: str = "accuracy",
+    measure: str = "",
     against: str = "rounds",
 ) -> Figure:
     """Draws curves that compare the algorithms, in a panel for each problem.
@@ -72,9 +72,10 @@ def curves_figure(
     Args:
         runs: the runs to compare.
         path: the file to write, if any.
-        measure: "accuracy", "loss", "consensus" (the consensus distance), "aligned"
-            (the same after alignment), "disagreement", "average" (the accuracy of the
-            average model) or "local" (that on test images like an agent's own).
+        measure: the runs' metric by its name, as "accuracy" (the default); "loss",
+            "consensus" (the consensus distance), "aligned" (the same after alignment),
+            "disagreement", "average" (the metric of the average model) or "local" (the
+            accuracy on test images like an agent's own).
         against: "rounds", "bytes" or "seconds".
     """
     content = chart(runs, measure, against)

@@ -56,7 +56,7 @@ def agents_figure(runs: Runs, path: str | Path | None = None) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("round")
     for axis in axes[:, 0]:
-        axis.set_ylabel("test accuracy (%)")
+        axis.set_ylabel(shown[0].label)
     most = max(len(panel.accuracies) for panel in shown)
     colors = ScalarMappable(Normalize(0, max(most - 1, 1)), _AGENTS)
     bar = fig.colorbar(colors, ax=axes, pad=0.02, label="agent")

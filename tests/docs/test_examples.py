@@ -39,6 +39,7 @@ from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import MODELS, to_torch
 from dimat_jax.models.classifier import init
 from dimat_jax.optimizers import OPTIMIZERS
+from dimat_jax.tasks import TASKS
 from dimat_jax.topology import TOPOLOGIES
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +123,7 @@ def test_readme_tutorials_and_how_tos_have_examples():
 def registries() -> Iterator[None]:
     """Takes back what examples add to registries, which other tests share."""
     found = [ALGORITHMS, BETWEEN_MERGES, COMPRESSORS, MIXINGS, MODELS, OPTIMIZERS]
-    found += [CALLBACKS, PARTITIONS, SOURCES, TOPOLOGIES]
+    found += [CALLBACKS, PARTITIONS, SOURCES, TASKS, TOPOLOGIES]
     before = [dict(registry) for registry in found]
     yield
     for registry, entries in zip(found, before, strict=True):
