@@ -177,7 +177,7 @@ def _agents(subject: _Subject) -> Iterator[str]:
         return
     yield f"partition {config.data.partition}:"
     if n_agents <= _MOST_LISTED:
-        counts = class_counts(experiment.dataset.train.labels, experiment.shards)
+        counts = class_counts(experiment.dataset.train.classes, experiment.shards)
         yield table(counts)
     else:
         sizes = sorted(map(len, experiment.shards))
