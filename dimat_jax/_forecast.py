@@ -86,9 +86,11 @@ def _book_round(
         ahead = 0
         if part.merge is not None:
             ahead = int(experiment.algorithm.ahead is not None and len(part.steps) > 0)
-            network = experiment.links.at_round(number, slots, part.merge)
+            links = experiment.links
+            network = links.at_round(number, slots, part.merge)
             matching = _matching_bytes(experiment, network)
-            ledger.record_round(messages, network, experiment.links.edges, matching)
+            senders = links.senders(number)
+            ledger.record_round(messages, network, links.edges, matching, senders)
         if messages.step:
             networks = [experiment.network_at_step(s, number) for s in part.steps]
             ledger.record_steps(messages, networks[ahead:])

@@ -29,7 +29,10 @@ RUNS = {
         "dimat",
         {"merge__unit": "steps", "merge__every": 3, "merge__opt_state": "reset"},
     ),
-    "a server": ("fedavg", {"pretrain__epochs": 0}),
+    "a server that draws two of three agents": (
+        "fedavg",
+        {"pretrain__epochs": 0, "server__sampled": 2},
+    ),
     "differences that are sent later": (
         "wa",
         {

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -114,6 +115,8 @@ def _send_time(
     options: Mapping[str, Any],
 ) -> None:
     """Sends the time of a step, or the error that has kept it from being measured."""
+    # Ctrl-C reaches this process too. The one that waits for it ends it then.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         load_plugins(named, "the config")
         sender.send(_time_steps(config, options))

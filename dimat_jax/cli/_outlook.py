@@ -102,9 +102,11 @@ def _experiment(config: Config) -> tuple[Experiment, str]:
     except DataError as error:
         if _can_be_read(config):
             raise  # The config asks for what the data do not have.
-        source = SOURCES[config.data.name]
+        known = SOURCES[config.data.name].signature
+        if known is None:
+            raise  # The data alone tell what a model needs to know.
         sizes = [1] * config.agents
-        form = Form(source.n_classes, source.image_shape, sizes, source.input_dtype)
+        form = Form(known.n_classes, known.input_shape, sizes, known.input_dtype)
         return ExperimentWithoutData(config, form, str(error)), str(error)
 
 
@@ -189,8 +191,9 @@ def _network(subject: _Subject) -> Iterator[str]:
     experiment = subject.experiment
     links, n_agents = experiment.links, experiment.placement.n_agents
     if not experiment.record.uses_graph:
-        server = messages_of(experiment).server
-        yield "agents send to a server" if server else "no agent sends anything"
+        server, drawn = messages_of(experiment).server, links.faults.sampled
+        which = f"{drawn} agents, drawn anew in each round," if drawn else "agents"
+        yield f"{which} send to a server" if server else "no agent sends anything"
         return
     edges = np.asarray(links.edges)
     degrees = edges.sum(axis=1).tolist()

@@ -8,6 +8,7 @@ from dimat_jax._forecast import what_is_sent
 from dimat_jax._sweeping import Share, StepTime, Timing
 from dimat_jax.cli import _outlook
 from dimat_jax.cli._outlook import _bytes, _duration, outlook
+from dimat_jax.data.sources import DataError
 from dimat_jax.errors import SweepError
 from dimat_jax.experiment import Experiment
 from dimat_jax.mixing import spectral_gap
@@ -67,6 +68,7 @@ def test_it_says_who_does_what_and_writes_nothing(tmp_path, monkeypatch):
     ("algorithm", "changes", "topic", "text"),
     [
         ("fedavg", {}, "network", "agents send to a server"),
+        ("fedavg", {"server__sampled": 2}, "network", "2 agents, drawn anew in each"),
         ("fedavg", {}, "exchange", "at the beginning of every round"),
         ("local", {}, "network", "no agent sends anything"),
         ("local", {}, "exchange", "never"),
@@ -112,6 +114,12 @@ def test_without_the_data_it_says_what_it_can(tmp_path):
     # The weights, and two moments of them with a counter.
     assert re.match(r"[\d.]+ MB with a communication, to each neighbour", said["sent"])
     assert said["time"] == "unknown without the data"
+
+
+def test_missing_data_that_alone_tell_the_form_of_their_inputs_are_named(tmp_path):
+    changes = {"data__name": "npz", "data__dir": str(tmp_path / "none.npz")}
+    with pytest.raises(DataError, match="none.npz"):
+        outlook(small("wa", data__train_size=0, **changes), 0)
 
 
 class FakeTiming(Timing):
