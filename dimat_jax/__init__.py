@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from dimat_jax import reports as reports
     from dimat_jax import results as results
     from dimat_jax import sweeps as sweeps
+    from dimat_jax import tasks as tasks
     from dimat_jax import topology as topology
     from dimat_jax import train as train
     from dimat_jax import tree as tree
@@ -87,6 +88,8 @@ if TYPE_CHECKING:
     from dimat_jax.permutation import verify as verify
     from dimat_jax.results import run as run
     from dimat_jax.results import sweep as sweep
+    from dimat_jax.tasks import TASKS as TASKS
+    from dimat_jax.tasks import TaskRecord as TaskRecord
     from dimat_jax.topology import TOPOLOGIES as TOPOLOGIES
     from dimat_jax.train import load_agents as load_agents
 else:
@@ -124,6 +127,7 @@ else:
             "verify",
         ],
         "results": ["run", "sweep"],
+        "tasks": ["TASKS", "TaskRecord"],
         "topology": ["TOPOLOGIES"],
         "train": ["load_agents"],
     }

@@ -5,17 +5,16 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from dimat_jax import permutation
 from dimat_jax.algorithms._recalibration import Recalibrator
 from dimat_jax.algorithms.base import Task, Variables
 from dimat_jax.data.pipeline import Samples
-from dimat_jax.evaluate import consensus_distance
+from dimat_jax.evaluate import consensus_distance, masked_sums
 from dimat_jax.placement import Placement
+from dimat_jax.tasks import CLASSIFICATION, TaskRecord
 from dimat_jax.tree import PyTree, exact_dtype, is_inexact
 
 __all__ = ["Average", "AverageModel", "Averaging"]
@@ -25,13 +24,13 @@ class Average(NamedTuple):
     """How good the average model is, and how far the agents are from it.
 
     Attributes:
-        accuracy: the average model's share of correct predictions, from 0 to 1.
-        loss: its mean cross-entropy, in nats.
+        metric: the metric of the average model; see `Evaluation`.
+        loss: its mean loss.
         consensus_distance: the consensus distance of the agents' params in the frame in
             which they were averaged.
     """
 
-    accuracy: float
+    metric: float
     loss: float
     consensus_distance: float
 
@@ -105,29 +104,26 @@ class AverageModel:
         task: the task, of which the symmetry and the BatchNorm statistics are used.
         samples: the evaluation samples, which all agents share.
         placement: the devices on which the agents live.
+        learnt: what the models have learnt, which computes the loss and the metric.
     """
 
     def __init__(
         self,
-        forward: Callable[[Variables, Array], Float[Array, "batch classes"]],
+        forward: Callable[[Variables, Array], Float[Array, "batch ..."]],
         task: Task,
         samples: Samples,
         placement: Placement,
+        learnt: TaskRecord = CLASSIFICATION,
     ):
-        self._placement = placement
+        self._placement, self._learnt = placement, learnt
         n_samples = int(samples.mask.sum())
         size = min(samples.mask.shape[1], -(-n_samples // placement.n_agents))
         self._samples = samples.divided(placement.n_agents, size)
         self._average = Averaging(task, placement)
 
         def count(totals, variables, batch):
-            logits = forward(variables, batch.inputs)
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, batch.labels
-            )
-            correct = logits.argmax(axis=-1) == batch.labels
-            found = jnp.stack([x.astype(jnp.float32) for x in (correct, losses)])
-            return totals + jnp.where(batch.mask, found, 0).sum(axis=1)
+            outputs = forward(variables, batch.inputs)
+            return totals + masked_sums(learnt, outputs, batch)
 
         self._count = placement.jit(
             placement.per_agent(count, in_axes=(0, None, 0)), donate_argnums=0
@@ -144,8 +140,7 @@ class AverageModel:
         totals = self._placement.zeros(2)
         for batch in self._samples:
             totals = self._count(totals, model, batch)
-        correct, loss = self._placement.gather(totals).astype(np.float64).sum(axis=0)
-        n_samples = self._samples.mask.sum()
-        return Average(
-            float(correct / n_samples), float(loss / n_samples), float(distance)
-        )
+        totals = self._placement.gather(totals).astype(np.float64).sum(axis=0)
+        loss, score = totals / self._samples.mask.sum()
+        metric = float(self._learnt.metric_of(score))
+        return Average(metric, float(loss), float(distance))

@@ -1,17 +1,20 @@
 """What a config is: a nested dict of fields, each of the type of its default."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from dimat_jax.errors import UserError, nearest
+from dimat_jax._near_names import no_such_field
+from dimat_jax.errors import UserError
 
 __all__ = [
     "Config",
     "ConfigError",
     "Fields",
+    "NoSuchField",
+    "Section",
     "check_form",
     "check_types",
     "copy_of",
@@ -32,6 +35,72 @@ Fields = Mapping[str, Any]
 
 class ConfigError(UserError):
     """A config cannot be run. The message names a field, its value, what is allowed."""
+
+
+class NoSuchField(KeyError):
+    """A config has no such field. The message names the fields that may be meant."""
+
+    def __str__(self) -> str:
+        # The text of a KeyError stands between quotation marks.
+        return str(self.args[0])
+
+
+class Section(ConfigDict):
+    """A config, or a section of one. It says which field was probably meant.
+
+    Args:
+        content: the first fields.
+        path: the section's own path, such as "pretrain.optimizer"; "" for the config.
+        known: the paths of all fields of the whole config, important ones first.
+        options: the other arguments of `ConfigDict`.
+    """
+
+    def __init__(
+        self,
+        content: Any = None,
+        *args: Any,
+        path: str = "",
+        known: Sequence[str] = (),
+        **options: Any,
+    ):
+        super().__init__(content, *args, **options)
+        # ConfigDict makes a field of every attribute that is set the usual way.
+        object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "_known", tuple(known))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        object.__setattr__(self, "_path", state["_path"])
+        object.__setattr__(self, "_known", state["_known"])
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return super().__getitem__(key)
+        except KeyError as error:
+            # `key` may be a path. Then the section that lacks it has raised the error.
+            raise self._explained(key, error) from None
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        try:
+            super().__setitem__(key, value)
+        except KeyError as error:
+            raise self._explained(key, error) from None
+
+    def update_from_flattened_dict(
+        self, flattened_dict: Mapping[str, Any], strip_prefix: str = ""
+    ) -> None:
+        for path in flattened_dict:
+            field = path.removeprefix(strip_prefix)
+            if self.is_locked and path.startswith(strip_prefix):
+                self[field]  # This raises an error if there is no such field.
+        super().update_from_flattened_dict(flattened_dict, strip_prefix)
+
+    def _explained(self, key: Any, error: KeyError) -> KeyError:
+        # Libraries ask for many attributes that no config has, such as __deepcopy__.
+        if not self._known or not isinstance(key, str) or key.startswith("_"):
+            return error
+        path = f"{self._path}.{key}" if self._path else key
+        return NoSuchField(no_such_field(path, self._known))
 
 
 def copy_of(config: Config) -> Config:
@@ -80,8 +149,7 @@ def check_form(config: Any, defaults: Fields, words: Collection[str]) -> None:
     unknown = [path for path in fields if path not in defaults]
     if unknown:
         raise ConfigError(
-            f"the config has the field {unknown[0]!r}, which does not exist; "
-            f"{nearest(unknown[0], defaults)}"
+            f"the config has a field too many: {no_such_field(unknown[0], defaults)}"
         )
     missing = [path for path in defaults if path not in fields]
     if missing:

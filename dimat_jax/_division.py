@@ -6,14 +6,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dimat_jax import _randomness
-from dimat_jax.config import Config, ConfigError, fields_read, record_of
+from dimat_jax.config import Config, ConfigError, fields_of, fields_read, record_of
 from dimat_jax.data import sources
+from dimat_jax.data._label_noise import LABEL_NOISE, with_label_noise
 from dimat_jax.data.partition import (
+    MIN_SAMPLES,
     PARTITION,
     PRETRAIN_PARTITION,
     VALIDATION,
     Labels,
     Shard,
+    data_seed,
     partition,
     set_aside,
     spread_over_classes,
@@ -26,9 +29,17 @@ from dimat_jax.data.selection import (
     MATCH_SAMPLES,
 )
 from dimat_jax.evaluate import SAMPLES
+from dimat_jax.models._settings import NORM
 from dimat_jax.options import SEED, Option, arguments
 
-__all__ = ["Division", "check_samples", "divide", "load_data"]
+__all__ = [
+    "Division",
+    "check_samples",
+    "divide",
+    "load_data",
+    "too_small_to_normalise",
+    "with_wrong_labels",
+]
 
 Fields = Mapping[str, Any]
 """The values of a config's fields, by dotted path; empty ones are resolved."""
@@ -71,7 +82,7 @@ def load_data(
     data = config.data
     whole = read(data.name, data.dir or None, data.cache_dir or None)
     sizes = data.train_size or None, data.test_size or None
-    return sources.select(whole, *sizes, config.seed)
+    return sources.select(whole, *sizes, data_seed(fields_of(config)))
 
 
 def divide(labels: Labels, n_agents: int, fields: Fields) -> Division:
@@ -86,14 +97,15 @@ def divide(labels: Labels, n_agents: int, fields: Fields) -> Division:
         ConfigError: more images are held out than there are.
         UserError: a partition leaves an agent without images, or validation does.
     """
-    seed = fields[SEED.path]
+    seed = data_seed(fields)
     held_out = _held_out(labels, fields)
     rest = np.setdiff1d(np.arange(len(labels)), held_out)
 
     def shards_of(option: Option) -> list[Shard]:
         if record_of(fields).single:
             return [rest]
-        given = arguments(option.entry(fields[option.path]), fields)
+        record = option.entry(fields[option.path])
+        given = arguments(record, {**fields, SEED.path: seed})
         shards = partition(fields[option.path], labels[rest], n_agents, **given)
         return [rest[shard] for shard in shards]
 
@@ -126,7 +138,7 @@ def _held_out(labels: Labels, fields: Fields) -> Shard:
             f"config.{HELD_OUT.path} is {size}, but there are only {len(labels)} "
             "training images, and agents need some of them"
         )
-    seeds = _randomness.seeds(fields[SEED.path], "held_out")
+    seeds = _randomness.seeds(data_seed(fields), "held_out")
     return np.sort(spread_over_classes(labels, seeds)[:size])
 
 
@@ -163,3 +175,41 @@ def check_samples(
                 f"config.{path} is {read[path]}, but there are only {available[path]} "
                 "images"
             )
+
+
+def with_wrong_labels(
+    dataset: sources.Dataset, division: Division, fields: Fields
+) -> sources.Split:
+    """The training images with the labels on which agents train.
+
+    Some of these are wrong if the config says so; see `data.label_noise`.
+    """
+    labels = with_label_noise(
+        dataset.train.labels,
+        division.shards,
+        dataset.n_classes,
+        fields[LABEL_NOISE.path],
+        _randomness.seeds(data_seed(fields), "label_noise"),
+    )
+    return dataset.train._replace(labels=labels)
+
+
+def too_small_to_normalise(division: Division) -> str:
+    """A warning if BatchNorm sees nothing but a single sample of some agents.
+
+    Args:
+        division: who gets which training images.
+
+    Returns:
+        the warning, which names the agents; "" if every agent has several samples.
+    """
+    pairs = zip(division.shards, division.pretrain_shards, strict=True)
+    alone = [agent for agent, both in enumerate(pairs) if min(map(len, both)) == 1]
+    if not alone:
+        return ""
+    return (
+        f"agents {alone} have a single training sample each: BatchNorm normalises "
+        "batches by this sample alone, so that its statistics hold for no other one. "
+        f"More samples for each ({MIN_SAMPLES.path}), fewer agents or a model without "
+        f"BatchNorm ({NORM.path}) help"
+    )

@@ -17,20 +17,12 @@ from dimat_jax.errors import writing
 
 __all__ = ["About", "Events"]
 
-# The fields of a row that have a number for each agent, and are curves in TensorBoard.
-_BY_AGENT = (
-    "test_accuracy",
-    "test_loss",
-    "train_accuracy",
-    "train_loss",
-    "validation_accuracy",
-)
 # Runs with more agents have no curves by agent.
 _MOST_AGENTS = 64
 # The fields of a row that say which row it is.
 _PLACE = ("round", "step", "epoch")
-# The curves that the table of hyperparameters shows.
-_RESULTS = ("merged/test_accuracy_mean", "trained/test_accuracy_mean")
+# The phases whose metric the table of hyperparameters shows.
+_RESULTS = ("merged", "trained")
 
 
 class About(NamedTuple):
@@ -39,10 +31,12 @@ class About(NamedTuple):
     Attributes:
         options: the options that the run reads, by path.
         partition: a PNG file that shows the partition; None if there is none.
+        metric: the name of the metric in the rows.
     """
 
     options: Mapping[str, Any]
     partition: bytes | None = None
+    metric: str = "accuracy"
 
 
 class Events:
@@ -146,10 +140,17 @@ def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if type(value) in (int, float) and name not in _PLACE:
             yield f"{row['phase']}/{name}", float(value)
-        elif name in _BY_AGENT and len(value) <= _MOST_AGENTS:
+        elif _is_by_agent(name, value) and len(value) <= _MOST_AGENTS:
             for agent, number in enumerate(value):
                 if number is not None:  # It was not finite.
                     yield f"{row['phase']}_by_agent/{name}/{agent}", number
+
+
+def _is_by_agent(name: str, value: Any) -> bool:
+    """Whether a field of a row has a metric or a loss of each agent."""
+    is_measure = name.partition("_")[0] in ("test", "train", "validation")
+    is_shown = is_measure and not name.endswith(("_local", "_by_class"))
+    return is_shown and isinstance(value, list)
 
 
 def _introduction(about: About) -> list[Any]:
@@ -165,7 +166,9 @@ def _introduction(about: About) -> list[Any]:
         path: str(value) if isinstance(value, int) and abs(value) >= 2**63 else value
         for path, value in about.options.items()
     }
-    experiment, session, _ = hparams(values, dict.fromkeys(_RESULTS))
+    experiment, session, _ = hparams(
+        values, {f"{phase}/test_{about.metric}_mean": None for phase in _RESULTS}
+    )
     found = [text("config", "\n".join(lines)), experiment, session]
     if about.partition is not None:
         picture = proto.Summary.Image(encoded_image_string=about.partition)

@@ -12,6 +12,7 @@ from dimat_jax.algorithms._merging import OPT_STATE, check_moments
 from dimat_jax.algorithms.record import INIT, INIT_FROM
 from dimat_jax.callbacks import check_callbacks
 from dimat_jax.compression import COMPRESSOR
+from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, ByClass
 from dimat_jax.data.selection import BN_BATCH_SIZE, BN_DATA, BN_SAMPLES, BN_WHEN
 from dimat_jax.data.sources import SOURCE, SOURCES, Signature
 from dimat_jax.errors import concerning, reading
@@ -19,8 +20,14 @@ from dimat_jax.models import MODEL, MODELS, classifier
 from dimat_jax.network import FAULTS, faults
 from dimat_jax.optimizers import OPTIMIZER
 from dimat_jax.options import arguments
+from dimat_jax.tasks import TASK, TASKS
 
-__all__ = ["build_model", "check_batch_norm", "check_together", "model_arguments"]
+__all__ = [
+    "build_model",
+    "check_data",
+    "check_together",
+    "model_arguments",
+]
 
 
 def model_arguments(fields: Fields) -> dict[str, Any]:
@@ -84,20 +91,43 @@ def check_together(fields: Fields, record: AlgorithmRecord) -> None:
     with concerning("config.faults", ConfigError):
         faults(**{o.keyword: fields[o.path] for o in FAULTS})
     if (data := SOURCES[fields[SOURCE.path]].signature) is not None:
-        check_batch_norm(fields, data)
+        check_data(fields, data)
     check_callbacks(fields)
 
 
-def check_batch_norm(fields: Fields, data: Signature) -> None:
-    """Refuses options of BatchNorm for a model that has none.
+def check_data(fields: Fields, data: Signature) -> None:
+    """Refuses a task, a partition or options that do not fit the data and the model.
 
     Args:
         fields: the config's fields; empty ones are resolved.
-        data: what the model must know of the data set.
+        data: what is known of the data set.
 
     Raises:
-        ConfigError: the model has no BatchNorm, or cannot be built.
+        ConfigError: the message names the field, and what there is instead.
     """
+    _check_task(fields, data)
+    _check_batch_norm(fields, data)
+
+
+def _check_task(fields: Fields, data: Signature) -> None:
+    """Refuses a task, or a partition, that is not for the labels of the data."""
+    task = TASKS[fields[TASK.path]]
+    if task.labels != data.labels:
+        raise ConfigError(
+            f"config.{TASK.path} is {task.name!r}, which is for labels that are "
+            f"{task.labels}, but those of {data.name} are {data.labels}"
+        )
+    for option in (PARTITION, PRETRAIN_PARTITION):
+        entry = option.entry(fields[option.path])
+        if isinstance(entry, ByClass) and data.labels != "classes":
+            raise ConfigError(
+                f"config.{option.path} is {entry.name!r}, which splits examples by "
+                f"their classes, but the labels of {data.name} are {data.labels}"
+            )
+
+
+def _check_batch_norm(fields: Fields, data: Signature) -> None:
+    """Refuses options of BatchNorm for a model that has none or cannot be built."""
     name = fields[MODEL.path]
     with concerning("config.model", ConfigError), reading(f"{name!r}", ConfigError):
         normalises = classifier.has_statistics(build_model(fields, data))

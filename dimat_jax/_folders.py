@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dimat_jax._digests import expect_unchanged
+from dimat_jax._temporary import is_temporary
 from dimat_jax.errors import UserError, first_line, reading
 
 __all__ = [
@@ -127,6 +128,8 @@ def check_output_file(
 ) -> None:
     """Refuses a file that cannot be written; see `check_output`. Nothing is written."""
     text = os.fspath(given)
+    if "\0" in text:
+        raise kind(f"{name}={text!r} is no path")
     if not text or text.endswith(os.sep) or os.path.isdir(text):
         raise kind(f"{name}={text} must name a file")
     if len(os.fsencode(os.path.basename(text))) > _LONGEST_NAME:
@@ -139,7 +142,8 @@ def check_output_file(
 def strangers(folder: Path, is_own: Callable[[Path], bool]) -> list[str]:
     """The names of a folder's entries that do not belong there.
 
-    Logs, which shells and schedulers write, are left out.
+    Logs, which shells and schedulers write, are left out, and so are files that were
+    being written when a process was killed.
 
     Args:
         folder: The folder. A missing one has no entries.
@@ -152,5 +156,5 @@ def strangers(folder: Path, is_own: Callable[[Path], bool]) -> list[str]:
         return []
     with reading(folder):
         paths = list(folder.iterdir())
-    names = [path.name for path in paths if not is_own(path)]
+    names = [path.name for path in paths if not (is_own(path) or is_temporary(path))]
     return sorted(name for name in names if not name.endswith(_LOGS))

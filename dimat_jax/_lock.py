@@ -25,6 +25,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dimat_jax._temporary import temporary
 from dimat_jax.errors import UserError, first_line, writing
 
 __all__ = ["LOCK_FILES", "Lock", "LockError", "check_free", "check_held", "held"]
@@ -272,9 +273,9 @@ def _claim(folder: Path, has_system: bool, log: Callable[[str], None]) -> _Holde
             found = _read(folder)
         if found is not None and _has_died(folder, found, has_system, log):
             break
-    temporary = folder / f".running-{holder.token}.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    unfinished = temporary(path)
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
     if not _is_dead(found[1], has_system):
         time.sleep(_SETTLE_SECONDS)
         now = _read(folder)

@@ -14,6 +14,7 @@ from dimat_jax.data.pipeline import Samples
 from dimat_jax.evaluate import Evaluation, deviation, local_accuracy
 from dimat_jax.experiment import Experiment
 from dimat_jax.models import classifier
+from dimat_jax.tasks import CLASSIFICATION, TaskRecord
 
 __all__ = ["Measuring", "average_model", "row_fields"]
 
@@ -35,13 +36,14 @@ class Measuring:
             experiment.task,
             experiment.test_samples,
             experiment.placement,
+            experiment.learnt,
         )
         self._recalibrate = None
         statistics = experiment.task.batch_statistics
         if statistics is not None and experiment.recalibrates == "evaluation":
             self._recalibrate = Recalibrator(statistics, experiment.placement)
-        labels = experiment.dataset.train.labels
-        self._counts = class_counts(labels, experiment.shards)
+        classes = experiment.dataset.train.classes
+        self._counts = class_counts(classes, experiment.shards)
 
     def __call__(self, state: State, frames: Any, number: int, step: int) -> dict:
         """Measures the agents.
@@ -67,7 +69,7 @@ class Measuring:
             variables, *_averaged_by(experiment, variables, frames, number)
         )
         return {
-            **row_fields("test", evaluation, average, self._counts),
+            **row_fields("test", evaluation, average, self._counts, experiment.learnt),
             **self._validated(variables),
         }
 
@@ -79,11 +81,12 @@ class Measuring:
             step: the number of local steps done; see `__call__`.
         """
         variables = self._evaluated(variables, step)
-        accuracy, loss, *_ = self._experiment.evaluator(variables)
+        metric, loss, *_ = self._experiment.evaluator(variables)
+        name = f"test_{self._experiment.learnt.metric}"
         return {
-            "test_accuracy": accuracy,
-            "test_accuracy_mean": accuracy.mean(),
-            "test_accuracy_std": deviation(accuracy),
+            name: metric,
+            f"{name}_mean": metric.mean(),
+            f"{name}_std": deviation(metric),
             "test_loss": loss,
             "test_loss_mean": loss.mean(),
             **self._validated(variables),
@@ -94,10 +97,11 @@ class Measuring:
         validator = self._experiment.validator
         if validator is None:
             return {}
-        accuracy, loss, *_ = validator(variables)
+        metric, loss, *_ = validator(variables)
+        name = f"validation_{self._experiment.learnt.metric}"
         return {
-            "validation_accuracy": accuracy,
-            "validation_accuracy_mean": accuracy.mean(),
+            name: metric,
+            f"{name}_mean": metric.mean(),
             "validation_loss_mean": loss.mean(),
         }
 
@@ -150,7 +154,11 @@ def _averaged_by(
 
 
 def row_fields(
-    split: str, evaluation: Evaluation, average: Average, counts: np.ndarray
+    split: str,
+    evaluation: Evaluation,
+    average: Average,
+    counts: np.ndarray,
+    task: TaskRecord = CLASSIFICATION,
 ) -> dict[str, Any]:
     """Names the results of an evaluation as they stand in a row.
 
@@ -159,23 +167,29 @@ def row_fields(
         evaluation: the results of the agents.
         average: the results of the average model.
         counts: the number of each agent's training images of each class.
+        task: what agents learn, which names the metric.
     """
-    accuracy, loss, by_class, disagreement, distance = evaluation
-    local = local_accuracy(by_class, counts)
-    known = local[~np.isnan(local)]
-    fields = {
-        "accuracy": accuracy,
-        "accuracy_mean": accuracy.mean(),
-        "accuracy_std": deviation(accuracy),
-        "accuracy_local": local,
-        "accuracy_local_mean": known.mean() if len(known) else np.nan,
-        "accuracy_average_model": average.accuracy,
+    metric, loss, by_class, disagreement, distance = evaluation
+    name = task.metric
+    fields: dict[str, Any] = {
+        name: metric,
+        f"{name}_mean": metric.mean(),
+        f"{name}_std": deviation(metric),
+    }
+    if by_class is not None:
+        local = local_accuracy(by_class, counts)
+        known = local[~np.isnan(local)]
+        fields["accuracy_local"] = local
+        fields["accuracy_local_mean"] = known.mean() if len(known) else np.nan
+    fields |= {
+        f"{name}_average_model": average.metric,
         "loss": loss,
         "loss_mean": loss.mean(),
         "loss_average_model": average.loss,
-        "disagreement": disagreement,
     }
-    if by_class.size <= _MOST_BY_CLASS:
+    if disagreement is not None:
+        fields["disagreement"] = disagreement
+    if by_class is not None and by_class.size <= _MOST_BY_CLASS:
         fields["accuracy_by_class"] = by_class
     return {
         **{f"{split}_{name}": value for name, value in fields.items()},

@@ -12,7 +12,6 @@ import gzip
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from absl import logging
 
 from dimat_jax._digests import DIGESTS, blake2b, sync, with_digest
 from dimat_jax._events import About, Events
+from dimat_jax._temporary import temporary
 from dimat_jax.errors import UserError, reading, writing
 
 __all__ = [
@@ -67,18 +67,17 @@ def write_json(
 
 def write_bytes(path: Path, content: bytes, lasting: bool = True) -> None:
     """Writes a whole file, or leaves the old one; see `write_json`."""
-    # Several processes may write the same file, such as one that runs share.
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{uuid.uuid4().hex}.tmp")
+    unfinished = temporary(path)
     try:
-        with writing(path), temporary.open("wb") as file:
+        with writing(path), unfinished.open("wb") as file:
             file.write(content)
             file.flush()
             if lasting:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            unfinished.unlink()
         raise
     if lasting:
         sync(path.parent)
@@ -134,8 +133,13 @@ def restore_rows(workdir: Path, saved: bytes) -> None:
     write_bytes(workdir / _ROWS, text)
 
 
-def best_rows(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
-    """Finds the best round by the agents' mean accuracy on a split.
+def best_rows(
+    rows: list[dict[str, Any]],
+    split: str,
+    metric: str = "accuracy",
+    better: str = "larger",
+) -> dict[str, dict[str, Any]]:
+    """Finds the best round by the agents' mean metric on a split.
 
     The test images must not choose the round whose test accuracy is reported, so a run
     without a validation split has no best round.
@@ -143,17 +147,20 @@ def best_rows(rows: list[dict[str, Any]], split: str) -> dict[str, dict[str, Any
     Args:
         rows: the rows of a run.
         split: the name of the split that chooses: "validation".
+        metric: the name of the metric, as "accuracy".
+        better: whether "larger" or "smaller" values of it are better.
 
     Returns:
         "best_merged" and "best_trained": the best row of each phase of a round, the
-        earliest of equally good ones. It is empty if no row has the split's accuracy.
+        earliest of equally good ones. It is empty if no row has the split's metric.
     """
-    field, best = f"{split}_accuracy_mean", {}
+    field, best = f"{split}_{metric}_mean", {}
+    sign = 1 if better == "larger" else -1
     for row in rows:
-        name, accuracy = f"best_{row['phase']}", row.get(field)
-        if row["phase"] == "pretrained" or accuracy is None:
+        name, value = f"best_{row['phase']}", row.get(field)
+        if row["phase"] == "pretrained" or value is None:
             continue
-        if name not in best or accuracy > best[name][field]:
+        if name not in best or sign * value > sign * best[name][field]:
             best[name] = row
     return best
 

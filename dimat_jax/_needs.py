@@ -26,6 +26,7 @@ from dimat_jax.evaluate import BATCH_SIZE as EVAL_BATCH_SIZE
 from dimat_jax.models import MODEL, MODELS, ModelRecord, classifier
 from dimat_jax.options import read
 from dimat_jax.placement import AGENTS
+from dimat_jax.tasks import TASK, TASKS, output_shape
 
 __all__ = ["check_graph_and_steps", "check_model", "check_steps", "memory"]
 
@@ -121,7 +122,8 @@ def check_model(fields: Fields, data: Signature | None = None) -> ClosedJaxpr:
     for what, n_bytes in _batches(fields, data):
         _refuse(what, n_bytes, on_devices=True)
     name, given = fields[MODEL.path], model_arguments(fields)
-    traced = _traced_init(MODELS[name], tuple(sorted(given.items())), data)
+    shape = output_shape(TASKS[fields[TASK.path]], data.n_classes, data.input_shape)
+    traced = _traced_init(MODELS[name], tuple(sorted(given.items())), data, shape)
     one = sum(math.prod(x.shape) * x.dtype.itemsize for x in traced.out_avals)
     _refuse(
         f"{n_agents} agent(s) with a {name} of {_words(one)} each, and the gradients,",
@@ -133,26 +135,29 @@ def check_model(fields: Fields, data: Signature | None = None) -> ClosedJaxpr:
 
 @functools.lru_cache(maxsize=32)
 def _traced_init(
-    record: ModelRecord, given: tuple[tuple[str, Any], ...], data: Signature
+    record: ModelRecord,
+    given: tuple[tuple[str, Any], ...],
+    data: Signature,
+    output: tuple[int, ...],
 ) -> ClosedJaxpr:
     """Traces the function that draws a model's variables; see `check_model`."""
     model = record(n_classes=data.n_classes, **dict(given))
     model = classifier.for_inputs(model, data.input_shape, data.input_dtype)
     images = np.zeros((1, *data.input_shape), data.input_dtype)
+    expected = (1, *output)
 
     def draw(key):
         variables = classifier.init(model, key, images)
-        if record.spec is not None:
+        if record.spec is not None and data.input_dtype == "float32":
             return variables
         # A model of a user may draw its variables without looking at the inputs.
-        logits = classifier.forward(model)(variables, jnp.asarray(images))
-        if logits.shape != (1, data.n_classes):
+        outputs = classifier.forward(model)(variables, jnp.asarray(images))
+        if outputs.shape != expected:
             raise ConfigError(
                 f"config.{MODEL.path} is {record.name!r}, which returns an array of "
-                f"shape {logits.shape} for one image; expected logits, "
-                f"{(1, data.n_classes)}"
+                f"shape {outputs.shape} for one image; expected logits, {expected}"
             )
-        return variables, logits
+        return variables, outputs
 
     try:
         return jax.make_jaxpr(draw)(jax.random.key(0))

@@ -4,12 +4,29 @@ from collections.abc import Callable, Iterable, Mapping
 
 from dimat_jax.options import Option, every, readers
 
-__all__ = ["facts"]
+__all__ = ["by_section", "facts"]
 
 Places = list[tuple[Option, list[str]]]
 """Options, each with those of its values for which something holds."""
 
 Format = Callable[[str], str]
+
+
+def by_section(roots: Iterable[Option]) -> dict[str, list[Option]]:
+    """Groups all options by the section of the config that they stand in.
+
+    Args:
+        roots: the options that every config reads; the others follow from these.
+
+    Returns:
+        the options of each section. The first one, "", has the fields that belong to
+        no section.
+    """
+    sections: dict[str, list[Option]] = {"": []}
+    for option in every(roots):
+        section = option.path.rpartition(".")[0]
+        sections.setdefault(section, []).append(option)
+    return sections
 
 
 def facts(

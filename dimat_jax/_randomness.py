@@ -59,4 +59,5 @@ _PURPOSES = (
     "align",
     "held_out",
     "validation",
+    "label_noise",
 )

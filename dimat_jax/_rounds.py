@@ -106,7 +106,11 @@ class Rounds:
             self._keep_frames(metrics.pop("frames", None))
             matching = metrics.pop("matching_bytes", None)
             progress.ledger.record_round(
-                self._messages, network, experiment.links.edges, matching
+                self._messages,
+                network,
+                experiment.links.edges,
+                matching,
+                experiment.links.senders(part.round),
             )
         return state, metrics
 
@@ -149,7 +153,9 @@ class Rounds:
             return
         progress.within, seen = done, self._trainer.seen()
         before = 0.0 if progress.seen is None else np.array(progress.seen)
-        self._report(number, done // steps, means(seen - before))
+        self._report(
+            number, done // steps, means(seen - before, self._experiment.learnt)
+        )
         progress.seen = seen.tolist()
 
     def end(self, number: int) -> dict[str, Any]:

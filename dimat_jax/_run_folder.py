@@ -153,7 +153,7 @@ class Workdir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         dataset, config = experiment.dataset, experiment.config
-        counts = class_counts(dataset.train.labels, experiment.shards)
+        counts = class_counts(dataset.train.classes, experiment.shards)
         names = dataset.class_names
         partition = {
             "partition": config.data.partition,
@@ -271,5 +271,4 @@ def _is_own(path: Path, config: Config) -> bool:
     if path.is_dir():
         return False
     copies = [f"{field}{file.suffix}" for field, file in files_named(config).items()]
-    names = (*_EARLY, *copies)
-    return path.name in names or path.name in [f".{name}.tmp" for name in names]
+    return path.name in (*_EARLY, *copies)

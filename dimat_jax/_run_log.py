@@ -11,9 +11,14 @@ from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.evaluate import deviation
 from dimat_jax.experiment import Experiment
+from dimat_jax.tasks import TaskRecord
 from dimat_jax.workdir import Results
 
 __all__ = ["RunLog", "TimeLeft"]
+
+
+# The entry of a row with the mean accuracy of the agents that a server has drawn.
+_OF_SAMPLED = "of_sampled"
 
 
 class RunLog:
@@ -78,19 +83,44 @@ class RunLog:
                 f"the test loss of agent(s) {agents} is not finite in round {number} "
                 f"(phase {phase!r})"
             )
+        metrics = {**metrics, **self._of_sampled(number, measures)}
         self._results.write(phase, number, measures, metrics)
-        trained = metrics.get("train_accuracy_mean")
+        task = self._experiment.learnt
+        name, words = f"test_{task.metric}", task.words
+        trained = metrics.get(f"train_{task.metric}_mean")
         # The first merge comes before the programs of local steps are compiled.
         left = self._of_rounds(step) if phase == "trained" else ""
         self._log(
             f"round {number:3d} {phase:>10}: "
-            f"test accuracy {measures['test_accuracy_mean']:.4f} "
-            f"± {measures['test_accuracy_std']:.4f} over agents, "
+            f"test {words} {measures[f'{name}_mean']:.4f} "
+            f"± {measures[f'{name}_std']:.4f} over agents, "
             f"loss {measures['test_loss_mean']:.4f}, "
             f"consensus distance {measures['consensus_distance']:.3g}"
-            + ("" if trained is None else f", training accuracy {trained:.4f}")
+            + ("" if trained is None else f", training {words} {trained:.4f}")
+            + self._of_sampled_in_words(metrics)
             + left
         )
+
+    def _of_sampled(self, number: int, measures: dict[str, Any]) -> dict[str, float]:
+        """The metric of the agents that a server has drawn; empty if it draws none.
+
+        Right after the communication it is the metric of the server's model, which all
+        of these agents have. The other agents' models are old.
+        """
+        links = self._experiment.links
+        present = links.present(number)
+        if not links.faults.sampled or number == 0 or not present.any():
+            return {}
+        shown = self._experiment.learnt.shown
+        metric = np.asarray(measures[shown.field("")])[present]
+        return {shown.field(_OF_SAMPLED): float(metric.mean())}
+
+    def _of_sampled_in_words(self, metrics: dict[str, Any]) -> str:
+        shown = self._experiment.learnt.shown
+        value = metrics.get(shown.field(_OF_SAMPLED))
+        if value is None:
+            return ""
+        return f", test {shown.words} of the sampled agents {value:.4f}"
 
     def pretraining(
         self, epoch: int, metrics: dict[str, Any], variables: Variables
@@ -109,7 +139,7 @@ class RunLog:
         self._results.write_epoch("pretraining", 0, epoch, metrics)
         left = self._of_pretraining(progress.steps_done)
         where = f"pre-training, epoch {epoch:3d} of {options.epochs}"
-        self._log(f"{where}: {_of_epoch(metrics)}{left}")
+        self._log(f"{where}: {_of_epoch(metrics, self._experiment.learnt)}{left}")
 
     def training(self, number: int, epoch: int, metrics: dict[str, Any]) -> None:
         """Reports an epoch of a round that has several.
@@ -124,18 +154,19 @@ class RunLog:
         epochs = experiment.local_steps / experiment.sampler.steps_per_epoch
         left = self._of_rounds(self._results.progress.steps_done)
         where = f"round {number:3d}, epoch {epoch} of {epochs:.4g}"
-        self._log(f"{where}: {_of_epoch(metrics)}{left}")
+        self._log(f"{where}: {_of_epoch(metrics, self._experiment.learnt)}{left}")
 
 
-def _of_epoch(metrics: dict[str, Any]) -> str:
+def _of_epoch(metrics: dict[str, Any], task: TaskRecord) -> str:
     """Says how an epoch went."""
+    name = f"train_{task.metric}"
     text = (
-        f"training accuracy {metrics['train_accuracy_mean']:.4f} "
-        f"± {deviation(metrics['train_accuracy']):.4f} over agents, "
+        f"training {task.words} {metrics[f'{name}_mean']:.4f} "
+        f"± {deviation(metrics[name]):.4f} over agents, "
         f"loss {metrics['train_loss_mean']:.4f}"
     )
-    if "test_accuracy_mean" in metrics:
-        text += f", test accuracy {metrics['test_accuracy_mean']:.4f}"
+    if (tested := metrics.get(f"test_{task.metric}_mean")) is not None:
+        text += f", test {task.words} {tested:.4f}"
     return text
 
 

@@ -15,6 +15,7 @@ from dimat_jax.data.pipeline import Augmentation, Sampler
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.experiment import Experiment
 from dimat_jax.network import Network
+from dimat_jax.tasks import TaskRecord
 
 __all__ = ["AfterStep", "Trainer", "means"]
 
@@ -61,8 +62,8 @@ class Trainer:
                 batch = placement.split_batch(batch)
                 state, metrics = take_step(state, batch, network, step_key)
                 n = metrics["examples"].astype(jnp.float32)
-                loss, accuracy = n * metrics["loss"], n * metrics["accuracy"]
-                return state, totals + jnp.stack([loss, accuracy, n], axis=1)
+                loss, score = n * metrics["loss"], n * metrics["score"]
+                return state, totals + jnp.stack([loss, score, n], axis=1)
 
             return placement.jit(
                 step, donate_argnums=(0, 1), out_shardings=placement.sharding
@@ -154,8 +155,9 @@ class Trainer:
         """What each agent has seen since the last call of `metrics`.
 
         Returns:
-            Sums over the examples: of the losses, of the correct predictions, and of
-            the examples themselves. `means` makes means of them.
+            Sums over the examples: of the losses, of the scores (for classes, of the
+            correct predictions), and of the examples themselves. `means` makes means of
+            them.
 
         Raises:
             NonFiniteError: An agent's loss was NaN or infinite.
@@ -179,20 +181,25 @@ class Trainer:
         """
         seen = self.seen()
         self._totals, self._steps_seen = self._experiment.placement.zeros(3), None
-        return means(seen)
+        return means(seen, self._experiment.learnt)
 
 
-def means(seen: Float64[np.ndarray, "agents 3"]) -> dict[str, Any]:
+def means(seen: Float64[np.ndarray, "agents 3"], task: TaskRecord) -> dict[str, Any]:
     """Makes the entries of a row from what the agents have seen.
 
+    Args:
+        seen: What `Trainer.seen` has returned.
+        task: What the agents learn.
+
     Returns:
-        Each agent's mean "train_loss" and "train_accuracy" over the examples that it
-        has seen (NaN if it has seen none), and the means of these over the agents that
-        have seen some.
+        Each agent's mean "train_loss" and its metric (as "train_accuracy") over the
+        examples that it has seen (NaN if it has seen none), and the means of these over
+        the agents that have seen some.
     """
-    loss, accuracy, n = seen.T
+    loss, score, n = seen.T
     with np.errstate(invalid="ignore"):
-        found = {"train_loss": loss / n, "train_accuracy": accuracy / n}
+        metric = task.metric_of(score / n)
+        found = {"train_loss": loss / n, f"train_{task.metric}": metric}
     some = n > 0
     return found | {
         f"{name}_mean": value[some].mean() if some.any() else np.nan

@@ -1,8 +1,9 @@
 """Tunes a config field: which of its values does best on validation images.
 
 Every line, which is an algorithm with its settings, gets the value whose runs have the
-best validation accuracy: the mean over the agents, then over the cells (the problems
-and graphs), then over the seeds. Nothing here reads what was measured on test images.
+best validation accuracy (or other metric): the mean over the agents, then over the
+cells (the problems and graphs), then over the seeds. Nothing here reads what was
+measured on test images.
 """
 
 from collections import defaultdict
@@ -15,16 +16,16 @@ from tabulate import tabulate
 
 from dimat_jax._inputs import fields_of_run
 from dimat_jax._metrics import read_rows
+from dimat_jax._near_names import no_such_field
 from dimat_jax.algorithms import ALGORITHM
+from dimat_jax.config import field_paths
 from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.options import SEED, every
+from dimat_jax.tasks import CLASSIFICATION, Metric, metric_of
 from dimat_jax.topology import TOPOLOGY
 
-__all__ = ["MEASURE", "MOMENTS", "Tuned", "Tuning", "tune"]
-
-MEASURE = "validation_accuracy_mean"
-"""The column of metrics.jsonl by which values are compared."""
+__all__ = ["MOMENTS", "Tuned", "Tuning", "tune"]
 
 MOMENTS = {
     "communication": "right after the last communication",
@@ -51,11 +52,11 @@ class Tuned(NamedTuple):
 
     Attributes:
         line: the fields that tell the line from the others, in words.
-        scores: for each value the mean validation accuracy (0 to 1); NaN if a run with
-            this value did not finish, e.g. because its loss was not finite.
+        scores: for each value the mean metric (an accuracy from 0 to 1); NaN if a run
+            with this value did not finish, e.g. because its loss was not finite.
         deviations: for each value the standard deviation over seeds, ddof 1; NaN for
             one seed.
-        best: the value with the largest score.
+        best: the value with the best score.
         inside: whether smaller and larger numbers were tried too. It is true if the
             value is no number.
     """
@@ -79,6 +80,7 @@ class Tuning(NamedTuple):
         lines: what was found for each line.
         left_out: the lines with runs that do not read the field, in words. These runs
             do not count.
+        metric: what was measured on validation samples.
     """
 
     field: str
@@ -88,6 +90,7 @@ class Tuning(NamedTuple):
     n_cells: int
     lines: list[Tuned]
     left_out: list[str]
+    metric: Metric
 
     def report(self) -> str:
         """Says which field was tuned on what, with a table of all values, in Markdown.
@@ -97,7 +100,11 @@ class Tuning(NamedTuple):
         values = {value for tuned in self.lines for value in tuned.scores}
         values = sorted(values, key=_order)
         rows = [
-            [tuned.line, *(_cell(tuned, value) for value in values), tuned.best]
+            [
+                tuned.line,
+                *(_cell(tuned, value, self.metric) for value in values),
+                tuned.best,
+            ]
             for tuned in self.lines
         ]
         left_out = (
@@ -105,8 +112,9 @@ class Tuning(NamedTuple):
             f"{'; '.join(self.left_out)}.\n"
         )
         return (
-            f"`{self.field}` was tuned on `{MEASURE}` (%), the accuracy on images that "
-            f"no agent trains on ({VALIDATION.path}={self.validation:g}), "
+            f"`{self.field}` was tuned on `{self._measure}`{self.metric.unit}, the "
+            f"{self.metric.words} on images that no agent trains on "
+            f"({VALIDATION.path}={self.validation:g}), "
             f"{MOMENTS[self.at]}: means over the agents, over "
             f"{self.n_cells} cell(s) and over the seed(s) "
             f"{', '.join(map(str, self.seeds))}, ± the deviation over seeds. No test "
@@ -116,6 +124,11 @@ class Tuning(NamedTuple):
             + (left_out if self.left_out else "")
         )
 
+    @property
+    def _measure(self) -> str:
+        """The column of metrics.jsonl by which values are compared."""
+        return self.metric.field(split="validation")
+
     def record(self) -> dict[str, Any]:
         """The same as JSON content."""
         lines = [tuned._asdict() for tuned in self.lines]
@@ -123,7 +136,9 @@ class Tuning(NamedTuple):
         for line in lines:
             for name in ("scores", "deviations"):
                 line[name] = {str(value): x for value, x in line[name].items()}
-        return {**self._asdict(), "measure": MEASURE, "lines": lines}
+        content = {**self._asdict(), "measure": self._measure, "lines": lines}
+        del content["metric"]
+        return content
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
@@ -132,14 +147,15 @@ def _order(value: Any) -> tuple[bool, float, str]:
     return not is_number, value if is_number else 0, str(value)
 
 
-def _cell(tuned: Tuned, value: Any) -> str:
+def _cell(tuned: Tuned, value: Any, metric: Metric) -> str:
     if value not in tuned.scores:
         return ""
     if np.isnan(tuned.scores[value]):
         return "failed"
-    text = f"{100 * tuned.scores[value]:.1f}"
+    digits = 1 if metric.percent else 3
+    text = f"{metric.scale * tuned.scores[value]:.{digits}f}"
     if not np.isnan(tuned.deviations[value]):
-        text += f" ± {100 * tuned.deviations[value]:.1f}"
+        text += f" ± {metric.scale * tuned.deviations[value]:.{digits}f}"
     if value != tuned.best:
         return text
     return f"**{text}**" + ("" if tuned.inside else " *")
@@ -157,11 +173,13 @@ def tune(
             communication, and "end" the last one.
 
     Raises:
-        UserError: there are no runs or no validation images, the field has one value
-            only, the values of a line were not tried in the same cells with the same
-            seeds, or two runs have the same config.
+        UserError: there are no runs, no such field or no validation images, the field
+            has one value only, the values of a line were not tried in the same cells
+            with the same seeds, or two runs have the same config.
     """
     runs = _read(directories, at)
+    if field not in field_paths():
+        raise UserError(no_such_field(field, field_paths()))
     if len({run.fields[field] for run in runs if field in run.fields}) < 2:
         raise UserError(f"the runs have no different values of {field}")
     validation = {run.fields[VALIDATION.path] for run in runs}
@@ -171,6 +189,7 @@ def tune(
             f"{VALIDATION.path} is {', '.join(f'{v:g}' for v in sorted(validation))} "
             "here; options are not tuned on test images"
         )
+    metric = _metric(runs)
     all_lines = _lines(runs, field)
     lines = {
         words: reading
@@ -183,21 +202,45 @@ def tune(
         validation.pop(),
         sorted({run.fields[SEED.path] for run in runs}),
         max(len({_cell_of(run) for run in line}) for line in lines.values()),
-        [_tuned(words, line, field) for words, line in lines.items()],
+        [_tuned(words, line, field, metric) for words, line in lines.items()],
         [
             words
             for words, line in all_lines.items()
             if any(field not in run.fields for run in line)
         ],
+        metric,
     )
 
 
 class _Run(NamedTuple):
-    """A run: its folder, the fields that it reads, and its score (NaN: unfinished)."""
+    """A run: its folder, the fields that it reads, its score, and of which metric.
+
+    The score is NaN and the metric None if the run has not finished.
+    """
 
     folder: Path
     fields: Mapping[str, Any]
     score: float
+    metric: Metric | None
+
+
+def _metric(runs: Sequence[_Run]) -> Metric:
+    """The metric of the runs that have finished.
+
+    Raises:
+        UserError: they have several, or it is not known what is better.
+    """
+    metrics = {run.metric for run in runs if run.metric}
+    if len(metrics) > 1:
+        names = ", ".join(sorted(metric.words for metric in metrics))
+        raise UserError(f"the runs are not to be compared: they measure {names}")
+    metric = metrics.pop() if metrics else CLASSIFICATION.shown
+    if not metric.better:
+        raise UserError(
+            f"larger or smaller values of {metric.name} may be better; --plugin has to "
+            "name the plugin of its task"
+        )
+    return metric
 
 
 def _read(directories: Sequence[str | Path], at: str) -> list[_Run]:
@@ -219,9 +262,12 @@ def _read(directories: Sequence[str | Path], at: str) -> list[_Run]:
             if at == "communication":
                 rows = [row for row in rows if row.get("communicated")]
             finished = path.with_name("summary.json").exists() and rows
-            score = rows[-1].get(MEASURE) if finished else None
+            metric, score = None, None
+            if finished:
+                metric = metric_of(rows[-1], "validation")
+                score = rows[-1].get(metric.field(split="validation"))
             score = np.nan if score is None else float(score)
-        runs.append(_Run(path.parent, fields, score))
+        runs.append(_Run(path.parent, fields, score, metric))
     return runs
 
 
@@ -259,7 +305,7 @@ def _cell_of(run: _Run) -> Cell:
     return tuple(sorted((p, v) for p, v in run.fields.items() if p in _cells()))
 
 
-def _tuned(line: str, runs: Sequence[_Run], field: str) -> Tuned:
+def _tuned(line: str, runs: Sequence[_Run], field: str, metric: Metric) -> Tuned:
     """Compares the values of the field on one line."""
     by_value: dict[Any, dict[tuple[Cell, int], _Run]] = defaultdict(dict)
     for run in runs:
@@ -290,7 +336,9 @@ def _tuned(line: str, runs: Sequence[_Run], field: str) -> Tuned:
         raise UserError(
             f"{line}: for every value of {field}, at least one run did not finish"
         )
-    best = max(scores, key=lambda value: np.nan_to_num(scores[value], nan=-1))
+    sign = 1 if metric.better == "larger" else -1
+    known = [value for value in scores if not np.isnan(scores[value])]
+    best = max(known, key=lambda value: sign * scores[value])
     numbers = [value for value in scores if isinstance(value, (int, float))]
     inside = best not in numbers or min(numbers) < best < max(numbers)
     return Tuned(line, scores, deviations, best, inside)

@@ -54,8 +54,8 @@ class Form(NamedTuple):
     def of(experiment: Experiment) -> "Form":
         """Returns the form of an experiment that has its data."""
         sizes = [len(shard) for shard in experiment.shards]
-        _, shape, dtype, n_classes = experiment.signature
-        return Form(n_classes, shape, sizes, dtype)
+        data = experiment.signature
+        return Form(data.n_classes, data.input_shape, sizes, data.input_dtype)
 
     def write(self, workdir: Path) -> None:
         """Writes the form into a run's folder."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from dimat_jax.data.partition import VALIDATION
 from dimat_jax.errors import UserError, in_one_line
 from dimat_jax.options import Option, Record, Registry, arguments, registry
+from dimat_jax.tasks import TASK, TASKS, TaskRecord
 
 __all__ = [
     "CALLBACKS",
@@ -227,14 +228,16 @@ def _check_wandb(fields: Fields) -> None:
 
 FIELD = Option(
     "early_stopping.field",
-    "validation_accuracy_mean",
+    "",
     "The field of rows that has to improve.",
+    empty="the mean metric on validation images, as validation_accuracy_mean",
 )
 BETTER = Option(
     "early_stopping.better",
-    "larger",
+    "",
     "Whether larger or smaller values of the field are better.",
     choices=("larger", "smaller"),
+    empty="what is better for the task's metric",
 )
 PATIENCE = Option(
     "early_stopping.patience",
@@ -251,8 +254,10 @@ def early_stopping(
     better: str = BETTER.default,
     patience: int = PATIENCE.default,
 ) -> Callable[[Row], None]:
-    """Ends a run whose agents have ceased to improve, by their validation accuracy."""
-    sign = 1 if better == "larger" else -1
+    """Ends a run whose agents have ceased to improve, by their validation metric."""
+    task = TASKS[run.config.get(TASK.path, TASK.default)]
+    field = field or task.shown.field(split="validation")
+    sign = 1 if (better or task.better) == "larger" else -1
     values = [sign * row[field] for row in run.rows if row["phase"] == "trained"]
 
     def watch(row: Row) -> None:
@@ -269,25 +274,24 @@ def early_stopping(
     return watch
 
 
-# The numbers that rows have after training.
-_MEASURES = (
-    *("accuracy_mean", "accuracy_std", "accuracy_local_mean", "accuracy_average_model"),
-    *("loss_mean", "loss_average_model", "disagreement"),
-)
-_WATCHED = (
-    *(f"test_{name}" for name in _MEASURES),
-    *("validation_accuracy_mean", "validation_loss_mean"),
-    *("train_accuracy_mean", "train_loss_mean"),
-    *("consensus_distance", "consensus_distance_aligned"),
-)
+def _watched(task: TaskRecord) -> list[str]:
+    """The numbers that rows have after training."""
+    metric, splits = task.metric, ("test", "validation", "train")
+    found = [f"test_{metric}_std", f"test_{metric}_average_model"]
+    found += ["test_loss_average_model"]
+    if task.labels == "classes":
+        found += ["test_accuracy_local_mean", "test_disagreement"]
+    means = [f"{split}_{name}_mean" for name in (metric, "loss") for split in splits]
+    return [*means, *found, "consensus_distance", "consensus_distance_aligned"]
 
 
 def _check_early_stopping(fields: Fields) -> None:
-    field = fields[FIELD.path]
-    if field not in _WATCHED:
+    task = TASKS[fields[TASK.path]]
+    field = fields[FIELD.path] or task.shown.field(split="validation")
+    if field not in (allowed := _watched(task)):
         raise CallbackError(
             f"config.{FIELD.path} is {field!r}, which no row has; allowed: "
-            f"{', '.join(_WATCHED)}"
+            f"{', '.join(allowed)}"
         )
     if field.startswith("validation") and not fields[VALIDATION.path]:
         raise CallbackError(

@@ -9,13 +9,14 @@ that read them; `ROOT` holds the options that every run reads, and leads to all 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import FieldReference
 
 from dimat_jax import _checkpoint, algorithms, evaluate, plugins
 from dimat_jax._config_form import (
     Config,
     ConfigError,
     Fields,
+    Section,
     check_form,
     check_types,
     copy_of,
@@ -35,8 +36,14 @@ from dimat_jax.algorithms import ALGORITHM, INNER, AlgorithmRecord
 from dimat_jax.algorithms.record import INIT, INIT_FROM
 from dimat_jax.callbacks import CALLBACK
 from dimat_jax.compression import COMPRESSOR
+from dimat_jax.data._label_noise import LABEL_NOISE
 from dimat_jax.data._small_shards import SMALL_SHARDS
-from dimat_jax.data.partition import PARTITION, PRETRAIN_PARTITION, VALIDATION
+from dimat_jax.data.partition import (
+    DATA_SEED,
+    PARTITION,
+    PRETRAIN_PARTITION,
+    VALIDATION,
+)
 from dimat_jax.data.pipeline import FLIP, PAD
 from dimat_jax.data.selection import BN_DATA, BN_SAMPLES
 from dimat_jax.data.sources import SOURCE, TEST_SIZE, TRAIN_SIZE
@@ -59,6 +66,7 @@ from dimat_jax.options import (
     readers,
 )
 from dimat_jax.placement import AGENTS, CPU_DEVICES
+from dimat_jax.tasks import TASK
 
 __all__ = [
     "RENAMED",
@@ -70,6 +78,7 @@ __all__ = [
     "default_config",
     "drop_unread",
     "expect_all_fields",
+    "field_paths",
     "fields_of",
     "fields_of_json",
     "fields_read",
@@ -101,10 +110,13 @@ ROOT = (
     TEST_SIZE,
     PARTITION,
     SMALL_SHARDS,
+    DATA_SEED,
     VALIDATION,
+    LABEL_NOISE,
     FLIP,
     PAD,
     MODEL,
+    TASK,
     BN_DATA,
     OPTIMIZER,
     LEARNING_RATE,
@@ -138,13 +150,15 @@ def _options() -> dict[str, Option]:
 
 def default_config() -> Config:
     """Makes a locked config that holds all options with their defaults."""
-    config = ConfigDict()
+    known = field_paths()
+    config = Section(known=known)
     for option in _options().values():
         *sections, name = option.path.split(".")
         place: Any = config
-        for section in sections:
+        for depth, section in enumerate(sections, 1):
             if section not in place:
-                place[section] = ConfigDict()
+                path = ".".join(sections[:depth])
+                place[section] = Section(path=path, known=known)
             place = place[section]
         # A field has the type of its default, unless it says that it may have any type.
         place[name] = (
@@ -153,6 +167,12 @@ def default_config() -> Config:
             else option.default
         )
     return config.lock()
+
+
+def field_paths() -> list[str]:
+    """The paths of all fields. Those that every run reads come first."""
+    always = [option.path for option in ROOT]
+    return list(dict.fromkeys([*always, *_options()]))
 
 
 # Fields ===============================================================================
@@ -305,7 +325,7 @@ def expect_all_fields(config: Any) -> Config:
         ConfigError: A field is missing, unknown or of another type than its default.
     """
     options = _options()
-    defaults = {path: option.default for path, option in options.items()}
+    defaults = {path: options[path].default for path in field_paths()}
     check_form(config, defaults, _may_be_words())
     return config
 

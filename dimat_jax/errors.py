@@ -156,6 +156,12 @@ def out_of_memory(error: BaseException) -> str | None:
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Lists the allowed names, and those most similar to a name that is not allowed."""
     allowed = sorted(allowed)
-    close = difflib.get_close_matches(str(name), allowed, n=3, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"allowed: {', '.join(allowed)}{hint}"
+    # Names are similar whatever the case of their letters, and so are their parts.
+    plain = {each.lower(): each for each in allowed}
+    given = str(name).lower()
+    close = difflib.get_close_matches(given, plain, n=3, cutoff=0.6)
+    if not close and len(given) > 2:
+        close = [each for each in plain if each.startswith(given)][:3]
+    hint = " or ".join(repr(plain[each]) for each in close)
+    meant = f"; did you mean {hint}?" if close else ""
+    return f"allowed: {', '.join(allowed)}{meant}"

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from dimat_jax.data.pipeline import Samples
+from dimat_jax.data.pipeline import Batch, Samples
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
+from dimat_jax.tasks import CLASSIFICATION, TaskRecord
 from dimat_jax.tree import PyTree, exact_dtype, take
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "deviation",
     "disagreement",
     "local_accuracy",
+    "masked_sums",
 ]
 
 
@@ -52,19 +53,27 @@ class Evaluation(NamedTuple):
     """The results of an evaluation, on the host.
 
     Attributes:
-        accuracy: each agent's share of correct predictions, from 0 to 1.
-        loss: each agent's mean cross-entropy, in nats.
+        metric: each agent's metric; for classes, its share of correct predictions, from
+            0 to 1.
+        loss: each agent's mean loss; for classes and tokens, in nats.
         accuracy_by_class: each agent's share of correct predictions among the samples
-            of each class; NaN for a class without samples.
-        disagreement: how far the agents' predictions differ; see `disagreement`.
+            of each class; NaN for a class without samples. None if the labels are no
+            classes.
+        disagreement: how far the agents' predictions differ; see `disagreement`. None
+            if the labels are no classes.
         consensus_distance: how far the agents' params differ; see `consensus_distance`.
     """
 
-    accuracy: Float[np.ndarray, " agents"]
+    metric: Float[np.ndarray, " agents"]
     loss: Float[np.ndarray, " agents"]
-    accuracy_by_class: Float[np.ndarray, "agents classes"]
-    disagreement: float
+    accuracy_by_class: Float[np.ndarray, "agents classes"] | None
+    disagreement: float | None
     consensus_distance: float
+
+    @property
+    def accuracy(self) -> Float[np.ndarray, " agents"]:
+        """The metric, which is the accuracy if agents learn classes."""
+        return self.metric
 
 
 def deviation(values: Float[np.ndarray, " values"]) -> float:
@@ -83,29 +92,29 @@ class Evaluator:
         forward: `forward(variables, inputs) -> logits` of one agent in eval mode.
         samples: the samples, which all agents share.
         placement: the layout of the agents over devices.
+        task: the task, which computes the losses and the metric.
     """
 
     def __init__(
         self,
-        forward: Callable[[PyTree, Array], Float[Array, "batch classes"]],
+        forward: Callable[[PyTree, Array], Float[Array, "batch ..."]],
         samples: Samples,
         placement: Placement,
+        task: TaskRecord = CLASSIFICATION,
     ):
         if not samples.shared:
             raise ValueError("agents are compared on samples that they share")
         self._forward = forward
         self._samples = samples
-        self._placement = placement
+        self._placement, self._task = placement, task
         # The labels of all samples and the number of classes, once they are known.
         self._classes: tuple[Int[np.ndarray, " samples"], int] | None = None
 
-        def predict(total, variables, batch):
-            logits = forward(variables, batch.inputs)
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, batch.labels
-            )
-            total += jnp.where(batch.mask, losses, 0).sum()
-            return total, logits.argmax(axis=-1)
+        def predict(totals, variables, batch):
+            outputs = forward(variables, batch.inputs)
+            totals += masked_sums(task, outputs, batch)
+            predicted = outputs.argmax(axis=-1) if task.labels == "classes" else ()
+            return totals, predicted
 
         self._predict = placement.jit(
             placement.per_agent(predict, in_axes=(0, 0, None)), donate_argnums=0
@@ -120,23 +129,34 @@ class Evaluator:
 
     def __call__(self, variables: PyTree) -> Evaluation:
         """Evaluates the stacked variables of all agents."""
+        totals, predictions = self._placement.zeros(2), []
+        for batch in self._samples:
+            totals, predicted = self._predict(totals, variables, batch)
+            predictions.append(predicted)
+        totals = self._placement.gather(totals)
+        means = totals.astype(np.float64) / self._samples.mask.sum()
+        by_class, apart = None, None
+        if self._task.labels == "classes":
+            by_class, apart = self._compare(variables, self._join(*predictions))
+        return Evaluation(
+            self._task.metric_of(means[:, 1]),
+            means[:, 0],
+            by_class,
+            apart,
+            float(self._distance(variables["params"])),
+        )
+
+    def _compare(
+        self, variables: PyTree, predictions: Array
+    ) -> tuple[Float[np.ndarray, "agents classes"], float]:
+        """Computes the accuracies by class, and the disagreement of the agents."""
         if self._classes is None:
             self._classes = self._read_classes(variables)
         labels, n_classes = self._classes
-        total, predictions = self._placement.zeros(), []
-        for batch in self._samples:
-            total, predicted = self._predict(total, variables, batch)
-            predictions.append(predicted)
-        total, predicted = self._placement.gather((total, self._join(*predictions)))
+        predicted = self._placement.gather(predictions)
         predicted = predicted[:, self._samples.mask.ravel()]
-        correct = predicted == labels
-        return Evaluation(
-            correct.mean(axis=1),
-            total.astype(np.float64) / len(labels),
-            _by_class(correct, labels, n_classes),
-            disagreement(predicted),
-            float(self._distance(variables["params"])),
-        )
+        by_class = _by_class(predicted == labels, labels, n_classes)
+        return by_class, disagreement(predicted)
 
     def _read_classes(
         self, variables: PyTree
@@ -147,6 +167,15 @@ class Evaluator:
         inputs = next(iter(self._samples)).inputs
         logits = jax.eval_shape(self._forward, one, inputs)
         return np.concatenate(labels)[self._samples.mask.ravel()], logits.shape[-1]
+
+
+def masked_sums(
+    task: TaskRecord, outputs: Float[Array, "batch ..."], batch: Batch
+) -> Float[Array, "2"]:
+    """Sums one agent's losses and scores of a batch. It is pure."""
+    losses, scores = task(outputs, batch.labels), task.scores(outputs, batch.labels)
+    sums = [jnp.where(batch.mask, x, 0).sum() for x in (losses, scores)]
+    return jnp.stack([x.astype(jnp.float32) for x in sums])
 
 
 def consensus_distance(params: PyTree, n_agents: int) -> Float[Array, ""]:

@@ -18,9 +18,9 @@ from dimat_jax._chosen import (
 )
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
-from dimat_jax._division import check_samples, divide, load_data
+from dimat_jax._division import check_samples, divide, load_data, with_wrong_labels
 from dimat_jax._examples import Examples, draw_subset
-from dimat_jax._fields_together import build_model, check_batch_norm
+from dimat_jax._fields_together import build_model, check_data
 from dimat_jax._layout_choice import LayoutChoice, choose
 from dimat_jax._needs import check_graph_and_steps, check_model, check_steps
 from dimat_jax._slots import put_each
@@ -49,6 +49,7 @@ from dimat_jax.network import Network, networks_kept
 from dimat_jax.options import arguments
 from dimat_jax.permutation._verify import Verification
 from dimat_jax.placement import place
+from dimat_jax.tasks import TASKS
 
 __all__ = ["Experiment", "check_network"]
 
@@ -63,7 +64,7 @@ class Experiment:
 
     Attributes:
         config: the config that was given.
-        record: the record of the algorithm.
+        record, learnt: the records of the algorithm, and of the task that is learnt.
         links: the network over time.
         dataset: the data set.
         signature: what the model must know of the data set: the inputs, the classes.
@@ -77,8 +78,7 @@ class Experiment:
         sampler: the order in which agents see their images during the rounds, as
             positions in `train_pool`.
         pretrain_sampler: the same for pre-training.
-        local_steps: the number of local steps in a round.
-        pretrain_steps: the number of local steps in pre-training.
+        local_steps, pretrain_steps: how many are in a round, in pre-training.
         algorithm: the algorithm of the rounds.
         pretrain_algorithm: the algorithm of pre-training: every agent trains alone.
 
@@ -91,10 +91,10 @@ class Experiment:
         self.dataset = load_data(config)
         self.signature = self.dataset.signature  # a copy may have fewer classes
         if declared is None:
-            check_batch_norm(self._fields, self.signature)
+            check_data(self._fields, self.signature)
             self._traced_init = check_model(self._fields, self.signature)
-        labels, n_agents = self.dataset.train.labels, number_of_agents(self._fields)
-        self.division = divide(labels, n_agents, self._fields)
+        classes, n_agents = self.dataset.train.classes, number_of_agents(self._fields)
+        self.division = divide(classes, n_agents, self._fields)
         self.shards = self.division.shards
         self._build_task()
         counts = self.division, len(self.dataset.test.labels)
@@ -120,6 +120,7 @@ class Experiment:
         check(config)
         self.config, self._fields = config, resolved(fields_of(config))
         self.record = record_of(self._fields)
+        self.learnt = TASKS[config.task]
         self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
         check_graph_and_steps(self._fields)
@@ -140,10 +141,10 @@ class Experiment:
 
     def _build_task(self) -> None:
         """Builds the model and the task that the agents learn."""
-        _, self.input_shape, _, self.n_classes = self.signature
+        _, self.input_shape, _, self.n_classes, _ = self.signature
         self.model = build_model(self._fields, self.signature, self.record.aligns)
         self.task = Task(
-            loss=self._small_shards.weighed(classifier.loss(self.model)),
+            loss=self._small_shards.weighed(classifier.loss(self.model, self.learnt)),
             spec=models.permutation_spec(self.model),
             activations=classifier.activations(self.model),
             batch_statistics=classifier.batch_statistics(self.model),
@@ -157,11 +158,9 @@ class Experiment:
         self._holdings = Holdings(
             self.shards, pretrain_shards, placement=self.placement
         )
-        self._rows = self._holdings.rows(self.shards)
+        rows = self._rows = self._holdings.rows(self.shards)
         small = self._small_shards.name
-        self.sampler = Sampler(
-            self._rows, config.batch_size, self.seeds("order"), small
-        )
+        self.sampler = Sampler(rows, config.batch_size, self.seeds("order"), small)
         self.pretrain_sampler = Sampler(
             self._holdings.rows(pretrain_shards),
             config.pretrain.batch_size,
@@ -261,7 +260,8 @@ class Experiment:
     @cached_property
     def train_pool(self) -> OwnPool:
         """The training images, each on the device of the agent that owns it."""
-        return place_own_pool(self.dataset.train, *self._statistics, self._holdings)
+        train = with_wrong_labels(self.dataset, self.division, self._fields)
+        return place_own_pool(train, *self._statistics, self._holdings)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -285,7 +285,8 @@ class Experiment:
         return self._evaluator(self._share(self.dataset.train, images[order]))
 
     def _evaluator(self, samples: Samples) -> Evaluator:
-        return Evaluator(classifier.forward(self.model), samples, self.placement)
+        forward = classifier.forward(self.model)
+        return Evaluator(forward, samples, self.placement, self.learnt)
 
     def _share(self, split: sources.Split, chosen: np.ndarray) -> Samples:
         """Makes samples of the chosen images of a split, for evaluation."""

@@ -139,6 +139,7 @@ class Ledger:
         network: Network,
         edges: Adjacency,
         matching: Int[np.ndarray, "slots slots"] | None = None,
+        senders: Bool[np.ndarray, " agents"] | None = None,
     ) -> None:
         """Books what one communication sends.
 
@@ -149,6 +150,8 @@ class Ledger:
                 is sent later. An absent agent has no message.
             edges: All edges that the network has at any time.
             matching: Bytes of matching data over every link, `[receiver, sender]`.
+            senders: The agents that send to a server; by default the present ones. The
+                server answers those that are present.
         """
         sizes, links = self._sizes(messages), self._own(network.active_edges)
         present = self._own(network.present)
@@ -158,11 +161,12 @@ class Ledger:
         if matching is not None:
             self._add_matching(self._own(matching))
         if sizes.server:
-            clients = int(present.sum())
-            self.exchanges += clients
+            answers = int(present.sum())
+            times = answers + int((present if senders is None else senders).sum())
+            self.exchanges += answers
             for kind, size in sizes.server.items():
-                self._book(kind, 2 * clients * size)
-                self.server_bytes += 2 * clients * size
+                self._book(kind, times * size)
+                self.server_bytes += times * size
 
     def record_images(self, size: int) -> None:
         """Books images that agents get, once in a run.

@@ -166,10 +166,11 @@ def fastest(adjacency: Adjacency) -> MixingMatrix:
 
 
 def from_file(adjacency: Adjacency | Schedule, *, file: str) -> MixingMatrix:
-    """The matrix is read from a file, which holds one matrix or a stack of them.
+    """The matrix is read from a file: one matrix, a stack, or edges with weights.
 
     It is a float64 matrix for the whole graph. Unlike a rule, it cannot be applied anew
-    to a part of the graph.
+    to a part of the graph. If the file holds edges, each agent gives itself what these
+    leave to 1.
 
     Raises:
         TopologyError: the file cannot be read, or its matrix has another number of

@@ -1,60 +1,48 @@
 """The network at every round and every local step: agents, links, and weights."""
 
-import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from dimat_jax.errors import UserError
+from dimat_jax._faults import (
+    ABSENCES,
+    DROPOUT,
+    EDGE_LOSS,
+    FAULTS,
+    SAMPLED,
+    Absence,
+    Faults,
+    NetworkError,
+    faults,
+    parse_absences,
+)
 from dimat_jax.mixing import (
     MixingMatrix,
     check_mixing_matrix,
     columns_sum_to_one,
     rows_sum_to_one,
 )
-from dimat_jax.options import SEED, Option
 from dimat_jax.topology import Adjacency, Schedule, is_undirected, schedule, union
 
 __all__ = [
+    "ABSENCES",
+    "DROPOUT",
+    "EDGE_LOSS",
+    "FAULTS",
+    "SAMPLED",
     "Absence",
     "Faults",
     "Links",
     "Network",
     "NetworkError",
-    "FAULTS",
     "faults",
     "networks_kept",
     "parse_absences",
 ]
-
-DROPOUT = Option(
-    "faults.dropout",
-    0.0,
-    "The probability that an agent is absent in a round, from the first round on.",
-    at_least=0,
-    below=1,
-)
-EDGE_LOSS = Option(
-    "faults.edge_loss",
-    0.0,
-    "The probability that a link fails in an exchange, from the first round on.",
-    at_least=0,
-    below=1,
-)
-ABSENCES = Option(
-    "faults.absences",
-    "",
-    'The rounds in which single agents are absent. "3:1-4, 0:6-" means that agent 3 is '
-    "absent in rounds 1 to 4, and agent 0 from round 6 on.",
-    empty="no agent is absent",
-)
-FAULTS = (DROPOUT, EDGE_LOSS, ABSENCES, SEED)
-"""The options of `faults`."""
 
 
 class Network(NamedTuple):
@@ -96,90 +84,6 @@ def _filled_up(W, active_edges, present, *, slots: int) -> Network:
     return Network(full_W, full_edges, full_present)
 
 
-class NetworkError(UserError):
-    """A network does not fit its use or its faults. The message says why."""
-
-
-class Absence(NamedTuple):
-    """Some rounds in which one agent is absent. Rounds count from 1.
-
-    Attributes:
-        agent: the number of the agent.
-        start: the first round in which it is absent; 1 if it joins late.
-        stop: the round in which it is back; None if it does not come back.
-    """
-
-    agent: int
-    start: int
-    stop: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Faults:
-    """The faults of a network: agents drop out, and links fail.
-
-    Faults are drawn anew in every round or exchange, but the seed determines them.
-
-    Attributes:
-        dropout: the probability that an agent is absent in a round.
-        edge_loss: the probability that a link fails in an exchange. In an undirected
-            network it then fails in both directions.
-        absences: further rounds in which single agents are absent.
-        seed: the seed of all draws.
-    """
-
-    dropout: float = DROPOUT.default
-    edge_loss: float = EDGE_LOSS.default
-    absences: tuple[Absence, ...] = ()
-    seed: int = SEED.default
-
-    def __post_init__(self):
-        DROPOUT.check(self.dropout)
-        EDGE_LOSS.check(self.edge_loss)
-        for agent, start, stop in self.absences:
-            if agent < 0 or start < 1 or (stop is not None and stop <= start):
-                raise NetworkError(
-                    "an absence is (agent, the first round in which it is absent, the "
-                    "round in which it is back), and rounds count from 1; got "
-                    f"{(agent, start, stop)}"
-                )
-
-    @property
-    def any(self) -> bool:
-        """Whether there are any faults."""
-        return bool(self.dropout or self.edge_loss or self.absences)
-
-
-def parse_absences(text: str) -> tuple[Absence, ...]:
-    """Reads "agent:first-last, ...": the rounds, from 1, in which agents are absent.
-
-    Raises:
-        NetworkError: the text has another form.
-    """
-    found = []
-    for part in filter(None, map(str.strip, text.split(","))):
-        match = re.fullmatch(r"(\d+):(\d+)-(\d*)", part)
-        if not match:
-            raise NetworkError(
-                f"absences is {text!r}; expected agent:first-last or agent:first-, "
-                'e.g. "3:1-4, 0:6-"'
-            )
-        agent, first, last = match.groups()
-        found.append(Absence(int(agent), int(first), int(last) + 1 if last else None))
-    return tuple(found)
-
-
-def faults(*, dropout: float, edge_loss: float, absences: str, seed: int) -> Faults:
-    """Makes the faults that a config describes.
-
-    Raises:
-        OptionError: a probability is out of range.
-        NetworkError: the text of the absences has another form, or an absence ends
-            before it starts.
-    """
-    return Faults(dropout, edge_loss, parse_absences(absences), seed)
-
-
 class Links:
     """The network over time: which agents are present, which links work, and W.
 
@@ -203,7 +107,8 @@ class Links:
     Raises:
         MixingError: the rule or the matrix does not fit the graph.
         NetworkError: there are faults in a directed network in which the columns of W
-            do not sum to 1, or an absent agent does not exist.
+            do not sum to 1, an absent agent does not exist, or more agents are to be
+            drawn than there are.
     """
 
     def __init__(
@@ -235,6 +140,11 @@ class Links:
                     f"an absence names agent {absence.agent}, but there are only "
                     f"agents 0 to {n_agents - 1}"
                 )
+        if faults.sampled > n_agents:
+            raise NetworkError(
+                f"{SAMPLED.path} is {faults.sampled}, but there are only {n_agents} "
+                "agents to draw from"
+            )
         if (
             faults.any
             and not self._undirected
@@ -312,8 +222,30 @@ class Links:
     def present(self, round_number: int) -> Bool[np.ndarray, " agents"]:
         """Returns which agents are present in a round.
 
-        Rounds count from 1. Before round 1 all agents are present.
+        Rounds count from 1. Before round 1 all agents are present. If agents are drawn,
+        only these are present.
         """
+        present = self._reachable(round_number)
+        if self.faults.sampled and round_number > 0:
+            rng = np.random.default_rng([self.faults.seed, _SAMPLE, round_number])
+            order = rng.permutation(len(present))
+            order = order[present[order]]
+            present[order[self.faults.sampled :]] = False
+        return present
+
+    def senders(self, round_number: int) -> Bool[np.ndarray, " agents"]:
+        """Returns which agents send their models to a server as a round begins.
+
+        These are the present agents. If agents are drawn, they are those that took part
+        in the round before. In round 1 the server gets its first model from those that
+        it has just drawn.
+        """
+        if self.faults.sampled and round_number > 1:
+            return self.present(round_number - 1)
+        return self.present(round_number)
+
+    def _reachable(self, round_number: int) -> Bool[np.ndarray, " agents"]:
+        """Returns which agents are not absent in a round, drawn or not."""
         present = np.ones(self.adjacency.shape[-1], bool)
         if self.faults.dropout and round_number > 0:
             rng = np.random.default_rng([self.faults.seed, _PRESENCE, round_number])
@@ -396,4 +328,4 @@ def _key(links: Adjacency) -> bytes:
 
 
 # Each purpose has random numbers of its own, so that draws are independent.
-_PRESENCE, _ROUND, _STEP = range(3)
+_PRESENCE, _ROUND, _STEP, _SAMPLE = range(4)

@@ -32,6 +32,7 @@ from dimat_jax.errors import SweepError, UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.reports import Runs
 from dimat_jax.sweeps import over_seeds
+from dimat_jax.tasks import metric_of
 
 __all__ = ["RunResult", "SweepResult", "run", "sweep"]
 
@@ -75,9 +76,10 @@ class RunResult(dict[str, Any]):
         self._folder = folder
 
     def __repr__(self) -> str:
+        metric = metric_of(self)
         return (
-            f"RunResult({str(self.workdir)!r}: round {self['round']}, test accuracy "
-            f"{100 * self['test_accuracy_mean']:.2f} %)"
+            f"RunResult({str(self.workdir)!r}: round {self['round']}, test "
+            f"{metric.words} {metric.text(self[metric.field()])})"
         )
 
     @property
@@ -109,7 +111,7 @@ class RunResult(dict[str, Any]):
         """The run as `reports` take it, for all of their tables and figures."""
         return reports.load(self.workdir)
 
-    def figure(self, measure: str = "accuracy", against: str = "rounds") -> Figure:
+    def figure(self, measure: str = "", against: str = "rounds") -> Figure:
         """Draws a measure over the rounds; see `reports.curves_figure`."""
         return reports.curves_figure(self.runs, measure=measure, against=against)
 
@@ -157,7 +159,7 @@ class SweepResult:
         """The tables of the report, by title: means and deviations over the seeds."""
         return reports.tables(self.runs)
 
-    def figure(self, measure: str = "accuracy", against: str = "rounds") -> Figure:
+    def figure(self, measure: str = "", against: str = "rounds") -> Figure:
         """Draws a measure over the rounds; see `reports.curves_figure`."""
         return reports.curves_figure(self.runs, measure=measure, against=against)
 

@@ -11,7 +11,6 @@ which options each builder reads.
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -27,14 +26,13 @@ from dimat_jax._connectivity import (
     spanning_trees,
     union,
 )
-from dimat_jax._folders import map_array, parse_json
+from dimat_jax._graph_files import TopologyError, read_edges, read_matrix
 from dimat_jax._peer_graphs import (
     PEERS,
     PERIOD,
     finite_time_weights,
     random_receivers,
 )
-from dimat_jax.errors import UserError, reading
 from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
@@ -76,14 +74,13 @@ EDGE_PROBABILITY = Option(
 MATRIX_FILE = Option(
     "graph.file",
     "",
-    "A .json or .npy file with a matrix [agents, agents], or a stack of matrices. The "
-    "topology takes its edges from it, the mixing rule its weights, or both do.",
+    "A file with a matrix [agents, agents] or a stack of them (.json, .npy), with a "
+    "list of edges (.txt, .edges, .edgelist, .csv), or GraphML (.graphml). The "
+    "topology takes its edges from it, the mixing rule its weights, or both do. Agents "
+    "with other names than their numbers are in ascending order if all names are whole "
+    "numbers, or else in the order in which the file has them first.",
     names_file=True,
 )
-
-
-class TopologyError(UserError):
-    """A graph cannot be built, or it does not fit its use. The message says why."""
 
 
 def from_graph(graph: nx.Graph) -> Adjacency:
@@ -273,58 +270,16 @@ def disconnected(n_agents: int) -> Adjacency:
 def from_file(
     n_agents: int, *, file: str | os.PathLike[str] = MATRIX_FILE.default
 ) -> Schedule:
-    """Any graph, read from a file that holds an adjacency or a mixing matrix.
+    """Any graph, read from a file with a matrix, a list of edges, or GraphML.
 
-    Every entry off the diagonal that is not 0 is an edge. A stack of matrices is a
-    graph that changes over time.
-
-    Raises:
-        TopologyError: the file cannot be read, or its matrix has another number of
-            agents.
-    """
-    edges = schedule(read_matrix(file, n_agents) != 0)
-    return edges & ~np.eye(n_agents, dtype=bool)
-
-
-def read_matrix(file: str | os.PathLike[str], n_agents: int) -> np.ndarray:
-    """Reads a matrix `[agents, agents]`, or a stack of them, from a .json or .npy file.
+    In a matrix every entry off the diagonal that is not 0 is an edge. A stack of
+    matrices is a graph that changes over time. In a list of edges every line is a pair
+    of agents, which send to each other.
 
     Raises:
-        TopologyError: the file cannot be read, holds something else, or its matrix has
-            another number of agents.
+        TopologyError: the file cannot be read, or has another number of agents.
     """
-    file = Path(file)
-    if file.suffix not in (".json", ".npy"):
-        raise TopologyError(f"expected a .json or .npy file, got {str(file)!r}")
-    if file.suffix == ".npy":
-        # Only the header is read, until the shape is known to be right.
-        matrix = map_array(file, TopologyError)
-    else:
-        matrix = _read_matrix(file)
-    fits = matrix.ndim in (2, 3) and matrix.shape[-2:] == (n_agents, n_agents)
-    if not fits or not matrix.size:
-        raise TopologyError(
-            f"{file} holds an array of shape {list(matrix.shape)}; expected "
-            f"[{n_agents}, {n_agents}], or a stack of such"
-        )
-    matrix = np.array(matrix)
-    if matrix.dtype.kind not in "biuf" or not np.isfinite(matrix).all():
-        raise TopologyError(f"{file} holds entries that are no finite numbers")
-    return matrix
-
-
-def _read_matrix(file: Path) -> np.ndarray:
-    """Reads a matrix, or a stack of matrices, from a JSON file."""
-    with reading(file, TopologyError):
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no file {file}")
-        content = parse_json(file.read_bytes())
-        try:
-            return np.array(content, np.float64)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(
-                "it holds no matrix of numbers, all rows of one length"
-            ) from error
+    return schedule(read_edges(file, n_agents))
 
 
 def _at_least_one(n_agents: int) -> int:

@@ -20,9 +20,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from tqdm import auto, tqdm
 
 import dimat_jax
+from dimat_jax._division import too_small_to_normalise
 from dimat_jax._lock import Lock, held
 from dimat_jax._pauses import RunPauses
 from dimat_jax._pretrain import pretrain
@@ -37,7 +39,7 @@ from dimat_jax._starting import Start, is_there, read_start
 from dimat_jax._storage import explained
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
-from dimat_jax.data.partition import table
+from dimat_jax.data._partition_table import table
 from dimat_jax.errors import concerning
 from dimat_jax.experiment import Experiment
 from dimat_jax.permutation._verify import InconclusiveError
@@ -228,6 +230,7 @@ def _prepare(
             experiment.verify_spec()
     with together():
         if is_new and is_main():
+            _warn(experiment)
             log(table(folder.create(experiment, start and start.digest)))
     with together():
         if not folder.is_started:
@@ -236,6 +239,14 @@ def _prepare(
                 "must see the same workdir"
             )
     return experiment, start
+
+
+def _warn(experiment: Experiment) -> None:
+    """Warns of agents whose statistics for BatchNorm come from a single sample."""
+    if experiment.task.batch_statistics is None:
+        return
+    if warning := too_small_to_normalise(experiment.division):
+        logging.warning("%s", warning)
 
 
 def _check(config: Config, folder: Workdir) -> None:

@@ -151,8 +151,8 @@ class Results:
         """What TensorBoard shows of the run beside its rows."""
         options = fields_read(fields_of(self._experiment.config))
         experiment = self._experiment
-        counts = class_counts(experiment.dataset.train.labels, experiment.shards)
-        return About(options, partition_picture(counts))
+        counts = class_counts(experiment.dataset.train.classes, experiment.shards)
+        return About(options, partition_picture(counts), experiment.learnt.metric)
 
     def restore(self) -> State | None:
         """The agents' state in the newest checkpoint, on the devices.
@@ -352,7 +352,7 @@ class Results:
 
     def _summary(self) -> dict[str, Any]:
         rows = read_evaluations(self._workdir.path)
-        W = self._experiment.links.mixing_matrix
+        W, learnt = self._experiment.links.mixing_matrix, self._experiment.learnt
         stopped = {"reason": self._stopped, "round": self.progress.round}
         return {
             **rows[-1],
@@ -361,7 +361,7 @@ class Results:
             # The last row of each phase. It also shows the agents right after the last
             # merge, before they trained on.
             **{f"last_{row['phase']}": row for row in rows},
-            **best_rows(rows, "validation"),
+            **best_rows(rows, "validation", learnt.metric, learnt.better),
             # These are the gaps without faults: over one period of the topology, and
             # for a single one of its steps.
             "spectral_gap": spectral_gap(W),

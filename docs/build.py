@@ -2,12 +2,13 @@
 
     python -m docs.build
 
-The site is made of the pages and pictures in docs/, of experiments/RESULTS.md, which
-becomes the page "All measurements", and of the lists of options and algorithms, which
-are written from the records in the code. They are put together in build/docs, and
-Zensical (zensical.toml) makes the site of them.
+The site is made of the pages and pictures in docs/, of its notebooks, which become
+pages, of experiments/RESULTS.md, which becomes the page "All measurements", and of the
+lists of options and algorithms, which are written from the records in the code. They
+are put together in build/docs, and Zensical (zensical.toml) makes the site of them.
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ PAGES = ROOT / "build" / "docs"
 SITE = ROOT / "build" / "site"
 
 # What is copied from docs/ into the site. Python files are not.
-_SUFFIXES = (".md", ".png", ".svg", ".css")
+_SUFFIXES = (".md", ".ipynb", ".png", ".svg", ".css")
 # The places of what is written from records, and the functions that write it.
 _WRITTEN = {
     "<!-- all options -->": lambda: options_page(config.ROOT),
@@ -44,22 +45,36 @@ def assemble(pages: Path) -> None:
         target = pages / source.relative_to(SOURCE)
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".md":
-            target.write_text(_page(source))
+            target.write_text(_page(source.read_text(), source.parent))
+        elif source.suffix == ".ipynb":
+            text = _page(_notebook(source.read_text()), source.parent)
+            target.with_suffix(".md").write_text(text)
         else:
             shutil.copyfile(source, target)
     # In its own folder the file names pictures and pages relative to experiments/.
     (pages / "results.md").write_text(RESULTS.read_text().replace("](../docs/", "]("))
 
 
-def _page(source: Path) -> str:
-    text = source.read_text()
+def _notebook(content: str) -> str:
+    """The cells of a notebook as Markdown, without outputs."""
+    parts = []
+    for cell in json.loads(content)["cells"]:
+        text = "".join(cell["source"])
+        is_code = cell["cell_type"] == "code"
+        parts.append(f"```python\n{text}\n```" if is_code else text)
+    return "\n\n".join(parts) + "\n"
+
+
+def _page(text: str, folder: Path) -> str:
+    """A page of the site, from the text of a page in a folder of docs/."""
+    text = re.sub(r"\]\((\S+)\.ipynb\)", r"](\1.md)", text)
     # On a code host the link leads to the file itself, on the site to its page.
     text = re.sub(
         r"\]\(((?:\.\./)*)\.\./experiments/RESULTS\.md", r"](\1results.md", text
     )
     text = re.sub(
         r"!\[[^]]*\]\((\S+\.svg)\)",
-        lambda match: _drawing(source.parent / match[1]),
+        lambda match: _drawing(folder / match[1]),
         text,
     )
     for mark, write in _WRITTEN.items():

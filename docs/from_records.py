@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dimat_jax._option_facts import facts
+from dimat_jax._option_facts import by_section, facts
 from dimat_jax.algorithms import AlgorithmRecord
 from dimat_jax.algorithms.conditions import anything
-from dimat_jax.options import Option, Record, every
+from dimat_jax.options import Option, Record
 
 __all__ = ["algorithms_table", "options_page"]
 
@@ -21,14 +21,10 @@ def options_page(roots: Iterable[Option]) -> str:
         roots: the options that every config reads; the others follow from these.
     """
     roots = list(roots)
-    sections: dict[str, list[Option]] = {}
-    for option in every(roots):
-        section = option.path.rpartition(".")[0]
-        sections.setdefault(section, []).append(option)
     described = facts(roots, code=_code, link=_link)
     registries: dict[tuple[str, ...], str] = {}
     parts = []
-    for section, options in sections.items():
+    for section, options in by_section(roots).items():
         parts.append(f"## `{section}`" if section else "## At the top")
         for option in options:
             parts.append(_entry(option, described[option.path]))

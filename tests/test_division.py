@@ -9,7 +9,7 @@ import pytest
 
 from dimat_jax import _division, train
 from dimat_jax._metrics import read_evaluations
-from dimat_jax.config import ConfigError, fields_of
+from dimat_jax.config import ConfigError, fields_of, resolved
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
 from dimat_jax.models import classifier
@@ -77,6 +77,56 @@ def test_an_agent_whose_images_of_pretraining_are_all_set_aside_is_refused(monke
     image = int(_division.divide(labels, 2, fields).validation[0][0])
     with pytest.raises(UserError, match="leaves agent 1 only images that"):
         _division.divide(labels, 2, fields)
+
+
+def divided(**changes: Any):
+    """The division of a config's images, and the images themselves."""
+    config = own(data__partition="dirichlet", data__validation=0.2, **changes)
+    dataset, fields = _division.load_data(config), resolved(fields_of(config))
+    division = _division.divide(dataset.train.labels, config.agents, fields)
+    labels = _division.with_wrong_labels(dataset, division, fields).labels
+    parts = [*division.shards, *division.pretrain_shards, *division.validation, labels]
+    return [dataset.train.images, *parts]
+
+
+def equal(a: list[np.ndarray], b: list[np.ndarray]) -> list[bool]:
+    return [np.array_equal(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def test_a_seed_of_the_data_keeps_them_while_the_seed_varies():
+    fixed = [divided(seed=seed, data__seed=7, data__label_noise=0.3) for seed in (0, 1)]
+    assert all(equal(*fixed))
+    # Without it they follow the seed. A number means the same as that seed.
+    assert not any(equal(divided(seed=0), divided(seed=1)))
+    assert all(equal(divided(seed=7), divided(seed=0, data__seed=7)))
+
+
+def test_agents_train_on_wrong_labels_and_validate_on_true_ones():
+    config = own(data__label_noise=0.5, data__validation=0.2)
+    experiment = Experiment(config)
+    division, labels = experiment.division, experiment.dataset.train.labels
+    held = np.asarray(experiment.train_pool.labels)[0]
+    rows = zip(division.shards, experiment._rows, strict=True)
+    for shard, places in rows:
+        wrong = held[places] != labels[shard]
+        assert wrong.sum() == round(0.5 * len(shard))
+    validator = experiment.validator
+    assert validator is not None
+    seen = np.concatenate([np.asarray(batch.labels) for batch in validator._samples])
+    kept_back = np.concatenate(division.validation)
+    mask = validator._samples.mask.ravel()
+    assert sorted(seen[mask]) == sorted(labels[kept_back])
+
+
+def test_agents_with_one_sample_are_named_if_the_model_has_batch_norm(caplog):
+    few = {"data__train_size": 4, "pretrain__epochs": 0, "agents": 3}
+    for norm, expected in (("batch", True), ("none", False)):
+        caplog.clear()
+        train._warn(Experiment(small("local", model__norm=norm, **few)))
+        assert ("agents [1, 2] have a single training" in caplog.text) == expected
+    caplog.clear()
+    train._warn(Experiment(small("local", model__norm="batch", agents=3)))
+    assert not caplog.text
 
 
 def test_held_out_images_have_all_classes_equally_often():

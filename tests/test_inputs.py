@@ -2,13 +2,16 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from dimat_jax import _inputs, train
+from dimat_jax._digests import DIGESTS
 from dimat_jax._inputs import INPUTS, Inputs
+from dimat_jax._metrics import write_bytes
 from dimat_jax.config import ConfigError
 from dimat_jax.data import sources
 from dimat_jax.experiment import Experiment
@@ -122,13 +125,24 @@ def test_a_run_of_an_older_version_has_no_inputs_and_goes_on(half, finished):
         Workdir(half / "run").check(config_of(half / "elsewhere.json"))
 
 
+def _die(*_):
+    raise SystemExit
+
+
 def test_a_run_that_was_killed_before_its_config_was_written_begins_anew(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (tmp_path / "graph.json").write_text(GRAPH)
     names = ("layout.json", "partition.json", INPUTS, "graph.file.json", ".running")
-    for name in (*names, f".{INPUTS}.tmp", "slurm-12.out", "run.log"):
+    for name in (*names, "slurm-12.out", "run.log"):
         (folder / name).touch()
+    for name in (DIGESTS, INPUTS, "config.json"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", _die)
+            patch.setattr(Path, "unlink", lambda path: None)
+            with pytest.raises(SystemExit):
+                write_bytes(folder / name, b"{}")
+    assert len(list(folder.glob(".*.tmp"))) == 3
     Workdir(folder).check(config_of(tmp_path / "graph.json"))
     (folder / "other").touch()
     with pytest.raises(ConfigError, match="no fresh folder: .*, and holds other. Choo"):

@@ -31,6 +31,8 @@ def test_a_run_without_a_folder_has_a_result_that_can_be_looked_into():
     assert jax.tree.leaves(result.agents)[0].shape[0] == 3
     assert result.experiment.placement.n_agents == 3
     assert result.figure("loss").axes and len(result.runs.evaluations) == 3
+    # A notebook shows a figure by this, without pyplot.
+    assert result.figure()._repr_png_().startswith(b"\x89PNG")
     assert "round 1, test accuracy " in repr(result) and len(repr(result)) < 200
     del result
     gc.collect()

@@ -221,7 +221,7 @@ def test_any_matrix_in_a_file_is_a_graph(tmp_path, suffix):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("graph.txt", "[[0]]", "expected a .json or .npy file"),
+        ("graph.dot", "[[0]]", "expected a file of one of the kinds .json, .npy, .tx"),
         ("graph.json", "[[0, 1]", "cannot be used"),
         ("graph.json", "[[0, 1], [1]]", "cannot be used"),
         ("graph.json", "[[0, 1], [1, 0]]", r"shape \[2, 2\]; expected \[3, 3\]"),

@@ -17,6 +17,7 @@ from dimat_jax.evaluate import Evaluator
 from dimat_jax.options import arguments
 from dimat_jax.permutation import Perms
 from dimat_jax.placement import place
+from dimat_jax.tasks import CLASSIFICATION, task_for
 from dimat_jax.tree import PyTree
 
 __all__ = ["Merging"]
@@ -62,16 +63,20 @@ class Merging:
         self._placement = place(1, jax.devices()[:1])
         self._example = example
         self._batches, self._evaluator, self.mended = [], None, ""
+        self.metric = CLASSIFICATION.shown
         if dataset is not None:
             self._read(dataset)
 
     def _read(self, dataset: Dataset) -> None:
         test = self._samples(dataset, dataset.test, None, _EVAL_BATCH)
+        task = task_for(dataset.labels)
+        self.metric = task.shown
         # The evaluator knows where parameters are in a bundled model's variables alone.
         self._evaluator = Evaluator(
             lambda variables, x: self.subject.forward(variables["params"], x),
             test,
             self._placement,
+            task,
         )
         chosen = self._samples(dataset, dataset.train, self.options.samples, _BATCH)
         # The last batch is cut where its padding begins.
@@ -158,9 +163,9 @@ class Merging:
         return merge.repair(known.unit_moments, average, models, self._batches, weights)
 
     def evaluate(self, model: PyTree) -> tuple[float, float]:
-        """The loss (in nats) and the accuracy of a model on the test images."""
+        """The loss and the metric of a model on the test images."""
         assert self._evaluator is not None
         stacked = jax.tree.map(lambda x: np.asarray(x)[None], {"params": model})
         result = self._evaluator(self._placement.put(stacked))
         self.after_evaluation()
-        return float(result.loss[0]), float(result.accuracy[0])
+        return float(result.loss[0]), float(result.metric[0])

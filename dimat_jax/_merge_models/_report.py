@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dimat_jax.merge import Barrier
+from dimat_jax.tasks import Metric
 
 __all__ = ["Line", "figure", "markdown"]
 
@@ -35,18 +36,26 @@ class Line(NamedTuple):
 
 
 def markdown(
-    scores: Mapping[str, tuple[float, float]], lines: Sequence[Line], merged: str
+    scores: Mapping[str, tuple[float, float]],
+    lines: Sequence[Line],
+    merged: str,
+    metric: Metric,
 ) -> str:
     """Writes the tables of the report as Markdown.
 
     Args:
-        scores: the loss and the accuracy of each model and each average.
+        scores: the loss and the metric of each model and each average.
         lines: the lines between the models.
         merged: the name of the average that is saved.
+        metric: the metric.
     """
+    title = f"{metric.words}{metric.unit}"
+    worst, of = ("lowest", np.min)
+    if metric.better == "smaller":
+        worst, of = "highest", np.max
     models = [
-        {"model": name, "accuracy (%)": f"{100 * accuracy:.2f}", "loss": f"{loss:.4f}"}
-        for name, (loss, accuracy) in scores.items()
+        {"model": name, title: f"{metric.scale * value:.2f}", "loss": f"{loss:.4f}"}
+        for name, (loss, value) in scores.items()
     ]
     barriers = [
         {
@@ -54,7 +63,7 @@ def markdown(
             "to": line.end,
             "line": name,
             "loss barrier": f"{curve.barrier:.4f}",
-            "lowest accuracy (%)": f"{100 * np.min(curve.accuracies):.2f}",
+            f"{worst} {title}": f"{metric.scale * of(curve.accuracies):.2f}",
         }
         for line in lines
         for name, curve in line.curves.items()
@@ -62,7 +71,8 @@ def markdown(
     if not scores:
         return f"Saved: the {merged}.\n"
     return (
-        f"## Test accuracy and loss\n\n{_table(models)}\n\nSaved: the {merged}.\n\n"
+        f"## Test {metric.words} and loss\n\n{_table(models)}\n\n"
+        f"Saved: the {merged}.\n\n"
         f"## On the straight lines\n\n{_table(barriers)}\n"
     )
 
@@ -72,8 +82,8 @@ def _table(rows: Sequence[dict[str, str]]) -> str:
     return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
 
 
-def figure(lines: Sequence[Line], path: Path) -> None:
-    """Draws loss and accuracy along each line.
+def figure(lines: Sequence[Line], path: Path, metric: Metric) -> None:
+    """Draws loss and metric along each line.
 
     A curve is solid if its points were mended, and dashed otherwise.
     """
@@ -90,11 +100,13 @@ def figure(lines: Sequence[Line], path: Path) -> None:
                 "label": name,
             }
             losses.plot(curve.ts, curve.losses, **style)
-            accuracies.plot(curve.ts, 100 * np.asarray(curve.accuracies), **style)
+            accuracies.plot(
+                curve.ts, metric.scale * np.asarray(curve.accuracies), **style
+            )
         losses.set_title(f"{line.start} (0) to {line.end} (1)", fontsize=10)
         accuracies.set_xlabel("position on the straight line")
     axes[0, 0].set_ylabel("test loss (nats)")
-    axes[1, 0].set_ylabel("test accuracy (%)")
+    axes[1, 0].set_ylabel(f"test {metric.words}{metric.unit}")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -29,6 +29,7 @@ from dimat_jax.models import MODELS, _saved
 from dimat_jax.models._saved import SavedModel
 from dimat_jax.models.torch_import import save_safetensors, to_torch
 from dimat_jax.permutation import Perms
+from dimat_jax.tasks import Metric
 from dimat_jax.tree import PyTree
 
 __all__ = ["run"]
@@ -72,9 +73,9 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
         scores, lines = _evaluate(options, merging, inputs, forms, averages, log)
     # The last average is aligned and mended, if both are possible. It is the one saved.
     merged = list(averages)[-1]
-    report = _report.markdown(scores, lines, merged)
+    report = _report.markdown(scores, lines, merged, merging.metric)
     summary = {
-        **_results(scores, lines, merged),
+        **_results(scores, lines, merged, merging.metric),
         "moved_units": moved_units,
         "options": dataclasses.asdict(options),
         "seconds": time.perf_counter() - started,
@@ -87,7 +88,7 @@ def run(options: Options, log: Callable[[str], None] = print) -> dict[str, Any]:
         data=_data.name_to_save(models, dataset),
         variables=averages[merged],
     )
-    _write(options, result, summary, lines, report)
+    _write(options, result, summary, lines, report, merging.metric)
     log(report)
     log(f"wrote {options.out}")
     return summary
@@ -142,7 +143,7 @@ def _evaluate(
     """Evaluates all models and averages, and the lines from the first model.
 
     Returns:
-        the loss and the accuracy by name, and the lines.
+        the loss and the metric by name, and the lines.
     """
     labels = _labels(options.models)
     named = {**dict(zip(labels, inputs, strict=True)), **averages}
@@ -186,13 +187,16 @@ def _share_of_moved_units(perms: Sequence[Perms]) -> float:
 
 
 def _results(
-    scores: Mapping[str, tuple[float, float]], lines: Sequence[Line], merged: str
+    scores: Mapping[str, tuple[float, float]],
+    lines: Sequence[Line],
+    merged: str,
+    metric: Metric,
 ) -> dict[str, Any]:
     """Returns the measurements in the form of summary.json."""
     return {
         "merged": merged,
         "loss": {name: loss for name, (loss, _) in scores.items()},
-        "accuracy": {name: accuracy for name, (_, accuracy) in scores.items()},
+        metric.name: {name: value for name, (_, value) in scores.items()},
         "barriers": [
             {
                 "from": line.start,
@@ -210,6 +214,7 @@ def _write(
     summary: dict[str, Any],
     lines: Sequence[Line],
     report: str,
+    metric: Metric,
 ) -> None:
     """Writes all results. If an error occurs, nothing is left on disk."""
     out = Path(options.out)
@@ -221,7 +226,7 @@ def _write(
         write_json(partial / "summary.json", summary)
         if lines:
             write_json(partial / "barrier.json", [line.as_json() for line in lines])
-            _report.figure(lines, partial / "barrier.png")
+            _report.figure(lines, partial / "barrier.png", metric)
         (partial / "report.md").write_text(report)
         os.replace(partial, out)
     except BaseException:

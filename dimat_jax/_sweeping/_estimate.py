@@ -1,31 +1,22 @@
 """Says what a sweep would do, and about how long it would take."""
 
 import heapq
-import multiprocessing
 import statistics
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 from tabulate import tabulate
 
 from dimat_jax._chosen import number_of_agents
 from dimat_jax._metrics import evaluations, read_rows
 from dimat_jax._pretrain import SharedAgents
-from dimat_jax._sweeping._job import inherited_jax_options
 from dimat_jax._sweeping._plan import Job, in_order, pretraining_key
-from dimat_jax._sweeping._shares import Share, applied
-from dimat_jax._trainer import Trainer
+from dimat_jax._sweeping._shares import Share
+from dimat_jax._sweeping._timing import CALIBRATION_STEPS, Timing, seconds_of
 from dimat_jax.config import Config, fields_of, resolved
 from dimat_jax.experiment import Experiment
-from dimat_jax.placement import request_cpu_devices
 
 __all__ = ["describe"]
-
-# The number of local steps that are timed where no run has been timed.
-_CALIBRATION_STEPS = 5
 
 
 class _Plan(NamedTuple):
@@ -86,7 +77,7 @@ def describe(jobs: Sequence[Job], share: Share, n_jobs: int) -> str:
     if calibrated:
         lines.append(
             "Runs of this kind have not been timed in this folder, so "
-            f"{_CALIBRATION_STEPS} local steps were timed: {', '.join(calibrated)}. "
+            f"{CALIBRATION_STEPS} local steps were timed: {', '.join(calibrated)}. "
             "They ran with the layout that is chosen without a race; on GPUs and TPUs "
             "a run may choose a faster one. "
             "Compiling, merging and evaluating come on top."
@@ -200,9 +191,10 @@ class _Times:
         for plan in plans:
             known = {kind for kind, _ in self._found}
             if plan.steps_alone + plan.steps and _kind(plan.job.config) not in known:
-                seconds = _time_apart(plan.job.config, share)
+                timed = Timing(plan.job.config, share).wait()
+                assert timed is not None  # It has waited for as long as it takes.
                 batch_size = plan.job.config.batch_size
-                self._add(plan.job.config, "", seconds / batch_size)
+                self._add(plan.job.config, "", timed.seconds / batch_size)
                 names.append(plan.job.name)
         return names
 
@@ -235,14 +227,9 @@ def _kind(config: Config) -> str:
 def _seconds(plan: _Plan, times: _Times) -> tuple[float, float]:
     """The seconds that are left of pre-training, and of the rounds."""
     config = plan.job.config
-    alone = rounds = 0.0
-    if plan.steps_alone:
-        alone = (
-            plan.steps_alone * config.pretrain.batch_size * times.of(config, "alone")
-        )
-    if plan.steps:
-        rounds = plan.steps * config.batch_size * times.of(config, config.algorithm)
-    return alone, rounds
+    alone = times.of(config, "alone") if plan.steps_alone else 0.0
+    together = times.of(config, config.algorithm) if plan.steps else 0.0
+    return seconds_of(config, plan.steps_alone, plan.steps, alone, together)
 
 
 def _makespan(
@@ -259,33 +246,3 @@ def _makespan(
             agents_at[pretraining_key(plan.job.config)] = start + alone
         heapq.heappush(free, start + alone + rounds)
     return max(free)
-
-
-def _time_apart(config: Config, share: Share) -> float:
-    """Times local steps in a process that has one job's share of this machine."""
-    context = multiprocessing.get_context("spawn")
-    options = {**inherited_jax_options(), **share.jax_options}
-    with applied(share), ProcessPoolExecutor(1, mp_context=context) as executor:
-        return executor.submit(_time_steps, config, options).result()
-
-
-def _time_steps(config: Config, jax_options: Mapping[str, Any]) -> float:
-    """The seconds of a local step of all agents, once it has been compiled.
-
-    The agents have the layout that is chosen without a race.
-    """
-    for name, value in jax_options.items():
-        jax.config.update(name, value)
-    request_cpu_devices(config.placement.cpu_devices)
-    experiment = Experiment(config)
-    algorithm = experiment.algorithm
-    trainer = Trainer(
-        experiment, algorithm, experiment.sampler, experiment.key("rounds")
-    )
-    state = algorithm.init(experiment.initial_variables())
-    networks = [experiment.network_at_step(0, 1)] * _CALIBRATION_STEPS
-    state, _ = trainer.train(state, 0, networks[:1])
-    start = time.perf_counter()
-    # The losses are on the host when the method returns, so no work is left then.
-    trainer.train(state, 1, networks)
-    return (time.perf_counter() - start) / _CALIBRATION_STEPS

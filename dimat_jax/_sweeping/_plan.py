@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dimat_jax._chosen import check_network, number_of_agents
 from dimat_jax._division import check_samples, divide, load_data
-from dimat_jax._fields_together import build_model, check_batch_norm
+from dimat_jax._fields_together import build_model, check_data
 from dimat_jax._folders import check_output, strangers
 from dimat_jax._inputs import FromPlugin, from_plugins
 from dimat_jax._lock import LOCK_FILES
@@ -132,9 +132,9 @@ def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
     dataset = load_data(config, read)
     data = dataset.signature
     if declared is None:
-        check_batch_norm(fields, data)
+        check_data(fields, data)
         check_model(fields, data)
-    division = divide(dataset.train.labels, number_of_agents(fields), fields)
+    division = divide(dataset.train.classes, number_of_agents(fields), fields)
     model = build_model(fields, data)
     has_statistics = classifier.has_statistics(model)
     n_test = len(dataset.test.labels)

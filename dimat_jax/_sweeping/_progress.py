@@ -14,6 +14,7 @@ from rich.table import Table
 from dimat_jax._metrics import MetricsError, evaluations, read_rows
 from dimat_jax._sweeping._job import LOG, PROGRESS
 from dimat_jax._sweeping._plan import Job
+from dimat_jax.tasks import metric_of
 
 __all__ = ["View"]
 
@@ -138,9 +139,10 @@ class View:
         for name, run in self._runs.items():
             if run.state == "running":
                 for row in evaluations(run.new_rows()):
+                    metric = metric_of(row)
                     self._announce(
-                        f"{name}: {_place(row)}: test accuracy "
-                        f"{row['test_accuracy_mean']:.4f}"
+                        f"{name}: {_place(row)}: test {metric.words} "
+                        f"{row[metric.field()]:.4f}"
                     )
         if self._live.is_started:
             self._live.refresh()
@@ -152,7 +154,7 @@ class View:
     def _table(self) -> Table:
         """A row for each run that is running, and the counts of the others."""
         table = Table()
-        for heading in ("run", "state", "accuracy", "step", "steps/s", "time left"):
+        for heading in ("run", "state", "test metric", "step", "steps/s", "time left"):
             align = "left" if heading in ("run", "state") else "right"
             table.add_column(heading, justify=align)
         for name, run in self._runs.items():
@@ -174,10 +176,14 @@ def _cells(run: _Watched) -> list[str]:
     if steps is None or step is None:
         return ["starting", "", "", "", ""]
     evaluated = evaluations(run.rows)
+    shown = ""
+    if evaluated:
+        metric = metric_of(evaluated[-1])
+        shown = metric.text(evaluated[-1][metric.field()], digits=1)
     left = timedelta(seconds=round((steps - step) / rate)) if rate else ""
     return [
         _place(run.rows[-1]) if run.rows else "pre-training",
-        f"{100 * evaluated[-1]['test_accuracy_mean']:.1f} %" if evaluated else "",
+        shown,
         f"{step}/{steps}",
         f"{rate:.3g}" if rate else "",
         str(left),

@@ -4,6 +4,10 @@ In every communication the present agents that hold the server's latest model, a
 trained from it, send their models. The server takes its step, and all present agents
 get its new model. What an agent has trained from an older model is lost.
 
+If the server draws agents (`server.sampled`), those that took part in the last round
+always deliver their models, whether they take part in the next one or not. In the first
+communication the server gets its model from the agents that it has just drawn.
+
 The server lives in the agents' states: an agent's memory "change" is the difference of
 its params from the model that it got last, and the server's moments are kept by all who
 got that model. So the state of the server is in the slot of any agent that has the
@@ -90,7 +94,8 @@ class Turn(NamedTuple):
     """Who takes part in a communication with the server.
 
     Attributes:
-        heard: the agents whose models the server averages.
+        heard: the agents whose models the server averages. If the server draws agents,
+            they need not be present.
         any_heard: whether there are any.
         W: the weights of the average, in the rows of the present agents. If no model
             arrives, they choose the slot that holds the server's own.
@@ -112,11 +117,21 @@ def turn_of(
     turn: Int[Array, " slots"],
     present: Bool[Array, " slots"],
     counts: Float[Array, " slots"],
+    sampled: bool = False,
 ) -> Turn:
-    """Finds who takes part, from the mark "turn" and what each agent counts."""
+    """Finds who takes part in a communication.
+
+    Args:
+        turn: the mark "turn".
+        present: the agents that are to train from the server's new model.
+        counts: what each agent counts.
+        sampled: whether the server draws agents for each round.
+    """
     slots, latest = jnp.arange(len(turn)), turn.max()
     newest = turn == latest
     heard, holder = present & newest, jnp.argmax(newest)
+    if sampled:
+        heard = jnp.where(latest == 0, present, newest)
     any_heard = heard.any()
     shares = jnp.where(heard, counts, 0)
     shares = shares / jnp.maximum(shares.sum(), jnp.finfo(shares.dtype).tiny)
@@ -140,6 +155,7 @@ class Averages:
         placement: the devices on which the agents live.
         counts: what each agent counts in an average.
         server: what the server makes of the mean change.
+        sampled: whether the server draws agents for each round.
     """
 
     def __init__(
@@ -147,14 +163,16 @@ class Averages:
         placement: Placement,
         counts: Float[Array, " slots"],
         server: ServerOptimizer,
+        sampled: bool = False,
     ):
         self._placement, self._counts, self._server = placement, counts, server
+        self._sampled = sampled
 
     def __call__(
         self, state: MemoryState, present: Bool[Array, " slots"]
     ) -> MemoryState:
         """Returns the agents' states after a communication."""
-        turn = turn_of(state.marks["turn"], present, self._counts)
+        turn = turn_of(state.marks["turn"], present, self._counts, self._sampled)
         variables, change = state.local.variables, state.memory["change"]
         # If no model arrives, agents keep their statistics: the server has none.
         others = {name: tree for name, tree in variables.items() if name != "params"}

@@ -7,7 +7,8 @@ The sum is over the present agents. Between two averages every agent trains alon
 exchanges messages with the server. An agent that has been absent gets the average, and
 enters the next average after it has trained from this one.
 
-The server may make more of the average; see `algorithms.server`.
+The server may make more of the average; see `algorithms.server`. It may also draw a
+fixed number of agents for each round, as in the paper (`server.sampled`).
 
 FedProx draws local training to the server's model x: every agent descends on
 
@@ -40,6 +41,7 @@ from dimat_jax.algorithms.memory import MemoryState, remembering
 from dimat_jax.algorithms.record import AlgorithmRecord
 from dimat_jax.algorithms.server import SERVER_OPTIMIZER, ServerOptimizer, average
 from dimat_jax.ledger import Messages
+from dimat_jax.network import SAMPLED
 from dimat_jax.options import Option
 from dimat_jax.placement import Placement
 
@@ -61,6 +63,7 @@ def fedavg(
     *,
     examples: Sequence[int] | None = None,
     server: ServerOptimizer = average(),  # noqa: B008
+    sampled: int = SAMPLED.default,
 ) -> Algorithm:
     """Trains locally, and takes a weighted average once a round.
 
@@ -72,8 +75,9 @@ def fedavg(
         placement: the devices on which the agents live.
         examples: n_k, the number of each agent's examples; None if all count the same.
         server: what the server makes of the average.
+        sampled: the number of agents that the server draws in each round; 0 for all.
     """
-    return _federated(task, tx, placement, examples, server, proximal=0.0)
+    return _federated(task, tx, placement, examples, server, sampled, proximal=0.0)
 
 
 def fedprox(
@@ -83,6 +87,7 @@ def fedprox(
     *,
     examples: Sequence[int] | None = None,
     server: ServerOptimizer = average(),  # noqa: B008
+    sampled: int = SAMPLED.default,
     proximal: float = PROXIMAL.default,
 ) -> Algorithm:
     """Trains locally, drawn to the server's model, and averages once a round.
@@ -93,13 +98,14 @@ def fedprox(
         placement: the devices on which the agents live.
         examples: n_k, the number of each agent's examples; None if all count the same.
         server: what the server makes of the average.
+        sampled: the number of agents that the server draws in each round; 0 for all.
         proximal: the weight mu; see `PROXIMAL`.
 
     Raises:
         OptionError: mu is not above 0.
     """
     PROXIMAL.check(proximal)
-    return _federated(task, tx, placement, examples, server, proximal)
+    return _federated(task, tx, placement, examples, server, sampled, proximal)
 
 
 def _federated(
@@ -108,6 +114,7 @@ def _federated(
     placement: Placement,
     examples: Sequence[int] | None,
     server: ServerOptimizer,
+    sampled: int,
     proximal: float,
 ) -> Algorithm:
     """Builds FedProx, or FedAvg if `proximal` is 0."""
@@ -125,7 +132,8 @@ def _federated(
         del network
         return placement.per_agent(train)(state, batch, placement.keys(key))
 
-    averages = Averages(placement, counted_examples(placement, examples), server)
+    counts = counted_examples(placement, examples)
+    averages = Averages(placement, counts, server, sampled > 0)
     average = jax.jit(averages, out_shardings=placement.sharding)
 
     def communicate(state, data, network, key):
@@ -148,6 +156,7 @@ RECORDS = (
     AlgorithmRecord(
         "fedavg",
         fedavg,
+        (SAMPLED,),
         leads_to=(SERVER_OPTIMIZER,),
         summary="A server averages all agents once a round (McMahan et al. 2017), or "
         "takes a step towards the average (FedAvgM, FedAdagrad, FedAdam, FedYogi).",
@@ -157,7 +166,7 @@ RECORDS = (
     AlgorithmRecord(
         "fedprox",
         fedprox,
-        (PROXIMAL,),
+        (PROXIMAL, SAMPLED),
         leads_to=(SERVER_OPTIMIZER,),
         summary="It is fedavg, but local training is drawn to the server's model (Li "
         "et al. 2020).",

@@ -5,10 +5,11 @@
     x    <-  x + eta mean_i (x_i - x),    c  <-  c + (1/N) sum_i (new c_i - old c_i)
 
 (Karimireddy et al. 2020, arXiv 1910.06378, Algorithm 1.) The mean and the last sum are
-over the present agents, and N counts all agents, so c is always the mean of all c_i.
-With plain SGD the new c_i is the mean of the gradients of the agent's K steps, and that
-is how it is computed here; so other local optimizers are possible too. Agents send
-their control variates with their models, and get c with x: twice the bytes of fedavg.
+over the agents whose models the server gets, and N counts all agents, so c is always
+the mean of all c_i. With plain SGD the new c_i is the mean of the gradients of the
+agent's K steps, and that is how it is computed here; so other local optimizers are
+possible too. Agents send their control variates with their models, and get c with x:
+twice the bytes of fedavg.
 
 If small shards idle (`data.small_shards`), every example counts the same: the means are
 weighted by the numbers of examples, and a batch that is half full counts half in K and
@@ -36,6 +37,7 @@ from dimat_jax.algorithms.record import AlgorithmRecord
 from dimat_jax.algorithms.server import SERVER_RATE, average
 from dimat_jax.ledger import Messages
 from dimat_jax.mixing import mix
+from dimat_jax.network import SAMPLED
 from dimat_jax.placement import Placement
 
 __all__ = ["RECORD", "scaffold"]
@@ -48,6 +50,7 @@ def scaffold(
     *,
     examples: Sequence[int] | None = None,
     learning_rate: float = SERVER_RATE.default,
+    sampled: int = SAMPLED.default,
 ) -> Algorithm:
     """Trains along corrected gradients, and averages once a round.
 
@@ -61,12 +64,14 @@ def scaffold(
         placement: the devices on which the agents live.
         examples: the number of each agent's examples; None if all count the same.
         learning_rate: the server's factor eta; 0 stands for 1.
+        sampled: the number of agents that the server draws in each round; 0 for all.
 
     Raises:
         OptionError: the learning rate is negative.
     """
     counts = counted_examples(placement, examples)
-    averages = Averages(placement, counts, average(learning_rate=learning_rate))
+    server = average(learning_rate=learning_rate)
+    averages = Averages(placement, counts, server, sampled > 0)
 
     def train(state: MemoryState, batch, key):
         mask = batch.mask
@@ -93,7 +98,8 @@ def scaffold(
         return placement.per_agent(train)(state, batch, placement.keys(key))
 
     def meet(state: MemoryState, present):
-        return averages(_exchanged(state, present, counts, placement), present)
+        exchanged = _exchanged(state, present, counts, placement, sampled > 0)
+        return averages(exchanged, present)
 
     communicating = jax.jit(meet, out_shardings=placement.sharding)
 
@@ -122,6 +128,7 @@ def _exchanged(
     present: Bool[Array, " slots"],
     counts: Float[Array, " slots"],
     placement: Placement,
+    sampled: bool,
 ) -> MemoryState:
     """Returns the states with new control variates, and with no gradients counted.
 
@@ -130,8 +137,13 @@ def _exchanged(
         present: the present agents.
         counts: what each agent counts; 0 for slots that only fill up devices.
         placement: the devices on which the agents live.
+        sampled: whether the server draws agents for each round.
     """
     heard = turn_of(state.marks["turn"], present, counts).heard
+    if sampled:
+        # Agents that take part always deliver. One that is not drawn again keeps its
+        # gradients, of which its control variate is computed each time.
+        heard = jnp.ones_like(present)
     counted, memory = state.marks["counted"], state.memory
 
     @placement.per_agent
@@ -155,7 +167,7 @@ def _exchanged(
 RECORD = AlgorithmRecord(
     "scaffold",
     scaffold,
-    (SERVER_RATE,),
+    (SERVER_RATE, SAMPLED),
     summary="It is fedavg with control variates, which cancel the differences between "
     "the agents' data (Karimireddy et al. 2020).",
     optimizer="sgd",

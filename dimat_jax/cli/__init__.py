@@ -12,6 +12,7 @@ from dimat_jax.errors import nearest
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "init": "write a config file to start from",
     "train": "run one config, or go on with an interrupted run",
     "sweep": "run many configs, and report on all of them",
     "report": "write tables and figures of runs",
@@ -19,7 +20,7 @@ COMMANDS = {
     "merge": "merge models that were trained apart",
     "export": "write a run's average model, or an agent, for use elsewhere",
     "bench": "measure how long training and merging take",
-    "show": "list configs, algorithms, ...; look into a config or a run",
+    "show": "say what a config will do; list configs, algorithms, options, ...",
 }
 """The commands of `dimat` by name, with their summaries. `_NAME` is NAME's module."""
 

@@ -49,7 +49,8 @@ def define_flags() -> None:
     """Defines the flags of the command."""
     _bundled.define_config(
         "cifar100_resnet20:bench",
-        "The config to time. By default cifar100_resnet20:bench, which needs no files.",
+        "The config to time. By default cifar100_resnet20:bench, which needs no files. "
+        "`dimat show options` lists the fields that may be overridden.",
     )
     flags.DEFINE_string("out", None, "The JSON file to write.", required=True)
     settings = Settings()

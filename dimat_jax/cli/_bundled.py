@@ -1,6 +1,8 @@
 """Finds config files and sweep files by path or, if they are bundled, by name."""
 
 import ast
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from dimat_jax import _user_code
-from dimat_jax.config import Config, expect_all_fields, settle_overrides
+from dimat_jax._near_names import no_such_field
+from dimat_jax.config import (
+    Config,
+    expect_all_fields,
+    field_paths,
+    fields_of,
+    settle_overrides,
+)
 from dimat_jax.errors import UserError, concerning, nearest, reading
 
 __all__ = [
@@ -17,9 +26,11 @@ __all__ = [
     "bundled_sweeps",
     "define_config",
     "given_config",
+    "is_config",
     "is_config_given",
     "load_config",
     "load_runs",
+    "name_of_given_config",
     "summary",
 ]
 
@@ -60,13 +71,17 @@ def _find(name: str, kind: str, folder: str, bundled: dict[str, Path]) -> Path:
     with reading(f"{kind} file {name!r}"):
         if Path(name).is_file():
             return Path(name)
-    short = name.removesuffix(".py").removeprefix("configs/").removeprefix(folder)
+    short = _short(name).removeprefix(folder)
     if short not in bundled:
         raise UserError(
             f"there is no {kind} file {name}, and no bundled {kind} of this name; "
             f"{nearest(short, bundled)}"
         )
     return bundled[short]
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".py").removeprefix("configs/")
 
 
 class _ConfigParser(flags.ArgumentParser):
@@ -76,25 +91,48 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> Any:
         self.argument = argument
-        return load_config(argument).lock()
+        config = load_config(argument).lock()
+        # ml_collections looks for the overrides there, too.
+        for given in sys.argv:
+            _expect_field(given, config)
+        return config
 
     def flag_type(self) -> str:
         return "config object"
+
+
+def _expect_field(argument: str, config: Config) -> None:
+    """Refuses an argument that is an override of a field that does not exist.
+
+    Raises:
+        UserError: the message names the fields that may be meant.
+    """
+    override = re.match(r"--?(?:no)?config\.([\w.-]+)", argument)
+    if override and override[1] not in fields_of(config):
+        raise UserError(no_such_field(override[1], field_paths()))
 
 
 def _find_config(name: str) -> Path:
     return _find(name, "config", "", bundled_configs())
 
 
-def define_config(default: str | None, meaning: str) -> None:
-    """Defines the flag --config, and --config.FIELD for each of the config's fields."""
+def define_config(
+    default: str | None, meaning: str, *, is_required: bool = True
+) -> None:
+    """Defines the flag --config, and --config.FIELD for each of the config's fields.
+
+    Args:
+        default: the config if the flag is not given; None if there is none.
+        meaning: the documentation of the flag.
+        is_required: whether there must be a config.
+    """
     config_flags.DEFINE_config_file("config", None, meaning)
     flag = flags.FLAGS["config"]
     flag.parser = _ConfigParser()
-    if default is None:
-        flags.mark_flag_as_required("config")
-    else:
+    if default is not None:
         flags.FLAGS.set_default("config", default)
+    elif is_required:
+        flags.mark_flag_as_required("config")
 
 
 def given_config() -> Config:
@@ -105,16 +143,37 @@ def given_config() -> Config:
     """
     flag = flags.FLAGS["config"]
     overridden = config_flags.get_override_values(flag)
-    parser = flag.parser
-    assert isinstance(parser, _ConfigParser)  # `define_config` has set it
-    original = load_config(parser.argument)
+    original = load_config(name_of_given_config())
     return settle_overrides(expect_all_fields(flag.value), original, overridden)
+
+
+def name_of_given_config() -> str:
+    """The name or path of the config, as --config gives it."""
+    parser = flags.FLAGS["config"].parser
+    assert isinstance(parser, _ConfigParser)  # `define_config` has set it
+    return parser.argument
 
 
 def is_config_given() -> bool:
     """Whether the user has given --config, or a field of it."""
     flag = flags.FLAGS["config"]
     return bool(flag.present or config_flags.get_override_values(flag))
+
+
+def is_config(name: str) -> bool:
+    """Whether a name is that of a bundled config, or the path of a file of the user.
+
+    An argument may follow. A file that defines `get_runs` is a sweep.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    name = name.partition(":")[0]
+    if _short(name) in bundled_configs():
+        return True
+    with reading(name):
+        path = Path(name)
+        return path.is_file() and "def get_runs" not in path.read_text(encoding="utf-8")
 
 
 def load_config(name: str) -> Config:

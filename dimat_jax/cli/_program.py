@@ -5,7 +5,6 @@ have failed, and 2 after bad input, with one clear message. After a signal it is
 the signal's number. Any other error is a bug, and shows its traceback.
 """
 
-import ast
 import contextlib
 import re
 import sys
@@ -17,7 +16,9 @@ from absl import app, flags, logging
 
 from dimat_jax import _processes, _signals, plugins
 from dimat_jax._compile_cache import keep_compiled
+from dimat_jax._near_names import probably_meant
 from dimat_jax._storage import problem
+from dimat_jax.config import field_paths
 from dimat_jax.errors import (
     Interrupted,
     NonFiniteError,
@@ -41,6 +42,8 @@ class Command(NamedTuple):
         define_flags: the function that defines the command's flags. They are not
             defined on import, because several commands have flags of the same name.
         resumes: whether the same command continues from where it was interrupted.
+        more_help: the function that writes the end of the help text, which follows the
+            flags. It is called after plugins have been loaded.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Command(NamedTuple):
     main: Callable[[list[str]], Any]
     define_flags: Callable[[], Any] = lambda: None
     resumes: bool = False
+    more_help: Callable[[], str] = lambda: ""
 
 
 def run(
@@ -135,10 +139,12 @@ def _help(command: Command, called: str, names: Sequence[str]) -> str:
     for name in names:
         flag = flags.FLAGS[name]
         shown = isinstance(flag.default, (str, int, float))
-        text = f"{flag.help}" + (f" Default: {flag.default}." if shown else "")
+        # absl adds words of its own to flags that may be repeated.
+        meaning = flag.help.partition(";\n    repeat this option")[0]
+        text = meaning + (f" Default: {flag.default}." if shown else "")
         text = textwrap.indent(textwrap.fill(text, 80), " " * 8)
         paragraphs.append(f"    --{name}\n{text}")
-    return "\n\n".join(paragraphs)
+    return "\n\n".join(filter(None, [*paragraphs, command.more_help()]))
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -154,13 +160,8 @@ def _reading_flags() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except AttributeError as error:
-        # ml_collections: "'roundz'\nDid you mean "rounds" instead of "roundz"?"
-        message = str(error)
-        with contextlib.suppress(ValueError, SyntaxError):
-            message = str(ast.literal_eval(message))
-        hint = " ".join(message.split())
-        raise UserError(f"the config has no such field: {hint}") from error
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{error}{_perhaps_a_field(error.flagname)}") from error
     except Exception as error:
         # Nothing is read here but what the user has given, and absl and ml_collections
         # raise many kinds of errors for it.
@@ -169,6 +170,15 @@ def _reading_flags() -> Iterator[None]:
         is_flag = isinstance(error, flags.Error)
         message = " ".join(str(error).split()) if is_flag else in_one_line(error)
         raise UserError(_in_plain_words(message)) from error
+
+
+def _perhaps_a_field(name: str) -> str:
+    """Names the fields of a config that may be meant by a flag that does not exist."""
+    if "config" not in flags.FLAGS or name.startswith("config."):
+        return ""
+    meant = probably_meant(name, field_paths())
+    given = " or ".join(f"--config.{path}" for path in meant)
+    return f". A field of the config is set by {given}" if meant else ""
 
 
 # What Python and absl say about values of flags, and the same in plain words.

@@ -4,9 +4,10 @@
 
 NAME is a bundled config (`dimat show configs`) or the path of a file that defines
 `get_config() -> config`; NAME:ARGUMENT calls `get_config(ARGUMENT)`. Any field of the
-config can be overridden: `--config.topology=fully_connected`. Options of the file that
-an override leaves unread go back to their defaults. The same command resumes a run that
-was killed. It exits with 2 on bad input, and with 1 if the loss is not finite.
+config can be overridden: `--config.topology=fully_connected`. All fields are listed
+at the end of this text. Options of the file that an override leaves unread go back to
+their defaults. The same command resumes a run that was killed. It exits with 2 on bad
+input, and with 1 if the loss is not finite.
 
 With --multihost, several processes run the config together, each on the devices of its
 own machine. Start the same command on all of them. Slurm, TPU pods and Open MPI tell
@@ -17,9 +18,10 @@ JAX about the processes; elsewhere, add these to the command of process I, from 
 
 from absl import flags
 
-from dimat_jax import reports, train
+from dimat_jax import plugins, reports, train
 from dimat_jax._processes import is_main
 from dimat_jax.cli import _bundled, _multihost, _program
+from dimat_jax.cli._field_texts import describe_fields
 from dimat_jax.config import check
 from dimat_jax.errors import UserError
 from dimat_jax.placement import request_cpu_devices
@@ -58,4 +60,13 @@ def _report_on(workdir: str) -> None:
             print(f"wrote {path}")
 
 
-COMMAND = _program.Command("train", __doc__, main, define_flags, resumes=True)
+def _fields() -> str:
+    """Describes the fields of a config, for the help text."""
+    plugins.load_installed()
+    fields = describe_fields("--config.")
+    return f"Any field of the config may be set, --config.FIELD=VALUE:\n\n{fields}"
+
+
+COMMAND = _program.Command(
+    "train", __doc__, main, define_flags, resumes=True, more_help=_fields
+)

@@ -1,4 +1,4 @@
-"""Chooses a value of a config field for every algorithm, by validation accuracy.
+"""Chooses a value of a config field for every algorithm, by the validation metric.
 
     dimat tune DIR [DIR ...] [--field=optimizer.learning_rate] [--at=communication|end]
 
@@ -22,12 +22,16 @@ __all__ = ["COMMAND"]
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    flags.DEFINE_string("field", LEARNING_RATE.path, "The field whose values compete.")
+    flags.DEFINE_string(
+        "field",
+        LEARNING_RATE.path,
+        "The field whose values compete; `dimat show options` lists all fields.",
+    )
     flags.DEFINE_enum(
         "at",
         "communication",
         list(MOMENTS),
-        "Whether the accuracy right after the last communication counts, or that at "
+        "Whether the metric right after the last communication counts, or that at "
         "the end of the run.",
     )
 

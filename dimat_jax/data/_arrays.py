@@ -9,7 +9,9 @@ from dimat_jax.data._checks import check, check_split
 from dimat_jax.data._dataset import (
     DataError,
     Dataset,
+    Split,
     is_every_fifth,
+    kind_of,
     make_split,
     mean_std,
 )
@@ -46,7 +48,8 @@ def make_dataset(
             dicts with both, as {"image": ..., "label": ...}.
         test: the samples for testing, as `train`. None: every fifth sample of a class.
         n_classes: the number of classes; None: that of `class_names`, or else one more
-            than the largest label.
+            than the largest label. Labels may also be floats, which are numbers to be
+            predicted, or as many whole numbers as an input has tokens.
         class_names: the name of each class.
         standardise: whether inputs are normalised by the mean and the deviation of each
             channel (the last axis of an input) over the training samples. None: images
@@ -58,14 +61,14 @@ def make_dataset(
     with concerning(name):
         trains = make_split(*_arrays(train, "training"))
         tests = None if test is None else make_split(*_arrays(test, "test"))
+    given = [split for split in (trains, tests) if split is not None]
     if n_classes is None:
-        given = [split.labels for split in (trains, tests) if split is not None]
-        largest = max(int(labels.max(initial=-1)) for labels in given)
-        n_classes = len(class_names) if class_names else 1 + largest
+        n_classes = len(class_names or ()) or _n_outputs(*given)
     # Before samples are set aside, messages tell places in the arrays that were given.
-    check_split(f"{name}: training", trains, n_classes)
+    kind = kind_of(trains.labels)
+    check_split(f"{name}: training", trains, n_classes, kind)
     if tests is None:
-        is_test = is_every_fifth(trains.labels)
+        is_test = is_every_fifth(trains.classes)
         if is_test.all():
             raise DataError(f"{name}: there must be two samples of a class, or more")
         trains, tests = (
@@ -76,6 +79,17 @@ def make_dataset(
     dataset = Dataset(name, trains, tests, n_classes, *statistics, class_names)
     check(dataset, None)
     return dataset
+
+
+def _n_outputs(*splits: Split) -> int:
+    """The number of classes, of numbers in a label, or of different tokens."""
+    kind, labels = kind_of(splits[0].labels), splits[0].labels
+    if kind == "numbers":
+        return 1 if labels.ndim == 1 else labels.shape[1]
+    arrays = [split.labels for split in splits]
+    if kind == "tokens":
+        arrays += [split.images for split in splits]
+    return 1 + max(int(array.max(initial=-1)) for array in arrays)
 
 
 def _statistics(
@@ -118,19 +132,31 @@ def _arrays(samples: Any, which: str) -> tuple[np.ndarray, np.ndarray]:
         )
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise DataError(
-            f"the {which} labels must be whole numbers, one for each sample, got "
-            f"{labels.dtype}{list(labels.shape)}"
-        )
-    limits = np.iinfo(np.int32)
-    if len(bad := np.flatnonzero((labels < limits.min) | (labels > limits.max))):
-        raise DataError(f"{which} label {bad[0]} is {labels[bad[0]]}")
+    _check_labels(images, labels, which)
     if len(images) != len(labels):
         raise DataError(
             f"there are {len(images)} {which} inputs, but {len(labels)} labels"
         )
-    return images, labels.astype(np.int32)
+    return images, labels
+
+
+def _check_labels(images: np.ndarray, labels: np.ndarray, which: str) -> None:
+    """Refuses labels of which no kind can be made; see `dimat_jax.data._labels`."""
+    is_class = labels.ndim == 1 and labels.dtype.kind in "iu"
+    is_number = labels.ndim in (1, 2) and labels.dtype.kind == "f"
+    is_token = labels.shape == images.shape and labels.dtype.kind in "iu"
+    if not (is_class or is_number or is_token):
+        raise DataError(
+            f"the {which} labels must be whole numbers, one for each sample (or for "
+            f"each token of an input), or floats, got {labels.dtype}"
+            f"{list(labels.shape)}"
+        )
+    if not is_number:
+        limits = np.iinfo(np.int32)
+        is_bad = (labels < limits.min) | (labels > limits.max)
+        if is_bad.any():
+            bad = int(np.flatnonzero(is_bad.reshape(len(labels), -1).any(axis=1))[0])
+            raise DataError(f"{which} label {bad} is {labels[bad]}")
 
 
 def read_npz(directory: str | None, cache_dir: str | None) -> Dataset:

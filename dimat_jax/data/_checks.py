@@ -3,6 +3,7 @@
 import numpy as np
 
 from dimat_jax.data._dataset import DataError, Dataset, Signature, Split
+from dimat_jax.data._labels import check_labels
 
 __all__ = ["check", "check_split"]
 
@@ -20,9 +21,10 @@ def check(dataset: Dataset, expected: Signature | None) -> None:
         DataError: the message names the split, the first bad sample, and what is wrong.
     """
     shape = expected.input_shape if expected else dataset.train.images.shape[1:]
+    kind = expected.labels if expected else dataset.labels
     for name, split in (("training", dataset.train), ("test", dataset.test)):
         what = f"{dataset.name}: {name}"
-        check_split(what, split, dataset.n_classes)
+        check_split(what, split, dataset.n_classes, kind)
         found = split.images.shape[1:]
         if found != shape:
             raise DataError(f"{what} images are of shape {found}, expected {shape}")
@@ -45,32 +47,20 @@ def check(dataset: Dataset, expected: Signature | None) -> None:
         )
 
 
-def check_split(what: str, split: Split, n_classes: int) -> None:
+def check_split(what: str, split: Split, n_outputs: int, kind: str) -> None:
     """Checks the samples of a split.
 
     Args:
         what: the data set and the split, for messages.
         split: the samples.
-        n_classes: the number of classes.
+        n_outputs: the number of classes, of numbers in a label, or of tokens.
+        kind: the kind of labels; see `check_labels`.
 
     Raises:
         DataError: the message names the first bad sample, and what is wrong.
     """
-    _check_labels(what, split, n_classes)
+    check_labels(what, split, n_outputs, kind)
     _check_inputs(what, split.images)
-
-
-def _check_labels(what: str, split: Split, n_classes: int) -> None:
-    n_images, n_labels = len(split.images), len(split.labels)
-    if n_images != n_labels or not n_labels:
-        raise DataError(f"{what}: there are {n_images} images and {n_labels} labels")
-    is_bad = (split.labels < 0) | (split.labels >= n_classes)
-    if is_bad.any():
-        least, most, first = split.labels.min(), split.labels.max(), is_bad.argmax()
-        raise DataError(
-            f"{what} labels reach from {least} to {most}, but the classes are 0 to "
-            f"{n_classes - 1}; the first bad one is label {first}"
-        )
 
 
 def _check_inputs(what: str, inputs: np.ndarray) -> None:

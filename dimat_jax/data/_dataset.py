@@ -21,6 +21,7 @@ __all__ = [
     "decode_image",
     "digest",
     "is_every_fifth",
+    "kind_of",
     "make_split",
     "mean_std",
     "normalised",
@@ -35,11 +36,19 @@ class Split(NamedTuple):
         images: the inputs. uint8[samples, height, width, channels] are the pixels of
             images as stored. Inputs of any other shape are float32 (features, time
             series, images with other than whole pixels) or int32 (tokens).
-        labels: the classes of the inputs, counted from 0.
+        labels: the classes of the inputs, counted from 0; or labels of another kind,
+            float32 numbers or int32 tokens (see `Source.labels`).
     """
 
     images: Shaped[np.ndarray, "samples ..."]
-    labels: Int32[np.ndarray, " samples"]
+    labels: Shaped[np.ndarray, "samples ..."]
+
+    @property
+    def classes(self) -> Int32[np.ndarray, " samples"]:
+        """The class of each example. Labels that are no classes make it 0 for all."""
+        if kind_of(self.labels) == "classes":
+            return self.labels
+        return np.zeros(len(self.labels), np.int32)
 
 
 class Signature(NamedTuple):
@@ -50,13 +59,15 @@ class Signature(NamedTuple):
         input_shape: the shape of one input.
         input_dtype: the dtype of the inputs that the model gets: "float32", or "int32"
             for tokens.
-        n_classes: the number of classes.
+        n_classes: the number of classes; see `Dataset`.
+        labels: the kind of its labels: "classes", "numbers" or "tokens".
     """
 
     name: str
     input_shape: tuple[int, ...]
     input_dtype: str
     n_classes: int
+    labels: str = "classes"
 
     @property
     def has_images(self) -> bool:
@@ -71,7 +82,8 @@ class Dataset(NamedTuple):
         name: the name of the data set.
         train: the images (or other inputs) for training.
         test: the images for testing.
-        n_classes: the number of classes.
+        n_classes: the number of classes; or of numbers in a label, or of different
+            tokens. A model has so many outputs.
         mean: what is subtracted from each channel, which is the last axis of an input.
             For images it is the mean over the full training split, in the units of the
             stored pixels: 0 to 255, or 0 to 16 for the digits. Tokens are not
@@ -93,25 +105,42 @@ class Dataset(NamedTuple):
         """What a model must know of this data set."""
         dtype = "int32" if self.train.images.dtype == np.int32 else "float32"
         shape = self.train.images.shape[1:]
-        return Signature(self.name, shape, dtype, self.n_classes)
+        return Signature(self.name, shape, dtype, self.n_classes, self.labels)
+
+    @property
+    def labels(self) -> str:
+        """The kind of its labels: "classes", "numbers" or "tokens"."""
+        return kind_of(self.train.labels)
+
+
+def kind_of(labels: np.ndarray) -> str:
+    """The kind of labels, by their dtype and shape: "classes", "numbers" or "tokens".
+
+    Integer labels are classes if there is one for each example.
+    """
+    if labels.dtype.kind == "f":
+        return "numbers"
+    return "classes" if labels.ndim == 1 else "tokens"
 
 
 class DataError(UserError):
     """A data set is unknown, missing, malformed or too small."""
 
 
-def make_split(images: np.ndarray, labels: Int[np.ndarray, " samples"]) -> Split:
-    """Makes a split of inputs and classes.
+def make_split(images: np.ndarray, labels: np.ndarray) -> Split:
+    """Makes a split of inputs and labels.
 
     Args:
         images: the inputs of any numeric dtype; see `stored`. If their dtype stays as
             it is, they are not copied but become read-only themselves.
-        labels: the classes, whole numbers of any dtype.
+        labels: the classes, or labels of another kind: whole numbers of any dtype,
+            which become int32, or floats, which become float32.
 
     Raises:
         DataError: the inputs are no numbers, or do not fit their dtype.
     """
-    split = Split(stored(images), labels.astype(np.int32))
+    dtype = np.float32 if labels.dtype.kind == "f" else np.int32
+    split = Split(stored(images), labels.astype(dtype))
     # Arrays from the cache are read-only. So these are, too: otherwise a write would
     # fail only if the cache was used.
     for array in split:

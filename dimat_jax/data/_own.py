@@ -89,7 +89,7 @@ class OwnPool(NamedTuple):
     """
 
     images: Shaped[Array, "devices samples ..."]
-    labels: Int32[Array, "devices samples"]
+    labels: Shaped[Array, "devices samples ..."]
     mean: Float[Array, " channels"]
     std: Float[Array, " channels"]
 

@@ -5,36 +5,36 @@ is in exactly one shard. A new partition is a function of `(labels, n_agents)` a
 keyword options, with a record in `PARTITIONS` at the foot of this file.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from tabulate import tabulate
 
+from dimat_jax.data._shard_sizes import bounds, none_empty, none_small, proportions
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.options import SEED, Option, Record, Registry, registry
 
 __all__ = [
+    "DATA_SEED",
+    "MIN_SAMPLES",
     "PARTITION",
     "PARTITIONS",
     "PRETRAIN_PARTITION",
     "VALIDATION",
+    "ByClass",
     "PartitionError",
     "class_counts",
+    "data_seed",
     "partition",
     "set_aside",
     "spread_over_classes",
-    "table",
 ]
 
 Labels = Integer[np.ndarray, " samples"]
 # Shards have different lengths, so their axis has no name.
 Shard = Int64[np.ndarray, " _"]
-
-# The largest number of classes for which a table has a column for each class. More
-# columns do not fit into a terminal of 80 characters.
-_CLASSES_IN_A_TABLE = 10
-
 
 ALPHA = Option(
     "data.alpha",
@@ -52,6 +52,24 @@ CLASSES = Option(
 )
 
 
+MIN_SAMPLES = Option(
+    "data.min_samples",
+    1,
+    "The least number of training samples that an agent gets, validation samples "
+    "included. What the partition leaves an agent short of comes from the largest "
+    "shards, at random.",
+    at_least=1,
+    unit="samples",
+)
+DATA_SEED = Option(
+    "data.seed",
+    0,
+    "The seed that decides which samples are used, held out or kept back for "
+    "validation, which agent gets them, and which labels are wrong. With it, runs of "
+    "several seeds train on the same division of the data.",
+    at_least=0,
+    empty="the value of seed",
+)
 VALIDATION = Option(
     "data.validation",
     0.0,
@@ -66,6 +84,11 @@ VALIDATION = Option(
 
 class PartitionError(UserError):
     """A partition is unknown, or it leaves an agent without samples."""
+
+
+def data_seed(fields: Mapping[str, Any]) -> int:
+    """The seed of all that concerns the data, from a config's values by path."""
+    return fields[DATA_SEED.path] or fields[SEED.path]
 
 
 def partition(
@@ -198,23 +221,32 @@ def by_class(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
 
 
 def dirichlet(
-    labels: Labels, n_agents: int, *, seed: int, alpha: float = ALPHA.default
+    labels: Labels,
+    n_agents: int,
+    *,
+    seed: int,
+    alpha: float = ALPHA.default,
+    min_samples: int = MIN_SAMPLES.default,
 ) -> list[Shard]:
     """Every class is split in proportions from a symmetric Dirichlet distribution.
 
     The smaller alpha is, the fewer agents hold most of a class (Hsu et al. 2019, arXiv
     1909.06335, who draw proportions of classes for each agent; most later work draws
-    them as here). An agent that would get no sample gets one of the largest shard.
+    them as here). An agent that would get fewer than `min_samples` samples gets some of
+    the largest shards.
+
+    Raises:
+        PartitionError: there are too few samples for all agents.
     """
     rng = np.random.default_rng(seed)
     ALPHA.check(alpha)
     parts: list[list[np.ndarray]] = [[] for _ in range(n_agents)]
     for label in np.unique(labels):
         samples = rng.permutation(np.flatnonzero(labels == label))
-        bounds = _bounds(_proportions(rng, n_agents, alpha), len(samples))
-        for agent, part in enumerate(np.split(samples, bounds)):
+        cuts = bounds(proportions(rng, n_agents, alpha), len(samples))
+        for agent, part in enumerate(np.split(samples, cuts)):
             parts[agent].append(part)
-    return _none_empty([np.concatenate(part) for part in parts])
+    return _none_small([np.concatenate(part) for part in parts], min_samples, rng)
 
 
 def classes_per_agent(
@@ -255,18 +287,36 @@ def classes_per_agent(
 
 
 def quantity_skew(
-    labels: Labels, n_agents: int, *, seed: int, alpha: float = ALPHA.default
+    labels: Labels,
+    n_agents: int,
+    *,
+    seed: int,
+    alpha: float = ALPHA.default,
+    min_samples: int = MIN_SAMPLES.default,
 ) -> list[Shard]:
     """Samples are IID, but the sizes of the shards follow a Dirichlet distribution.
 
-    The distribution is symmetric. An agent that would get no sample gets one of the
-    largest shard.
+    The distribution is symmetric. An agent that would get fewer than `min_samples`
+    samples gets some of the largest shards.
+
+    Raises:
+        PartitionError: there are too few samples for all agents.
     """
     rng = np.random.default_rng(seed)
     ALPHA.check(alpha)
     samples = rng.permutation(len(labels))
-    bounds = _bounds(_proportions(rng, n_agents, alpha), len(samples))
-    return _none_empty(np.split(samples, bounds))
+    cuts = bounds(proportions(rng, n_agents, alpha), len(samples))
+    return _none_small(np.split(samples, cuts), min_samples, rng)
+
+
+def contiguous(labels: Labels, n_agents: int, *, seed: int) -> list[Shard]:
+    """Every agent gets a piece of the samples in their stored order, equally long.
+
+    For a text it is a passage of it, and for a time series a span of time. Nothing is
+    random.
+    """
+    del seed
+    return np.array_split(np.arange(len(labels)), n_agents)
 
 
 def class_counts(
@@ -277,55 +327,38 @@ def class_counts(
     return np.stack([np.bincount(labels[s], minlength=n_classes) for s in shards])
 
 
-def table(counts: Int64[np.ndarray, "agents classes"]) -> str:
-    """Formats `class_counts` as a table with a row for each agent.
+def _none_small(
+    shards: list[np.ndarray], min_samples: int, rng: np.random.Generator
+) -> list[Shard]:
+    """Sorts shards, of which none is empty or has fewer than `min_samples` samples."""
+    MIN_SAMPLES.check(min_samples)
+    shards = none_empty(shards)
+    if min_samples == 1:
+        return shards
+    total = sum(map(len, shards))
+    if min_samples * len(shards) > total:
+        raise PartitionError(
+            f"{MIN_SAMPLES.path} is {min_samples}, but {total} samples are too few for "
+            f"{len(shards)} agents with so many each"
+        )
+    return none_small(shards, min_samples, rng)
 
-    If there are too many classes for a column each, the table shows how many classes an
-    agent holds, and which is its largest one.
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ByClass(Record[list[Shard]]):
+    """A partition that looks at classes. It is refused for labels of other kinds.
+
+    Where labels are no classes, other partitions get 0 as the class of every sample.
     """
-    n_agents, n_classes = counts.shape
-    totals = counts.sum(axis=1)
-    if n_classes <= _CLASSES_IN_A_TABLE:
-        columns = {str(label): counts[:, label] for label in range(n_classes)}
-    else:
-        columns = {
-            "classes": (counts > 0).sum(axis=1),
-            "largest class": counts.argmax(axis=1),
-            "its samples": counts.max(axis=1),
-        }
-    return tabulate({"agent": range(n_agents), "samples": totals, **columns}, "keys")
-
-
-def _proportions(rng: np.random.Generator, n_agents: int, alpha: float) -> np.ndarray:
-    """Draws a Dirichlet sample, float64[agents]."""
-    # A Gamma(a) number is Gamma(a + 1) U^(1/a). For small alpha all of these may be too
-    # small for a float, so their logarithms are computed.
-    logs = np.log(rng.gamma(alpha + 1, size=n_agents))
-    logs += np.log(rng.uniform(size=n_agents)) / alpha
-    weights = np.exp(logs - logs.max())
-    return weights / weights.sum()
-
-
-def _bounds(proportions: np.ndarray, n_samples: int) -> np.ndarray:
-    """Computes the places at which to cut the samples, int64[agents - 1]."""
-    return np.rint(np.cumsum(proportions)[:-1] * n_samples).astype(np.int64)
-
-
-def _none_empty(shards: list[np.ndarray]) -> list[Shard]:
-    """Gives one sample of the largest shard to each empty shard, and sorts all."""
-    for agent, shard in enumerate(shards):
-        if not len(shard):
-            largest = max(range(len(shards)), key=lambda a: len(shards[a]))
-            shards[agent], shards[largest] = np.split(shards[largest], [1])
-    return [np.sort(shard) for shard in shards]
 
 
 PARTITIONS: Registry[Record[list[Shard]]] = registry(
     Record("iid", iid, (SEED,)),
-    Record("by_class", by_class, (SEED,)),
-    Record("dirichlet", dirichlet, (SEED, ALPHA)),
-    Record("classes_per_agent", classes_per_agent, (SEED, CLASSES)),
-    Record("quantity_skew", quantity_skew, (SEED, ALPHA)),
+    ByClass("by_class", by_class, (SEED,)),
+    ByClass("dirichlet", dirichlet, (SEED, ALPHA, MIN_SAMPLES)),
+    ByClass("classes_per_agent", classes_per_agent, (SEED, CLASSES)),
+    Record("quantity_skew", quantity_skew, (SEED, ALPHA, MIN_SAMPLES)),
+    Record("contiguous", contiguous, (SEED,)),
 )
 """`PARTITIONS[name](labels, n_agents, **options)` gives each agent its shard."""
 

@@ -61,12 +61,12 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: normalised images or other inputs, float32; or tokens, int32.
-        labels: the classes of the images.
+        labels: the classes of the images, or labels of another kind.
         mask: False for entries that only fill up the batch and must not count.
     """
 
     inputs: Shaped[Array, "batch ..."]
-    labels: Int32[Array, " batch"]
+    labels: Shaped[Array, "batch ..."]
     mask: Bool[Array, " batch"]
 
 
@@ -81,7 +81,7 @@ class Pool(NamedTuple):
     """
 
     images: Shaped[Array, "samples ..."]
-    labels: Int32[Array, " samples"]
+    labels: Shaped[Array, "samples ..."]
     mean: Float[Array, " channels"]
     std: Float[Array, " channels"]
 

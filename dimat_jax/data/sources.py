@@ -20,6 +20,7 @@ from dimat_jax.data import (
     _images,
     _mnist,
     _tables,
+    _text,
     _tiny_imagenet,
 )
 from dimat_jax.data._arrays import make_dataset
@@ -61,8 +62,9 @@ DIRECTORY = Option(
     "The folder that holds the data set's files, or the file itself. For CIFAR it is "
     "tfds's data folder, or the folder of the authors' archive or of parquet files. "
     "For Tiny ImageNet it is the authors' zip, the unpacked folder, or a folder that "
-    "holds either.",
-    empty="the folder where tfds keeps its data sets",
+    "holds either. For a text it is the file, in UTF-8.",
+    empty="the folder where tfds keeps its data sets; for a text, Python's reference "
+    "manual",
     changes_results=False,
 )
 CACHE_DIRECTORY = Option(
@@ -159,7 +161,7 @@ def _subset(split: Split, size: int | None, what: str, seed: list[int]) -> Split
     """Draws a subset that takes from every class in turn, in the stored order."""
     if size is None:
         return split
-    kept = choose(split.labels, size, what, seed)
+    kept = choose(split.classes, size, what, seed)
     return make_split(split.images[kept], split.labels[kept])
 
 
@@ -213,18 +215,22 @@ class Source(Record[Dataset]):
             the data tell it.
         input_dtype: the dtype of the inputs that a model gets: "float32", or "int32"
             for tokens.
+        labels: the kind of its labels, which a task is for: "classes", "numbers" or
+            "tokens". It matters only if the other attributes are known.
     """
 
     image_shape: tuple[int, ...] | None = None
     n_classes: int | None = None
     input_dtype: str = "float32"
+    labels: str = "classes"
 
     @property
     def signature(self) -> Signature | None:
         """What a model must know of the data set; None if the data tell it."""
         if self.image_shape is None or self.n_classes is None:
             return None
-        return Signature(self.name, self.image_shape, self.input_dtype, self.n_classes)
+        shape, n_outputs = self.image_shape, self.n_classes
+        return Signature(self.name, shape, self.input_dtype, n_outputs, self.labels)
 
 
 SOURCES: Registry[Source] = registry(
@@ -258,6 +264,15 @@ SOURCES: Registry[Source] = registry(
     Source("npz", _arrays.read_npz, leads_to=_FILES[:1]),
     Source("huggingface", _tables.read_huggingface, leads_to=_FILES),
     Source("mnist_5k", _mnist.read, image_shape=(28, 28, 1), n_classes=10),
+    Source(
+        "text",
+        _text.read,
+        leads_to=(DIRECTORY,),
+        image_shape=(_text.CONTEXT,),
+        n_classes=_text.MOST_CHARACTERS,
+        input_dtype="int32",
+        labels="tokens",
+    ),
     Source("random", _random, image_shape=(32, 32, 3), n_classes=100),
     kind=Source,
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import flax.linen as nn
 
 from dimat_jax._lazy import importer, public_names
-from dimat_jax.models import mlp, resnet, vgg, vit
+from dimat_jax.models import gpt, mlp, resnet, vgg, vit
 from dimat_jax.models._own import OwnModel
 from dimat_jax.models._record import ModelRecord
 from dimat_jax.models._settings import DTYPE, ModelError
@@ -35,7 +35,12 @@ __all__ = [
 ]
 
 MODELS: Registry[ModelRecord] = registry(
-    *mlp.RECORDS, *resnet.RECORDS, *vgg.RECORDS, *vit.RECORDS, kind=ModelRecord
+    *mlp.RECORDS,
+    *resnet.RECORDS,
+    *vgg.RECORDS,
+    *vit.RECORDS,
+    *gpt.RECORDS,
+    kind=ModelRecord,
 )
 """`MODELS[name](n_classes=..., **options)` builds a model; see `ModelRecord`."""
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Key
 
@@ -21,6 +20,7 @@ from dimat_jax.merge import UnitMoments, correction, over_last_axes
 from dimat_jax.models._own import OwnModel
 from dimat_jax.permutation import PermutationSpec
 from dimat_jax.permutation._spec import axis_groups
+from dimat_jax.tasks import CLASSIFICATION, TaskRecord
 from dimat_jax.tree import PyTree, flatten
 
 __all__ = [
@@ -132,17 +132,23 @@ def activations(model: Model) -> Callable[[PyTree, Array], dict[str, Array]]:
 
 
 def loss(
-    model: Model,
+    model: Model, task: TaskRecord = CLASSIFICATION
 ) -> Callable[
     [PyTree, Batch, Key[Array, ""]], tuple[Array, tuple[PyTree, dict[str, Array]]]
 ]:
-    """Returns a function that computes a batch's mean cross-entropy in train mode.
+    """Returns a function that computes a batch's mean loss in train mode.
+
+    Args:
+        model: the model.
+        task: the task, which computes the losses of examples. By default they are the
+            cross-entropies of classes, in nats.
 
     Returns:
-        `loss(variables, batch, key) -> (loss, (model_state, metrics))`. The loss is in
-        nats. `model_state` holds the updated variables that are not trained, as running
-        statistics. `metrics` are scalars. Masked examples do not count, neither for the
-        loss nor for batch statistics.
+        `loss(variables, batch, key) -> (loss, (model_state, metrics))`. `model_state`
+        holds the updated variables that are not trained, as running statistics.
+        `metrics` are scalars: the mean "loss" and the mean "score", which for classes
+        is the accuracy (see `TaskRecord.score`). Masked examples do not count, neither
+        for the loss nor for batch statistics.
     """
 
     def train_forward(variables, inputs, mask, key) -> Any:
@@ -157,18 +163,14 @@ def loss(
             rngs={"dropout": key},
         )
 
-    def cross_entropy(variables, batch, key):
-        logits, model_state = train_forward(variables, batch.inputs, batch.mask, key)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        value = _masked_mean(losses, batch.mask)
-        correct = logits.argmax(axis=-1) == batch.labels
-        metrics = {
-            "loss": value,
-            "accuracy": _masked_mean(correct.astype(jnp.float32), batch.mask),
-        }
+    def mean_loss(variables, batch, key):
+        outputs, model_state = train_forward(variables, batch.inputs, batch.mask, key)
+        value = _masked_mean(task(outputs, batch.labels), batch.mask)
+        scores = task.scores(outputs, batch.labels)
+        metrics = {"loss": value, "score": _masked_mean(scores, batch.mask)}
         return value, (model_state, metrics)
 
-    return cross_entropy
+    return mean_loss
 
 
 def has_statistics(model: Model) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dimat_jax.reports._runs import DataFrame, Runs, describe
+from dimat_jax.tasks import CLASSIFICATION, Metric
 
 __all__ = ["BY_CLASS", "AgentPanel", "ClassMap", "agent_panels", "class_maps"]
 
@@ -14,17 +15,24 @@ BY_CLASS = "test_accuracy_by_class"
 
 
 class AgentPanel(NamedTuple):
-    """The accuracies of the agents of one run.
+    """The accuracies of the agents of one run, or their values of another metric.
 
     Attributes:
         title: the algorithm, its options, the problem and the seed.
         rounds: the rounds in which the agents were evaluated.
         accuracies: `[agents][rounds]`, in %, right after each communication.
+        metric: the metric.
     """
 
     title: str
     rounds: list[int]
     accuracies: list[list[float]]
+    metric: Metric = CLASSIFICATION.shown
+
+    @property
+    def label(self) -> str:
+        """The label of the axis."""
+        return f"test {self.metric.words}{self.metric.unit}"
 
 
 class ClassMap(NamedTuple):
@@ -46,13 +54,14 @@ def agent_panels(runs: Runs) -> list[AgentPanel]:
     panels = []
     for title, rows in _first_seeds(runs, runs.evaluations):
         rows = rows[(rows.phase == "pretrained") | rows.communicated]
-        by_round = rows.set_index("round").test_accuracy
+        by_round = rows.set_index("round")[runs.metric.field("")]
         accuracies = zip(*by_round, strict=True)
         panels.append(
             AgentPanel(
                 title,
                 by_round.index.tolist(),
-                [[100 * value for value in values] for values in accuracies],
+                [[runs.metric.scale * value for value in vs] for vs in accuracies],
+                runs.metric,
             )
         )
     return panels

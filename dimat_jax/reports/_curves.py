@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dimat_jax.reports._runs import DataFrame, Runs, describe
 
-__all__ = ["AXES", "MEASURES", "Chart", "Curve", "Line", "Panel", "chart", "measured"]
+__all__ = ["AXES", "Chart", "Curve", "Line", "Panel", "chart", "measured", "measures"]
 
 
 class Measure(NamedTuple):
@@ -28,11 +28,7 @@ class Measure(NamedTuple):
     scale: float = 1.0
 
 
-MEASURES = {
-    "accuracy": Measure("test_accuracy_mean", "test accuracy (%)", 100),
-    "average": Measure(
-        "test_accuracy_average_model", "test accuracy of the average model (%)", 100
-    ),
+_MEASURES = {
     "local": Measure(
         "test_accuracy_local_mean", "test accuracy on classes like an agent's (%)", 100
     ),
@@ -41,7 +37,6 @@ MEASURES = {
     "aligned": Measure("consensus_distance_aligned", "consensus distance, aligned"),
     "disagreement": Measure("test_disagreement", "disagreement of the agents (%)", 100),
 }
-"""What curves show, by the names that `chart` takes."""
 
 AXES = {
     "rounds": Measure("round", "round"),
@@ -150,25 +145,39 @@ class Chart(NamedTuple):
         return " ".join(sentences)
 
 
+def measures(runs: Runs) -> dict[str, Measure]:
+    """What curves of these runs may show, by the names that `chart` takes.
+
+    The first one is the metric of the runs, by its own name.
+    """
+    metric, title = runs.metric, f"test {runs.metric.words}"
+    averaged = f"{title} of the average model{metric.unit}"
+    return {
+        metric.name: Measure(metric.field(), title + metric.unit, metric.scale),
+        "average": Measure(metric.field("average_model"), averaged, metric.scale),
+        **_MEASURES,
+    }
+
+
 def measured(runs: Runs) -> list[str]:
     """The measures that the runs have, by name."""
     columns = runs.evaluations
     return [
         name
-        for name, measure in MEASURES.items()
+        for name, measure in measures(runs).items()
         if measure.column in columns and columns[measure.column].notna().any()
     ]
 
 
-def chart(runs: Runs, measure: str = "accuracy", against: str = "rounds") -> Chart:
+def chart(runs: Runs, measure: str = "", against: str = "rounds") -> Chart:
     """Collects curves.
 
     Args:
         runs: the runs to compare.
-        measure: a key of `MEASURES`.
+        measure: a key of `measures`; by default it is the runs' metric.
         against: a key of `AXES`.
     """
-    y, x = MEASURES[measure], AXES[against]
+    y, x = measures(runs)[measure or runs.metric.name], AXES[against]
     rows = runs.evaluations
     rows = rows[rows[y.column].notna()]
     rows = rows.assign(x=x.scale * rows[x.column], y=y.scale * rows[y.column])

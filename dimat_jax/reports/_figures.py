@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from dimat_jax.reports._curves import Chart, Curve, Line, chart
 from dimat_jax.reports._looks import look
 from dimat_jax.reports._runs import Runs
+from dimat_jax.reports._shown import ShownFigure
 
 __all__ = ["accuracy_figure", "bytes_figure", "captioned", "curves_figure", "finished"]
 
@@ -54,7 +55,7 @@ def curves_figure(
     runs: Runs,
     path: str | Path | None = None,
     *,
-    measure: str = "accuracy",
+    measure: str = "",
     against: str = "rounds",
 ) -> Figure:
     """Draws curves that compare the algorithms, in a panel for each problem.
@@ -71,15 +72,16 @@ def curves_figure(
     Args:
         runs: the runs to compare.
         path: the file to write, if any.
-        measure: "accuracy", "loss", "consensus" (the consensus distance), "aligned"
-            (the same after alignment), "disagreement", "average" (the accuracy of the
-            average model) or "local" (that on test images like an agent's own).
+        measure: the runs' metric by its name, as "accuracy" (the default); "loss",
+            "consensus" (the consensus distance), "aligned" (the same after alignment),
+            "disagreement", "average" (the metric of the average model) or "local" (the
+            accuracy on test images like an agent's own).
         against: "rounds", "bytes" or "seconds".
     """
     content = chart(runs, measure, against)
     n_columns = min(len(content.panels), _MOST_BESIDE)
     n_rows = -(-len(content.panels) // n_columns)
-    fig = Figure(layout="constrained")
+    fig = ShownFigure(layout="constrained")
     axes = fig.subplots(n_rows, n_columns, sharex=True, squeeze=False)
     bands = content.has_bands and len(content.labels) <= _MOST_BANDS
     for axis, panel in zip(axes.flat, content.panels, strict=False):

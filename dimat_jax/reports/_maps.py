@@ -16,6 +16,7 @@ from dimat_jax.reports._agents import AgentPanel, ClassMap, agent_panels, class_
 from dimat_jax.reports._figures import captioned, finished
 from dimat_jax.reports._looks import CELLS
 from dimat_jax.reports._runs import Partition, Runs
+from dimat_jax.reports._shown import ShownFigure
 
 __all__ = ["agents_figure", "classes_figure", "partition_figure"]
 
@@ -46,7 +47,7 @@ def agents_figure(runs: Runs, path: str | Path | None = None) -> Figure:
     shown = panels[:_MOST_PANELS]
     n_columns = min(len(shown), 3)
     n_rows = -(-len(shown) // n_columns)
-    fig = Figure(layout="constrained")
+    fig = ShownFigure(layout="constrained")
     axes = fig.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False)
     for axis, panel in zip(axes.flat, shown, strict=False):
         _draw_agents(axis, panel)
@@ -55,7 +56,7 @@ def agents_figure(runs: Runs, path: str | Path | None = None) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("round")
     for axis in axes[:, 0]:
-        axis.set_ylabel("test accuracy (%)")
+        axis.set_ylabel(shown[0].label)
     most = max(len(panel.accuracies) for panel in shown)
     colors = ScalarMappable(Normalize(0, max(most - 1, 1)), _AGENTS)
     bar = fig.colorbar(colors, ax=axes, pad=0.02, label="agent")
@@ -147,7 +148,7 @@ def _grid(panels: Sequence[Any], shapes: Sequence[Any]) -> tuple[Figure, Any]:
     n_rows = -(-len(panels) // n_columns)
     n_agents, n_classes = np.asarray(shapes).max(axis=0)
     width, height = np.clip(0.45 * n_classes, 4, 8), np.clip(0.3 * n_agents, 1.5, 6)
-    fig = Figure(
+    fig = ShownFigure(
         figsize=((width + 1.2) * n_columns, (height + 1) * n_rows + 0.3),
         layout="constrained",
     )

@@ -11,7 +11,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from dimat_jax.reports._agents import agent_panels, class_maps
-from dimat_jax.reports._curves import AXES, MEASURES, chart, measured
+from dimat_jax.reports._curves import AXES, chart, measured
 from dimat_jax.reports._looks import look
 from dimat_jax.reports._page_figures import (
     LINE_FILTER,
@@ -135,7 +135,7 @@ def _curves(runs: Runs) -> list[_Section]:
         charts = {axis: chart(runs, measure, axis) for axis in axes}
         first = charts[axes[0]]
         bands = first.has_bands and len(first.labels) <= _MOST_BANDS
-        title = MEASURES[measure].label
+        title = first.y_label
         sections.append(
             _Section(
                 title[:1].upper() + title[1:],

@@ -193,10 +193,8 @@ def _add_marks(fig: Any, panel: Panel, chart: Chart) -> None:
 
 def agents_plot(panel: AgentPanel) -> Any:
     """The accuracy of every agent over the rounds, and their mean in black."""
-    n_agents = len(panel.accuracies)
-    fig = _figure(
-        panel.title, 300, x_axis_label="round", y_axis_label="test accuracy (%)"
-    )
+    n_agents, unit = len(panel.accuracies), " %" * panel.metric.percent
+    fig = _figure(panel.title, 300, x_axis_label="round", y_axis_label=panel.label)
     # The brightest colours would be too faint on white.
     places = np.linspace(0, 0.85 * (len(Cividis256) - 1), n_agents).astype(int)
     source = ColumnDataSource(
@@ -213,7 +211,10 @@ def agents_plot(panel: AgentPanel) -> Any:
     fig.add_tools(
         HoverTool(
             renderers=[lines],
-            tooltips=[("agent", "@agent"), ("round, accuracy", "$x{0}, $y{0.0} %")],
+            tooltips=[
+                ("agent", "@agent"),
+                (f"round, {panel.metric.words}", "$x{0}, $y{0.0}" + unit),
+            ],
         )
     )
     mean = np.mean(panel.accuracies, axis=0).tolist()

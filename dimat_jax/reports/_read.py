@@ -24,18 +24,17 @@ from dimat_jax.algorithms._merge_times import begins_with_merge
 from dimat_jax.errors import UserError, concerning, reading
 from dimat_jax.evaluate import EVERY
 from dimat_jax.options import SEED, Option
+from dimat_jax.tasks import Metric, metric_of
 from dimat_jax.workdir import FAILURE
 
-__all__ = ["FoundRun", "find_runs"]
+__all__ = ["FoundRun", "common_metric", "find_runs"]
 
-# Values of a row that are not finite if the agents have diverged.
-_FINITE = ("test_accuracy", "test_accuracy_mean", "test_loss", "test_loss_mean")
-# What every row has, with the types of the values.
+# Values of a row that are not finite if the agents have diverged; also the metric.
+_FINITE = ("test_loss", "test_loss_mean")
+# What every row has beside its metric, with the types of the values.
 _COLUMNS: dict[str, type | tuple[type, ...]] = {
     "round": int,
     "phase": str,
-    "test_accuracy": list,
-    "test_accuracy_mean": (int, float),
     "bytes_sent_total": int,
     "comm_rounds_total": (int, float),
     "seconds_total": (int, float),
@@ -133,13 +132,17 @@ def _read(folder: Path) -> FoundRun:
 
 def _check_rows(rows: list[dict[str, Any]]) -> None:
     """Refuses rows without what every evaluation has, or with values of other types."""
+    metric = metric_of(rows[0] if rows else {})
+    by_agent, mean = metric.field(""), metric.field()
+    columns = {by_agent: list, mean: (int, float), **_COLUMNS}
     for number, row in enumerate(rows, 1):
-        for name, kind in _COLUMNS.items():
+        for name, kind in columns.items():
             value = row.get(name)
             # A number that is not finite is null in the file.
-            if not (isinstance(value, kind) or (value is None and name in _FINITE)):
+            may_be_null = name in (*_FINITE, by_agent, mean)
+            if not (isinstance(value, kind) or (value is None and may_be_null)):
                 raise UserError(f"row {number} has {value!r} as {name}")
-        if not all(_is_number(value) for value in row["test_accuracy"] or ()):
+        if not all(_is_number(value) for value in row[by_agent] or ()):
             raise UserError(f"row {number} has other things than numbers")
 
 
@@ -159,9 +162,10 @@ def _state(
         return "diverged", str(read_json(failure).get("message"))
     for row in rows:
         where = f"in round {row['round']} (phase {row['phase']!r})"
-        for metric in _FINITE:
-            if metric in row and not _is_finite(row[metric]):
-                return "diverged", f"{metric} is not finite {where}"
+        metric = metric_of(row)
+        for name in (metric.field(""), metric.field(), *_FINITE):
+            if name in row and not _is_finite(row[name]):
+                return "diverged", f"{name} is not finite {where}"
         loss = row.get("test_loss_mean", 0)
         if loss > _LARGEST_LOSS:
             return "diverged", f"the mean test loss is {loss:.3g} {where}"
@@ -220,6 +224,22 @@ def _how_far(folder: Path, evaluated: bool, reached: int, n_rounds: int) -> str:
         f"it has come to round {reached} of {n_rounds}, and wrote its last row at "
         f"{written:%Y-%m-%d %H:%M}"
     )
+
+
+def common_metric(runs: Sequence[FoundRun]) -> Metric:
+    """The metric of runs that are compared.
+
+    Raises:
+        UserError: they have several.
+    """
+    found = {metric_of(run.rows[0]): run.folder for run in runs}
+    if len(found) > 1:
+        named = " and ".join(f"{folder} ({m.words})" for m, folder in found.items())
+        raise UserError(
+            f"runs with different metrics cannot be compared: {named}; give the report "
+            "the folders of one task"
+        )
+    return next(iter(found))
 
 
 def _each_once(runs: Sequence[FoundRun]) -> Iterator[FoundRun]:

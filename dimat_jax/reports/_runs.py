@@ -23,7 +23,8 @@ from dimat_jax.errors import UserError, reading
 from dimat_jax.evaluate import SAMPLES
 from dimat_jax.options import SEED, Option, every
 from dimat_jax.placement import AGENTS
-from dimat_jax.reports._read import FoundRun, find_runs
+from dimat_jax.reports._read import FoundRun, common_metric, find_runs
+from dimat_jax.tasks import CLASSIFICATION, Metric, metric_of
 from dimat_jax.topology import TOPOLOGY
 
 __all__ = [
@@ -97,7 +98,8 @@ class Runs(NamedTuple):
             `fields`. An evaluation has a row for each panel that shows its run. This is
             one panel, or several if the run does not read a panel's field.
             "communicated" says whether an evaluation comes right after a communication.
-            "test_accuracy_std" is the sample standard deviation over the agents.
+            "test_accuracy_std" is the sample standard deviation over the agents. Where
+            the runs have another metric, its name stands for "accuracy".
         panels: the config fields that vary and that say which problem is solved, on
             which data and on which graph. In a figure, each of their combinations has a
             panel.
@@ -110,8 +112,9 @@ class Runs(NamedTuple):
             are left out, but not for copies: "run", its seed, `fields`, and whether the
             run is counted.
         left_out: a row for each run that is not counted: "run", its "state", the
-            "reason", the mean test accuracy of its last evaluation in %, its seed, and
+            "reason", the mean metric of its last evaluation, its seed, and
             `fields`.
+        metric: the metric of the runs.
     """
 
     evaluations: DataFrame
@@ -121,6 +124,7 @@ class Runs(NamedTuple):
     partitions: list[Partition]
     started: DataFrame
     left_out: DataFrame
+    metric: Metric = CLASSIFICATION.shown
 
     @property
     def fields(self) -> list[str]:
@@ -153,13 +157,16 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
     `left_out`, and nothing else is computed from them.
 
     Raises:
-        UserError: a folder does not exist or holds no run, no run has finished, or two
-            finished runs have the same config and the same seed.
+        UserError: a folder does not exist or holds no run, no run has finished, two
+            finished runs have the same config and the same seed, or runs have different
+            metrics.
     """
     if isinstance(directories, (str, Path)):
         directories = [directories]
     found = find_runs(directories)
-    evaluations = _evaluations_of([run for run in found if run.counts], found)
+    counted = [run for run in found if run.counts]
+    evaluations = _evaluations_of(counted, found)
+    metric = common_metric(counted)
     # The others may be copies, or their configs cannot be read.
     started = [run for run in found if run.fields and run.state != "copy"]
     read = _configs(started)
@@ -180,6 +187,7 @@ def load(directories: str | Path | Sequence[str | Path]) -> Runs:
         _partitions(read[read.index.map(counts)]),
         described.join(counts).rename_axis("run").reset_index(),
         _left_out(found, [*fields, _REPEATS], short),
+        metric,
     )
 
 
@@ -235,13 +243,15 @@ def _left_out(
     rows = []
     for run in found:
         if not run.counts:
-            last = run.rows[-1].get("test_accuracy_mean") if run.rows else None
+            metric = metric_of(run.rows[-1] if run.rows else {})
+            last = run.rows[-1].get(metric.field()) if run.rows else None
+            title = f"last {metric.words}{metric.unit}"
             rows.append(
                 {
                     "run": run.folder,
                     "state": run.state,
                     "reason": run.reason,
-                    "last accuracy (%)": "" if last is None else f"{100 * last:.2f}",
+                    title: "" if last is None else f"{metric.scale * last:.2f}",
                     **{short.get(f, f): run.fields.get(f, "") for f in fields},
                 }
             )
@@ -255,7 +265,9 @@ def _evaluations(rows: list[dict[str, Any]]) -> DataFrame:
     kinds = pd.DataFrame([row.get("bytes_sent_by_kind", {}) for row in rows])
     frame = pd.DataFrame(rows).drop(columns=nested, errors="ignore")
     # As for seeds: the sample deviation (n - 1), which is NaN for a single agent.
-    frame["test_accuracy_std"] = frame.test_accuracy.map(lambda a: pd.Series(a).std())
+    metric = metric_of(rows[0])
+    values = frame[metric.field("")]
+    frame[metric.field("std")] = values.map(lambda a: pd.Series(a).std())
     # Before the first round agents do not communicate, and rows do not mention it.
     frame["communicated"] = [row.get("communicated", False) for row in rows]
     return frame.join(kinds.add_prefix(SENT))

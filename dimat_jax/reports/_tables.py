@@ -6,15 +6,16 @@ import numpy as np
 import pandas as pd
 
 from dimat_jax.reports._runs import SENT, DataFrame, Runs, describe
+from dimat_jax.tasks import Metric
 
 __all__ = ["CONVENTION", "tables"]
 
 CONVENTION = (
-    "Accuracies are means over the agents, and then over the seeds. n is the number of "
-    "seeds whose run has finished; n=3 of 5 means that the runs of 2 more seeds have "
-    "begun and are not counted. What follows ± is the standard deviation over the "
-    "seeds. All deviations, over seeds and over agents, are sample deviations: "
-    "they divide by the number minus one."
+    "Accuracies and other metrics are means over the agents, and then over the seeds. "
+    "n is the number of seeds whose run has finished; n=3 of 5 means that the runs of "
+    "2 more seeds have begun and are not counted. What follows ± is the standard "
+    "deviation over the seeds. All deviations, over seeds and over agents, are sample "
+    "deviations: they divide by the number minus one."
 )
 """What the numbers of all tables and figures mean."""
 
@@ -27,7 +28,7 @@ _EMPTY: DataFrame = pd.DataFrame()
 def tables(runs: Runs) -> dict[str, DataFrame]:
     """The tables of a report, by title.
 
-    Accuracies are in %, and are means over the agents and over the seeds. Each cell
+    Accuracies are in %. Metrics are means over the agents and over the seeds. Each cell
     with a mean, or its row, has the number n of seeds. A table that would be empty is
     left out.
     """
@@ -38,12 +39,13 @@ def tables(runs: Runs) -> dict[str, DataFrame]:
     left_out = runs.left_out
     if len(left_out):
         left_out = left_out.set_index("run")
+    words, unit = runs.metric.words, runs.metric.unit
     result = {
         "Runs that are not counted": left_out,
-        "Mean test accuracy of the agents (%)": _overview(runs),
-        "Mean test accuracy at the end (%), and MB sent": at_the_end,
-        "Right after the last communication (%), and MB sent": communicated,
-        "Right after each communication, by round (%)": _by_round(runs),
+        f"Mean test {words} of the agents{unit}": _overview(runs),
+        f"Mean test {words} at the end{unit}, and MB sent": at_the_end,
+        f"Right after the last communication{unit}, and MB sent": communicated,
+        f"Right after each communication, by round{unit}": _by_round(runs),
         "The agents at the end": _agents(runs),
         "MB sent, by kind": _by_kind(runs),
         "Agents that were away, in the rounds evaluated": _absences(runs),
@@ -62,10 +64,10 @@ def _overview(runs: Runs) -> DataFrame:
         "after the last communication": communicated,
         "trained (last round)": last,
     }
-    average = "test_accuracy_average_model"
+    average, mean = runs.metric.field("average_model"), runs.metric.field()
     if average in communicated:
-        rows = communicated.assign(test_accuracy_mean=communicated[average])
-        rows = rows.dropna(subset="test_accuracy_mean")
+        rows = communicated.assign(**{mean: communicated[average]})
+        rows = rows.dropna(subset=mean)
         columns["the average model, after the last communication"] = rows
     begun = _numbers(runs)
     final = pd.DataFrame(index=begun.index)
@@ -73,7 +75,7 @@ def _overview(runs: Runs) -> DataFrame:
         if rows.empty:
             continue
         groups = rows.groupby(fields, sort=False)
-        final[name] = _with_numbers(_over_seeds(groups, 2), begun)
+        final[name] = _with_numbers(_over_seeds(groups, 2, runs.metric), begun)
     totals = last.groupby(fields, sort=False)
     final["MB sent"] = (totals.bytes_sent_total.mean() / 1e6).round(2)
     final["comm rounds"] = totals.comm_rounds_total.mean().round(2)
@@ -103,13 +105,13 @@ def _with_numbers(cells: Any, numbers: Any, more: Any = "") -> Any:
     return full.where(~numbers.str.startswith("n=0"), "none (" + numbers + ")")
 
 
-def _over_seeds(groups: Any, digits: int) -> Any:
-    """Grouped accuracies as text: the mean in %, ± the deviation over several seeds."""
-    accuracies = groups.test_accuracy_mean
+def _over_seeds(groups: Any, digits: int, metric: Metric) -> Any:
+    """Grouped metrics as text: the mean, ± the deviation over several seeds."""
+    values = groups[metric.field()]
     mean, deviation = (
         # An empty column of numbers would stay numeric and could not be joined as text.
-        (100 * numbers).map(f"{{:.{digits}f}}".format).astype(object)
-        for numbers in (accuracies.mean(), accuracies.std())
+        (metric.scale * numbers).map(f"{{:.{digits}f}}".format).astype(object)
+        for numbers in (values.mean(), values.std())
     )
     return mean.where(groups.size() == 1, mean + " ± " + deviation)
 
@@ -124,7 +126,8 @@ def _grid(runs: Runs, chosen: Any) -> DataFrame:
     groups = _last(runs, chosen).groupby(runs.fields, sort=False)
     begun = _numbers(runs)
     sent = "; " + (groups.bytes_sent_total.mean() / 1e6).map(_megabytes)
-    cells = _with_numbers(_over_seeds(groups, 1), begun, sent.reindex(begun.index))
+    values = _over_seeds(groups, 1, runs.metric)
+    cells = _with_numbers(values, begun, sent.reindex(begun.index))
     grid = cells.unstack(runs.panels).fillna("")
     panels = grid.columns.to_frame().itertuples(index=False)
     return grid.set_axis([describe(runs.panels, values) for values in panels], axis=1)
@@ -141,8 +144,9 @@ def _by_round(runs: Runs) -> DataFrame:
     empty if not all seeds have an evaluation in that round.
     """
     rows = runs.evaluations[runs.evaluations.communicated]
-    groups = rows.groupby([*runs.fields, "round"], sort=False).test_accuracy_mean
-    table = (100 * groups.mean()).unstack("round").sort_index(axis=1).round(1)
+    groups = rows.groupby([*runs.fields, "round"], sort=False)[runs.metric.field()]
+    means = runs.metric.scale * groups.mean()
+    table = means.unstack("round").sort_index(axis=1).round(1)
     n_shown = min(len(table.columns), _MOST_ROUNDS)
     shown = np.linspace(0, len(table.columns) - 1, n_shown).round().astype(int)
     return _numbered(runs, table.iloc[:, shown])
@@ -158,13 +162,15 @@ def _numbered(runs: Runs, table: DataFrame) -> DataFrame:
 def _agents(runs: Runs) -> DataFrame:
     """How the agents of a run differ at the end, as means over the seeds."""
     last = _last(runs, runs.evaluations.phase == "trained")
-    last = last[last.test_accuracy.map(len) > 1]
+    metric = runs.metric
+    last = last[last[metric.field("")].map(len) > 1]
     if last.empty:
         return _EMPTY
+    values, words, unit = last[metric.field("")], metric.words, metric.unit
     columns = {
-        "lowest accuracy (%)": 100 * last.test_accuracy.map(min),
-        "highest accuracy (%)": 100 * last.test_accuracy.map(max),
-        "deviation over the agents (%)": 100 * last.test_accuracy_std,
+        f"lowest {words}{unit}": metric.scale * values.map(min),
+        f"highest {words}{unit}": metric.scale * values.map(max),
+        f"deviation over the agents{unit}": metric.scale * last[metric.field("std")],
     }
     measures = {
         "test_disagreement": ("disagreement (%)", 100),
@@ -176,8 +182,8 @@ def _agents(runs: Runs) -> DataFrame:
         if name in last:
             columns[title] = scale * last[name]
     fields = {field: last[field] for field in runs.fields}
-    values: DataFrame = pd.DataFrame({**fields, **columns})
-    means = values.groupby(runs.fields, sort=False)[list(columns)].mean()
+    table: DataFrame = pd.DataFrame({**fields, **columns})
+    means = table.groupby(runs.fields, sort=False)[list(columns)].mean()
     return _numbered(runs, means.round(2))
 
 

@@ -32,9 +32,10 @@ def write(directories: Sequence[str | Path], out: str | Path) -> list[Path]:
         the files. report.md has the tables, report.html all tables and figures in one
         page that needs nothing else, report.tex the tables for LaTeX, and report.csv
         all evaluations of the runs that count. There is a figure over the rounds for
-        each measure that the runs have: accuracy.png, average.png, local.png, loss.png,
-        consensus.png, aligned.png and disagreement.png. Accuracy is also drawn over
-        time, in seconds.png, and over bytes, in bytes.png, if anything was sent.
+        each measure that the runs have: accuracy.png (named after the metric),
+        average.png, local.png, loss.png, consensus.png, aligned.png and
+        disagreement.png. The metric is also drawn over time, in seconds.png, and over
+        bytes, in bytes.png, if anything was sent.
         agents.png shows the agents one by one, classes.png their accuracy on each class
         (if it was measured), and partition.png which agent holds which samples (if the
         runs say so).
@@ -66,8 +67,8 @@ def _write_figures(runs: Runs, out: Path) -> list[Path]:
     """Writes the figures for which there is something to show."""
     curves = {name: (name, "rounds") for name in measured(runs)}
     if runs.evaluations.bytes_sent_total.any():
-        curves["bytes"] = ("accuracy", "bytes")
-    curves["seconds"] = ("accuracy", "seconds")
+        curves["bytes"] = ("", "bytes")
+    curves["seconds"] = ("", "seconds")
     files = [out / f"{name}.png" for name in curves]
     for path, (measure, against) in zip(files, curves.values(), strict=True):
         curves_figure(runs, path, measure=measure, against=against)

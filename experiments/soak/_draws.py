@@ -44,6 +44,9 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "data.test_size": (20,),
     "data.validation": (0.0, 0.2),
     "data.held_out": (10,),
+    "data.min_samples": (1, 1, 5),
+    "data.seed": (0, 0, 7),
+    "data.label_noise": (0.0, 0.0, 0.2),
     "data.alpha": (0.5, 5.0),
     "data.classes": (2, 5),
     # The other models compile for many seconds.
@@ -59,6 +62,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "optimizer.learning_rate": (0.0, 0.01),
     "optimizer.warmup": (0, 2),
     "server.learning_rate": (0.0, 0.1),
+    "server.sampled": (0, 1, 2),
     "pretrain.epochs": (0, 1, 1, 2),
     "pretrain.batch_size": (10, 16),
     "pretrain.checkpoint_every": (1, 2),

@@ -15,7 +15,7 @@ import pytest
 from absl import flags, logging
 
 from dimat_jax import TOPOLOGIES, _signals, cli, plugins, train
-from dimat_jax.cli import _program, _sweep, _train
+from dimat_jax.cli import _outlook, _program, _show, _sweep, _train
 from dimat_jax.config import default_config
 
 Command = Callable[..., str]
@@ -32,8 +32,10 @@ def refused(monkeypatch, capsys, tmp_path, tmp_path_factory) -> Iterator[Command
         # JAX has started already.
         (_train, "request_cpu_devices"),
         (_sweep, "request_cpu_devices"),
+        (_show, "request_cpu_devices"),
     ):
         monkeypatch.setattr(module, name, lambda *args: None)
+    monkeypatch.setattr(_outlook, "Timing", lambda *args: pytest.fail("it times"))
     monkeypatch.setattr(train, "_train", lambda *args: pytest.fail("it trains"))
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(tmp_path)
@@ -133,9 +135,22 @@ def test_a_file_that_is_not_utf8_is_named(refused, tmp_path):
         ),
         (
             "c = default_config().unlock(); c.roundz = 3; return c",
-            "'roundz', which does",
+            "a field too many: there is no field 'roundz'; did you mean 'rounds'?",
         ),
-        ("c = default_config(); c.roundz = 3; return c", "line 3: AttributeError: "),
+        (
+            "c = default_config(); c.roundz = 3; return c",
+            "line 3: AttributeError: there is no field 'roundz'; did you mean 'rounds'",
+        ),
+        (
+            "c = default_config(); c.merge.evry = 3; return c",
+            "line 3: AttributeError: there is no field 'merge.evry'; did you mean "
+            "'merge.every'?",
+        ),
+        (
+            "c = default_config()\n  c.update_from_flattened_dict({'mrge.evry': 3})",
+            "line 4: NoSuchField: there is no field 'mrge.evry'; did you mean "
+            "'merge.every'?",
+        ),
         (
             "c = default_config()\n  with c.ignore_type(): c.rounds = 'many'\n"
             "  return c",
@@ -175,14 +190,26 @@ def test_what_are_no_runs_is_refused(refused, tmp_path, returned, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.roundz=3", 'Did you mean "rounds" instead of "roundz"?'),
+        ("--config.roundz=3", "there is no field 'roundz'; did you mean 'rounds'?"),
+        ("--config.merge.evry=2", "field 'merge.evry'; did you mean 'merge.every'?"),
+        ("--config.mrge.evry=2", "field 'mrge.evry'; did you mean 'merge.every'?"),
+        (
+            "--noconfig.flip",
+            "there is no field 'flip'; did you mean 'augmentation.flip",
+        ),
+        ("--config.lr=1", "there is no field 'lr'; did you mean 'optimizer.learning_r"),
+        (
+            "--rounds=3",
+            "flag 'rounds'. A field of the config is set by --config.rounds",
+        ),
+        ("--config.topology=RNG", "did you mean 'ring'?"),
         ("--config.rounds=many", "flag --config.rounds=many: expected a whole number"),
         ("--config.batch_norm.data=3", "config.batch_norm.data is '3'; allowed: "),
         ("--config.model.width=abc", "--config.model.width=abc: expected a number"),
         ("--config.augmentation.flip=3", "flip=3: expected true or false"),
         ("--config.=3", "the config has no field ''"),
         ("--config.rounds=" + "9" * 5000, "Exceeds the limit"),
-        ("--config.data=3", "--config.data=3"),
+        ("--config.data=3", "'data' is a section, which has the fields data.name, "),
         ("--config.data={'name': 'digits'}", ""),
         ("--config.rounds.x=1", ""),
         ("--config..rounds=1", ""),
@@ -221,6 +248,60 @@ def test_a_workdir_of_something_else_is_refused(refused, tmp_path):
     assert "no fresh folder: it has no config.json, and holds me.jpg" in message
     assert "cannot be a folder" in refused(*QUICKSTART, "--workdir=file")
     assert "cannot be a folder" in refused(*QUICKSTART, "--workdir=file/x/y")
+
+
+# What is shown ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one topic; allowed: algorithms"),
+        (["configs", "sweeps"], "expected one topic"),
+        (["quickstart", "--config=quickstart"], "expected one topic"),
+        (["algoritms"], "did you mean 'algorithms'"),
+        (["quickstar"], "did you mean 'quickstart'"),
+        (["--config=quickstar"], "did you mean 'quickstart'"),
+        (["options", "--config.agents=3"], "Unknown command line flag 'config.agents'"),
+        (["quickstart", "--config.agens=3"], "no field 'agens'; did you mean 'agents'"),
+        (["quickstart", "--config.agents=0"], "config.agents is 0; it must be at leas"),
+        (["quickstart", "--config.gossip.gamma=.1"], "'dimat' and merge.inner='local'"),
+        (["quickstart", "--config.topology=file"], "config.graph.file is empty"),
+        (["quickstart", "--config.agents=1434", "--seconds=0"], "expected 1 to 1433 "),
+        (
+            ["quickstart", "--config.data.train_size=1434", "--seconds=0"],
+            "train_size: expected 1 to 1433 samples",
+        ),
+        (["quickstart", "--seconds=-1"], "--seconds=-1"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(refused, arguments, message):
+    assert message in refused("show", *arguments)
+
+
+# A config to start from ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["there.py"], "FILE=there.py exists already; remove it or choose another"),
+        (["a.py", "b.py"], "expected one file, got a.py, b.py"),
+        (["mine.txt"], "FILE=mine.txt must be a Python file"),
+        (["folder/"], "FILE=folder/ must name a file"),
+        ([""], "FILE= must name a file"),
+        (["a\0.py"], "is no path"),
+        (["there.py/mine.py"], "cannot be a folder"),
+        (["n" * 300 + ".py"], "has a name that is too long"),
+        (["mine.py", "--like=quickstar"], "did you mean 'quickstart'?"),
+        (["mine.py", "--like=cifar100_resnet20:smal"], "argument is paper, small or "),
+        (["mine.py", "--like=quickstart:wn"], "config.algorithm is 'wn'; allowed: "),
+        (["mine.py", "--like="], "there is no config file "),
+    ],
+)
+def test_a_config_file_is_not_written(refused, tmp_path, arguments, message):
+    (tmp_path / "there.py").touch()
+    assert message in refused("init", *arguments)
 
 
 # Sweeps -------------------------------------------------------------------------------

@@ -3,15 +3,18 @@
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import dimat_jax
-from dimat_jax import cli
+from dimat_jax import cli, options
 from dimat_jax._option_facts import facts
-from dimat_jax.cli import _bundled, _show
+from dimat_jax.cli import _bundled, _program, _show, _train
 from dimat_jax.config import ROOT as ROOT_OPTIONS
+from dimat_jax.config import fields_of, resolved
+from dimat_jax.configs import quickstart
 from dimat_jax.errors import UserError
 from dimat_jax.options import every
 from dimat_jax.topology import ring
@@ -89,7 +92,8 @@ def test_every_command_has_help(name):
         "merge": ("--out\n", "--samples\n", "Default: 1000."),
         "export": ("--out\n", "--agent\n", "--round\n"),
         "bench": ("--out\n", "--repeats\n", "--steps\n", "Default: 3."),
-        "show": (),
+        "init": ("--like\n", "Default: quickstart."),
+        "show": ("--config\n", "--seconds\n", "Default: 30"),
         "tune": ("--field\n", "--at\n", "Default: optimizer.learning_rate."),
     }[name]
     for flag in flags:
@@ -182,9 +186,13 @@ def test_the_bundled_files_are_those_of_the_repository():
 # --- dimat show -----------------------------------------------------------------------
 
 
-def shown(capsys, topic: str) -> str:
-    _show.main([topic])
-    return capsys.readouterr().out
+@pytest.fixture(autouse=True)
+def jax_has_started(monkeypatch):
+    monkeypatch.setattr(_show, "request_cpu_devices", lambda n: None)
+
+
+def shown(topic: str) -> str:
+    return f"{_show.show(topic)}\n"
 
 
 @pytest.mark.parametrize(
@@ -202,38 +210,55 @@ def shown(capsys, topic: str) -> str:
         ("topologies", dimat_jax.TOPOLOGIES),
     ],
 )
-def test_it_lists_what_a_config_can_name(capsys, topic, names):
-    lines = shown(capsys, topic).splitlines()
+def test_it_lists_what_a_config_can_name(topic, names):
+    lines = shown(topic).splitlines()
     assert [line.split()[0] for line in lines] == list(names)
 
 
-def test_it_says_what_each_entry_is(capsys):
+def test_it_says_what_each_entry_is():
     meaning = (ring.__doc__ or "").partition("\n")[0]
-    lines = [
-        line.split(maxsplit=1) for line in shown(capsys, "topologies").splitlines()
-    ]
+    lines = [line.split(maxsplit=1) for line in shown("topologies").splitlines()]
     assert ["ring", meaning] in lines
-    assert "quickstart         Five agents learn" in shown(capsys, "configs")
+    assert "quickstart         Five agents learn" in shown("configs")
 
 
-def test_it_says_all_about_the_options_that_the_documentation_says(capsys):
+def test_it_says_all_about_the_options_that_the_documentation_says():
+    listed = shown("options")
+    expect_all_options(listed, "")
+    assert "Read: always, but not where algorithm is centralized" in listed
+    assert "\n    Allowed: own, reference, joint\n" in listed
+
+
+def test_the_help_of_train_lists_every_field_after_the_flags():
+    text = _program._help(_train.COMMAND, "dimat train", [])
+    before, _, listed = text.partition("--config.FIELD=VALUE:\n\n")
+    assert "dimat train --config=NAME" in before
+    expect_all_options(listed, "--config.")
+
+
+def expect_all_options(text: str, flag: str) -> None:
+    """Expects all facts about every option, in lines that a terminal can show."""
     entries: dict[str, list[str]] = {}
-    for line in shown(capsys, "options").splitlines():
-        if line.startswith("    "):
+    sections = []
+    for line in filter(None, text.splitlines()):
+        assert len(line) <= 88
+        if line.startswith("["):
+            sections.append(line.strip("[]"))
+        elif line.startswith("    "):
             entries[list(entries)[-1]].append(line.strip())
         else:
-            entries[line] = []
+            entries[line.removeprefix(flag)] = []
     described = facts(ROOT_OPTIONS)
-    assert list(entries) == [option.path for option in every(ROOT_OPTIONS)]
-    for option in every(ROOT_OPTIONS):
-        meaning, *lines = entries[option.path]
-        assert meaning == option.meaning
-        assert lines[: len(described[option.path])] == described[option.path]
-    assert (
-        "Read: always, but not where algorithm is centralized"
-        in entries["data.partition"]
-    )
-    assert "Allowed: own, reference, joint" in entries["merge.frame"]
+    expected_options = {option.path: option for option in every(ROOT_OPTIONS)}
+    assert sorted(entries) == sorted(expected_options)
+    assert sections[0] == "at the top" and set(sections[1:]) == {
+        path.rpartition(".")[0] for path in expected_options if "." in path
+    }
+    for path, option in expected_options.items():
+        expected = [option.meaning, *described[path]]
+        if isinstance(option.choices, Mapping):
+            expected.append(f"Allowed: {', '.join(option.choices)}")
+        assert " ".join(entries[path]) == " ".join(expected)
 
 
 def test_every_registry_of_the_package_is_a_topic():
@@ -244,44 +269,43 @@ def test_every_registry_of_the_package_is_a_topic():
 
 
 @pytest.mark.parametrize("topic", ["quickstart:wa", "configs/quickstart.py:wa"])
-def test_it_shows_a_config_and_its_differences_from_the_defaults(capsys, topic):
-    rows = {
-        line.split()[0]: line.split()[1:]
-        for line in shown(capsys, topic).split("\n")
-        if line
-    }
+def test_it_shows_the_fields_that_a_config_reads_and_which_are_no_defaults(topic):
+    _, _, listed = shown(topic).partition("\n\n")
+    rows = {line.split()[0]: line.split()[1:] for line in listed.splitlines()}
     assert rows["algorithm"] == ["'wa'", "'dimat'"]
     assert rows["merge.opt_state"] == ["'merge'", "'reset'"]
-    assert rows["merge.stay"] == ["0.0"]
+    assert rows["merge.every"] == ["1"]
+    read = options.read(ROOT_OPTIONS, resolved(fields_of(quickstart.get_config("wa"))))
+    assert rows.keys() == {"field", "-" * len(max(read, key=len)), *read}
     assert rows["agents"] == ["5"]
 
 
-def test_it_shows_the_runs_of_a_sweep(capsys):
+def test_it_shows_the_runs_of_a_sweep():
     runs = _bundled.load_runs("quickstart")
-    assert shown(capsys, "sweeps/quickstart").split() == list(runs)
+    assert shown("sweeps/quickstart").split() == list(runs)
 
 
-def test_it_shows_a_file_of_the_user(capsys, tmp_path):
+def test_it_shows_a_file_of_the_user(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
         "from dimat_jax.configs import quickstart\nget_config = quickstart.get_config\n"
     )
-    assert "'sgp'" in shown(capsys, f"{path}:sgp")
+    assert "'sgp'" in shown(f"{path}:sgp")
     path.write_text(
         "from dimat_jax.config import default_config\n"
         "def get_runs():\n"
         "    return {'one': default_config(), 'two': default_config()}\n"
     )
-    assert shown(capsys, str(path)) == "one\ntwo\n"
+    assert shown(str(path)) == "one\ntwo\n"
 
 
-def test_it_shows_a_run_and_how_far_it_got(capsys, tmp_path):
+def test_it_shows_a_run_and_how_far_it_got(tmp_path):
     config = _bundled.load_config("quickstart")
     (tmp_path / "config.json").write_text(config.to_json())
-    assert shown(capsys, str(tmp_path)).endswith("\n\nnot finished\n")
+    assert shown(str(tmp_path)).endswith("\n\nnot finished\n")
     epoch = {"round": 0, "phase": "pretraining", "epoch": 2, "train_accuracy_mean": 0.4}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(epoch) + "\n")
-    assert shown(capsys, str(tmp_path)).endswith(
+    assert shown(str(tmp_path)).endswith(
         "\n\nnot finished; epoch 2 of pre-training: mean training accuracy 40.00 %\n"
     )
     row = {"round": 3, "phase": "merged", "test_accuracy_mean": 0.5}
@@ -289,22 +313,8 @@ def test_it_shows_a_run_and_how_far_it_got(capsys, tmp_path):
     lines = [json.dumps(each) + "\n" for each in (epoch, row, later)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     (tmp_path / "summary.json").write_text("{}")
-    out = shown(capsys, str(tmp_path))
+    out = shown(str(tmp_path))
     assert "'digits'" in out
     assert out.endswith(
         "\n\nfinished; round 3 of 10, merged: mean test accuracy 50.00 %\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("topics", "message"),
-    [
-        ([], "expected one topic; allowed: algorithms"),
-        (["configs", "sweeps"], "expected one topic"),
-        (["algoritms"], "did you mean 'algorithms'"),
-        (["quickstar"], "did you mean 'quickstart'"),
-    ],
-)
-def test_it_refuses_what_it_does_not_know(topics, message):
-    with pytest.raises(UserError, match=message):
-        _show.main(topics)

@@ -235,7 +235,7 @@ BAD = {
     "few labels": ((FEATURES, LABELS[:9]), "own: there are 30 training inputs, but 9"),
     "negative": ((FEATURES, changed(LABELS, 7, -1)), "reach from -1 .* is label 7"),
     "large": ((FEATURES, changed(LABELS, 7, 2**40)), f"training label 7 is {2**40}"),
-    "no classes": ((FEATURES, LABELS / 2), r"whole numbers, .* got float64\[30\]"),
+    "no classes": ((FEATURES, LABELS[:, None, None]), r"or floats, got int\d+\[30, 1"),
     "NaN": ((changed(FEATURES, (4, 1), np.nan), LABELS), "own: training input 4 .* na"),
     "inf": ((changed(FEATURES, (5, 0), 1e300), LABELS), "own: training input 5 .* inf"),
     "objects": ((np.array([None] * 3), LABELS[:3]), "objects, .* object is a NoneType"),

@@ -11,6 +11,7 @@ from dimat_jax.data.partition import (
     set_aside,
 )
 from dimat_jax.errors import UserError
+from dimat_jax.options import OptionError
 
 # Classes have different sizes, their labels have gaps, and there may be more agents
 # than classes.
@@ -275,3 +276,46 @@ def test_an_agent_keeps_something_to_train_on():
     assert [len(out) for out in taken] == [3, 0]
     with pytest.raises(PartitionError, match="is 11, but there are only 11 samples"):
         set_aside(shards, labels, 11, seed=[0])
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "quantity_skew"])
+@given(
+    labels=labels_of, n_agents=st.integers(1, 8), seed=seeds, least=st.integers(1, 12)
+)
+def test_no_agent_gets_fewer_samples_than_it_has_to(
+    name, labels, n_agents, seed, least
+):
+    options = {"seed": seed, "alpha": 0.1}
+    if n_agents > len(labels):
+        return
+    if least > 1 and least * n_agents > len(labels):
+        with pytest.raises(PartitionError, match=f"{least}, but {len(labels)} samples"):
+            partition(name, labels, n_agents, min_samples=least, **options)
+        return
+    shards = partition(name, labels, n_agents, min_samples=least, **options)
+    assert min(map(len, shards)) >= least
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(shards)), np.arange(len(labels))
+    )
+    free = partition(name, labels, n_agents, **options)
+    for shard, other in zip(shards, free, strict=True):
+        if len(other) < least:  # It keeps what it had, and is filled up.
+            assert len(shard) == least and set(other) <= set(shard)
+        else:  # Others lose samples, and get none.
+            assert set(shard) <= set(other)
+
+
+def test_the_largest_shards_give_samples_at_random():
+    labels = np.repeat([0, 1], 500)
+    options = {"seed": 0, "alpha": 0.05}
+    free = partition("quantity_skew", labels, 10, **options)
+    filled = partition("quantity_skew", labels, 10, min_samples=40, **options)
+    given = [
+        np.setdiff1d(a, b) for a, b in zip(free, filled, strict=True) if len(a) > len(b)
+    ]
+    assert sum(map(len, given)) >= 100
+    # The samples that move are of both classes.
+    moved = labels[np.concatenate(given)]
+    assert 0.3 < moved.mean() < 0.7
+    with pytest.raises(OptionError, match="min_samples is 0; it must be at least 1"):
+        partition("dirichlet", labels, 4, seed=0, min_samples=0)

@@ -33,6 +33,15 @@ def test_every_page_is_in_the_navigation_and_the_other_way_round(pages):
     assert sorted(linked(config["project"]["nav"])) == sorted(written)
 
 
+def test_a_notebook_becomes_a_page_that_others_link_to(pages):
+    text = (pages / "tutorials" / "quickstart.md").read_text()
+    assert text.startswith("# A run in a notebook")
+    assert "```python\nresult.figure()\n```" in text
+    for page in pages.rglob("*.md"):
+        assert ".ipynb)" not in page.read_text(), page
+    assert not list(pages.rglob("*.ipynb"))
+
+
 def test_results_are_a_page_whose_pictures_and_links_are_found(pages):
     text = (pages / "results.md").read_text()
     targets = re.findall(r"\]\(([^)#:]+)\)", text)

@@ -15,7 +15,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -37,6 +39,7 @@ from dimat_jax.mixing import MIXINGS
 from dimat_jax.models import MODELS, to_torch
 from dimat_jax.models.classifier import init
 from dimat_jax.optimizers import OPTIMIZERS
+from dimat_jax.tasks import TASKS
 from dimat_jax.topology import TOPOLOGIES
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +123,7 @@ def test_readme_tutorials_and_how_tos_have_examples():
 def registries() -> Iterator[None]:
     """Takes back what examples add to registries, which other tests share."""
     found = [ALGORITHMS, BETWEEN_MERGES, COMPRESSORS, MIXINGS, MODELS, OPTIMIZERS]
-    found += [CALLBACKS, PARTITIONS, SOURCES, TOPOLOGIES]
+    found += [CALLBACKS, PARTITIONS, SOURCES, TASKS, TOPOLOGIES]
     before = [dict(registry) for registry in found]
     yield
     for registry, entries in zip(found, before, strict=True):
@@ -149,6 +152,24 @@ def torch_files(folder):
         safetensors.save_file(state_dict, folder / f"{name}.safetensors")
 
 
+@pytest.fixture
+def wandb_rows(monkeypatch) -> list[dict]:
+    """The rows that a stand-in for the package wandb gets, which needs no account."""
+    rows: list[dict] = []
+
+    def init(**settings):
+        assert settings["mode"] == "offline"
+        return SimpleNamespace(
+            log=lambda row, step: rows.append(row), finish=lambda: None
+        )
+
+    stand_in = ModuleType("wandb")
+    stand_in.__spec__ = ModuleSpec("wandb", None)
+    stand_in.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    return rows
+
+
 # The examples of these pages take from 15 seconds to a minute.
 LONG = {
     "docs/tutorials/compare.md",
@@ -157,6 +178,7 @@ LONG = {
     "docs/how-to/callbacks.md",
     "docs/how-to/data.md",
     "docs/how-to/devices.md",
+    "docs/how-to/questions.md",
     "docs/how-to/reuse.md",
 }
 
@@ -172,6 +194,8 @@ LONG = {
 def test_the_examples_run(name, folder, request):
     if any("a.safetensors" in block.text for block in BLOCKS[name]):
         request.getfixturevalue("torch_files")
+    logs = any('callbacks = "wandb"' in block.text for block in BLOCKS[name])
+    rows = request.getfixturevalue("wandb_rows") if logs else []
     namespace = {"__name__": "example"}
     for block in filter(is_run, BLOCKS[name]):
         if block.language == "bash":
@@ -184,6 +208,17 @@ def test_the_examples_run(name, folder, request):
         # Examples are users' programs, in which JAX's own defaults hold.
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
             exec(compile(code, str(ROOT / name), "exec"), namespace)
+    assert bool(rows) == logs
+
+
+def test_every_question_is_answered_in_five_lines():
+    name = "docs/how-to/questions.md"
+    questions = re.findall(r"^## (.*)$", Path(ROOT, name).read_text(), re.MULTILINE)
+    _, *answers = BLOCKS[name]  # the first block has what all of them use
+    assert len(questions) == len(answers) == 10
+    for question, answer in zip(questions, answers, strict=True):
+        assert question.endswith("?")
+        assert len(list(filter(None, answer.text.splitlines()))) <= 5, question
 
 
 def run_shell(script: str, folder: Path) -> None:

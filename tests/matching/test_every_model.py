@@ -16,7 +16,7 @@ from dimat_jax.matching._taps import tap_units
 from dimat_jax.models.classifier import init
 from dimat_jax.permutation import Perms
 from dimat_jax.tree import PyTree, map_with_path
-from tests.models.test_model_conformance import BATCH, N_CLASSES, SMALL, Subject, build
+from tests.models.test_model_conformance import BATCH, SMALL, Subject, build
 
 every_kind = pytest.mark.parametrize("case", SMALL)
 
@@ -39,16 +39,15 @@ class Trained(NamedTuple):
 def trained(case: str) -> Trained:
     """A few steps of Adam from a fresh start, on noise; and a shuffled copy."""
     subject = build(case)
-    rng = np.random.default_rng(0)
     tx = optax.adam(1e-2)
     variables = jax.jit(partial(init, subject.model))(
         jax.random.key(1), subject.inputs[:1]
     )
     opt_state = tx.init(variables["params"])
     batches = []
-    for _ in range(6):
-        inputs = jnp.asarray(rng.standard_normal(subject.inputs.shape), jnp.float32)
-        labels = jnp.asarray(rng.integers(0, N_CLASSES, BATCH), jnp.int32)
+    for seed in range(6):
+        inputs = jnp.asarray(subject.case.inputs(BATCH, seed))
+        labels = jnp.asarray(subject.case.labels(BATCH, seed + 100))
         learnt = subject.learn(variables, Batch(inputs, labels, jnp.ones(BATCH, bool)))
         model_state, _ = learnt["aux"]
         updates, opt_state = tx.update(learnt["grads"], opt_state)

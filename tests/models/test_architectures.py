@@ -21,6 +21,7 @@ from dimat_jax.models.classifier import (
     forward,
     init,
 )
+from dimat_jax.models.gpt import GPT
 from dimat_jax.models.resnet import ResNet
 from dimat_jax.models.vgg import VGG
 from dimat_jax.permutation import PermutationSpecError, Product, group_sizes
@@ -29,6 +30,8 @@ from dimat_jax.tree import flatten
 
 def shapes_of(model: nn.Module, *input_shape: int) -> dict:
     inputs = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    if isinstance(model, GPT):  # It reads texts.
+        inputs = jax.ShapeDtypeStruct((1, input_shape[0]), jnp.int32)
     return jax.eval_shape(lambda x: init(model, jax.random.key(0), x), inputs)
 
 

@@ -23,6 +23,7 @@ from dimat_jax.models.classifier import (
 from dimat_jax.models.resnet import ResNet
 from dimat_jax.models.vgg import VGG
 from dimat_jax.permutation import PermutationSpec, permute_leaf
+from dimat_jax.tasks import CLASSIFICATION, TASKS, TaskRecord
 from dimat_jax.tree import PyTree, flatten, map_with_path, stack, take
 
 N_CLASSES = 5
@@ -34,6 +35,20 @@ class Case(NamedTuple):
 
     model: Any
     input_shape: tuple[int, ...]
+    task: TaskRecord = CLASSIFICATION
+
+    def inputs(self, n: int, seed: int, scale: float = 1, mean: float = 0) -> Any:
+        """Random inputs: floats, or tokens for a language model."""
+        rng = np.random.default_rng(seed)
+        if self.task.labels == "tokens":
+            return rng.integers(0, N_CLASSES, (n, *self.input_shape), np.int32)
+        return rng.normal(mean, scale, (n, *self.input_shape)).astype(np.float32)
+
+    def labels(self, n: int, seed: int) -> Any:
+        """Random labels of the task."""
+        places = self.input_shape if self.task.labels == "tokens" else ()
+        rng = np.random.default_rng(seed)
+        return rng.integers(0, N_CLASSES, (n, *places), np.int32)
 
 
 def registered(name: str, *input_shape: int, **settings: Any) -> Case:
@@ -43,6 +58,11 @@ def registered(name: str, *input_shape: int, **settings: Any) -> Case:
 def resnet(*input_shape: int, **settings: Any) -> Case:
     """A ResNet with both kinds of blocks: with and without a shortcut convolution."""
     return Case(ResNet((2, 1), (4, 8), N_CLASSES, **settings), input_shape)
+
+
+def gpt(**settings: Any) -> Case:
+    model = MODELS["gpt"](n_classes=N_CLASSES, dim=12, heads=3, depth=2, **settings)
+    return Case(model, (7,), TASKS["language_modelling"])
 
 
 def vgg(**settings: Any) -> Case:
@@ -59,6 +79,7 @@ SMALL = {
     "vgg": vgg(),
     "vgg, group norm": vgg(norm="group"),
     "vit": registered("vit", 8, 8, 1, dim=12, heads=3, depth=2),
+    "gpt": gpt(),
 }
 CASES = SMALL | {
     "mlp, width 2": registered("mlp", 4, 4, 3, hidden=(9, 7), width=2),
@@ -76,6 +97,7 @@ CASES = SMALL | {
     "resnet50": registered("resnet50", 16, 16, 3, width=1 / 16, stem="cifar"),
     "vgg, layer norm": vgg(norm="layer"),
     "vgg, no norm": vgg(norm="none"),
+    "gpt, tied": gpt(tied=True),
     "vgg16": registered("vgg16", 32, 32, 3, width=1 / 16),
 }
 
@@ -86,6 +108,7 @@ every_name = pytest.mark.parametrize("name", MODELS)
 
 
 class Subject(NamedTuple):
+    case: Case
     model: Any
     spec: PermutationSpec
     variables: PyTree
@@ -110,17 +133,17 @@ def subject(case: str) -> Subject:
 
 @cache
 def build(case: str) -> Subject:
-    model, input_shape = CASES[case]
-    inputs = jax.random.normal(jax.random.key(0), (BATCH, *input_shape))
+    model, inputs = CASES[case].model, jnp.asarray(CASES[case].inputs(BATCH, 0))
     shapes = jax.eval_shape(partial(init, model), jax.random.key(0), inputs)
     return Subject(
+        CASES[case],
         model,
         permutation_spec(model),
         map_with_path(trained_like, shapes),
         inputs,
         precisely(jax.jit(both_modes(model))),
         jax.jit(activations(model)),
-        jax.jit(learning(model)),
+        jax.jit(learning(model, CASES[case].task)),
     )
 
 
@@ -146,11 +169,11 @@ def trained_like(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.asarray(values, leaf.dtype)
 
 
-def learning(model) -> Callable[[PyTree, Batch], dict[str, Any]]:
+def learning(model, task: TaskRecord) -> Callable[[PyTree, Batch], dict[str, Any]]:
     def learn(variables, batch):
         def of_params(params):
             key = jax.random.key(0)
-            return loss(model)({**variables, "params": params}, batch, key)
+            return loss(model, task)({**variables, "params": params}, batch, key)
 
         (value, aux), grads = jax.value_and_grad(of_params, has_aux=True)(
             variables["params"]
@@ -177,6 +200,8 @@ def test_the_table_covers_all_models():
 def test_the_spec_fits_the_variables_and_the_taps(name, pixels):
     model = MODELS[name](n_classes=N_CLASSES)
     inputs = jax.ShapeDtypeStruct((2, pixels, pixels, 3), jnp.float32)
+    if name == "gpt":
+        inputs = jax.ShapeDtypeStruct((2, pixels), jnp.int32)
     variables = jax.eval_shape(partial(init, model), jax.random.key(0), inputs)
     assert_spec_fits(model, variables, inputs)
 
@@ -368,13 +393,11 @@ def test_the_constructor_passes_the_dtype_on():
 @pytest.mark.every_nth(9)
 @every_small_case
 def test_masked_examples_count_nowhere_in_train_mode(subject):
-    rng = np.random.default_rng(0)
-    inputs = np.asarray(subject.inputs)
-    labels = rng.integers(0, N_CLASSES, BATCH).astype(np.int32)
+    inputs, labels = np.asarray(subject.inputs), subject.case.labels(BATCH, 0)
     # Masked examples lie between the others and have quite different values.
     rows = np.array([0, 2, 3, 5, 6, 8])
-    padded = rng.normal(3, 10, (9, *inputs.shape[1:])).astype(np.float32)
-    padded_labels = np.zeros(9, np.int32)
+    padded = subject.case.inputs(9, seed=1, mean=3, scale=10)
+    padded_labels = 0 * subject.case.labels(9, seed=1)
     padded[rows], padded_labels[rows] = inputs, labels
 
     smaller = subject.learn(
@@ -396,13 +419,14 @@ def test_masked_examples_count_nowhere_in_train_mode(subject):
 @pytest.mark.every_nth(3)
 @every_small_case
 def test_training_updates_the_running_statistics_alone(subject):
-    batch = Batch(subject.inputs, jnp.zeros(BATCH, jnp.int32), jnp.ones(BATCH, bool))
+    labels = 0 * subject.case.labels(BATCH, seed=0)
+    batch = batch_of(subject.inputs, labels, np.ones(BATCH, bool))
     state, metrics = subject.learn(subject.variables, batch)["aux"]
     others = {k: v for k, v in subject.variables.items() if k != "params"}
     assert jax.tree.structure(dict(state)) == jax.tree.structure(others)
     for path, leaf in flatten(others).items():
         assert (flatten(state)[path] != leaf).any(), path
-    assert set(metrics) == {"loss", "accuracy"}
+    assert set(metrics) == {"loss", "score"}
 
 
 @pytest.mark.every_nth(3)
@@ -410,8 +434,9 @@ def test_training_updates_the_running_statistics_alone(subject):
 def test_dead_units_make_nothing_nan(subject):
     dead = jax.tree.map(jnp.zeros_like, subject.variables)
     logits = subject.logits(dead, subject.inputs)
-    labels = np.zeros(BATCH, np.int32)
-    learnt = subject.learn(dead, batch_of(subject.inputs, labels, labels == 0))
+    labels = 0 * subject.case.labels(BATCH, seed=0)
+    batch = batch_of(subject.inputs, labels, np.ones(BATCH, bool))
+    learnt = subject.learn(dead, batch)
     for path, leaf in flatten({"logits": logits, **learnt}).items():
         assert jnp.isfinite(leaf).all(), path
 

@@ -187,7 +187,9 @@ def test_a_model_with_another_number_of_logits_is_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"shape \(1, 20\) for one image; .*\(1, 10\)"
     ):
-        check_model(resolved(fields_of(config)))
+        digits = SOURCES["digits"].signature
+        assert digits is not None
+        check_model(resolved(fields_of(config)), digits)
 
 
 def test_a_module_of_the_wrong_kind_is_named():

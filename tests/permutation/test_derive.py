@@ -18,6 +18,7 @@ from dimat_jax import permutation
 from dimat_jax.matching import activation_matching
 from dimat_jax.models import MODELS, permutation_spec
 from dimat_jax.models.classifier import both_modes, forward, init
+from dimat_jax.models.gpt import GPT
 from dimat_jax.permutation import (
     Concat,
     PermutationSpec,
@@ -42,7 +43,8 @@ def normal(*shape: int, seed: int = 0) -> jax.Array:
 
 def shapes_of(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Any, Any]:
     """Of a batch and of the variables: tracing needs no numbers."""
-    inputs = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
+    dtype = jnp.int32 if isinstance(model, GPT) else jnp.float32
+    inputs = jax.ShapeDtypeStruct((2, *input_shape), dtype)
     return inputs, jax.eval_shape(partial(init, model), jax.random.key(0), inputs)
 
 
@@ -50,7 +52,7 @@ def shapes_of(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Any, Any]
 @pytest.mark.parametrize("mode", [forward, both_modes])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_derived_is_what_is_declared(case, mode):
-    model, input_shape = CASES[case]
+    model, input_shape, _ = CASES[case]
     inputs, variables = shapes_of(model, input_shape)
     none = pytest.warns(PermutationSpecWarning, match="no units that may be permuted")
     with none if case == "linear" else contextlib.nullcontext():
@@ -64,13 +66,14 @@ def test_what_is_derived_is_what_is_declared(case, mode):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_derived_is_what_is_declared_at_full_size(name):
     model = MODELS[name](n_classes=10)
-    inputs, variables = shapes_of(model, (64, 64, 3))
+    input_shape = (64,) if isinstance(model, GPT) else (64, 64, 3)
+    inputs, variables = shapes_of(model, input_shape)
     spec = derive(forward(model), variables, inputs, strict=True)
     assert not differences(permutation_spec(model), spec, variables)
 
 
 def test_two_symmetries_are_told_apart():
-    model, input_shape = CASES["resnet"]
+    model, input_shape, _ = CASES["resnet"]
     _, variables = shapes_of(model, input_shape)
     spec = permutation_spec(model)
     for leaf, axes in spec.axes.items():

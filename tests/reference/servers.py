@@ -19,6 +19,8 @@ class FedAvg(Alone):
     Args:
         examples: n_k, the number of each agent's examples; None if all are equal.
         server: makes the server's optimizer.
+        sampled: whether the server draws the agents of each round: those of the last
+            round are the clients, wherever they are now.
     """
 
     def __init__(
@@ -27,7 +29,9 @@ class FedAvg(Alone):
         optimizer=None,
         examples=None,
         server: Callable[[], Server] = lambda: lambda change: change,
+        sampled: bool = False,
     ):
+        self.sampled = sampled
         super().__init__(x, optimizer)
         self.examples = np.ones(len(x)) if examples is None else examples
         self.server, self.model = server(), None
@@ -36,6 +40,8 @@ class FedAvg(Alone):
         self.got = dict(self.x)
 
     def clients(self, now: Now) -> list[int]:
+        if self.sampled and self.model is not None:
+            return sorted(self.fresh)
         return [i for i in now.agents if i in self.fresh]
 
     def communicate(self, now: Now) -> None:
@@ -71,8 +77,13 @@ class Scaffold(FedAvg):
     the client's steps. c is the mean of the c_i of all agents.
     """
 
-    def __init__(self, x, optimizer=None, eta=1.0):
-        super().__init__(x, optimizer, server=lambda: lambda change: eta * change)
+    def __init__(self, x, optimizer=None, eta=1.0, sampled=False):
+        super().__init__(
+            x,
+            optimizer,
+            server=lambda: lambda change: eta * change,
+            sampled=sampled,
+        )
         zero = np.zeros_like(self.x[0])
         self.control: dict[int, np.ndarray] = {i: zero for i in self.x}
         # The c that each agent has got.
@@ -84,8 +95,10 @@ class Scaffold(FedAvg):
             if self.seen[i]:
                 self.control[i] = np.mean(self.seen[i], axis=0)
         mean = np.mean([self.control[i] for i in self.x], axis=0)
+        for i in [*now.agents, *self.clients(now)]:
+            self.seen[i] = []
         for i in now.agents:
-            self.common[i], self.seen[i] = mean, []
+            self.common[i] = mean
         super().communicate(now)
 
     def step(self, now: Now) -> None:

@@ -6,10 +6,12 @@ import re
 import pytest
 
 from dimat_jax import train
+from dimat_jax._forecast import what_is_sent
 from dimat_jax._sweeping import describe
 from dimat_jax._sweeping._estimate import _makespan, _Plan
 from dimat_jax._sweeping._plan import pretraining_key
 from dimat_jax._sweeping._shares import Share
+from dimat_jax.experiment import Experiment
 from tests.sweeping.small import jobs, small
 
 WHOLE = Share(None, {}, {})
@@ -61,7 +63,10 @@ def test_runs_that_have_been_timed_are_the_measure(tmp_path):
         other=small("local"),
         alone=small("wa", seed=1, rounds=50),
     )
-    train.run(made[0].config, made[0].workdir, lambda line: None)
+    config = made[0].config
+    summary = train.run(config, made[0].workdir, lambda line: None)
+    # This run is here anyway; tests/test_forecast.py has those of other algorithms.
+    assert what_is_sent(Experiment(config)).total == summary["bytes_sent_total"]
     # As if a step of the rounds took 90 seconds, and 18 in pre-training.
     rows = [
         {"round": 0, "phase": "pretrained", "step": 8, "seconds_total": 8 * 18.0},
