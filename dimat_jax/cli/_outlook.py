@@ -102,8 +102,11 @@ def _experiment(config: Config) -> tuple[Experiment, str]:
     except DataError as error:
         if _can_be_read(config):
             raise  # The config asks for what the data do not have.
-        source = SOURCES[config.data.name]
-        form = Form(source.n_classes, source.image_shape, [1] * config.agents)
+        data = SOURCES[config.data.name].signature
+        if data is None:
+            raise  # Only the data tell what the model must know.
+        sizes = [1] * config.agents
+        form = Form(data.n_classes, data.input_shape, sizes, data.input_dtype)
         return ExperimentWithoutData(config, form, str(error)), str(error)
 
 
