@@ -72,7 +72,7 @@ def test_the_average_is_evaluated_on_every_sample_once(placement, batch_size):
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(N_SAMPLES), LABELS]
     flat = np.concatenate([w.reshape(len(w), -1), b], axis=1)
     distance = np.sqrt(((flat - flat.mean(axis=0)) ** 2).sum(axis=1).mean())
-    assert found.accuracy == pytest.approx((logits.argmax(axis=1) == LABELS).mean())
+    assert found.metric == pytest.approx((logits.argmax(axis=1) == LABELS).mean())
     assert found.loss == pytest.approx(losses.mean(), rel=1e-5)
     assert found.consensus_distance == pytest.approx(distance, rel=1e-5, abs=1e-6)
 
@@ -127,7 +127,7 @@ def test_shuffled_copies_are_one_model_once_they_are_aligned():
     assert agents.disagreement == 0 and agents.consensus_distance > 0.1
     assert plain.consensus_distance == pytest.approx(agents.consensus_distance)
     assert aligned.consensus_distance == pytest.approx(0, abs=1e-6)
-    assert aligned.accuracy == pytest.approx(agents.accuracy[0])
+    assert aligned.metric == pytest.approx(agents.accuracy[0])
     assert aligned.loss == pytest.approx(agents.loss[0], rel=1e-5)
     assert plain.loss != pytest.approx(agents.loss[0], rel=1e-3)
 
@@ -150,6 +150,6 @@ def test_with_examples_the_average_has_statistics_of_its_own():
     put = placement.put(variables)
     for calibration, one in ((None, model), (samples, mended)):
         found = evaluate(put, {}, calibration)
-        assert found.accuracy == pytest.approx(expected(one).accuracy)
+        assert found.metric == pytest.approx(expected(one).metric)
         assert found.loss == pytest.approx(expected(one).loss, rel=1e-5)
     assert evaluate(put, {}, None).loss != evaluate(put, {}, samples).loss

@@ -114,13 +114,14 @@ def scaffold(
         memories=["change", "control", "server_control", "gradients"],
         step=step,
         marks=lambda: {**no_turns(placement), "counted": placement.zeros()},
-        messages=lambda state: Messages(
-            server=one_agent(
-                {**state.local.variables, "control": state.memory["control"]}
-            )
-        ),
+        messages=_messages,
     )
     return corrected._replace(communicate=communicate)
+
+
+def _messages(state: MemoryState) -> Messages:
+    control = state.memory["control"]
+    return Messages(server=one_agent({**state.local.variables, "control": control}))
 
 
 def _exchanged(
