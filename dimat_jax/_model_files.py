@@ -119,17 +119,19 @@ def read(
 
 def _refuse_other_data(runs: Mapping[str, Config]) -> None:
     """Refuses runs whose folders of data differ; see `read`."""
-    folders = [
-        (name, config.data.dir and str(Path(config.data.dir).expanduser().resolve()))
-        for name, config in runs.items()
-    ]
-    for name, folder in folders[1:]:
-        first_name, first = folders[0]
-        if folder != first:
+
+    def folder(config: Config) -> Path | str:
+        directory = config.data.dir
+        return Path(directory).expanduser().resolve() if directory else ""
+
+    first_name = next(iter(runs), "")
+    for name, config in runs.items():
+        first = runs[first_name].data
+        if config.data.name == first.name and folder(config) != folder(runs[first_name]):
             raise UserError(
-                f"{first_name} was trained on the data in {first!r}, and {name} on "
-                f"those in {folder!r}; if both are the same data, or if one of them "
-                "shall judge all models, name their folder with --data_dir"
+                f"{first_name} was trained on the data in {first.dir!r}, and {name} on "
+                f"those in {config.data.dir!r}; choose the data for all models with "
+                "--data_dir"
             )
 
 

@@ -535,7 +535,12 @@ def test_an_encrypted_zip_is_refused(tiny, tmp_path):
             "expected bytes (uint8) with 4 axes",
         ),
         ("train_images", np.array(3, np.uint8), "expected bytes (uint8) with 4 axes"),
-        ("test_labels", np.array(["a"] * 6), "expected whole numbers with 1 axes"),
+        (
+            "test_labels",
+            np.array(["a"] * 6),
+            "expected whole numbers or floats with 1 or 2 axes",
+        ),
+        ("train_labels", np.zeros(6, np.float32), "training labels are float32[6]"),
         ("mean", np.full(3, np.nan, np.float32), "the means of the channels are [nan,"),
         ("std", np.ones(7, np.float32), "expected 3 finite number(s)"),
         ("std", np.array([1, 0, 1], np.float32), "all must be above 0"),
