@@ -120,17 +120,16 @@ def read(
 def _refuse_other_data(runs: Mapping[str, Config]) -> None:
     """Refuses runs whose folders of data differ; see `read`."""
 
-    def folder(config: Config) -> Path | str:
-        directory = config.data.dir
+    def folder(directory: str) -> Path | str:
         return Path(directory).expanduser().resolve() if directory else ""
 
     first_name = next(iter(runs), "")
     for name, config in runs.items():
-        first = runs[first_name].data
-        if config.data.name == first.name and folder(config) != folder(runs[first_name]):
+        first, data = runs[first_name].data, config.data
+        if data.name == first.name and folder(data.dir) != folder(first.dir):
             raise UserError(
                 f"{first_name} was trained on the data in {first.dir!r}, and {name} on "
-                f"those in {config.data.dir!r}; choose the data for all models with "
+                f"those in {data.dir!r}; choose the data for all models with "
                 "--data_dir"
             )
 
