@@ -131,7 +131,11 @@ def test_npz_files_may_use_the_common_names(tmp_path):
     half = slice(None, 15), slice(15, None)
     for names in (("x_train", "y_train", "x_test", "y_test"),) + tuple(
         (f"train_{x}", f"train_{y}", f"{test}_{x}", f"{test}_{y}")
-        for x, y, test in (("images", "labels", "val"), ("inputs", "labels", "test"))
+        for x, y, test in (
+            ("images", "labels", "val"),
+            ("inputs", "labels", "test"),
+            ("input_ids", "target", "validation"),
+        )
     ):
         arrays = FEATURES[half[0]], LABELS[half[0]], FEATURES[half[1]], LABELS[half[1]]
         content: dict[str, Any] = dict(zip(names, arrays, strict=True))
