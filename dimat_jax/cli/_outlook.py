@@ -106,7 +106,9 @@ def _experiment(config: Config) -> tuple[Experiment, str]:
         if known is None:
             raise  # The data alone tell what a model needs to know.
         sizes = [1] * config.agents
-        form = Form(known.n_classes, known.input_shape, sizes, known.input_dtype)
+        form = Form(
+            known.n_classes, known.input_shape, sizes, known.input_dtype, known.labels
+        )
         return ExperimentWithoutData(config, form, str(error)), str(error)
 
 

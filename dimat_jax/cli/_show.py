@@ -6,7 +6,7 @@ TOPIC is one of
 
     configs, sweeps: the bundled ones;
     algorithms, callbacks, compressors, mixings, models, optimizers, partitions,
-        sources, topologies: the names that a config can use;
+        sources, tasks, topologies: the names that a config can use;
     options: every option with its default, its range and its meaning;
     a config (quickstart, quickstart:wa, my_config.py): what it will do, to whom agents
         talk, how many steps and bytes it takes, and about how much time and memory;
@@ -49,7 +49,7 @@ from dimat_jax.models import MODELS
 from dimat_jax.optimizers import OPTIMIZERS
 from dimat_jax.options import Record, read
 from dimat_jax.placement import request_cpu_devices
-from dimat_jax.tasks import metric_of
+from dimat_jax.tasks import TASKS, metric_of
 from dimat_jax.topology import TOPOLOGIES
 
 __all__ = ["COMMAND"]
@@ -64,6 +64,7 @@ _REGISTRIES: dict[str, Mapping[str, Record]] = {
     "optimizers": OPTIMIZERS,
     "partitions": PARTITIONS,
     "sources": SOURCES,
+    "tasks": TASKS,
     "topologies": TOPOLOGIES,
 }
 _BUNDLED = {
