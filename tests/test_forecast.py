@@ -61,7 +61,7 @@ def test_a_run_sends_what_was_forecast(tmp_path, name):
     assert sent.first_round == first[-1]["bytes_sent_total"]
 
 
-# Forecasts that may stop early, and whether the rest of the rounds is like the counted ones.
+# Runs, and whether all of their rounds send equally much.
 STOPPED: list[tuple[str, dict[str, Any], bool]] = [
     ("cdsgd", {}, True),
     ("cdsgd", {"faults__edge_loss": 0.2}, False),
