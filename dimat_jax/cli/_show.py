@@ -17,7 +17,7 @@ TOPIC is one of
 """
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,6 @@ _BUNDLED = {
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    # Overrides belong to a config, also if that is given without its flag.
-    given = [each for each in sys.argv[1:] if not each.startswith("-")]
-    named = given[0] if given and _bundled.is_config(given[0]) else None
-    _bundled.define_config(named, "The config to look into.", is_required=False)
     flags.DEFINE_float(
         "seconds",
         30,
@@ -86,6 +82,24 @@ def define_flags() -> None:
         "compiled and timed. 0 times none.",
         lower_bound=0,
     )
+    # Overrides belong to a config, also if that is given without its flag.
+    topic = _first_word(sys.argv)
+    named = topic if topic is not None and _bundled.is_config(topic) else None
+    _bundled.define_config(named, "The config to look into.", is_required=False)
+
+
+def _first_word(argv: Sequence[str]) -> str | None:
+    """Returns the first argument that is neither a flag nor the value of one."""
+    is_switch = {name: flags.FLAGS[name].boolean for name in flags.FLAGS}
+    fields = fields_of(default_config()).items()
+    is_switch |= {f"config.{path}": isinstance(value, bool) for path, value in fields}
+    is_switch["config"] = False
+    values = flags.FlagValues()
+    for name, alone in is_switch.items():
+        define = flags.DEFINE_boolean if alone else flags.DEFINE_string
+        define(name, None, "See `define_flags`.", flag_values=values)
+    _, *words = values(argv, known_only=True)
+    return next((word for word in words if not word.startswith("-")), None)
 
 
 def main(topics: list[str]) -> None:
