@@ -29,7 +29,9 @@ class Sent(NamedTuple):
         total: the bytes of all rounds.
         by_kind: the bytes of all rounds by kind of content; see `Messages`.
         comm_rounds: the rounds as the paper counts them; see `Ledger.comm_rounds`.
-        is_exact: whether every round has been counted. Otherwise the first ones have.
+        is_exact: whether every round has been counted, or all rounds send as much as
+            the first one. Otherwise the first ones have been counted, and the rest is
+            taken to be like them.
     """
 
     first_round: int
@@ -72,8 +74,16 @@ def what_is_sent(experiment: Experiment) -> Sent:
         total=sum(by_kind.values()),
         by_kind=by_kind,
         comm_rounds=scale * ledger.comm_rounds,
-        is_exact=done == config.rounds or not experiment.links.changes,
+        is_exact=done == config.rounds or _are_rounds_equal(experiment, messages),
     )
+
+
+def _are_rounds_equal(experiment: Experiment, messages: Messages) -> bool:
+    """Whether every round sends as much as the first one."""
+    merge = experiment.config.merge
+    is_merge_in_each = merge.unit == "steps" or merge.every == 1
+    # What is sent as differences is sent whole in the first round.
+    return is_merge_in_each and not (experiment.links.changes or messages.whole)
 
 
 def _book_round(

@@ -23,6 +23,7 @@ from dimat_jax._digests import DIGESTS, blake2b, sync, with_digest
 from dimat_jax._events import About, Events
 from dimat_jax._temporary import temporary
 from dimat_jax.errors import UserError, reading, writing
+from dimat_jax.tasks import CLASSIFICATION, Metric
 
 __all__ = [
     "MetricsError",
@@ -134,10 +135,7 @@ def restore_rows(workdir: Path, saved: bytes) -> None:
 
 
 def best_rows(
-    rows: list[dict[str, Any]],
-    split: str,
-    metric: str = "accuracy",
-    better: str = "larger",
+    rows: list[dict[str, Any]], split: str, metric: Metric = CLASSIFICATION.shown
 ) -> dict[str, dict[str, Any]]:
     """Finds the best round by the agents' mean metric on a split.
 
@@ -147,21 +145,20 @@ def best_rows(
     Args:
         rows: the rows of a run.
         split: the name of the split that chooses: "validation".
-        metric: the name of the metric, as "accuracy".
-        better: whether "larger" or "smaller" values of it are better.
+        metric: the metric.
 
     Returns:
         "best_merged" and "best_trained": the best row of each phase of a round, the
         earliest of equally good ones. It is empty if no row has the split's metric.
     """
-    field, best = f"{split}_{metric}_mean", {}
-    sign = 1 if better == "larger" else -1
+    best, values = {}, {}
+    sign = 1 if metric.better == "larger" else -1
     for row in rows:
-        name, value = f"best_{row['phase']}", row.get(field)
+        name, value = f"best_{row['phase']}", metric.deciding(row, split)
         if row["phase"] == "pretrained" or value is None:
             continue
-        if name not in best or sign * value > sign * best[name][field]:
-            best[name] = row
+        if name not in best or sign * value > values[name]:
+            best[name], values[name] = row, sign * value
     return best
 
 

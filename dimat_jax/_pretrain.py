@@ -252,7 +252,7 @@ def pretraining_fields(config: Config) -> dict[str, Any]:
     The number of agents is among them. Runs with equal fields share their agents if
     they name the same `pretrain.cache_dir`.
     """
-    parts = ("data.", "augmentation.", "model.", "pretrain.", "seed", "init")
+    parts = ("task", "data.", "augmentation.", "model.", "pretrain.", "seed", "init")
     fields = {
         field: value
         for field, value in fields_read(fields_of(config)).items()

@@ -154,7 +154,8 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         dataset, config = experiment.dataset, experiment.config
         counts = class_counts(dataset.train.classes, experiment.shards)
-        names = dataset.class_names
+        # Labels that are no classes are counted as one class.
+        names = dataset.class_names if dataset.labels == "classes" else None
         partition = {
             "partition": config.data.partition,
             # A small training set may lack the last classes; then so do the counts.

@@ -11,14 +11,10 @@ from dimat_jax.algorithms.base import State, Variables
 from dimat_jax.errors import NonFiniteError
 from dimat_jax.evaluate import deviation
 from dimat_jax.experiment import Experiment
-from dimat_jax.tasks import TaskRecord
+from dimat_jax.tasks import OF_SAMPLED, TaskRecord
 from dimat_jax.workdir import Results
 
 __all__ = ["RunLog", "TimeLeft"]
-
-
-# The entry of a row with the mean accuracy of the agents that a server has drawn.
-_OF_SAMPLED = "of_sampled"
 
 
 class RunLog:
@@ -112,12 +108,17 @@ class RunLog:
         if not links.faults.sampled or number == 0 or not present.any():
             return {}
         shown = self._experiment.learnt.shown
-        metric = np.asarray(measures[shown.field("")])[present]
-        return {shown.field(_OF_SAMPLED): float(metric.mean())}
+        return {
+            shown.field(OF_SAMPLED, split): float(
+                np.asarray(measures[by_agent])[present].mean()
+            )
+            for split in ("test", "validation")
+            if (by_agent := shown.field("", split)) in measures
+        }
 
     def _of_sampled_in_words(self, metrics: dict[str, Any]) -> str:
         shown = self._experiment.learnt.shown
-        value = metrics.get(shown.field(_OF_SAMPLED))
+        value = metrics.get(shown.field(OF_SAMPLED))
         if value is None:
             return ""
         return f", test {shown.words} of the sampled agents {value:.4f}"

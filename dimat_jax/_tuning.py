@@ -265,7 +265,7 @@ def _read(directories: Sequence[str | Path], at: str) -> list[_Run]:
             metric, score = None, None
             if finished:
                 metric = metric_of(rows[-1], "validation")
-                score = rows[-1].get(metric.field(split="validation"))
+                score = metric.deciding(rows[-1], "validation")
             score = np.nan if score is None else float(score)
         runs.append(_Run(path.parent, fields, score, metric))
     return runs

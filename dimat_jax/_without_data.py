@@ -43,19 +43,23 @@ class Form(NamedTuple):
         input_shape: the shape of one input.
         sizes: the number of each agent's training images.
         input_dtype: the dtype of the inputs: "float32", or "int32" for tokens.
+        labels: the kind of the labels; see `Signature`.
     """
 
     n_classes: int
     input_shape: tuple[int, ...]
     sizes: list[int]
     input_dtype: str = "float32"
+    labels: str = "classes"
 
     @staticmethod
     def of(experiment: Experiment) -> "Form":
         """Returns the form of an experiment that has its data."""
         sizes = [len(shard) for shard in experiment.shards]
         data = experiment.signature
-        return Form(data.n_classes, data.input_shape, sizes, data.input_dtype)
+        return Form(
+            data.n_classes, data.input_shape, sizes, data.input_dtype, data.labels
+        )
 
     def write(self, workdir: Path) -> None:
         """Writes the form into a run's folder."""
@@ -80,6 +84,7 @@ class Form(NamedTuple):
                 [*map(int, sizes)],
                 # Runs of older versions have images alone.
                 np.dtype(content.get("input_dtype", "float32")).name,
+                str(content.get("labels", "classes")),
             )
 
 
@@ -100,7 +105,7 @@ class ExperimentWithoutData(Experiment):
 
     def __init__(self, config: Config, form: Form, reason: str):
         self._reason = reason
-        known = form.input_shape, form.input_dtype, form.n_classes
+        known = form.input_shape, form.input_dtype, form.n_classes, form.labels
         self.signature = Signature(config.data.name, *known)
         self._begin(config, self.signature)
         self._build_task()

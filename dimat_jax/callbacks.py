@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 from dimat_jax.data.partition import VALIDATION
 from dimat_jax.errors import UserError, in_one_line
+from dimat_jax.network import SAMPLED
 from dimat_jax.options import Option, Record, Registry, arguments, registry
-from dimat_jax.tasks import TASK, TASKS, TaskRecord
+from dimat_jax.tasks import OF_SAMPLED, TASK, TASKS, TaskRecord
 
 __all__ = [
     "CALLBACKS",
@@ -237,7 +238,7 @@ BETTER = Option(
     "",
     "Whether larger or smaller values of the field are better.",
     choices=("larger", "smaller"),
-    empty="what is better for the task's metric",
+    empty="what is better for the field: a larger accuracy, a smaller loss",
 )
 PATIENCE = Option(
     "early_stopping.patience",
@@ -256,31 +257,45 @@ def early_stopping(
 ) -> Callable[[Row], None]:
     """Ends a run whose agents have ceased to improve, by their validation metric."""
     task = TASKS[run.config.get(TASK.path, TASK.default)]
-    field = field or task.shown.field(split="validation")
-    sign = 1 if (better or task.better) == "larger" else -1
-    values = [sign * row[field] for row in run.rows if row["phase"] == "trained"]
+    sign = 1 if (better or _better(task, field)) == "larger" else -1
+    name = field or task.shown.field(split="validation")
+
+    def value_of(row: Row) -> float:
+        value = row.get(field) if field else task.shown.deciding(row, "validation")
+        if value is None:
+            raise UserError(f"rows have no field {name!r}")
+        return sign * value
+
+    values = [value_of(row) for row in run.rows if row["phase"] == "trained"]
 
     def watch(row: Row) -> None:
         if row["phase"] == "trained":
-            if field not in row:
-                raise UserError(f"rows have no field {field!r}")
-            values.append(sign * row[field])
+            values.append(value_of(row))
             best = values.index(max(values))
             if len(values) - 1 - best >= patience:
                 raise Stop(
-                    f"{field} has not improved in the last {patience} evaluations"
+                    f"{name} has not improved in the last {patience} evaluations"
                 )
 
     return watch
 
 
-def _watched(task: TaskRecord) -> list[str]:
+def _better(task: TaskRecord, field: str) -> str:
+    """Whether larger or smaller values of a field are better."""
+    parts = field.split("_")
+    is_cost = {"loss", "std", "disagreement", "consensus"} & set(parts)
+    return "smaller" if is_cost else task.better
+
+
+def _watched(task: TaskRecord, sampled: bool) -> list[str]:
     """The numbers that rows have after training."""
     metric, splits = task.metric, ("test", "validation", "train")
     found = [f"test_{metric}_std", f"test_{metric}_average_model"]
     found += ["test_loss_average_model"]
     if task.labels == "classes":
         found += ["test_accuracy_local_mean", "test_disagreement"]
+    if sampled:
+        found += [task.shown.field(OF_SAMPLED, split) for split in splits[:2]]
     means = [f"{split}_{name}_mean" for name in (metric, "loss") for split in splits]
     return [*means, *found, "consensus_distance", "consensus_distance_aligned"]
 
@@ -288,7 +303,7 @@ def _watched(task: TaskRecord) -> list[str]:
 def _check_early_stopping(fields: Fields) -> None:
     task = TASKS[fields[TASK.path]]
     field = fields[FIELD.path] or task.shown.field(split="validation")
-    if field not in (allowed := _watched(task)):
+    if field not in (allowed := _watched(task, fields[SAMPLED.path] > 0)):
         raise CallbackError(
             f"config.{FIELD.path} is {field!r}, which no row has; allowed: "
             f"{', '.join(allowed)}"

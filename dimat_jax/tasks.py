@@ -23,6 +23,7 @@ from dimat_jax.options import Option, Record, Registry, registry
 
 __all__ = [
     "CLASSIFICATION",
+    "OF_SAMPLED",
     "TASK",
     "TASKS",
     "Metric",
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 Losses = Float[Array, " batch"]
+
+OF_SAMPLED = "of_sampled"
+"""The ending of a field of rows: the mean over the agents that a server has drawn."""
 
 
 class TaskError(UserError):
@@ -48,12 +52,14 @@ class Metric(NamedTuple):
         words: its name in words.
         percent: whether it is shown as a percentage.
         better: whether "larger" or "smaller" values are better; "" if that is unknown.
+        nats: whether the loss is a cross-entropy, in nats.
     """
 
     name: str
     words: str
     percent: bool = False
     better: str = ""
+    nats: bool = False
 
     @property
     def scale(self) -> int:
@@ -68,6 +74,20 @@ class Metric(NamedTuple):
     def field(self, ending: str = "mean", split: str = "test") -> str:
         """The name of a field of rows, as "test_accuracy_mean"."""
         return "_".join(filter(None, [split, self.name, ending]))
+
+    @property
+    def loss(self) -> str:
+        """The loss as the title of an axis."""
+        return "test loss (nats)" if self.nats else "test loss"
+
+    def deciding(self, row: Mapping[str, Any], split: str) -> float | None:
+        """The number by which a row is compared with others; None if it has none.
+
+        It is the mean over the agents. Where a server has drawn agents for the round,
+        it is the mean over these, since the models of the others are old.
+        """
+        mean = row.get(self.field(split=split))
+        return row.get(self.field(OF_SAMPLED, split), mean)
 
     def text(self, value: float, digits: int = 2) -> str:
         """A value with its unit, as "93.25 %"."""
@@ -91,6 +111,7 @@ class TaskRecord(Record[Losses]):
         better: whether "larger" or "smaller" values of the metric are better.
         percent: whether reports show the metric as a percentage.
         title: the name of the metric in words. By default it is its name.
+        nats: whether the loss is a cross-entropy, in nats.
     """
 
     labels: str
@@ -100,6 +121,7 @@ class TaskRecord(Record[Losses]):
     better: str = "smaller"
     percent: bool = False
     title: str = ""
+    nats: bool = False
 
     def __post_init__(self) -> None:
         if self.metric == "loss" or not self.metric.isidentifier():
@@ -122,7 +144,7 @@ class TaskRecord(Record[Losses]):
     def shown(self) -> Metric:
         """The metric as rows and reports show it."""
         words = self.title or self.metric.replace("_", " ")
-        return Metric(self.metric, words, self.percent, self.better)
+        return Metric(self.metric, words, self.percent, self.better, self.nats)
 
     def scores(self, outputs: Any, labels: Any) -> Losses:
         """Computes what the metric is made of; see `score`."""
@@ -187,6 +209,7 @@ TASKS: Registry[TaskRecord] = registry(
         score=_is_correct,
         better="larger",
         percent=True,
+        nats=True,
     ),
     TaskRecord(
         "regression",
@@ -202,6 +225,7 @@ TASKS: Registry[TaskRecord] = registry(
         labels="tokens",
         metric="perplexity",
         of_mean=np.exp,
+        nats=True,
     ),
     kind=TaskRecord,
 )

@@ -361,7 +361,7 @@ class Results:
             # The last row of each phase. It also shows the agents right after the last
             # merge, before they trained on.
             **{f"last_{row['phase']}": row for row in rows},
-            **best_rows(rows, "validation", learnt.metric, learnt.better),
+            **best_rows(rows, "validation", learnt.shown),
             # These are the gaps without faults: over one period of the topology, and
             # for a single one of its steps.
             "spectral_gap": spectral_gap(W),

@@ -84,6 +84,41 @@ def test_early_stopping_ends_after_evaluations_without_improvement(run, better, 
             callback(rows[5])
 
 
+@pytest.mark.parametrize(
+    ("field", "falls"),
+    [
+        ("validation_loss_mean", True),
+        ("test_loss_average_model", True),
+        ("consensus_distance_aligned", True),
+        ("test_disagreement", True),
+        ("test_accuracy_average_model", False),
+        ("", False),
+    ],
+)
+def test_early_stopping_knows_which_values_are_better(run, field, falls):
+    watch = early_stopping(run, field=field, patience=2)
+    name = field or "validation_accuracy_mean"
+    for number in range(6):  # These values become better and better.
+        watch({**row(number), name: (-1.0 if falls else 1.0) * number})
+    with pytest.raises(Stop, match=f"{name} has not improved"):
+        for number in range(2):
+            watch({**row(number), name: 9.0 if falls else -9.0})
+
+
+def test_early_stopping_looks_at_the_agents_that_a_server_has_drawn(run):
+    watch = early_stopping(run, patience=2)
+    with pytest.raises(Stop, match="validation_accuracy_mean has not improved"):
+        for number in range(3):
+            all_agents, drawn = 0.1 * number, 0.5
+            watch(
+                row(
+                    number,
+                    validation_accuracy_mean=all_agents,
+                    validation_accuracy_of_sampled=drawn,
+                )
+            )
+
+
 def test_every_measure_of_a_row_can_be_watched_and_no_other_name(tmp_path):
     config = small(rounds=1)
     config.data.validation = 0.2

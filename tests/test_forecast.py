@@ -1,5 +1,7 @@
 """A forecast counts what a run will send, as the run's own ledger does."""
 
+from typing import Any
+
 import pytest
 
 from dimat_jax import _forecast, train
@@ -59,10 +61,23 @@ def test_a_run_sends_what_was_forecast(tmp_path, name):
     assert sent.first_round == first[-1]["bytes_sent_total"]
 
 
-@pytest.mark.parametrize("loss", [0.0, 0.2])
-def test_many_rounds_are_taken_to_be_like_those_that_were_counted(monkeypatch, loss):
-    few = small("cdsgd", rounds=4, faults__edge_loss=loss)
-    many = small("cdsgd", rounds=400, faults__edge_loss=loss)
+# Runs, and whether all of their rounds send equally much.
+STOPPED: list[tuple[str, dict[str, Any], bool]] = [
+    ("cdsgd", {}, True),
+    ("cdsgd", {"faults__edge_loss": 0.2}, False),
+    ("wa", {"merge__every": 3}, False),
+    ("wa", {"merge__every": 3, "merge__unit": "steps"}, True),
+    # The first round sends the whole weights.
+    ("wa", {"compression__name": "top_k", "merge__opt_state": "reset"}, False),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "changes", "is_exact"), STOPPED)
+def test_many_rounds_are_taken_to_be_like_those_that_were_counted(
+    monkeypatch, algorithm, changes, is_exact
+):
+    few = small(algorithm, rounds=4, **changes)
+    many = small(algorithm, rounds=400, **changes)
     whole = what_is_sent(Experiment(few))
     clock = iter(range(5))  # The time is over after the fourth round.
     monkeypatch.setattr(_forecast, "_MOST_SECONDS", 3.5)
@@ -70,5 +85,7 @@ def test_many_rounds_are_taken_to_be_like_those_that_were_counted(monkeypatch, l
     scaled = what_is_sent(Experiment(many))
     assert scaled.total == 100 * whole.total > 0
     assert scaled.first_round == whole.first_round
-    # Without faults all rounds are equal.
-    assert scaled.is_exact == (loss == 0)
+    assert whole.is_exact
+    assert scaled.is_exact == is_exact
+    # A number is exact if, and only if, the counted rounds have sent equally much.
+    assert is_exact == (whole.total == 4 * whole.first_round)

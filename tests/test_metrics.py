@@ -604,6 +604,14 @@ def test_the_best_rows_are_chosen_by_the_named_split_for_each_phase_of_a_round()
     assert best_rows(rows, "test") == expected
 
 
+def test_the_best_row_is_that_of_the_agents_that_a_server_has_drawn():
+    rows = [
+        row(1, validation_accuracy_mean=0.5, validation_accuracy_of_sampled=0.6),
+        row(2, validation_accuracy_mean=0.4, validation_accuracy_of_sampled=0.7),
+    ]
+    assert best_rows(rows, "validation") == {"best_trained": rows[1]}
+
+
 def test_without_its_split_there_is_no_best_row():
     assert best_rows([row(1, test_accuracy_mean=0.8)], "validation") == {}
     # An accuracy that is not finite is null in a file.

@@ -1,5 +1,6 @@
 """What agents learn: losses and metrics of every task, and what does not fit a task."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 
 from dimat_jax import reports
+from dimat_jax._pretrain import pretraining_fields
 from dimat_jax._tuning import tune
+from dimat_jax._without_data import ExperimentWithoutData, Form
 from dimat_jax.config import ConfigError, check, default_config
 from dimat_jax.data import _text
 from dimat_jax.data._labels import check_labels
@@ -27,8 +30,10 @@ from dimat_jax.experiment import Experiment
 from dimat_jax.models import MODELS, ModelRecord
 from dimat_jax.placement import place
 from dimat_jax.reports._curves import chart
+from dimat_jax.reports._read import find_runs
 from dimat_jax.tasks import TASKS, TaskError, TaskRecord, metric_of, output_shape
 from dimat_jax.train import run
+from tests.reports.made_up import write_run
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.asarray(RNG.normal(size=(4, 6, 5)), jnp.float32)
@@ -334,6 +339,38 @@ def test_numbers_are_learnt_and_rows_and_lines_show_their_metric(regression, tmp
     reported = reports.load(tmp_path)
     assert "Mean test RMSE of the agents" in reports.tables(reported)
     assert chart(reported).y_label == "test RMSE"
+    assert chart(reported, "loss").y_label == "test loss"
+    partition = json.loads((tmp_path / "run" / "partition.json").read_text())
+    assert partition["classes"] is None and np.shape(partition["counts"]) == (3, 1)
+    form = Form.read(tmp_path / "run")
+    assert form is not None
+    without = ExperimentWithoutData(regression, form, "away")
+    assert without.signature == Experiment(regression).signature
+
+
+def test_a_large_squared_error_is_no_divergence(tmp_path):
+    for name, huge in (("rmse", False), ("accuracy", True)):
+        folder = tmp_path / name
+        write_run(folder, algorithm="wa")
+        text = (folder / "metrics.jsonl").read_text().replace("accuracy", name)
+        rows = [json.loads(line) for line in text.splitlines()]
+        rows[-1]["test_loss_mean"] = 1e5
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
+        (found,) = find_runs([folder])
+        assert (found.state == "diverged") == huge, found.reason
+
+
+def test_agents_are_not_shared_by_runs_of_different_tasks(regression):
+    names = set()
+    for task in ("regression", "mine"):
+        with pytest.MonkeyPatch.context() as patch:
+            record = dataclasses.replace(TASKS["regression"], name="mine", metric="mae")
+            patch.setitem(TASKS, "mine", record)
+            regression.task = task
+            names.add(json.dumps(pretraining_fields(regression)))
+    assert len(names) == 2
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def figure(lines: Sequence[Line], path: Path, metric: Metric) -> None:
             )
         losses.set_title(f"{line.start} (0) to {line.end} (1)", fontsize=10)
         accuracies.set_xlabel("position on the straight line")
-    axes[0, 0].set_ylabel("test loss (nats)")
+    axes[0, 0].set_ylabel(metric.loss)
     axes[1, 0].set_ylabel(f"test {metric.words}{metric.unit}")
     for axis in axes.flat:
         axis.grid(alpha=0.25)

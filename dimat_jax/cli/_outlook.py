@@ -1,5 +1,6 @@
 """Says what a config will do, before anything is trained or written."""
 
+import contextlib
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,12 @@ _MOST_LISTED = 12
 # The eigenvalues of the mixing matrix of more agents take too long to find.
 _MOST_MIXED = 1024
 _LABEL = 13
+# What a data set's number of classes means, by the kind of its labels.
+_LABELS = {
+    "classes": "in {n} classes",
+    "numbers": "with labels of {n} number{s}",
+    "tokens": "of {n} different tokens",
+}
 
 
 class _Subject(NamedTuple):
@@ -69,7 +76,10 @@ def outlook(config: Config, seconds: float) -> str:
         lines = _described(subject, _PARTS)
     except BaseException:
         if timing is not None:
-            timing.wait(0)
+            # The process that times steps may have failed, too, as what it runs is the
+            # same config. The error of this process is the one to report.
+            with contextlib.suppress(Exception):
+                timing.wait(0)
         raise
     subject = subject._replace(timed=_timed(timing, seconds))
     return "\n".join([*lines, *_described(subject, _COSTS)])
@@ -106,7 +116,9 @@ def _experiment(config: Config) -> tuple[Experiment, str]:
         if known is None:
             raise  # The data alone tell what a model needs to know.
         sizes = [1] * config.agents
-        form = Form(known.n_classes, known.input_shape, sizes, known.input_dtype)
+        form = Form(
+            known.n_classes, known.input_shape, sizes, known.input_dtype, known.labels
+        )
         return ExperimentWithoutData(config, form, str(error)), str(error)
 
 
@@ -150,10 +162,11 @@ def _data(subject: _Subject) -> Iterator[str]:
         return
     dataset = experiment.dataset
     shape = " x ".join(map(str, experiment.input_shape))
+    n = experiment.n_classes
+    labels = _LABELS[dataset.labels].format(n=n, s="" if n == 1 else "s")
     yield (
         f"{config.data.name}: {len(dataset.train.labels)} training and "
-        f"{len(dataset.test.labels)} test samples of {shape}, in "
-        f"{experiment.n_classes} {dataset.labels}"
+        f"{len(dataset.test.labels)} test samples of {shape}, {labels}"
     )
     division = experiment.division
     kept_back = sum(map(len, division.validation)), len(division.held_out)
@@ -288,13 +301,13 @@ def _sent(subject: _Subject) -> Iterator[str]:
     if subject.missing:
         messages = messages_of(experiment)
         sizes = {
-            "with a step": messages.step,
-            "with a communication": messages.round,
+            "with a step, to each neighbour": messages.step,
+            "with a communication, to each neighbour": messages.round,
             "to the server": messages.server,
         }
         for when, message in sizes.items():
             if message:
-                yield f"{_bytes(nbytes(message))} {when}, to each neighbour"
+                yield f"{_bytes(nbytes(message))} {when}"
         return
     sent = what_is_sent(experiment)
     about = "" if sent.is_exact else "about "

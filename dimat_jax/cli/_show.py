@@ -6,7 +6,7 @@ TOPIC is one of
 
     configs, sweeps: the bundled ones;
     algorithms, callbacks, compressors, mixings, models, optimizers, partitions,
-        sources, topologies: the names that a config can use;
+        sources, tasks, topologies: the names that a config can use;
     options: every option with its default, its range and its meaning;
     a config (quickstart, quickstart:wa, my_config.py): what it will do, to whom agents
         talk, how many steps and bytes it takes, and about how much time and memory;
@@ -17,7 +17,7 @@ TOPIC is one of
 """
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from dimat_jax.models import MODELS
 from dimat_jax.optimizers import OPTIMIZERS
 from dimat_jax.options import Record, read
 from dimat_jax.placement import request_cpu_devices
-from dimat_jax.tasks import metric_of
+from dimat_jax.tasks import TASKS, metric_of
 from dimat_jax.topology import TOPOLOGIES
 
 __all__ = ["COMMAND"]
@@ -64,6 +64,7 @@ _REGISTRIES: dict[str, Mapping[str, Record]] = {
     "optimizers": OPTIMIZERS,
     "partitions": PARTITIONS,
     "sources": SOURCES,
+    "tasks": TASKS,
     "topologies": TOPOLOGIES,
 }
 _BUNDLED = {
@@ -74,10 +75,6 @@ _BUNDLED = {
 
 def define_flags() -> None:
     """Defines the flags of the command."""
-    # Overrides belong to a config, also if that is given without its flag.
-    given = [each for each in sys.argv[1:] if not each.startswith("-")]
-    named = given[0] if given and _bundled.is_config(given[0]) else None
-    _bundled.define_config(named, "The config to look into.", is_required=False)
     flags.DEFINE_float(
         "seconds",
         30,
@@ -85,6 +82,24 @@ def define_flags() -> None:
         "compiled and timed. 0 times none.",
         lower_bound=0,
     )
+    # Overrides belong to a config, also if that is given without its flag.
+    topic = _first_word(sys.argv)
+    named = topic if topic is not None and _bundled.is_config(topic) else None
+    _bundled.define_config(named, "The config to look into.", is_required=False)
+
+
+def _first_word(argv: Sequence[str]) -> str | None:
+    """Returns the first argument that is neither a flag nor the value of one."""
+    is_switch = {name: flags.FLAGS[name].boolean for name in flags.FLAGS}
+    fields = fields_of(default_config()).items()
+    is_switch |= {f"config.{path}": isinstance(value, bool) for path, value in fields}
+    is_switch["config"] = False
+    values = flags.FlagValues()
+    for name, alone in is_switch.items():
+        define = flags.DEFINE_boolean if alone else flags.DEFINE_string
+        define(name, None, "See `define_flags`.", flag_values=values)
+    _, *words = values(argv, known_only=True)
+    return next((word for word in words if not word.startswith("-")), None)
 
 
 def main(topics: list[str]) -> None:

@@ -28,11 +28,10 @@ class Measure(NamedTuple):
     scale: float = 1.0
 
 
+_LOCAL = Measure(
+    "test_accuracy_local_mean", "test accuracy on classes like an agent's (%)", 100
+)
 _MEASURES = {
-    "local": Measure(
-        "test_accuracy_local_mean", "test accuracy on classes like an agent's (%)", 100
-    ),
-    "loss": Measure("test_loss_mean", "test loss (nats)"),
     "consensus": Measure("consensus_distance", "consensus distance"),
     "aligned": Measure("consensus_distance_aligned", "consensus distance, aligned"),
     "disagreement": Measure("test_disagreement", "disagreement of the agents (%)", 100),
@@ -155,6 +154,8 @@ def measures(runs: Runs) -> dict[str, Measure]:
     return {
         metric.name: Measure(metric.field(), title + metric.unit, metric.scale),
         "average": Measure(metric.field("average_model"), averaged, metric.scale),
+        "local": _LOCAL,
+        "loss": Measure("test_loss_mean", metric.loss),
         **_MEASURES,
     }
 

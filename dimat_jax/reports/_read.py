@@ -167,7 +167,7 @@ def _state(
             if name in row and not _is_finite(row[name]):
                 return "diverged", f"{name} is not finite {where}"
         loss = row.get("test_loss_mean", 0)
-        if loss > _LARGEST_LOSS:
+        if metric.nats and loss > _LARGEST_LOSS:
             return "diverged", f"the mean test loss is {loss:.3g} {where}"
     if any(row["round"] > 0 and "communicated" not in row for row in rows):
         return "damaged", "its rows do not say which of them follow a communication"

@@ -48,7 +48,7 @@ def tables(runs: Runs) -> dict[str, DataFrame]:
         f"Right after each communication, by round{unit}": _by_round(runs),
         "The agents at the end": _agents(runs),
         "MB sent, by kind": _by_kind(runs),
-        "Agents that were away, in the rounds evaluated": _absences(runs),
+        "Agents that were away or not drawn, in the rounds evaluated": _absences(runs),
         "Settings by algorithm": runs.settings,
     }
     return {title: table for title, table in result.items() if table.size}

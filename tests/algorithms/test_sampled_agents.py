@@ -110,20 +110,21 @@ def test_algorithms_without_a_server_draw_no_agents(algorithm):
 
 
 def test_a_run_books_what_drawn_agents_send(tmp_path):
-    whole = run(config(), tmp_path / "whole", log=lambda line: None)
+    whole = run(config(data__validation=0.2), tmp_path / "whole", lambda line: None)
     experiment = Experiment(config())
     variables = experiment.abstract_variables()
     size = nbytes(variables) // experiment.placement.slots
     # Two agents send and two receive in each of the three rounds.
     assert whole["bytes_sent_total"] == 3 * 2 * DRAWN * size
     assert whole["comm_rounds_total"] == pytest.approx(3 * DRAWN / N_AGENTS)
-    lines = (tmp_path / "whole/metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_evaluations(tmp_path / "whole")
     for row in (row for row in rows if row["round"] > 0):
         drawn = np.array(row["present"])
         accuracy = np.array(row["test_accuracy"])[drawn]
         assert drawn.sum() == DRAWN
         assert row["test_accuracy_of_sampled"] == pytest.approx(accuracy.mean())
+        validated = np.array(row["validation_accuracy"])[drawn].mean()
+        assert row["validation_accuracy_of_sampled"] == pytest.approx(validated)
         if row["phase"] == "merged":
             assert np.ptp(accuracy) == 0  # they have the server's model
 

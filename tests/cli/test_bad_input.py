@@ -279,6 +279,30 @@ def test_what_cannot_be_shown_is_refused(refused, arguments, message):
     assert message in refused("show", *arguments)
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        ("--seconds", "0"),
+        # The value is the name of a file, which could be a config.
+        ("--plugin", "mine.py"),
+        ("--config.data.dir", "mine.py"),
+        # This flag has no value.
+        ("--config.augmentation.flip",),
+        ("--verbosity", "0"),
+    ],
+)
+def test_the_value_of_another_flag_is_not_taken_for_the_config(
+    refused, monkeypatch, before
+):
+    monkeypatch.setattr(plugins, "_loaded", set())
+    Path("mine.py").touch()
+    Path("own.py").write_text(
+        "from dimat_jax.configs import quickstart\nget_config = quickstart.get_config\n"
+    )
+    message = refused("show", *before, "own.py", "--config.agents=-7")
+    assert "config.agents is -7" in message
+
+
 # A config to start from ---------------------------------------------------------------
 
 

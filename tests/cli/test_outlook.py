@@ -1,14 +1,18 @@
 """`dimat show CONFIG` says what a config will do, and writes nothing."""
 
 import re
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import pytest
 
 from dimat_jax._forecast import what_is_sent
 from dimat_jax._sweeping import Share, StepTime, Timing
 from dimat_jax.cli import _outlook
 from dimat_jax.cli._outlook import _bytes, _duration, outlook
-from dimat_jax.data.sources import DataError
+from dimat_jax.config import default_config
+from dimat_jax.data.sources import DataError, Dataset, Split
 from dimat_jax.errors import SweepError
 from dimat_jax.experiment import Experiment
 from dimat_jax.mixing import spectral_gap
@@ -110,16 +114,43 @@ def test_without_the_data_it_says_what_it_can(tmp_path):
     assert said["data"].startswith("cifar100, which cannot be read here: cifar100: no ")
     assert said["data"].endswith("So the numbers of images and of steps are unknown.")
     assert said["training"].endswith("2 epochs alone, then 2 rounds")
-    assert "2 hears 0, 1" in said["network"] or "hears 2 others" in said["network"]
+    assert said["network"] == (
+        "ring: every agent hears 2 others weights uniform: spectral gap 1, rho 0"
+    )
     # The weights, and two moments of them with a counter.
     assert re.match(r"[\d.]+ MB with a communication, to each neighbour", said["sent"])
     assert said["time"] == "unknown without the data"
+    said = topics(outlook(small("fedavg", data__train_size=0, **changes), 0))
+    assert re.fullmatch(r"[\d.]+ MB to the server", said["sent"])
 
 
 def test_missing_data_that_alone_tell_the_form_of_their_inputs_are_named(tmp_path):
     changes = {"data__name": "npz", "data__dir": str(tmp_path / "none.npz")}
     with pytest.raises(DataError, match="none.npz"):
         outlook(small("wa", data__train_size=0, **changes), 0)
+
+
+@pytest.mark.parametrize(
+    ("labels", "n_outputs", "words"),
+    [
+        (np.array([0, 1, 9]), 10, "in 10 classes"),
+        (np.ones((3, 1), np.float32), 1, "with labels of 1 number"),
+        (np.ones((3, 2), np.float32), 2, "with labels of 2 numbers"),
+        (np.ones((3, 64), np.int32), 84, "of 84 different tokens"),
+    ],
+)
+def test_it_says_what_the_labels_are(labels, n_outputs, words):
+    split = Split(np.ones((3, 64), np.float32), labels)
+    experiment = SimpleNamespace(
+        config=default_config(),
+        dataset=Dataset("own", split, split, n_outputs, np.zeros(1), np.ones(1)),
+        input_shape=(64,),
+        n_classes=n_outputs,
+        division=SimpleNamespace(validation=[], held_out=[]),
+    )
+    subject = _outlook._Subject(cast(Experiment, experiment), "", "")
+    (said,) = _outlook._data(subject)
+    assert said.endswith(f": 3 training and 3 test samples of 64, {words}")
 
 
 class FakeTiming(Timing):
@@ -153,6 +184,14 @@ def test_the_time_is_that_of_all_steps_by_those_that_were_timed(monkeypatch):
     assert "not compiled and taken within 10 seconds" in outlook(config, 10)
     monkeypatch.setattr(FakeTiming, "found", SweepError("it has ended"))
     assert topics(outlook(config, 10))["time"] == "unknown: it has ended"
+
+
+def test_a_failed_process_does_not_hide_what_is_wrong_with_the_config(monkeypatch):
+    monkeypatch.setattr(_outlook, "Timing", FakeTiming)
+    monkeypatch.setattr(FakeTiming, "found", SweepError("it has ended"))
+    config = small("wa", data__train_size=1434)
+    with pytest.raises(DataError, match="expected 1 to 1433 samples"):
+        outlook(config, 10)
 
 
 def test_a_process_that_takes_too_long_is_ended():

@@ -26,7 +26,7 @@ END, AFTER, BY_ROUND, BY_KIND, AWAY, SETTINGS = (
     "Right after the last communication (%), and MB sent",
     "Right after each communication, by round (%)",
     "MB sent, by kind",
-    "Agents that were away, in the rounds evaluated",
+    "Agents that were away or not drawn, in the rounds evaluated",
     "Settings by algorithm",
 )
 
