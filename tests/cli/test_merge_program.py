@@ -343,7 +343,7 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path, workdir):
 
 
 def test_what_fails_while_it_is_written_leaves_nothing(tmp_path, workdir, monkeypatch):
-    def fail(lines, path):
+    def fail(lines, path, metric):
         raise OSError("no space left")
 
     monkeypatch.setattr("dimat_jax._merge_models._report.figure", fail)
