@@ -184,11 +184,13 @@ def with_wrong_labels(
 
     Some of these are wrong if the config says so; see `data.label_noise`.
     """
+    if not (rate := fields[LABEL_NOISE.path]):
+        return dataset.train
     labels = with_label_noise(
         dataset.train.labels,
         division.shards,
         dataset.n_classes,
-        fields[LABEL_NOISE.path],
+        rate,
         _randomness.seeds(data_seed(fields), "label_noise"),
     )
     return dataset.train._replace(labels=labels)

@@ -12,6 +12,7 @@ import pandas as pd
 from dimat_jax._folders import read_json
 from dimat_jax.config import ROOT
 from dimat_jax.data.partition import (
+    MIN_SAMPLES,
     PARTITION,
     PARTITIONS,
     PRETRAIN_PARTITION,
@@ -334,6 +335,8 @@ def _varies(read: DataFrame, field: str) -> bool:
     """
     if read[field].nunique() > 1:
         return True
+    if field == MIN_SAMPLES.path:
+        return False  # It is 1 in most runs, where it changes nothing.
     roots = (root for root in (TOPOLOGY, PARTITION) if field in _paths(root)[1:])
     opener = next((root.path for root in roots), None)
     return opener in read and read[field][read[opener].notna()].nunique(False) > 1
@@ -374,7 +377,7 @@ def _partitions(configs: DataFrame) -> list[Partition]:
             name = content["partition"]
             # The options of the partition, for example its alpha, are always shown.
             reads = PARTITIONS[name].reads if name in PARTITIONS else ()
-            own = [option.path for option in reads]
+            own = [option.path for option in reads if option is not MIN_SAMPLES]
             shown = [f for f in (*own, *varying) if f in config and f != _REPEATS]
             names = _short_names(["data.partition", *shown])
             title = describe(

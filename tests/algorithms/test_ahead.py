@@ -65,7 +65,7 @@ def merge_and_step(
 ) -> Any:
     """Computes a step, merges, and takes the step."""
     state, metrics = jitted(subject)(state, batch, network, KEY)
-    assert {"loss", "accuracy", "examples"} <= metrics.keys()
+    assert {"loss", "score", "examples"} <= metrics.keys()
     state, _ = subject.algorithm.communicate(state, data, network, KEY)
     return state
 

@@ -1,7 +1,5 @@
 """A server that draws a fixed number of agents for each round."""
 
-import json
-
 import jax
 import numpy as np
 import pytest

@@ -102,8 +102,8 @@ def test_a_run_killed_with_kill_9_resumes_with_the_same_results(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.roundz=3"], 'Did you mean "rounds" instead of "roundz"'),
-        (["--config.merge.fram=own"], 'Did you mean "frame" instead of "fram"'),
+        (["--config.roundz=3"], "no field 'roundz'; did you mean 'rounds'?"),
+        (["--config.merge.fram=own"], "did you mean 'merge.frame'"),
         (["--config.rounds=many"], "expected a whole number"),
         (["--config.algorithm=dimatt"], "did you mean 'dimat'"),
         (["--config=configs/nowhere.py"], "configs/nowhere.py"),

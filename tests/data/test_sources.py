@@ -118,7 +118,8 @@ def test_a_size_out_of_range_is_refused(sizes, message):
 def test_an_unknown_name_gets_the_nearest_and_all():
     message = (
         r"'cifar-100'; allowed: cifar10, cifar100, digits, huggingface, image_folder, "
-        r"mnist_5k, npz, random, text, tiny_imagenet; did you mean 'cifar100'"
+        r"mnist_5k, npz, random, text, tiny_imagenet; did you mean 'cifar100' or "
+        r"'cifar10'"
     )
     with pytest.raises(DataError, match=message):
         load("cifar-100")
