@@ -90,7 +90,7 @@ class Inputs:
             found[_START] = {"from": config.init_from, "blake2b": start}
         if named := from_plugins(config):
             found["plugins"] = named
-            found["fields"] = fields_read(fields_of(config))
+            found["fields"] = _identifying(fields_of(config))
         write_json(self._folder / INPUTS, found, digested=True)
 
     def check_files(self, config: Config) -> None:
@@ -273,9 +273,8 @@ def load_plugins(named: Iterable[FromPlugin], needed_by: Any) -> None:
 def fields_of_run(folder: Path) -> dict[str, Any]:
     """Returns the values of the options that the run of a folder reads, by path.
 
-    Plugins are not needed. The run may be of an older version. Where the folder of the
-    data decides which data they are, as for .npz files, it is among the values: runs on
-    other data are no repetitions of each other.
+    Plugins are not needed. The run may be of an older version. Where `data.dir` decides
+    which data they are, it is among the values; see `Source.dir_is_data`.
 
     Raises:
         UserError: A file of the folder cannot be used.
@@ -286,10 +285,14 @@ def fields_of_run(folder: Path) -> dict[str, Any]:
         recorded = read_json(folder / INPUTS, dict).get("fields")
         if isinstance(recorded, dict):
             return recorded
-    whole = fields_of_json(content)
+    return _identifying(fields_of_json(content))
+
+
+def _identifying(whole: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values that tell a run from others; see `fields_of_run`."""
     found = fields_read(whole)
     source = SOURCES.get(found[SOURCE.path])
-    if source and source.signature is None and DIRECTORY in source.reads:
+    if source and source.dir_is_data:
         found[DIRECTORY.path] = whole[DIRECTORY.path]
     return found
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from dimat_jax._loaded_run import load_weights
 from dimat_jax.algorithms.base import Variables
-from dimat_jax.config import fields_of, model_arguments
+from dimat_jax.config import Config, fields_of, model_arguments
+from dimat_jax.data.sources import SOURCES
 from dimat_jax.errors import UserError, reading
 from dimat_jax.experiment import Experiment
 from dimat_jax.models import _saved
@@ -46,6 +47,7 @@ def read(
     read_file: ReadFile,
     *,
     only_files: bool = False,
+    one_data_set: bool = False,
 ) -> tuple[list[SavedModel], str | None]:
     """Reads models.
 
@@ -57,20 +59,28 @@ def read(
             configs.
         read_file: reads the models that are files; see `torch_reader`.
         only_files: whether all models are files.
+        one_data_set: whether runs on different data of the user's own are refused,
+            unless `data_dir` is given. Their sources have the same name, but not the
+            same data; see `Source.dir_is_data`.
 
     Returns:
         the models, and the folder of the data, if it is given or a run names it.
 
     Raises:
-        UserError: a model cannot be read; the message names it and says why.
+        UserError: a model cannot be read; the message names it and says why. Or runs
+            are on different data; the message names both folders.
     """
 
     directories = [data_dir]
+    own: dict[str, Config] = {}
 
     @functools.cache  # Several models may be agents of the same run.
     def load_agents(workdir: Path, round: int | None):
         experiment, agents = load_weights(workdir, data_dir, round)
-        directories.append(experiment.config.data.dir)
+        config = experiment.config
+        directories.append(config.data.dir)
+        if SOURCES[config.data.name].dir_is_data:
+            own[str(workdir)] = config
         return experiment, agents
 
     def read_one(name: str) -> SavedModel:
@@ -102,7 +112,26 @@ def read(
         except UserError as error:
             where = "" if name in str(error) else f"{name}: "
             raise UserError(f"{where}{error}") from error
+    if one_data_set and data_dir is None:
+        _refuse_other_data(own)
     return models, next(filter(None, directories), None)
+
+
+def _refuse_other_data(runs: Mapping[str, Config]) -> None:
+    """Refuses runs whose folders of data differ; see `read`."""
+
+    def folder(directory: str) -> Path | str:
+        return Path(directory).expanduser().resolve() if directory else ""
+
+    first_name = next(iter(runs), "")
+    for name, config in runs.items():
+        first, data = runs[first_name].data, config.data
+        if data.name == first.name and folder(data.dir) != folder(first.dir):
+            raise UserError(
+                f"{first_name} was trained on the data in {first.dir!r}, and {name} on "
+                f"those in {data.dir!r}; choose the data for all models with "
+                "--data_dir"
+            )
 
 
 def torch_reader(

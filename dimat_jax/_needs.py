@@ -7,7 +7,7 @@ of a batch, and the lists on the host. A run needs more than that.
 import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dimat_jax._chosen import number_of_agents
+from dimat_jax._division import load_data
+from dimat_jax._fields_together import check_data
 from dimat_jax._jaxprs import ClosedJaxpr
 from dimat_jax._run_options import BATCH_SIZE, LOCAL_EPOCHS, LOCAL_STEPS, ROUNDS
-from dimat_jax.config import ROOT, ConfigError, model_arguments
-from dimat_jax.data import selection
+from dimat_jax.config import ROOT, Config, ConfigError, model_arguments
+from dimat_jax.data import selection, sources
 from dimat_jax.data.pipeline import FLIP, PAD
-from dimat_jax.data.sources import SOURCE, SOURCES, Signature
+from dimat_jax.data.sources import SOURCE, SOURCES, Dataset, Signature
 from dimat_jax.errors import UserError, in_one_line
 from dimat_jax.evaluate import BATCH_SIZE as EVAL_BATCH_SIZE
 from dimat_jax.models import MODEL, MODELS, ModelRecord, classifier
@@ -28,7 +30,13 @@ from dimat_jax.options import read
 from dimat_jax.placement import AGENTS
 from dimat_jax.tasks import TASK, TASKS, output_shape
 
-__all__ = ["check_graph_and_steps", "check_model", "check_steps", "memory"]
+__all__ = [
+    "check_graph_and_steps",
+    "check_model",
+    "check_steps",
+    "load_checked",
+    "memory",
+]
 
 Fields = Mapping[str, Any]
 """The values of a config's fields, by dotted path; empty ones are resolved."""
@@ -131,6 +139,37 @@ def check_model(fields: Fields, data: Signature | None = None) -> ClosedJaxpr:
         on_devices=True,
     )
     return traced
+
+
+def load_checked(
+    config: Config,
+    fields: Fields,
+    read_data: Callable[..., Dataset] = sources.read,
+) -> tuple[Dataset, ClosedJaxpr]:
+    """Loads a run's data, and checks that the config, the model and they fit together.
+
+    What the data set's source declares is checked before the data are loaded, because
+    that may take minutes. The rest is checked afterwards.
+
+    Args:
+        config: The run's config.
+        fields: The config's fields.
+        read_data: Reads a whole data set, as `sources.read` does.
+
+    Returns:
+        The data set, and what `check_model` returns.
+
+    Raises:
+        UserError: The data cannot be loaded, or they, the config and the model do not
+            fit together.
+    """
+    declared = SOURCES[fields[SOURCE.path]].signature
+    traced = None if declared is None else check_model(fields, declared)
+    dataset = load_data(config, read_data)
+    if traced is None:
+        check_data(fields, dataset.signature)
+        traced = check_model(fields, dataset.signature)
+    return dataset, traced
 
 
 @functools.lru_cache(maxsize=32)

@@ -18,11 +18,16 @@ from dimat_jax._chosen import (
 )
 from dimat_jax._conv_forms import has_convolution
 from dimat_jax._devices import devices_of_all_processes
-from dimat_jax._division import check_samples, divide, load_data, with_wrong_labels
+from dimat_jax._division import check_samples, divide, with_wrong_labels
 from dimat_jax._examples import Examples, draw_subset
-from dimat_jax._fields_together import build_model, check_data
+from dimat_jax._fields_together import build_model
 from dimat_jax._layout_choice import LayoutChoice, choose
-from dimat_jax._needs import check_graph_and_steps, check_model, check_steps
+from dimat_jax._needs import (
+    check_graph_and_steps,
+    check_model,
+    check_steps,
+    load_checked,
+)
 from dimat_jax._slots import put_each
 from dimat_jax.algorithms import Algorithm, MergeData, Task
 from dimat_jax.algorithms.base import Variables
@@ -87,12 +92,9 @@ class Experiment:
     """
 
     def __init__(self, config: Config, layout: LayoutChoice | None = None):
-        declared = self._begin(config)
-        self.dataset = load_data(config)
+        self._begin(config)
+        self.dataset, self._traced_init = load_checked(config, self._fields)
         self.signature = self.dataset.signature  # a copy may have fewer classes
-        if declared is None:
-            check_data(self._fields, self.signature)
-            self._traced_init = check_model(self._fields, self.signature)
         classes, n_agents = self.dataset.train.classes, number_of_agents(self._fields)
         self.division = divide(classes, n_agents, self._fields)
         self.shards = self.division.shards
@@ -113,10 +115,8 @@ class Experiment:
             },
         )
 
-    def _begin(
-        self, config: Config, known: sources.Signature | None = None
-    ) -> sources.Signature | None:
-        """Checks the config, and builds the network. Returns what is known of data."""
+    def _begin(self, config: Config, known: sources.Signature | None = None) -> None:
+        """Checks the config, and what is known of missing data. Builds the network."""
         check(config)
         self.config, self._fields = config, resolved(fields_of(config))
         self.record = record_of(self._fields)
@@ -124,11 +124,9 @@ class Experiment:
         self._small_shards = WAYS[config.data.small_shards]
         self._placed: dict[int, tuple[Network, Network]] = {}
         check_graph_and_steps(self._fields)
-        data = known or sources.SOURCES[config.data.name].signature
-        if data is not None:
-            self._traced_init = check_model(self._fields, data)
+        if known is not None:
+            self._traced_init = check_model(self._fields, known)
         self.links = check_network(config)
-        return data
 
     def _place(self, layout: LayoutChoice | None) -> None:
         """Places the agents on the devices."""

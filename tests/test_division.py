@@ -101,7 +101,16 @@ def test_a_seed_of_the_data_keeps_them_while_the_seed_varies():
     assert all(equal(divided(seed=7), divided(seed=0, data__seed=7)))
 
 
-def test_agents_train_on_wrong_labels_and_validate_on_true_ones():
+def test_agents_train_on_wrong_labels_and_validate_on_true_ones(monkeypatch):
+    def with_wrong_labels(dataset, division, fields):
+        split = _division.with_wrong_labels(dataset, division, fields)
+        # The noise leaves the kept-back images alone. Here they get wrong labels, too.
+        # So a validator that used the labels for training would be noticed.
+        labels = np.array(split.labels)
+        labels[np.concatenate(division.validation)] = 99
+        return split._replace(labels=labels)
+
+    monkeypatch.setattr("dimat_jax.experiment.with_wrong_labels", with_wrong_labels)
     config = own(data__label_noise=0.5, data__validation=0.2)
     experiment = Experiment(config)
     division, labels = experiment.division, experiment.dataset.train.labels

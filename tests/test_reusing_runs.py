@@ -146,7 +146,7 @@ def test_agents_are_loaded_without_their_data(copied, monkeypatch, caplog):
     def missing(*args: Any) -> Any:
         raise DataError("there are no digits")
 
-    monkeypatch.setattr("dimat_jax.experiment.load_data", missing)
+    monkeypatch.setattr("dimat_jax._needs.load_data", missing)
     experiment, agents = load_agents(copied)
     assert_same(agents, expected)
     assert "is loaded without its data: there are no digits" in caplog.text
@@ -347,7 +347,7 @@ def test_an_agent_is_exported_without_the_data_and_by_the_names_of_its_leaves(
     def missing(*args: Any) -> Any:
         raise DataError("there are no digits")
 
-    monkeypatch.setattr("dimat_jax.experiment.load_data", missing)
+    monkeypatch.setattr("dimat_jax._needs.load_data", missing)
     out = tmp_path / "new" / "agent.safetensors"
     assert dimat_jax.export_model(source, out, agent=2, round=1) == out
     expected = flatten(take(agents, 2))

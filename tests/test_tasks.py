@@ -289,7 +289,7 @@ def test_a_model_without_suitable_outputs_is_refused_before_data_are_read(
     fields, message, monkeypatch
 ):
     monkeypatch.setitem(MODELS, "pooled", ModelRecord("pooled", Pooled))
-    monkeypatch.setattr("dimat_jax.experiment.load_data", None)
+    monkeypatch.setattr("dimat_jax._needs.load_data", None)
     with pytest.raises(ConfigError, match=message):
         Experiment(text_config(**fields))
 

@@ -43,7 +43,8 @@ def read(options: Options) -> tuple[list[SavedModel], str | None]:
         the models, and the folder of the data, if it is given or a run names it.
 
     Raises:
-        UserError: a model cannot be read; the message names it and says why.
+        UserError: a model cannot be read, or runs are on different data of the user's
+            own and --data_dir names none; the message names the models and says why.
     """
     where, model = place(options), options.model
 
@@ -54,7 +55,11 @@ def read(options: Options) -> tuple[list[SavedModel], str | None]:
     own = model is not None and is_own(model)
     read_file = read_own if own else torch_reader(model, where.entry, where.prefix)
     return _model_files.read(
-        options.models, options.data_dir, read_file, only_files=own
+        options.models,
+        options.data_dir,
+        read_file,
+        only_files=own,
+        one_data_set=True,
     )
 
 

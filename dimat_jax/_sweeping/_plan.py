@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dimat_jax._chosen import check_network, number_of_agents
-from dimat_jax._division import check_samples, divide, load_data
-from dimat_jax._fields_together import build_model, check_data
+from dimat_jax._division import check_samples, divide
+from dimat_jax._fields_together import build_model
 from dimat_jax._folders import check_output, strangers
 from dimat_jax._inputs import FromPlugin, from_plugins
 from dimat_jax._lock import LOCK_FILES
-from dimat_jax._needs import check_graph_and_steps, check_model
+from dimat_jax._needs import check_graph_and_steps, load_checked
 from dimat_jax._pretrain import pretraining_fields
 from dimat_jax._starting import read_start
 from dimat_jax.algorithms.conditions import no_negative_weights
@@ -126,16 +126,9 @@ def check_here(jobs: Sequence[Job]) -> None:
 def _check_data(config: Config, read: Callable[..., sources.Dataset]) -> None:
     """Does the checks of `Experiment` that need the data, and builds no parts."""
     fields = resolved(fields_of(config))
-    declared = sources.SOURCES[config.data.name].signature
-    if declared is not None:
-        check_model(fields, declared)
-    dataset = load_data(config, read)
-    data = dataset.signature
-    if declared is None:
-        check_data(fields, data)
-        check_model(fields, data)
+    dataset, _ = load_checked(config, fields, read)
     division = divide(dataset.train.classes, number_of_agents(fields), fields)
-    model = build_model(fields, data)
+    model = build_model(fields, dataset.signature)
     has_statistics = classifier.has_statistics(model)
     n_test = len(dataset.test.labels)
     check_samples(fields, division, n_test, has_statistics=has_statistics)

@@ -15,16 +15,13 @@ from dimat_jax.data._dataset import (
     make_split,
     mean_std,
 )
-from dimat_jax.data._random_access import collect
+from dimat_jax.data._random_access import INPUTS, LABELS, collect
 from dimat_jax.errors import concerning, reading
 
 __all__ = ["TESTS", "expect_path", "make_dataset", "npz_arrays", "read_npz"]
 
 # The names that folders and arrays of the images for testing have, the likeliest first.
 TESTS = ("test", "val", "validation")
-# The names of arrays of inputs, and of arrays of labels.
-_INPUTS = ("images", "inputs", "x")
-_LABELS = ("labels", "y")
 
 
 def make_dataset(
@@ -193,9 +190,9 @@ def expect_path(directory: str | None, what: str) -> Path:
 def npz_arrays(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads the inputs and the labels of an .npz file, by split.
 
-    The arrays are images (or inputs, x) and labels (or y), for the split "all"; or the
-    same names with the name of a split before them, as train_images, or after them, as
-    y_test.
+    The arrays have one of the names of `INPUTS` and one of `LABELS`, as images and
+    labels, for the split "all"; or the same names with the name of a split before them,
+    as train_images, or after them, as y_test.
 
     Raises:
         DataError: there are no such arrays.
@@ -204,10 +201,10 @@ def npz_arrays(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         arrays = {name: file[name] for name in file.files}
     found = {}
     for split in ("all", "train", *TESTS):
-        inputs = _named(arrays, split, _INPUTS)
+        inputs = _named(arrays, split, INPUTS)
         if inputs is None:
             continue
-        labels = _named(arrays, split, _LABELS)
+        labels = _named(arrays, split, LABELS)
         if labels is None:
             prefix = "" if split == "all" else f"{split}_"
             raise DataError(f"it holds no array {prefix}labels")

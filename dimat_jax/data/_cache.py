@@ -18,21 +18,22 @@ __all__ = ["Decoded", "cached", "parts_of", "read_arrays", "user_cache", "write_
 
 # The version of the cache. Change it whenever the stored arrays change.
 _FORMAT = "2"
-# The names of the stored arrays, with the kinds of their dtypes and their ranks.
+# The names of the stored arrays, with the kinds that their dtypes may have, and their
+# ranks. A label is a class, a number to be predicted, or several of these.
 _FIELDS = {
-    "train_images": ("u1", 4),
-    "train_labels": ("i", 1),
-    "test_images": ("u1", 4),
-    "test_labels": ("i", 1),
-    "n_classes": ("i", 0),
-    "mean": ("f", 1),
-    "std": ("f", 1),
-    "class_names": ("U", 1),  # This array is empty if the names are not known.
+    "train_images": (("u1",), (4,)),
+    "train_labels": (("i", "f"), (1, 2)),
+    "test_images": (("u1",), (4,)),
+    "test_labels": (("i", "f"), (1, 2)),
+    "n_classes": (("i",), (0,)),
+    "mean": (("f",), (1,)),
+    "std": (("f",), (1,)),
+    "class_names": (("U",), (1,)),  # This array is empty if the names are not known.
 }
 _KINDS = {
     "u1": "bytes (uint8)",
     "i": "whole numbers",
-    "f": "numbers",
+    "f": "floats",
     "U": "texts",
 }
 
@@ -134,13 +135,14 @@ def _read(folder: Path) -> list[np.ndarray]:
         DataError: An array is missing or damaged, or of another dtype or rank.
     """
     arrays = []
-    for field, (kind, n_axes) in _FIELDS.items():
+    for field, (kinds, ranks) in _FIELDS.items():
         path = folder / f"{field}.npy"
         array = np.asarray(map_array(path, DataError))
-        if not array.dtype.str[1:].startswith(kind) or array.ndim != n_axes:
+        if not array.dtype.str[1:].startswith(kinds) or array.ndim not in ranks:
+            expected = " or ".join(_KINDS[kind] for kind in kinds)
             raise DataError(
                 f"{path} holds an array of {array.dtype} and shape {array.shape}; "
-                f"expected {_KINDS[kind]} with {n_axes} axes"
+                f"expected {expected} with {' or '.join(map(str, ranks))} axes"
             )
         arrays.append(array)
     return arrays

@@ -32,6 +32,8 @@ __all__ = ["ARRAYS", "read"]
 
 # The folder of a data set that is stored as arrays.
 ARRAYS = "arrays"
+# The folder in which Hugging Face's repository of CIFAR-10 has its parquet files.
+_HUGGINGFACE = "plain_text"
 
 
 def read(
@@ -68,8 +70,8 @@ def read(
     if not versions:
         other = _archive(root, n_classes) or _parquet(root, n_classes)
         if other is not None:
-            files, decode = other
-            return cached(name, files[0].parent, files, cache_dir, decode)
+            folder, files, decode = other
+            return cached(name, folder, files, cache_dir, decode)
         raise DataError(f"{name}: no {root}/<version>/dataset_info.json; {prepare}")
     folder = max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
     files = sorted(folder.glob(f"{name}-*.array_record*"))
@@ -93,8 +95,8 @@ def read(
     return cached(name, root, sources, cache_dir, decode)
 
 
-_Reader = tuple[list[Path], Callable[[], Decoded]]
-"""The files of a data set, in one folder, and the function that decodes them."""
+_Reader = tuple[Path, list[Path], Callable[[], Decoded]]
+"""A folder, the files of a data set in it, and the function that decodes them."""
 
 
 def _archive(root: Path, n_classes: int) -> _Reader | None:
@@ -104,15 +106,17 @@ def _archive(root: Path, n_classes: int) -> _Reader | None:
     if parent.name in ARCHIVES[name]:
         found = [parent]
     for path in filter(Path.is_file, found):
-        return [path], functools.partial(decode_archive, path, name, n_classes)
+        decode = functools.partial(decode_archive, path, name, n_classes)
+        return path.parent, [path], decode
     return None
 
 
 def _parquet(root: Path, n_classes: int) -> _Reader | None:
     """The parquet files in a data directory, or in its folder for this data set."""
     label = ("label",) if n_classes == 10 else ("fine_label",)
-    for folder in (root, root.parent):
-        splits = parquet_files(folder) if folder.is_dir() else {}
+    # Other folders of the data directory hold other data sets.
+    for folder, below in ((root, "*"), (root.parent, _HUGGINGFACE)):
+        splits = parquet_files(folder, below) if folder.is_dir() else {}
         if {"train", "test"} <= splits.keys():
             break
     else:
@@ -123,7 +127,7 @@ def _parquet(root: Path, n_classes: int) -> _Reader | None:
         test, _ = parquet_split(splits["test"], label)
         return train, test, n_classes, names
 
-    return [*splits["train"], *splits["test"]], decode
+    return folder, [*splits["train"], *splits["test"]], decode
 
 
 def _class_names(path: Path, n_classes: int) -> tuple[str, ...] | None:

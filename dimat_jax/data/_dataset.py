@@ -1,10 +1,13 @@
 """Data sets, and how they are made from decoded images and other arrays."""
 
+import contextlib
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Shaped, UInt8
@@ -25,6 +28,7 @@ __all__ = [
     "make_split",
     "mean_std",
     "normalised",
+    "opened",
     "stored",
 ]
 
@@ -271,16 +275,33 @@ def decode_image(
         DataError: the image cannot be read, or it has another shape.
     """
     height, width, _ = shape
-    # A damaged file can make Pillow raise any error. It warns of images so large that
-    # decoding them may be an attack; here the size is looked at before decoding.
+    with opened(data, where) as image:
+        if (image.height, image.width) != (height, width):
+            found = (image.height, image.width, 3)
+            raise DataError(f"{where}: expected shape {shape}, got {found}")
+        # A few JPEGs are greyscale.
+        return np.asarray(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def opened(file: bytes | Path, where: Any) -> Iterator[Image.Image]:
+    """Opens an image file. Its pixels are decoded only when they are used.
+
+    Pillow's warning of images so large that decoding them may be an attack is left out.
+    The block has to look at the size before it uses the pixels.
+
+    Args:
+        file: the content of the file, or its path.
+        where: the name of the image in error messages.
+
+    Raises:
+        DataError: the image cannot be read, here or in the block.
+    """
+    # A damaged file can make Pillow raise any error.
     with reading(where, DataError), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data)) as image:
-            if (image.height, image.width) != (height, width):
-                found = (image.height, image.width, 3)
-                raise DataError(f"{where}: expected shape {shape}, got {found}")
-            # A few JPEGs are greyscale.
-            return np.asarray(image.convert("RGB"))
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            yield image
 
 
 def digest(dataset: Dataset) -> str:

@@ -1,16 +1,12 @@
 """Decodes encoded images of one size into one array."""
 
-import io
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 from tqdm import tqdm
 
-from dimat_jax.data._dataset import DataError, decode_image
-from dimat_jax.errors import reading
+from dimat_jax.data._dataset import DataError, decode_image, opened
 
 __all__ = ["decode_all", "with_equal_channels"]
 
@@ -65,14 +61,10 @@ def with_equal_channels(
 
 def _header(data: bytes, where: str) -> tuple[str, tuple[int, int]]:
     """The mode of an image, and its height and width."""
-    # Pillow warns of images so large that decoding them may be an attack. Nothing is
-    # decoded here.
-    with reading(where, DataError), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith(_DEEP):
-                raise DataError(
-                    f"{where} has pixels of more than 8 bits (mode {image.mode}); "
-                    "convert it, or give float arrays instead"
-                )
-            return image.mode, (image.height, image.width)
+    with opened(data, where) as image:  # No pixel is decoded here.
+        if image.mode.startswith(_DEEP):
+            raise DataError(
+                f"{where} has pixels of more than 8 bits (mode {image.mode}); "
+                "convert it, or give float arrays instead"
+            )
+        return image.mode, (image.height, image.width)

@@ -1,8 +1,6 @@
 """Reads a user's own images: a folder with a folder for each class, or an .npz file."""
 
 import dataclasses
-import io
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +20,7 @@ from dimat_jax.data._dataset import (
     is_every_fifth,
     make_split,
     mean_std,
+    opened,
 )
 from dimat_jax.data._decoding import decode_all, with_equal_channels
 from dimat_jax.errors import reading
@@ -241,14 +240,10 @@ def _reader(files: Sequence[Path], form: Form) -> Callable[[np.ndarray], np.ndar
 
 
 def _decode(file: Path, form: Form) -> np.ndarray:
-    # A damaged file can make Pillow raise any error. It warns of images so large that
-    # decoding them may be an attack; here the size is looked at before decoding.
-    with reading(file, DataError), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(file.read_bytes())) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise DataError(f"{file}: it has more than {_MOST_PIXELS} pixels")
-            return _formed(image, form)
+    with opened(file, file) as image:
+        if image.width * image.height > _MOST_PIXELS:
+            raise DataError(f"{file}: it has more than {_MOST_PIXELS} pixels")
+        return _formed(image, form)
 
 
 def _formed(image: Image.Image, form: Form) -> np.ndarray:

@@ -44,8 +44,9 @@ def collect(source: RandomAccess, what: str) -> tuple[np.ndarray, np.ndarray]:
         the inputs and the labels.
 
     Raises:
-        DataError: a sample cannot be read, is no sample, or differs from the first in
-            its shape. The message tells its index.
+        DataError: a sample cannot be read, is no sample, or its input or its label
+            differs from the first in shape or dtype, or the label holds other things
+            than numbers. The message tells its index.
     """
     n = len(source)
     if not 0 < n < _MOST_SAMPLES:
@@ -62,12 +63,23 @@ def collect(source: RandomAccess, what: str) -> tuple[np.ndarray, np.ndarray]:
                 f"{where} is {image.dtype}{list(image.shape)}, but the first is "
                 f"{images.dtype}{list(images.shape[1:])}; all must be alike"
             )
-        if label.ndim or label.dtype.kind not in "iu":
-            raise DataError(f"{where}: the label must be one whole number, got {label}")
+        if label.dtype.kind not in "iuf":
+            raise DataError(f"{where}: the label must be of numbers, got {label}")
+        first = labels[0] if labels else label
+        # One sample may have int32 where another has int64, but no float.
+        if label.shape != first.shape or _is_float(label) != _is_float(first):
+            raise DataError(
+                f"{where}: the label is {label.dtype}{list(label.shape)}, but the first"
+                f" is {first.dtype}{list(first.shape)}; all must be alike"
+            )
         images[i] = image
         labels.append(label)
     assert images is not None
     return images, np.array(labels)
+
+
+def _is_float(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f"
 
 
 def field(names: Any, known: tuple[str, ...], what: str) -> str:

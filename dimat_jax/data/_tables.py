@@ -61,15 +61,19 @@ def read_huggingface(directory: str | None, cache_dir: str | None) -> Dataset:
     return cached("huggingface", root, files, cache_dir, lambda: parts_of(make()))
 
 
-def parquet_files(root: Path) -> dict[str, list[Path]]:
+def parquet_files(root: Path, below: str = "*") -> dict[str, list[Path]]:
     """Finds the parquet files of each split, in a folder or one folder below it.
 
     The files are called train.parquet or train-00000-of-00001.parquet, as Hugging Face
     names them. A file without the name of a split belongs to train.
+
+    Args:
+        root: The folder, or one of the files.
+        below: The pattern of the names of the folders below that are searched as well.
     """
     found: dict[str, list[Path]] = {}
     folder = root if root.is_dir() else root.parent
-    files = sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")])
+    files = sorted([*folder.glob("*.parquet"), *folder.glob(f"{below}/*.parquet")])
     for path in files if root.is_dir() else [root]:
         known = (name for name in ("train", *TESTS) if path.name.startswith(name))
         found.setdefault(next(known, "train"), []).append(path)
@@ -142,8 +146,10 @@ def _arrays(
         if labels.null_count:
             first = labels.is_null().to_pylist().index(True)
             raise DataError(f"{where}: sample {first} has no label")
+        # A label may be several numbers, or as many tokens as an input has.
+        labels = _nested(labels.combine_chunks(), f"{where}: label")
         if not _is_encoded(table, where):
-            return _nested(images.combine_chunks(), where), labels.to_numpy()
+            return _nested(images.combine_chunks(), f"{where}: input"), labels
         files = images.to_pylist()
 
         def content(i: int) -> bytes:
@@ -153,11 +159,19 @@ def _arrays(
             return data
 
         decoded = decode_all(len(files), content, lambda i: f"{where}: image {i}")
-        return decoded, labels.to_numpy()
+        return decoded, labels
 
 
-def _nested(column: Any, where: str) -> np.ndarray:
-    """Makes an array of a column of numbers, or of lists of equally many numbers."""
+def _nested(column: Any, what: str) -> np.ndarray:
+    """Makes an array of a column of numbers, or of lists of equally many numbers.
+
+    Args:
+        column: The column of a table, as an array of pyarrow.
+        what: What an entry of the column is, for messages.
+
+    Raises:
+        DataError: An entry lacks a number, or has more or fewer than the first.
+    """
     import pyarrow as pa
 
     column = getattr(column, "storage", column)
@@ -170,14 +184,12 @@ def _nested(column: Any, where: str) -> np.ndarray:
         sizes = np.array([len(x) if x is not None else -1 for x in column])
         if sizes.size and (sizes != sizes[0]).any():
             bad = int((sizes != sizes[0]).argmax()) // int(np.prod(shape[1:]))
-            raise DataError(
-                f"{where}: input {bad} is of another size than the first one"
-            )
+            raise DataError(f"{what} {bad} is of another size than the first one")
         shape.append(int(sizes[0]) if sizes.size else 0)
         column = column.flatten()
     if column.null_count:
         first = column.is_null().to_pylist().index(True) // int(np.prod(shape[1:]))
-        raise DataError(f"{where}: input {first} lacks a number")
+        raise DataError(f"{what} {first} lacks a number")
     return column.to_numpy(zero_copy_only=False).reshape(shape)
 
 

@@ -217,12 +217,16 @@ class Source(Record[Dataset]):
             for tokens.
         labels: the kind of its labels, which a task is for: "classes", "numbers" or
             "tokens". It matters only if the other attributes are known.
+        dir_is_data: whether `data.dir` decides which data they are, as for a user's own
+            files. Runs on other folders are then on other data, and so they are no
+            repetitions of each other. Otherwise all folders hold the same data set.
     """
 
     image_shape: tuple[int, ...] | None = None
     n_classes: int | None = None
     input_dtype: str = "float32"
     labels: str = "classes"
+    dir_is_data: bool = False
 
     @property
     def signature(self) -> Signature | None:
@@ -260,9 +264,9 @@ SOURCES: Registry[Source] = registry(
         image_shape=(64, 64, 3),
         n_classes=200,
     ),
-    Source("image_folder", _images.read_folder, leads_to=_FILES),
-    Source("npz", _arrays.read_npz, leads_to=_FILES[:1]),
-    Source("huggingface", _tables.read_huggingface, leads_to=_FILES),
+    Source("image_folder", _images.read_folder, leads_to=_FILES, dir_is_data=True),
+    Source("npz", _arrays.read_npz, leads_to=(DIRECTORY,), dir_is_data=True),
+    Source("huggingface", _tables.read_huggingface, leads_to=_FILES, dir_is_data=True),
     Source("mnist_5k", _mnist.read, image_shape=(28, 28, 1), n_classes=10),
     Source(
         "text",
@@ -272,6 +276,7 @@ SOURCES: Registry[Source] = registry(
         n_classes=_text.MOST_CHARACTERS,
         input_dtype="int32",
         labels="tokens",
+        dir_is_data=True,
     ),
     Source("random", _random, image_shape=(32, 32, 3), n_classes=100),
     kind=Source,

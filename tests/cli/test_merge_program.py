@@ -6,15 +6,17 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from configs import quickstart
-from dimat_jax import train
-from dimat_jax._merge_models import Options, run
+from dimat_jax import _model_files, train
+from dimat_jax._merge_models import Options, _files, run
 from dimat_jax._metrics import read_evaluations
+from dimat_jax.config import default_config
 from dimat_jax.errors import UserError
 from dimat_jax.models import MODELS, _saved, classifier
 from dimat_jax.models._saved import SavedModel
@@ -352,6 +354,40 @@ def test_what_fails_while_it_is_written_leaves_nothing(tmp_path, workdir, monkey
     with pytest.raises(OSError, match="no space"):
         run(options, quiet)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "folders", "data_dir", "is_refused"),
+    [
+        ("npz", ("a.npz", "b.npz"), None, True),
+        ("text", ("", "b.txt"), None, True),
+        ("npz", ("a.npz", "b.npz"), "a.npz", False),
+        ("npz", ("a.npz", "./a.npz"), None, False),
+        ("cifar10", ("a", "b"), None, False),  # It is the same data set in all folders.
+    ],
+)
+def test_runs_on_different_own_data_are_not_merged_by_their_name_alone(
+    tmp_path, monkeypatch, name, folders, data_dir, is_refused
+):
+    def load_weights(workdir, given, round):
+        config = default_config()
+        config.data.name = name
+        config.data.dir = given or folders[int(workdir.name)]
+        return SimpleNamespace(config=config), None
+
+    monkeypatch.setattr(_model_files, "load_weights", load_weights)
+    model = SavedModel("mlp", {}, (1,), name, {})
+    monkeypatch.setattr(_model_files, "agent_of", lambda *given: model)
+    for number in ("0", "1"):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "config.json").touch()
+    workdirs = tuple(str(tmp_path / number) for number in ("0", "1"))
+    options = Options(workdirs, "out", data_dir=data_dir)
+    if not is_refused:
+        assert _files.read(options)[1] == folders[0]
+        return
+    with pytest.raises(UserError, match=r"/0 was .* and \S*/1 on .* with --data_dir"):
+        _files.read(options)
 
 
 # Models on disk =======================================================================

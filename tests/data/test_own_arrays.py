@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 import dimat_jax
 from dimat_jax import MODELS
-from dimat_jax._inputs import fields_of_run
+from dimat_jax._inputs import INPUTS, Inputs, fields_of_run
 from dimat_jax.config import ConfigError, default_config
 from dimat_jax.data import sources
 from dimat_jax.data._dataset import digest, normalised, stored
@@ -130,7 +131,11 @@ def test_npz_files_may_use_the_common_names(tmp_path):
     half = slice(None, 15), slice(15, None)
     for names in (("x_train", "y_train", "x_test", "y_test"),) + tuple(
         (f"train_{x}", f"train_{y}", f"{test}_{x}", f"{test}_{y}")
-        for x, y, test in (("images", "labels", "val"), ("inputs", "labels", "test"))
+        for x, y, test in (
+            ("images", "labels", "val"),
+            ("inputs", "labels", "test"),
+            ("input_ids", "target", "validation"),
+        )
     ):
         arrays = FEATURES[half[0]], LABELS[half[0]], FEATURES[half[1]], LABELS[half[1]]
         content: dict[str, Any] = dict(zip(names, arrays, strict=True))
@@ -354,17 +359,26 @@ def test_inputs_that_are_no_images_are_trained_merged_and_resumed(
     jax.tree.map(np.testing.assert_array_equal, agents, same)
 
 
-@pytest.mark.parametrize("name", ["npz", "cifar10"])
-def test_reports_tell_runs_on_other_folders_of_own_data_apart(tmp_path, name):
+@pytest.mark.parametrize("model", ["mlp", "bag"])
+@pytest.mark.parametrize(
+    ("name", "is_told"), [("npz", True), ("text", True), ("cifar10", False)]
+)
+def test_reports_tell_runs_on_other_folders_of_own_data_apart(
+    tmp_path, registries, name, is_told, model
+):
+    add_tokens()  # The model `bag` is one of a plugin: this file has registered it.
     found = []
     for folder in ("one", "other"):
-        config = config_of(name, "mlp")
+        config = config_of(name, model)
         config.data.dir = folder
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(config.to_json_best_effort())
+        Inputs(tmp_path / folder).write(config, "digest of the data")
+        inputs = json.loads((tmp_path / folder / INPUTS).read_text())
+        assert ("fields" in inputs) == (model == "bag")
         found.append(fields_of_run(tmp_path / folder))
-    assert (found[0] != found[1]) == (name == "npz")
-    assert ("data.dir" in found[0]) == (name == "npz")
+    assert (found[0] != found[1]) == is_told
+    assert ("data.dir" in found[0]) == is_told
 
 
 @pytest.mark.parametrize(

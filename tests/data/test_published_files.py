@@ -122,6 +122,22 @@ def test_every_form_of_cifar10_is_the_same_data(tmp_path, kind):
         assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
 
 
+def test_parquet_files_of_another_data_set_beside_cifar10_are_not_read(tmp_path):
+    splits = {"train": (PIXELS[:10], LABELS[:10]), "test": (PIXELS, LABELS)}
+    write_parquet(tmp_path / "data" / "svhn", "label", splits, NAMES)
+    with pytest.raises(DataError, match="cifar10: no .*dataset_info.json; prepare it"):
+        load(tmp_path / "data")
+
+
+def test_each_split_of_cifar10_may_have_a_folder_of_its_own(tmp_path):
+    for split, part in (("train", slice(10)), ("test", slice(10, None))):
+        samples = {split: (PIXELS[part], LABELS[part])}
+        write_parquet(tmp_path / "data/cifar10" / split, "label", samples, NAMES)
+    data = load(tmp_path / "data")
+    np.testing.assert_array_equal(data.train.images, PIXELS[:10])
+    np.testing.assert_array_equal(data.test.images, PIXELS[10:])
+
+
 def test_cifar100_has_the_fine_labels(tmp_path):
     fine, names = 7 * np.arange(12), [f"fine{i}".encode() for i in range(100)]
     coarse = np.arange(12) % 3
@@ -306,6 +322,53 @@ def test_a_folder_of_parquet_files_is_read(tmp_path, offline):
     assert data.signature.input_shape == (32, 32, 1)
 
 
+def kinds_of_labels():
+    """Inputs and labels of the kinds beside classes: numbers, and tokens."""
+    tokens = np.arange(20).reshape(4, 5)
+    inputs = RNG.normal(size=(4, 3))
+    return {
+        "one number": (inputs, np.array([0.5, 1.5, -1.0, 2.0])),
+        "two numbers": (inputs, RNG.normal(size=(4, 2))),
+        "tokens": (tokens, tokens + 1),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_labels())
+def test_labels_of_a_source_and_of_a_table_may_be_numbers_or_tokens(tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    inputs, labels = kinds_of_labels()[kind]
+    source = list(zip(inputs, labels, strict=True))
+    columns = pa.table({"input_ids": inputs.tolist(), "labels": labels.tolist()})
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(columns, tmp_path / f"{split}-0.parquet")
+    for data in (sources.make_dataset("own", source, source), load_table(tmp_path)):
+        assert data.labels == ("tokens" if kind == "tokens" else "numbers")
+        dtype = np.int32 if kind == "tokens" else np.float32
+        np.testing.assert_array_equal(data.train.images, inputs.astype(dtype))
+        np.testing.assert_array_equal(data.train.labels, labels.astype(dtype))
+        assert data.test.labels.dtype == dtype
+
+
+@pytest.mark.parametrize("n_numbers", [1, 2])
+def test_images_with_numbers_as_labels_are_kept_in_the_cache(tmp_path, n_numbers):
+    import pyarrow.parquet
+
+    numbers = RNG.normal(size=(12, n_numbers)).astype(np.float32)
+    columns = table(PIXELS, LABELS, "label", NAMES).replace_schema_metadata()
+    column = pyarrow.array(numbers.tolist() if n_numbers > 1 else numbers[:, 0])
+    columns = columns.set_column(1, "label", column)
+    (tmp_path / "images").mkdir()
+    pyarrow.parquet.write_table(columns, tmp_path / "images" / "train.parquet")
+    first = load_table(tmp_path / "images")
+    assert first.labels == "numbers" and first.n_classes == n_numbers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dimat_jax.data._tables.decode_all", None)
+        again = load_table(tmp_path / "images")
+    assert digest(again) == digest(first)
+
+
 def test_tables_that_cannot_be_used_are_refused(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet
@@ -320,6 +383,8 @@ def test_tables_that_cannot_be_used_are_refused(tmp_path):
     refused({"x": [[1.0], [2.0, 3.0]] * 2, "y": labels}, "input 1 is of another size")
     refused({"x": [[1.0], [None]] * 2, "y": labels}, "input 1 lacks a number")
     refused({"z": [[1.0]] * 4, "y": labels}, r"expected one of image, .* got \['y', 'z")
+    ragged = {"x": [[1.0]] * 4, "y": [[1.0], [2.0], [3.0, 4.0], [5.0]]}
+    refused(ragged, "train: label 2 is of another size than the first one")
     refused({"image": [b"none"] * 4, "label": labels}, "image 0 cannot be used")
     file = {"bytes": None, "path": "a.png"}
     refused({"image": [file] * 4, "label": labels}, "image 0 is not within the files")
@@ -355,8 +420,16 @@ def test_a_grain_source_is_read(offline):
             r"sample 1 is float32\[10, 32, 3\], but the first is float32\[9, 32, 3\]",
         ),
         (
-            source.map(lambda x: (x["image"], 0.5)),
-            "sample 0: the label must be one whol",
+            source.map(lambda x: (x["image"], "cat")),
+            "sample 0: the label must be of numbers, got cat",
+        ),
+        (
+            source.map(lambda x: (x["image"], [0.5] * (1 + (x["label"] == 4)))),
+            r"sample 4: the label is float64\[2\], but the first is float64\[1\]",
+        ),
+        (
+            source.map(lambda x: (x["image"], 0.5 if x["label"] == 4 else 0)),
+            r"sample 4: the label is float64\[\], but the first is int64\[\]",
         ),
     ):
         with pytest.raises(DataError, match=message):
