@@ -39,7 +39,7 @@ def least_squares(variables, batch, key):
     weights = mask / jnp.maximum(mask.sum(), 1)
     value = 0.5 * (weights * error**2).sum()
     mean = KEEP * variables["batch_stats"]["mean"] + (1 - KEEP) * weights @ batch.inputs
-    return value, ({"batch_stats": {"mean": mean}}, {"loss": value, "accuracy": value})
+    return value, ({"batch_stats": {"mean": mean}}, {"loss": value, "score": value})
 
 
 CONVEX = Task(

@@ -324,7 +324,7 @@ def test_states_keep_their_structure_and_steps_trace_once(name):
         now = network.at_step(number, 1, slots)
         state, metrics = subject.step(state, data[number], now, KEY)
         assert signature(state) == expected
-        assert {"loss", "accuracy", "examples"} <= metrics.keys()
+        assert {"loss", "score", "examples"} <= metrics.keys()
         assert metrics["loss"].shape == (slots,)
         jax.tree.map(lambda x: np.testing.assert_array_less(x, np.inf), state)
     # There is no new trace if an earlier test has traced the step.

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
+from dimat_jax._metrics import read_evaluations
 from dimat_jax.config import ConfigError, check, drop_unread
 from dimat_jax.errors import UserError
 from dimat_jax.experiment import Experiment
