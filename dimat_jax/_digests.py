@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import logging
 
-from dimat_jax.errors import writing
+from dimat_jax.errors import UserError, writing
 
 __all__ = [
     "DIGESTS",
@@ -166,8 +166,14 @@ def expect_unchanged(path: Path, content: bytes) -> None:
 
 
 def missing(folder: Path) -> list[str]:
-    """The names of the files that a folder's digests name, and that are not there."""
+    """The names of the files that a folder's digests name, and that are not there.
+
+    Raises:
+        UserError: The digests are no file, so they could not be written again.
+    """
     digests = folder / DIGESTS
+    if digests.exists() and not digests.is_file():
+        raise UserError(f"{digests} is no file. Move it away, or put back a copy")
     files = _files(digests.read_bytes()) if digests.is_file() else None
     return [name for name in files or () if not (folder / name).exists()]
 

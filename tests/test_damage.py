@@ -421,6 +421,14 @@ def test_a_run_goes_on_with_a_warning_of_a_file_that_is_gone(
     assert f"{workdir / name} is missing. The run has written it" in message
 
 
+def test_a_folder_in_the_place_of_digests_is_refused_at_once(tmp_path, finished):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / DIGESTS).unlink()
+    (workdir / DIGESTS).mkdir()
+    with pytest.raises(UserError, match=f"{DIGESTS} is no file. Move it away"):
+        Workdir(workdir).check(Workdir(workdir).read_config())
+
+
 def test_a_run_that_is_no_longer_finished_lacks_nothing(tmp_path, finished, caplog):
     workdir = shutil.copytree(finished, tmp_path / "run")
     (workdir / "summary.json").unlink()

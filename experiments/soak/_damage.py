@@ -40,13 +40,13 @@ def _scramble(path: Path, rng: random.Random) -> None:
     """Lines that are doubled, missing or in another order."""
     lines = path.read_bytes().splitlines(keepends=True)
     at = rng.randrange(len(lines))
-    changed = rng.choice(
-        (
-            lines[: at + 1] + lines[at:],
-            lines[:at] + lines[at + 1 :],
-            lines[at:] + lines[:at],
-        )
+    changes = (
+        lines[: at + 1] + lines[at:],
+        lines[:at] + lines[at + 1 :],
+        lines[at:] + lines[:at],
     )
+    # Another order of a single line is no damage.
+    changed = rng.choice([change for change in changes if change != lines])
     path.write_bytes(b"".join(changed))
 
 
