@@ -39,7 +39,7 @@ from dimat_jax._starting import Start, is_there, read_start
 from dimat_jax._storage import explained
 from dimat_jax.algorithms.base import State
 from dimat_jax.config import Config, ConfigError, fields_of
-from dimat_jax.data._partition_table import table
+from dimat_jax.data.partition import table
 from dimat_jax.errors import concerning
 from dimat_jax.experiment import Experiment
 from dimat_jax.permutation._verify import InconclusiveError

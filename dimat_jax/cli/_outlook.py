@@ -16,8 +16,7 @@ from dimat_jax._without_data import ExperimentWithoutData, Form
 from dimat_jax.cli._field_texts import WIDTH
 from dimat_jax.config import Config, check, fields_of, resolved
 from dimat_jax.data import sources
-from dimat_jax.data._partition_table import table
-from dimat_jax.data.partition import class_counts
+from dimat_jax.data.partition import class_counts, table
 from dimat_jax.data.sources import SOURCES, DataError
 from dimat_jax.errors import SweepError, UserError
 from dimat_jax.experiment import Experiment

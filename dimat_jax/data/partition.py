@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64, Integer
 
+from dimat_jax.data._partition_table import table
 from dimat_jax.data._shard_sizes import bounds, none_empty, none_small, proportions
 from dimat_jax.errors import UserError, nearest
 from dimat_jax.options import SEED, Option, Record, Registry, registry
@@ -30,6 +31,7 @@ __all__ = [
     "partition",
     "set_aside",
     "spread_over_classes",
+    "table",
 ]
 
 Labels = Integer[np.ndarray, " samples"]
