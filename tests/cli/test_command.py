@@ -96,8 +96,9 @@ def test_every_command_has_help(name):
         "show": ("--config\n", "--seconds\n", "Default: 30"),
         "tune": ("--field\n", "--at\n", "Default: optimizer.learning_rate."),
     }[name]
+    in_one_line = " ".join(result.stdout.split())
     for flag in flags:
-        assert flag in result.stdout
+        assert flag in (in_one_line if flag.startswith("Default") else result.stdout)
 
 
 def _first_line(name: str) -> str:
