@@ -76,7 +76,7 @@ def interrupt(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["wa", "cdmsgd"])
-@pytest.mark.parametrize("every", [1, 2, 5, 7])
+@pytest.mark.parametrize("every", [1, 2, 7])
 def test_a_run_that_is_interrupted_again_and_again_comes_to_the_same_results(
     tmp_path, finished, interrupt, capfd, algorithm, every
 ):
