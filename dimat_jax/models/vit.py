@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float
 
 from dimat_jax.models._norm import EPSILON
 from dimat_jax.models._record import ModelRecord
-from dimat_jax.models._settings import DTYPE, WIDTH, ModelError, scaled
+from dimat_jax.models._settings import DTYPE, WIDTH, ModelError
+from dimat_jax.models._transformer import Block, block_spec, sizes
 from dimat_jax.models.classifier import tap
 from dimat_jax.permutation import PermutationSpec
-from dimat_jax.permutation._layers import conv, dense, dense_general, layer_norm
+from dimat_jax.permutation._layers import conv, dense, layer_norm
 
 __all__ = ["RECORDS", "ViT", "permutation_spec", "vit"]
 
@@ -84,51 +85,15 @@ class ViT(nn.Module):
         x = x + position.astype(self.dtype)[None]
         tap(self, "embedded", x)
         for i in range(self.depth):
-            x = _Block(
+            block = Block(
                 self.heads, self.head_dim, self.mlp_dim, self.dtype, name=f"block{i}"
-            )(x)
+            )
+            x = block(x)
         x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(x)
         x = x.mean(axis=1)
         return nn.Dense(self.n_classes, dtype=self.dtype, name="head")(x).astype(
             jnp.float32
         )
-
-
-class _Block(nn.Module):
-    """An attention and an MLP. Each normalises the stream and adds to it."""
-
-    heads: int
-    head_dim: int
-    mlp_dim: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens stream"]):
-        norm = partial(nn.LayerNorm, epsilon=EPSILON, dtype=self.dtype)
-        project = partial(
-            nn.DenseGeneral, (self.heads, self.head_dim), dtype=self.dtype
-        )
-        y = norm(name="norm1")(x)
-        query = project(name="query")(y)
-        key = project(name="key")(y)
-        value = project(name="value")(y)
-        tap(self, "queries", query)
-        tap(self, "keys", key)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * self.head_dim**-0.5
-        # In bfloat16 the attention weights would not add up to one.
-        attention = nn.softmax(scores.astype(jnp.float32)).astype(self.dtype)
-        tap(self, "attention", attention)
-        y = jnp.einsum("bhqk,bkhd->bqhd", attention, value)
-        tap(self, "attended", y)
-        x = x + nn.DenseGeneral(
-            x.shape[-1], axis=(-2, -1), dtype=self.dtype, name="out"
-        )(y)
-        y = norm(name="norm2")(x)
-        y = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype, name="mlp_in")(y))
-        tap(self, "mlp", y)
-        x = x + nn.Dense(x.shape[-1], dtype=self.dtype, name="mlp_out")(y)
-        tap(self, "stream", x)
-        return x
 
 
 def vit(
@@ -148,19 +113,8 @@ def vit(
     Raises:
         ModelError: `width * dim` is not a whole number, or not a multiple of `heads`.
     """
-    (stream,) = scaled(width, dim)
-    if stream % heads:
-        raise ModelError(f"{stream} dimensions cannot be split over {heads} heads")
-    return ViT(
-        n_classes,
-        patch,
-        depth,
-        stream,
-        heads,
-        stream // heads,
-        4 * stream,
-        dtype or jnp.float32,
-    )
+    dtype = dtype or jnp.float32
+    return ViT(n_classes, patch, depth, *sizes(width, dim, heads), dtype)
 
 
 def permutation_spec(model: ViT) -> PermutationSpec:
@@ -175,24 +129,9 @@ def permutation_spec(model: ViT) -> PermutationSpec:
     axes["params/position"] = (None, "stream")
     taps = {"embedded": (None, None, "stream")}
     for i in range(model.depth):
-        block = f"block{i}"
-        heads, qk, v, mlp = (f"{block}/{name}" for name in ("heads", "qk", "v", "mlp"))
-        axes |= layer_norm(f"{block}/norm1", "stream")
-        axes |= dense_general(f"{block}/query", ["stream"], [heads, qk])
-        axes |= dense_general(f"{block}/key", ["stream"], [heads, qk])
-        axes |= dense_general(f"{block}/value", ["stream"], [heads, v])
-        axes |= dense_general(f"{block}/out", [heads, v], ["stream"])
-        axes |= layer_norm(f"{block}/norm2", "stream")
-        axes |= dense(f"{block}/mlp_in", "stream", mlp)
-        axes |= dense(f"{block}/mlp_out", mlp, "stream")
-        taps |= {
-            f"{block}/queries": (None, None, heads, qk),
-            f"{block}/keys": (None, None, heads, qk),
-            f"{block}/attention": (None, heads, None, None),
-            f"{block}/attended": (None, None, heads, v),
-            f"{block}/mlp": (None, None, mlp),
-            f"{block}/stream": (None, None, "stream"),
-        }
+        of_block = block_spec(f"block{i}")
+        axes |= of_block[0]
+        taps |= of_block[1]
     axes |= layer_norm("norm", "stream")
     axes |= dense("head", "stream", None)
     return PermutationSpec(axes, taps)
